@@ -1,0 +1,32 @@
+# Every target prepares what it needs: nothing has to be installed beforehand but Python 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+IFEVAL ?= ../shared/data/ifeval/input_data.jsonl
+DEMO ?= runs/demo
+
+.PHONY: demo test lint benchmark clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python recipes/ifeval_tiny.py --prompts "$(IFEVAL)" --output build/ifeval_tiny
+	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir $(DEMO) --overwrite True
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/logprob_memory.py
+
+clean:
+	rm -rf build runs

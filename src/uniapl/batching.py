@@ -1,0 +1,132 @@
+"""Mixing: rows of both kinds -> padded micro-batches with one mask per component, and their global counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from uniapl.types import Example, MicroBatch, TokenIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sequence of a step before padding: what it holds and which components learn from it."""
+
+    prompt_ids: TokenIds
+    completion_ids: TokenIds
+    components: frozenset[str]
+    """Out of "sft", "rl", "adv", "kl"."""
+    advantage: float = 0.0
+    adversarial_advantage: float = 0.0
+    temperature: float = 1.0
+    sampling_logprobs: tuple[float, ...] | None = None
+    """None marks a demonstration."""
+
+    @property
+    def length(self) -> int:
+        """Tokens without padding."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def demonstration_row(example: Example) -> Row:
+    """The row that teaches an example's demonstration."""
+    assert example.demonstration_ids is not None
+    return Row(
+        prompt_ids=example.prompt_ids,
+        completion_ids=example.demonstration_ids,
+        components=frozenset({"sft"}),
+    )
+
+
+def component_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Tokens per component over all rows: with the rows of the whole step, the global counts."""
+    return {
+        name: sum(len(row.completion_ids) for row in rows if name in row.components)
+        for name in ("sft", "rl", "adv", "kl")
+    }
+
+
+def micro_batches(
+    rows: Sequence[Row],
+    *,
+    pad_id: int,
+    max_tokens: int,
+    max_rows: int | None = None,
+    padding_side: Literal["left", "right"] = "right",
+    device: torch.device | str = "cpu",
+) -> list[MicroBatch]:
+    """Cut rows into micro-batches of at most `max_tokens` padded tokens (one row at least) and `max_rows` rows.
+
+    Rows of like length share a micro-batch, whatever their kind. No rows at all give one micro-batch that
+    teaches nothing, so that every process has a backward pass to take part in.
+    """
+    ordered = sorted(rows, key=lambda row: row.length, reverse=True)
+    batches: list[list[Row]] = []
+    for row in ordered:
+        current = batches[-1] if batches else None
+        if (
+            current is None
+            or (len(current) + 1) * current[0].length > max_tokens
+            or (max_rows is not None and len(current) >= max_rows)
+        ):
+            batches.append([row])
+        else:
+            current.append(row)
+    if not batches:
+        batches = [[Row(prompt_ids=(pad_id, pad_id), completion_ids=(), components=frozenset())]]
+    return [collate(batch, pad_id=pad_id, padding_side=padding_side, device=device) for batch in batches]
+
+
+def collate(
+    rows: Sequence[Row],
+    *,
+    pad_id: int,
+    padding_side: Literal["left", "right"] = "right",
+    device: torch.device | str = "cpu",
+) -> MicroBatch:
+    """Pad rows into one micro-batch; masks come from lengths, never from token ids."""
+    width = max(row.length for row in rows)
+
+    def padded(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+        out = torch.full((len(rows), width), fill, dtype=dtype)
+        for number, value in enumerate(values):
+            start = width - len(value) if padding_side == "left" else 0
+            out[number, start : start + len(value)] = torch.tensor(value, dtype=dtype)
+        return out.to(device)
+
+    def completion_mask(*wanted: bool) -> Tensor:
+        spans = [
+            [False] * len(row.prompt_ids) + [use] * len(row.completion_ids)
+            for row, use in zip(rows, wanted, strict=True)
+        ]
+        return padded(spans, False, torch.bool)
+
+    def mask(component: str) -> Tensor:
+        return completion_mask(*(component in row.components for row in rows))
+
+    def per_row(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    attention_mask = padded([[True] * row.length for row in rows], False, torch.bool)
+    return MicroBatch(
+        input_ids=padded([row.prompt_ids + row.completion_ids for row in rows], pad_id, torch.int64),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+        sft_mask=mask("sft"),
+        rl_mask=mask("rl"),
+        adv_mask=mask("adv"),
+        rollout_mask=completion_mask(*(row.sampling_logprobs is not None for row in rows)),
+        advantages=per_row([row.advantage for row in rows]),
+        adversarial_advantages=per_row([row.adversarial_advantage for row in rows]),
+        temperature=per_row([row.temperature for row in rows]),
+        sampling_logprobs=padded(
+            [
+                [0.0] * len(row.prompt_ids) + list(row.sampling_logprobs or [0.0] * len(row.completion_ids))
+                for row in rows
+            ],
+            0.0,
+            torch.float32,
+        ),
+    )

@@ -1,0 +1,83 @@
+"""The command line. Nothing heavy is imported before a verb needs it: `uniapl --help` answers at once."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from uniapl.errors import UniAPLError, UsageError
+
+if TYPE_CHECKING:
+    from uniapl.resolve import Resolved
+
+HELP = """\
+usage: uniapl VERB ...
+
+One-stage post-training of language models: demonstrations, rewards and an adversary in every gradient step.
+
+verbs:
+  train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
+  check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
+
+Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
+`uniapl train RECIPE.yaml --help` lists them all with their values.
+
+exit codes: 0 ok, 1 the run failed, 2 usage, configuration or data, 3 stopped by a health rule, 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a verb; the exit code."""
+    verbs = {"train": train, "check": check}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in verbs:
+            raise UsageError(f"unknown verb '{arguments[0]}': choose one of {', '.join(verbs)}")
+        return verbs[arguments[0]](arguments[1:])
+    except UniAPLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; --resume auto goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def train(arguments: list[str]) -> int:
+    """`uniapl train RECIPE.yaml [--key value ...]`."""
+    resolved = _resolve("train", arguments)
+    from uniapl.train.loop import train_resolved
+
+    train_resolved(resolved)
+    return 0
+
+
+def check(arguments: list[str]) -> int:
+    """`uniapl check RECIPE.yaml [--key value ...] [--json]`."""
+    as_json = "--json" in arguments
+    resolved = _resolve("check", [a for a in arguments if a != "--json"])
+    from uniapl.train.check import check_run, print_report
+
+    report = check_run(resolved)
+    if as_json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        print_report(report)
+    return 0
+
+
+def _resolve(verb: str, arguments: list[str]) -> "Resolved":
+    from uniapl.resolve import load_recipe, resolve
+
+    recipe: dict[str, Any] = {}
+    if arguments and not arguments[0].startswith("-"):
+        recipe = load_recipe(arguments.pop(0))
+    elif not any(a in ("-h", "--help") for a in arguments):
+        raise UsageError(f"uniapl {verb} needs a recipe: uniapl {verb} RECIPE.yaml [--key value ...]")
+    return resolve(recipe, arguments)

@@ -1,0 +1,322 @@
+"""Rows of a file or a data set -> tokenised examples, and the two streams that a run draws from."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from uniapl.config import DataConfig
+from uniapl.errors import UsageError
+from uniapl.types import Example, Prompt, TokenIds, derive_seed
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """All usable rows, and which were left out and why."""
+
+    examples: tuple[Example, ...]
+    left_out: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Reason -> row numbers."""
+
+
+def read_rows(config: DataConfig) -> list[tuple[int, Row]]:
+    """The rows of `config.path` with their numbers, counted from 1 (the line's number in a .jsonl file).
+
+    JSON is read line by line rather than through `datasets`, whose columns must have one type: a file may mix
+    plain and chat prompts, and an error can name its line.
+
+    Raises:
+        UsageError: No such file, not readable as what it claims to be, or no rows.
+    """
+    if config.path is None:
+        raise UsageError("no data: set data.path to a .jsonl, .json, .csv or .parquet file or a Hub id")
+    path = Path(config.path)
+    looks_local = path.suffix in (".jsonl", ".json", ".csv", ".parquet")
+    if looks_local and not path.is_file():
+        raise UsageError(f"data.path: there is no file '{path}'")
+    try:
+        if path.suffix == ".jsonl":
+            rows = _read_jsonl(path)
+        elif path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, list):
+                raise UsageError(
+                    f"{path}: must hold a list of rows; one row per line belongs in a .jsonl file"
+                )
+            rows = list(enumerate(content, start=1))
+        else:
+            rows = list(enumerate(_load_dataset(config, path), start=1))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error}); convert it, e.g. with iconv") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from error
+    if not rows:
+        raise UsageError(f"{path}: holds no rows")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[tuple[int, Row]]:
+    rows: list[tuple[int, Row]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}: line {number} is not valid JSON ({error.msg})") from error
+    return rows
+
+
+def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
+    import datasets
+
+    try:
+        if path.suffix in (".csv", ".parquet"):
+            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        return datasets.load_dataset(config.path, split=config.split)
+    except (
+        Exception
+    ) as error:  # whatever the reader or the Hub client raises, the user must hear which source
+        raise UsageError(f"data.path '{config.path}' cannot be loaded: {error}") from error
+
+
+def prepare(
+    rows: Iterable[tuple[int, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    context_length: int | None = None,
+    max_completion_length: int = 0,
+) -> Dataset:
+    """Rows -> examples: columns checked, prompts and demonstrations tokenised, over-long ones left out.
+
+    Args:
+        rows: (number, row) pairs; the number is what errors name.
+        tokenizer: The policy's; its chat template is used for chat prompts.
+        config: The `data` section.
+        context_length: The model's window; longer rows are left out.
+        max_completion_length: Room that a rollout needs behind the prompt.
+
+    Raises:
+        UsageError: A row of a wrong form, a demonstration that would supervise nothing, a tokenizer without
+            end token or chat template, or no usable row at all.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError("the tokenizer has no end token (eos_token): the model could never learn to stop")
+    longest_prompt = min(config.max_prompt_length or 2**62, (context_length or 2**62) - max_completion_length)
+    longest_demonstration = config.max_demonstration_length or 2**62
+    examples: list[Example] = []
+    left_out: dict[str, list[int]] = {}
+    for number, row in rows:
+        example = tokenize_row(number, row, tokenizer, config)
+        if len(example.prompt_ids) > longest_prompt:
+            left_out.setdefault(f"prompt longer than {longest_prompt} tokens", []).append(number)
+            continue
+        answer = len(example.demonstration_ids or ())
+        if answer > longest_demonstration or len(example.prompt_ids) + answer > (context_length or 2**62):
+            left_out.setdefault("demonstration too long", []).append(number)
+            continue
+        examples.append(example)
+    if not examples:
+        reasons = "; ".join(f"{reason}: {len(numbers)} rows" for reason, numbers in left_out.items())
+        raise UsageError(f"no usable row: {reasons or 'the data is empty'}")
+    return Dataset(
+        examples=tuple(examples), left_out={reason: tuple(numbers) for reason, numbers in left_out.items()}
+    )
+
+
+def tokenize_row(number: int, row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
+    """One row -> one example. See :func:`prepare` for what is refused."""
+    if not isinstance(row, Mapping):
+        raise UsageError(f"row {number} is not a mapping of columns to values: {row!r}")
+    row = {config.columns.get(column, column): value for column, value in row.items()}
+    prompt, completion = _prompt_and_completion(number, row)
+    columns = {key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")}
+    if isinstance(prompt, str) and config.string_prompts == "text":
+        prompt_text, demonstration = prompt, completion
+        prompt_ids = _encode_prompt(prompt, tokenizer)
+    else:
+        messages = _as_messages(prompt, config.system_prompt)
+        prompt_text, demonstration = _render_chat(number, messages, completion, tokenizer, config)
+        prompt_ids = tuple(tokenizer(prompt_text, add_special_tokens=False).input_ids)
+    if not prompt_ids:
+        raise UsageError(f"row {number}: the prompt is empty")
+    plain = completion if isinstance(completion, str) or completion is None else _content(number, completion)
+    demonstration_ids: TokenIds | None = None
+    if demonstration is not None:
+        if not (plain or "").strip():
+            raise UsageError(f"row {number}: the demonstration is empty, no token could be learnt from it")
+        demonstration_ids = _encode_completion(demonstration, tokenizer)
+    return Example(
+        row=number,
+        prompt=prompt,
+        prompt_ids=prompt_ids,
+        demonstration=plain,
+        demonstration_ids=demonstration_ids,
+        columns=columns,
+    )
+
+
+def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, str | list[dict[str, Any]] | None]:
+    if row.get("messages") is not None:
+        messages = _checked_messages(number, "messages", row["messages"])
+        if messages[-1]["role"] == "assistant":
+            if len(messages) == 1:
+                raise UsageError(f"row {number}: 'messages' holds an answer but no prompt")
+            return messages[:-1], messages[-1:]
+        return messages, None
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None:
+        known = ", ".join(sorted(str(column) for column in row)) or "none"
+        raise UsageError(
+            f"row {number} has no 'prompt' and no 'messages' (its columns: {known}); "
+            "name yours with data.columns, e.g. {question: prompt}"
+        )
+    if not isinstance(prompt, str):
+        prompt = _checked_messages(number, "prompt", prompt)
+    if completion is not None and not isinstance(completion, str):
+        completion = _checked_messages(number, "completion", completion)
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
+            raise UsageError(f"row {number}: 'completion' must be a string or one assistant message")
+    return prompt, completion
+
+
+def _checked_messages(number: int, column: str, value: Any) -> list[dict[str, Any]]:
+    messages = list(value) if isinstance(value, (list, tuple)) else []
+    whole = all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in messages
+    )
+    if not messages or not whole:
+        raise UsageError(
+            f"row {number}: '{column}' must be a string or a list of messages with 'role' and 'content', "
+            f"got {value!r:.80}"
+        )
+    return [{key: item for key, item in message.items() if item is not None} for message in messages]
+
+
+def _as_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, Any]]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _render_chat(
+    number: int,
+    messages: list[dict[str, Any]],
+    completion: str | list[dict[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+) -> tuple[str, str | None]:
+    """The prompt's text with the generation prompt, and what the template writes behind it for the answer."""
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            f"row {number} is a chat, but the tokenizer has no chat template; use a chat model's tokenizer "
+            "or give prompts as plain strings (data.string_prompts: text)"
+        )
+
+    def render(turns: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **config.chat_template_kwargs,
+            )
+        except Exception as error:  # templates raise what their authors chose
+            raise UsageError(f"row {number}: the chat template refuses it: {error}") from error
+        return str(text)
+
+    prompt_text = render(messages, add_generation_prompt=True)
+    if completion is None:
+        return prompt_text, None
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    whole = render(messages + answer, add_generation_prompt=False)
+    if not whole.startswith(prompt_text):
+        raise UsageError(
+            f"row {number}: the chat template writes the prompt differently once an answer follows, so the "
+            "answer's tokens cannot be told apart; change data.chat_template_kwargs (e.g. enable_thinking)"
+        )
+    return prompt_text, whole[len(prompt_text) :]
+
+
+def _content(number: int, completion: list[dict[str, Any]]) -> str:
+    content = completion[0]["content"]
+    if not isinstance(content, str):
+        raise UsageError(f"row {number}: the demonstration's content must be text, got {content!r:.80}")
+    return content
+
+
+def _encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    ids = tuple(tokenizer(text).input_ids)
+    # Some tokenizers end every text with EOS; a prompt that has ended cannot be continued.
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _encode_completion(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    """Ids up to and including the end token, which is appended where the text does not hold it.
+
+    What a chat template writes behind the end token (often a newline) is cut: no sampler would produce it.
+    """
+    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    eos = tokenizer.eos_token_id
+    return ids[: ids.index(eos) + 1] if eos in ids else (*ids, eos)
+
+
+class Stream:
+    """An endless, seeded shuffle of some examples, with a position that a checkpoint can hold.
+
+    Epoch e is a permutation drawn from (seed, name, e) alone, so a position is all there is to save.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, seed: int, name: str, position: int = 0) -> None:
+        self._examples, self._seed, self._name = examples, seed, name
+        self._order: tuple[int, list[int]] = (-1, [])
+        self.position = position
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the examples so far."""
+        return self.position / max(1, len(self._examples))
+
+    def take(self, count: int) -> list[Example]:
+        """The next `count` examples; an epoch may end in the middle."""
+        taken = [self._at(self.position + offset) for offset in range(count)] if self._examples else []
+        self.position += len(taken)
+        return taken
+
+    def _at(self, position: int) -> Example:
+        epoch, offset = divmod(position, len(self._examples))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, self._name, epoch))
+            self._order = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
+        return self._examples[self._order[1][offset]]
+
+
+def split_streams(
+    dataset: Dataset,
+    *,
+    can_be_rewarded: Callable[[Example], bool],
+    uses_adversary: bool,
+) -> tuple[list[Example], list[Example]]:
+    """(examples to sample answers for, examples to learn demonstrations from): a row may be in both.
+
+    A row is worth sampling when some reward function applies to it, or when an adversary can compare its
+    answers with its demonstration.
+    """
+    demonstrations = [e for e in dataset.examples if e.demonstration_ids is not None]
+    prompts = [
+        e
+        for e in dataset.examples
+        if can_be_rewarded(e) or (uses_adversary and e.demonstration_ids is not None)
+    ]
+    return prompts, demonstrations

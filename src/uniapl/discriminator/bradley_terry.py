@@ -1,0 +1,217 @@
+"""The co-trained discriminator: a causal language model's trunk with a scalar head, and what steers its training."""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from uniapl.functional import bradley_terry_loss
+from uniapl.types import RolloutGroup, TokenIds
+
+Scored = tuple[TokenIds, TokenIds]
+"""Prompt ids and completion ids of what is given a logit."""
+
+ACCURACY_DECAY = 0.9
+"""Of the moving average that the accuracy band looks at: about the last ten steps. Our choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The expert's answer to a prompt beside the policy's: one Bradley-Terry pair per completion."""
+
+    prompt_ids: TokenIds
+    demonstration_ids: TokenIds
+    completions: tuple[TokenIds, ...]
+
+    @staticmethod
+    def of(group: RolloutGroup) -> "Comparison":
+        """The comparison that a group with a demonstration allows."""
+        assert group.example.demonstration_ids is not None
+        return Comparison(
+            prompt_ids=group.example.prompt_ids,
+            demonstration_ids=group.example.demonstration_ids,
+            completions=tuple(rollout.completion_ids for rollout in group.rollouts),
+        )
+
+    @property
+    def sequences(self) -> list[Scored]:
+        """The demonstration first, then the completions."""
+        return [(self.prompt_ids, ids) for ids in (self.demonstration_ids, *self.completions)]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Size of the padded batch that holds it."""
+        answers = (self.demonstration_ids, *self.completions)
+        return len(answers) * (len(self.prompt_ids) + max(map(len, answers)))
+
+
+class BradleyTerry(nn.Module):
+    """A trunk that reads prompt and answer, and a linear head on the hidden state of the last token.
+
+    Source: GAD (arXiv 2511.10643), where a copy of the student did best. The head starts at zero, so that
+    every answer begins with win probability 0.5; it has no bias, since only differences count.
+    """
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.get_text_config().hidden_size, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+        self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+
+    @staticmethod
+    def copy_of(model: PreTrainedModel) -> "BradleyTerry":
+        """A discriminator whose trunk is a copy of a language model's."""
+        return BradleyTerry(copy.deepcopy(model.base_model)).to(model.device)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B] of right-padded rows; the last token is found by length, never by token id."""
+        positions = (
+            {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
+        )
+        hidden = self.trunk(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        ).last_hidden_state
+        last = attention_mask.sum(-1) - 1
+        rows = torch.arange(len(last), device=last.device)
+        return self.head(hidden[rows, last].to(self.head.weight.dtype)).squeeze(-1).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BradleyTerryDiscriminator:
+    """Scoring and the training loss on top of a :class:`BradleyTerry` module."""
+
+    module: BradleyTerry
+    pad_id: int
+    max_tokens: int
+    """Padded tokens of one batch at most, one row (or one comparison) at least."""
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def score(self, sequences: Sequence[Scored]) -> list[float]:
+        """The logit of each (prompt ids, completion ids). See :class:`Discriminator`."""
+        self.module.eval()
+        order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
+        logits = [0.0] * len(sequences)
+        widths = [sum(map(len, sequences[i])) for i in order]
+        with torch.no_grad(), self.autocast():
+            for part in _cut(order, widths, self.max_tokens):
+                batch = self._pad([sequences[i] for i in part])
+                for index, logit in zip(part, self.module(*batch).tolist(), strict=True):
+                    logits[index] = logit
+        return logits
+
+    def losses(
+        self, comparisons: Sequence[Comparison], module: nn.Module | None = None
+    ) -> Iterator[Callable[[], Tensor]]:
+        """One loss per batch of comparisons, each computed when called: a SUM over the batch's pairs.
+
+        Args:
+            comparisons: Cut into batches by `max_tokens`; none gives one loss that is a differentiable zero.
+            module: The module to run, where it is wrapped for several processes.
+        """
+        run = module or self.module
+        if not comparisons:
+            nothing = Comparison(prompt_ids=(self.pad_id,), demonstration_ids=(self.pad_id,), completions=())
+            comparisons = [nothing]
+        for part in _cut(
+            list(comparisons), [c.padded_tokens for c in comparisons], self.max_tokens, rows=False
+        ):
+            yield lambda part=part: self._loss(part, run)
+
+    def _loss(self, comparisons: list[Comparison], module: nn.Module) -> Tensor:
+        logits = module(*self._pad([s for c in comparisons for s in c.sequences]))
+        sizes = [1 + len(c.completions) for c in comparisons]
+        groups = logits.split(sizes)
+        expert = torch.cat([group[:1].expand(len(group) - 1) for group in groups])
+        policy = torch.cat([group[1:] for group in groups])
+        return bradley_terry_loss(expert, policy)
+
+    def _pad(self, sequences: Sequence[Scored]) -> tuple[Tensor, Tensor]:
+        rows = [prompt + completion for prompt, completion in sequences]
+        width = max(map(len, rows))
+        device = self.module.head.weight.device
+        input_ids = torch.tensor([row + (self.pad_id,) * (width - len(row)) for row in rows], device=device)
+        attention_mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
+        )
+        return input_ids, attention_mask
+
+
+def _cut(items: list[Any], sizes: list[int], limit: int, *, rows: bool = True) -> list[list[Any]]:
+    """Consecutive parts: with `rows`, (rows x widest) within the limit; else the sum of sizes within it."""
+    parts: list[list[Any]] = []
+    used = 0
+    for item, size in zip(items, sizes, strict=True):
+        widest = max(used, size)
+        grown = widest * (len(parts[-1]) + 1) if rows and parts else used + size
+        if not parts or grown > limit:
+            parts.append([item])
+            used = size
+        else:
+            parts[-1].append(item)
+            used = widest if rows else grown
+    return parts
+
+
+class Replay:
+    """Older comparisons, oldest out first; the discriminator keeps seeing what the policy used to write."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.items: list[Comparison] = []
+
+    def add(self, comparisons: Sequence[Comparison]) -> None:
+        """Append, dropping the oldest beyond `size`."""
+        self.items = (self.items + list(comparisons))[-self.size :] if self.size else []
+
+    def draw(self, count: int, *, seed: int) -> list[Comparison]:
+        """`count` of the items without repetition (all of them, if there are fewer)."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.items), generator=generator).tolist()
+        return [self.items[index] for index in order[:count]]
+
+    def state(self) -> list[dict[str, Any]]:
+        """As plain lists, for a checkpoint."""
+        return [asdict(item) for item in self.items]
+
+    def load(self, state: list[dict[str, Any]]) -> None:
+        """The inverse of :meth:`state`, after JSON."""
+        self.items = [
+            Comparison(
+                prompt_ids=tuple(item["prompt_ids"]),
+                demonstration_ids=tuple(item["demonstration_ids"]),
+                completions=tuple(map(tuple, item["completions"])),
+            )
+            for item in state
+        ]
+
+
+@dataclass
+class AdversaryState:
+    """What the discriminator's cadence remembers from step to step; all of it is in a checkpoint."""
+
+    accuracy: float = 0.5
+    """Moving average of the accuracy on fresh pairs, taken before the discriminator has learnt from them."""
+    paused: bool = False
+    expert_mean: float | None = None
+    """Moving average of the expert's logits: stands in where a prompt has no demonstration."""
+
+    def observe(
+        self, *, accuracy: float | None, expert_logit: float | None, band: tuple[float, float]
+    ) -> None:
+        """Take in a step's fresh pairs; pause above the band, go on below it."""
+        if accuracy is not None:
+            self.accuracy += (1 - ACCURACY_DECAY) * (accuracy - self.accuracy)
+        if expert_logit is not None:
+            before = expert_logit if self.expert_mean is None else self.expert_mean
+            self.expert_mean = before + (1 - ACCURACY_DECAY) * (expert_logit - before)
+        if self.accuracy > band[1]:
+            self.paused = True
+        elif self.accuracy < band[0]:
+            self.paused = False

@@ -1,0 +1,39 @@
+"""The method's mathematics as pure functions of tensors.
+
+Nothing here knows a configuration, a model, a process rank or a random number. Every loss returns a SUM over
+the tokens that its mask selects; :func:`objective` is the only function that divides.
+
+Letters in the shape annotations: P prompts, G rollouts of one prompt, B rows of a micro-batch, T token
+positions of a row, N selected tokens, D hidden size, V vocabulary size.
+"""
+
+from uniapl.functional.advantages import group_advantages
+from uniapl.functional.adversarial import (
+    adversarial_advantages,
+    bradley_terry_loss,
+    win_probability,
+)
+from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
+from uniapl.functional.losses import (
+    clip_fractions,
+    clipped_surrogate,
+    k3_kl,
+    objective,
+    sft_loss,
+)
+from uniapl.functional.schedules import warmup_cosine
+
+__all__ = [
+    "adversarial_advantages",
+    "bradley_terry_loss",
+    "clip_fractions",
+    "clipped_surrogate",
+    "group_advantages",
+    "k3_kl",
+    "logprobs_from_logits",
+    "objective",
+    "selected_logprobs",
+    "sft_loss",
+    "warmup_cosine",
+    "win_probability",
+]

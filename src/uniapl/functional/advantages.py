@@ -1,0 +1,45 @@
+"""Group-relative advantages."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+STD_EPSILON = 1e-4
+"""Added to the group's standard deviation, as TRL does, so that parity can be tested."""
+
+
+def group_advantages(
+    rewards: Float[Tensor, "P G"],
+    known: Bool[Tensor, "P G"],
+    *,
+    scale: Literal["none", "group"] = "none",
+) -> Float[Tensor, "P G"]:
+    """Reward minus the mean of its group, optionally divided by the group's standard deviation.
+
+    Source: GRPO (arXiv 2402.03300, section 4.1.2); without the division, Dr. GRPO (arXiv 2503.20783).
+
+    Args:
+        rewards: One row per prompt, any unit. Values where ``known`` is False are never read.
+        known: False where a rollout has no reward; it is left out of its group's mean and deviation.
+        scale: "none" keeps the reward's unit; "group" divides by the unbiased standard deviation.
+
+    Returns:
+        Advantages. Exactly 0 for unknown rewards and for every group whose known rewards are all equal
+        (a mean in floating point would leave a residue that "group" blows up).
+
+    Example:
+        >>> group_advantages(torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[True, True, False]]))
+        tensor([[ 0.5000, -0.5000,  0.0000]])
+    """
+    count = known.sum(-1, keepdim=True)
+    centred = rewards - torch.where(known, rewards, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(known, centred, 0.0)
+    highest = torch.where(known, rewards, -torch.inf).amax(-1, keepdim=True)
+    lowest = torch.where(known, rewards, torch.inf).amin(-1, keepdim=True)
+    centred = torch.where(highest > lowest, centred, 0.0)
+    if scale == "none":
+        return centred
+    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + STD_EPSILON)

@@ -1,0 +1,138 @@
+"""Log-probabilities of chosen tokens and the entropy of each position, without the full logits tensor."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_LOGITS = 2**26
+"""Logits alive at once in :func:`selected_logprobs`: 256 MiB in fp32. Our choice: large enough that the
+matrix products stay efficient, small beside the weights of the models with large vocabularies."""
+
+
+def logprobs_from_logits(
+    logits: Float[Tensor, "N V"],
+    token_ids: Int[Tensor, " N"],
+    temperature: Float[Tensor, " N"],
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-probability of one token per row and the row's entropy, both of softmax(logits / temperature).
+
+    Args:
+        logits: Unscaled scores; carries the gradient.
+        token_ids: The token whose log-probability is wanted.
+        temperature: Positive; the sampler's for rollouts, 1 for demonstrations.
+
+    Returns:
+        ``logprobs`` and ``entropy``, in nats. The entropy is a metric and carries no gradient.
+    """
+    scaled = logits / temperature.unsqueeze(-1)
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+
+
+def selected_logprobs(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    token_ids: Int[Tensor, " N"],
+    temperature: Float[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """:func:`logprobs_from_logits` of ``hidden @ weight.T + bias``, computed in chunks of rows.
+
+    The logits of one chunk at a time exist, in the forward and again in the backward pass, which recomputes
+    them. Under V = 151,936 the full tensor costs 0.6 MB per token and copy; this costs ``CHUNK_LOGITS``.
+    Source: our choice; the idea is common (Liger, TRL, cut cross-entropy 2411.09009).
+
+    Args:
+        hidden: Last hidden states of the positions that predict ``token_ids``; carries the gradient. Its
+            dtype is the one the matrix products are computed in; sums and exponentials are fp32 (or fp64).
+        weight: The language-model head, in any floating dtype; carries the gradient.
+        token_ids: The token whose log-probability is wanted, one per row.
+        temperature: Positive, one per row.
+        bias: The head's bias, where it has one.
+        chunk_size: Rows per chunk; by default as many as keep ``CHUNK_LOGITS`` logits alive.
+
+    Returns:
+        ``logprobs`` (nats, fp32 or wider) and ``entropy`` (nats, without gradient).
+    """
+    chunk_size = chunk_size or max(1, CHUNK_LOGITS // weight.shape[0])
+    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, token_ids, temperature, chunk_size)
+    return logprobs, entropy
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """d logprob / d logit_v = (1[v = token] - softmax_v) / temperature; the softmax is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        temperature: Tensor,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        out_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = hidden.new_empty(hidden.shape[0], dtype=out_dtype)
+        entropy, log_partition = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        head = weight.to(hidden.dtype)
+        for rows in _chunks(hidden.shape[0], chunk_size):
+            logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], out_dtype)
+            log_partition[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(-1, token_ids[rows, None]).squeeze(-1) - log_partition[rows]
+            probs = (logits - log_partition[rows, None]).exp_()
+            entropy[rows] = log_partition[rows] - probs.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, log_partition)
+        ctx.chunk_size = chunk_size
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden, weight, bias, token_ids, temperature, log_partition = ctx.saved_tensors
+        grad_logprobs: Tensor = grads[0]
+        head = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Summed over chunks in the wide dtype: thousands of bf16 additions would lose the small ones.
+        wide = log_partition.dtype
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        for rows in _chunks(hidden.shape[0], ctx.chunk_size):
+            logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], wide)
+            grad_logits = logits.sub_(log_partition[rows, None]).exp_().neg_()
+            grad_logits.scatter_add_(-1, token_ids[rows, None], grad_logits.new_ones(len(grad_logits), 1))
+            grad_logits.mul_((grad_logprobs[rows] / temperature[rows]).unsqueeze(-1))
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            narrow = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = narrow @ head
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden[rows]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _scaled_logits(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, temperature: Tensor, dtype: torch.dtype
+) -> Tensor:
+    logits = (hidden @ head.T).to(dtype)
+    if bias is not None:
+        logits += bias
+    return logits.div_(temperature.unsqueeze(-1))

@@ -1,0 +1,155 @@
+r"""The token losses and the one place that divides.
+
+.. math::
+    L = \mu \frac{S_{sft}}{N_{sft}} + (1 - \mu) \frac{S_{rl}}{N_{rl}}
+      + \lambda \frac{S_{adv}}{N_{adv}} + \beta \frac{S_{kl}}{N_{kl}}
+
+Each S is a sum over the tokens of its own component in the whole optimizer step (all micro-batches, all
+processes), each N is the number of those tokens. A mask selects with ``torch.where``: whatever stands at a
+position outside the mask, NaN included, reaches neither the loss nor a gradient.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+TokenWeight = Literal["none", "is", "phi", "luffy"]
+
+LUFFY_GAMMA = 0.1
+"""gamma of p / (p + gamma): LUFFY's published setting (arXiv 2504.14945, "p_div_p_0.1")."""
+
+
+def sft_loss(
+    logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    token_weight: TokenWeight = "none",
+) -> Float[Tensor, ""]:
+    r"""Sum of :math:`-w_t \log p_t` over the demonstration tokens, with a weight that carries no gradient.
+
+    Args:
+        logprobs: Current policy, nats. Carries the gradient.
+        mask: The demonstration's tokens, its end token included.
+        token_weight: "none" w = 1; "is" w = p (CHORD's SFT-IS, arXiv 2508.11408, eq. 4, where the expert's
+            probability is taken as 1; also DFT); "phi" w = p (1 - p) (CHORD-phi, eq. 6); "luffy"
+            w = p / (p + 0.1) (arXiv 2504.14945).
+    """
+    logprobs = torch.where(mask, logprobs, 0.0)
+    probs = logprobs.detach().exp()
+    match token_weight:
+        case "none":
+            weight = torch.ones_like(probs)
+        case "is":
+            weight = probs
+        case "phi":
+            weight = probs * (1 - probs)
+        case "luffy":
+            weight = probs / (probs + LUFFY_GAMMA)
+    return -torch.where(mask, weight * logprobs, 0.0).sum()
+
+
+def clipped_surrogate(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, ""]:
+    r"""Sum of :math:`-\min(\rho_t A, \mathrm{clip}(\rho_t, 1-\epsilon_{low}, 1+\epsilon_{high}) A)`.
+
+    Source: PPO (arXiv 1707.06347, eq. 7) per token with a group-relative advantage (GRPO, arXiv 2402.03300,
+    eq. 3) and two clip widths (DAPO, arXiv 2503.14476). The RL term and the adversarial term both are this
+    function, with different advantages and masks. On-policy (``old_logprobs = logprobs.detach()``) its
+    gradient is REINFORCE's.
+
+    Args:
+        logprobs: Current policy, nats. Carries the gradient.
+        old_logprobs: The policy that the rollouts came from, at the same temperature. No gradient.
+        advantages: One per row, dimensionless. Positive raises the row's probability.
+        mask: The rollout tokens that enter this component.
+        clip_low, clip_high: Half-widths of the trust region; 0.2 and 0.2 mean a ratio in [0.8, 1.2].
+    """
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
+    row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.where(mask, torch.minimum(ratio * row_advantages, clipped * row_advantages), 0.0).sum()
+
+
+def clip_fractions(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Number of tokens whose gradient the lower and the upper clip removed: a metric, as sums."""
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).detach().exp()
+    row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
+    low = (ratio < 1 - clip_low) & (row_advantages < 0)
+    high = (ratio > 1 + clip_high) & (row_advantages > 0)
+    return low.sum().to(logprobs.dtype), high.sum().to(logprobs.dtype)
+
+
+def k3_kl(
+    logprobs: Float[Tensor, "B T"],
+    ref_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, ""]:
+    r"""Sum of the k3 estimates :math:`r - 1 - \log r`, :math:`r = p_{ref} / p`, of KL(policy || reference).
+
+    Source: Schulman, "Approximating KL divergence" (2020); GRPO, arXiv 2402.03300, eq. 4. Never negative.
+
+    Args:
+        logprobs: Current policy, nats. Carries the gradient.
+        ref_logprobs: Reference policy on the same tokens. No gradient.
+        mask: The rollout tokens.
+    """
+    log_ratio = torch.where(mask, ref_logprobs - logprobs, 0.0)
+    return torch.where(mask, log_ratio.exp() - 1 - log_ratio, 0.0).sum()
+
+
+def objective(
+    sums: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    counts: Mapping[str, int],
+) -> Tensor:
+    """The mixed loss: every component's weight times its sum divided by its own global count.
+
+    The only division in the project's loss. Adding data to one component never rescales another; a component
+    without tokens, or with weight 0, contributes a zero that is still differentiable, so that every process
+    runs its backward pass.
+
+    Args:
+        sums: A scalar per component, summed over THIS micro-batch.
+        weights: mu, 1 - mu, lambda_adv, beta: one per key of ``sums``.
+        counts: Tokens of the component in the whole optimizer step, over all micro-batches and processes.
+
+    Returns:
+        A scalar; added over all micro-batches and processes it is the loss of the step.
+
+    Raises:
+        ValueError: A component has no weight or no count, or has a negative count.
+
+    Example:
+        >>> objective({"sft": torch.tensor(6.0)}, {"sft": 0.5}, {"sft": 3})
+        tensor(1.)
+    """
+    used: list[Tensor] = []
+    for name, component in sums.items():
+        if name not in weights or name not in counts:
+            raise ValueError(f"component '{name}' needs a weight and a count")
+        if counts[name] < 0:
+            raise ValueError(f"component '{name}' has a negative count: {counts[name]}")
+        if counts[name] and weights[name]:
+            used.append(component * (weights[name] / counts[name]))
+    # An unused component stays out of the graph: inside its backward pass a zero could still meet an infinity.
+    if not used:
+        used = [torch.where(torch.zeros_like(c, dtype=torch.bool), c, 0.0) for c in sums.values()]
+    return torch.stack(used).sum()

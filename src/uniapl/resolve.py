@@ -1,0 +1,216 @@
+"""From defaults, method, recipe and flags to one configuration, with the source of every value.
+
+Precedence, weakest first: defaults, what the method proposes, the recipe, the flags, what the method fixes.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from uniapl.config import METHODS, Config
+from uniapl.errors import UsageError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# What other libraries call it -> our key.
+SYNONYMS = {
+    "group_size": "rollout.num_generations",
+    "n_samples_per_prompt": "rollout.num_generations",
+    "repeat_times": "rollout.num_generations",
+    "max_new_tokens": "rollout.max_completion_length",
+    "max_tokens": "rollout.max_completion_length",
+    "lr": "optim.learning_rate",
+    "model": "model.model_name_or_path",
+    "mu": "objective.mu_peak",
+    "lambda": "objective.lambda_adv",
+    "kl_coef": "objective.beta",
+    "epsilon_low": "objective.epsilon",
+    "clip_range": "objective.epsilon",
+    "reward_funcs": "rewards.functions",
+    "dataset_name": "data.path",
+    "train_dataset": "data.path",
+    "resume_from_checkpoint": "resume",
+    "batch_size": "batching.prompts_per_step",
+    "train_batch_size": "batching.prompts_per_step",
+    "num_steps": "max_steps",
+}
+
+# What a stage of a pipeline may change; model, data and rewards belong to the whole run.
+STAGE_KEYS = ("method", "max_steps", "rollout", "objective", "discriminator", "optim", "batching", "health")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A configuration, where each value came from, and what the user should know about the merge."""
+
+    config: Config
+    sources: dict[str, str]
+    """Dotted key -> "default", "method", "recipe" or "flag"."""
+    notes: tuple[str, ...]
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UsageError: The file is missing, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the recipe '{path}': {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe '{path}' is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"the recipe '{path}' must be a mapping of keys to values")
+    return content
+
+
+def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
+    """Merge a recipe's mapping with command-line flags and the method's settings.
+
+    Raises:
+        UsageError: An unknown key (with a suggestion), a value of the wrong type, or values that contradict.
+    """
+    method = _method_of(recipe, flags)
+    proposed = {"method": method, "objective": METHODS[method]["proposed"]}
+    base = validate(Config, merge(proposed, recipe))
+    config = _apply_flags(base, flags) if flags else base
+    notes: list[str] = []
+    before = flatten(config)
+    fixed = {f"objective.{key}": value for key, value in METHODS[method]["fixed"].items()}
+    config = validate(Config, merge(config.model_dump(), {"objective": METHODS[method]["fixed"]}))
+    in_recipe, from_base = flatten(recipe), flatten(base)
+    sources = dict.fromkeys(flatten(config), "default")
+    for key in sources:
+        if key in fixed or key in flatten(proposed):
+            sources[key] = "method"
+        if any(key == given or key.startswith(f"{given}.") for given in in_recipe):
+            sources[key] = "recipe"
+        if before.get(key) != from_base.get(key):
+            sources[key] = "flag"
+        if key in fixed and sources[key] in ("recipe", "flag"):
+            if before[key] != fixed[key]:
+                notes.append(f"method '{method}' sets {key} = {fixed[key]} ({sources[key]}: {before[key]})")
+            sources[key] = "method"
+    return Resolved(config=config, sources=sources, notes=tuple(notes))
+
+
+def stages_of(resolved: Resolved) -> list[Resolved]:
+    """One configuration per stage; a run without stages is its own only stage.
+
+    Raises:
+        UsageError: A stage has no method, or an unknown key.
+    """
+    config = resolved.config
+    if not config.stages:
+        return [resolved]
+    base = config.model_dump(exclude={"stages"})
+    given = {
+        key: value
+        for key, value in base["objective"].items()
+        if resolved.sources[f"objective.{key}"] in ("recipe", "flag")
+    }
+    stages: list[Resolved] = []
+    for number, stage in enumerate(config.stages, start=1):
+        if "method" not in stage:
+            raise UsageError(f"stage {number} needs a method: one of {', '.join(METHODS)}")
+        for key in stage:
+            if key not in STAGE_KEYS:
+                raise UsageError(f"stage {number} cannot change '{key}', only {', '.join(STAGE_KEYS)}")
+        try:
+            stages.append(resolve(merge({**base, "objective": given}, stage)))
+        except UsageError as error:
+            raise UsageError(f"stage {number}: {error}") from error
+    return stages
+
+
+def validate(model: type[Model], values: dict[str, Any]) -> Model:
+    """The model built from a mapping; every error names its key and, where there is one, the likely meaning.
+
+    Raises:
+        UsageError: With one line per wrong key or value.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines: list[str] = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"unknown key '{key}'{suggestion(key)}")
+            else:
+                lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+        raise UsageError("\n".join(lines)) from None
+
+
+def suggestion(key: str) -> str:
+    """ ", did you mean ...?" for an unknown key, or nothing when no key is near."""
+    known = list(flatten(Config())) + ["rewards.functions"]
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
+    best = SYNONYMS.get(leaf) or (same_leaf[0] if same_leaf else None)
+    if best is None:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        leaves = {candidate.rsplit(".", 1)[-1]: candidate for candidate in known}
+        near_leaf = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
+        best = near[0] if near else leaves[near_leaf[0]] if near_leaf else None
+    return f"; did you mean '{best}'?" if best else ""
+
+
+def merge(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings, nested ones merged, with the second winning."""
+    merged = dict(weak)
+    for key, value in strong.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def flatten(values: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for every key that is not a section."""
+    values = values.model_dump() if isinstance(values, BaseModel) else values
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _method_of(recipe: dict[str, Any], flags: Sequence[str]) -> str:
+    """The method, read before everything else because it decides what the others default to."""
+    method = recipe.get("method", Config().method)
+    for position, flag in enumerate(flags):
+        if flag == "--method" and position + 1 < len(flags):
+            method = flags[position + 1]
+        elif flag.startswith("--method="):
+            method = flag.split("=", 1)[1]
+    if method not in METHODS:
+        raise UsageError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
+    return method
+
+
+def _apply_flags(base: Config, flags: Sequence[str]) -> Config:
+    """`base` changed by `--key value` flags; tyro prints usage errors itself and exits with 2."""
+    import tyro
+
+    known = {key.replace("_", "-") for key in flatten(Config())}
+    for flag in flags:
+        key = flag.removeprefix("--").split("=", 1)[0].replace("_", "-")
+        if flag.startswith("--") and key not in known and key.replace("-", "_") in SYNONYMS:
+            raise UsageError(f"unknown flag '{flag}'{suggestion(key.replace('-', '_'))}")
+    return tyro.cli(
+        Config,
+        default=base,
+        args=list(flags),
+        prog=f"uniapl {sys.argv[1] if len(sys.argv) > 1 else 'train'} RECIPE",
+        config=(tyro.conf.FlagConversionOff,),
+    )

@@ -1,0 +1,19 @@
+"""Scoring answers: reward functions with TRL's signature, and the rules for what they do wrong.
+
+    def reward(prompts, completions, **columns) -> list[float | None]
+
+One value per completion, in order; None says "does not apply". A function may be sync or async. It is called
+with those of `prompts`, `completions`, `completion_ids` and the data's columns that its parameters name (with
+all of them if it takes ``**kwargs``). A completion is a string where the prompt is one, and a list with one
+assistant message where the prompt is a chat.
+
+What can go wrong, and the one rule for each (docs/architecture.md has the table): the samples concerned have NO
+reward, they are left out of their group's mean and of the loss, and the failure is counted in
+``rewards/<name>/error_rate`` or ``timeout_rate``. It is never turned into a 0, which would be a judgement.
+"""
+
+from uniapl.rewards import builtin as _builtin  # registers the functions that come with the package
+from uniapl.rewards.base import Rewarder, RewardFunction, RewardOutcome, register
+
+__all__ = ["RewardFunction", "RewardOutcome", "Rewarder", "register"]
+del _builtin

@@ -1,0 +1,87 @@
+"""`uniapl check`: everything that can be known before training, without loading the model's weights."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from uniapl.config import Config
+from uniapl.resolve import Resolved, flatten, stages_of
+from uniapl.train import setup
+from uniapl.types import Example
+
+
+def check_run(resolved: Resolved) -> dict[str, Any]:
+    """Load and check all but the weights; what there is to know, as plain values.
+
+    Raises:
+        UsageError: What would have stopped the run.
+    """
+    stages = stages_of(resolved)
+    materials = setup.load_materials(resolved, stages)
+    examples, tokenizer = materials.dataset.examples, materials.tokenizer
+    shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
+    values = flatten(resolved.config)
+    return {
+        "values": {key: [values[key], source] for key, source in resolved.sources.items()},
+        "notes": list(resolved.notes),
+        "examples": len(examples),
+        "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
+        "left_out": {reason: list(rows) for reason, rows in materials.dataset.left_out.items()},
+        "rewards": {
+            reward.name: sum(reward.applies_to(e) for e in examples) for reward in materials.rewarder.rewards
+        },
+        "stages": [_stage_report(stage.config, materials) for stage in stages],
+        "preview": _preview(shown, tokenizer),
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report for people."""
+    console = Console(highlight=False)
+    table = Table("key", "value", "source", title="values that are not defaults")
+    for key, (value, source) in report["values"].items():
+        if source != "default":
+            table.add_row(key, str(value), source)
+    console.print(table)
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"data: {report['examples']} rows, {report['with_demonstration']} with a demonstration")
+    for reason, rows in report["left_out"].items():
+        listed = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+        console.print(f"left out, {reason}: {len(rows)} rows ({listed})", markup=False)
+    for name, count in report["rewards"].items():
+        console.print(f"reward '{name}': applies to {count} rows, answers two of them", markup=False)
+    for number, stage in enumerate(report["stages"], start=1):
+        parts = ", ".join(f"{key} {value}" for key, value in stage.items())
+        console.print(f"stage {number}: {parts}", markup=False)
+    preview = report["preview"]
+    console.print(f"row {preview['row']} as the model sees it (what is learnt from stands in [[ ]]):")
+    console.print(preview["text"], markup=False)
+    console.print("ok")
+
+
+def _stage_report(config: Config, materials: setup.Materials) -> dict[str, Any]:
+    """The arithmetic of one stage: how many rows and tokens a step has, and how often the data is seen."""
+    prompts, demonstrations = setup.streams(config, materials.dataset, materials.rewarder)
+    objective, batching = config.objective, config.batching
+    report: dict[str, Any] = {"method": config.method, "steps": config.max_steps}
+    if objective.uses_rollouts:
+        drawn = batching.prompts_per_step * config.max_steps
+        report["prompts"] = len(prompts)
+        report["rollouts per step"] = batching.prompts_per_step * config.rollout.num_generations
+        report["passes over the prompts"] = round(drawn / len(prompts), 2)
+    if objective.learns_from_demonstrations:
+        drawn = batching.demonstrations_per_step * config.max_steps
+        report["demonstrations"] = len(demonstrations)
+        report["demonstrations per step"] = batching.demonstrations_per_step
+        report["passes over the demonstrations"] = round(drawn / len(demonstrations), 2)
+    if objective.lambda_adv > 0:
+        paired = sum(example.demonstration_ids is not None for example in prompts)
+        report["prompts that the discriminator can learn from"] = paired
+    return report
+
+
+def _preview(example: Example, tokenizer: Any) -> dict[str, Any]:
+    answer = tokenizer.decode(example.demonstration_ids) if example.demonstration_ids else ""
+    return {"row": example.row, "text": f"{tokenizer.decode(example.prompt_ids)}[[{answer}]]"}

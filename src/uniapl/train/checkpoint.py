@@ -1,0 +1,169 @@
+"""Checkpoints: whole or not there at all, verified when read, without anything that could run code.
+
+A checkpoint is a directory that `transformers` loads as it is, plus what a run needs to go on as if it had
+never stopped. It is written under a temporary name, its manifest (sizes and SHA-256 of every file) last, and
+then renamed in one move.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from uniapl.errors import UsageError
+
+MANIFEST = "manifest.json"
+TEMPORARY_PREFIX = ".incomplete-"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a fresh directory, seal it with a manifest, and move it to `path`.
+
+    Whatever happens on the way, `path` is either whole or as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        manifest = {
+            str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in files
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in [*files, temporary / MANIFEST, temporary]:
+            _fsync(file)
+        if path.exists():
+            replaced = path.parent / f"{TEMPORARY_PREFIX}replaced-{path.name}"
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+            temporary.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(path)
+        _fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def defects(path: Path) -> list[str]:
+    """What is wrong with a sealed directory, one line per file; nothing when it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST}: {error}"]
+    found: list[str] = []
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            found.append(f"{name}: missing")
+        elif file.stat().st_size != expected["bytes"]:
+            found.append(f"{name}: {file.stat().st_size} bytes, expected {expected['bytes']}")
+        elif _sha256(file) != expected["sha256"]:
+            found.append(f"{name}: contents changed")
+    return found
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, damaged ones included."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: the newest whole one for "auto", None for "never", or the one named.
+
+    Raises:
+        UsageError: The named checkpoint is missing or damaged, or all of a run's are damaged.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if found := defects(path):
+            raise UsageError(f"checkpoint '{path}' cannot be used: {'; '.join(found)}")
+        return path
+    existing = checkpoints(run_dir)
+    for path in reversed(existing):
+        if not (found := defects(path)):
+            return path
+        say(f"checkpoint {path} is damaged and skipped: {'; '.join(found)}")
+    if existing:
+        raise UsageError(f"every checkpoint in {run_dir / 'checkpoints'} is damaged; start anew elsewhere")
+    return None
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a killed save left behind."""
+    for path in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(path)
+    for path in (run_dir / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """A module's tensors as safetensors."""
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """The inverse of :func:`save_module`; every tensor must fit."""
+    module.load_state_dict(load_file(path))
+
+
+def save_optimizer(optimizer: Optimizer, stem: Path) -> None:
+    """An optimizer's state as `stem`.safetensors and `stem`.json: no pickle."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.contiguous()
+            else:
+                scalars[f"{index}.{name}"] = value
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    rest = {"param_groups": state["param_groups"], "scalars": scalars}
+    stem.with_suffix(".json").write_text(json.dumps(rest), encoding="utf-8")
+
+
+def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
+    """The inverse of :func:`save_optimizer`."""
+    rest = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {}
+    values = {**load_file(stem.with_suffix(".safetensors")), **rest["scalars"]}
+    for key, value in values.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = rest["param_groups"]
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,193 @@
+"""The numbers of a step under TRL's names, and the two files that every run writes."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uniapl.rewards import RewardOutcome
+from uniapl.train.credit import Credit
+from uniapl.train.step import PolicyStep
+from uniapl.types import RolloutGroup
+
+
+def update_metrics(
+    step: PolicyStep, counts: Mapping[str, int], weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """Loss, its components (each over its own tokens, before weighting), and what the clip and the sampler did."""
+    sums = step.sums
+
+    def per(component: str, name: str | None = None) -> float | None:
+        value = sums.get(name or component)
+        return value / counts[component] if value is not None and counts[component] else None
+
+    return {
+        "loss": sums["loss"],
+        "loss/sft": per("sft"),
+        "loss/rl": per("rl"),
+        "loss/adv": per("adv"),
+        "loss/kl": per("kl"),
+        "sft/nll": per("sft", "nll"),
+        "kl": per("kl") if "kl" in sums else None,
+        "entropy": per("kl", "entropy"),
+        "weight/mu": weights["sft"],
+        "weight/lambda_adv": weights["adv"],
+        "tokens/sft": counts["sft"],
+        "tokens/rl": counts["rl"],
+        "tokens/adv": counts["adv"],
+        "grad_norm": step.grad_norm,
+        "clip_ratio/low_mean": per("rl", "clip_low"),
+        "clip_ratio/high_mean": per("rl", "clip_high"),
+        "sampling/sampling_logp_difference/mean": per("kl", "sampling_difference"),
+        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if counts["kl"] else None,
+    }
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], credits: Sequence[Credit]) -> dict[str, Any]:
+    """Rewards, group outcomes, completion lengths, and how the answers look to the discriminator."""
+    if not groups:
+        return {}
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    known = [[r for r in group.rewards if r is not None] for group in groups]
+    rewarded = [rewards for rewards in known if rewards]
+    every = [reward for rewards in rewarded for reward in rewards]
+    constant = [rewards for rewards in rewarded if max(rewards) == min(rewards)]
+    highest, lowest = max(every, default=0.0), min(every, default=0.0)
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
+    wins = [u for credit in credits for u in credit.win_rates if u is not None]
+    metrics = {
+        "reward": _mean(every),
+        "reward_std": _mean([statistics.pstdev(rewards) for rewards in rewarded]),
+        "frac_reward_zero_std": len(constant) / len(rewarded) if rewarded else None,
+        "groups/mixed": 1 - len(constant) / len(rewarded) if rewarded else None,
+        "groups/all_good": _share(constant, lambda rewards: rewards[0] == highest > lowest, len(rewarded)),
+        "groups/all_bad": _share(constant, lambda rewards: rewards[0] == lowest < highest, len(rewarded)),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/mean_terminated_length": _mean(ended),
+        "completions/clipped_ratio": 1 - len(ended) / len(rollouts),
+    }
+    if wins:
+        win_rate = statistics.fmean(wins)
+        metrics["discriminator/win_rate"] = win_rate
+        metrics["discriminator/expert_gap"] = max(0.0, 0.5 - win_rate)
+    for name in groups[0].reward_parts:
+        values = [v for group in groups for v in group.reward_parts[name] if v is not None]
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+        metrics[f"rewards/{name}/std"] = statistics.pstdev(values) if values else None
+    return metrics
+
+
+def reward_health(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, Any]:
+    """Share of samples that each function failed on or said nothing about; one outcome per process."""
+    metrics: dict[str, Any] = {}
+    for name, parts in outcomes.items():
+        total = sum(len(part.values) for part in parts)
+        failed = sum(sum(part.failed) for part in parts)
+        late = sum(sum(part.failed) for part in parts if part.timed_out)
+        silent = sum(value is None for part in parts for value in part.values) - failed
+        metrics[f"rewards/{name}/error_rate"] = (failed - late) / total if total else None
+        metrics[f"rewards/{name}/timeout_rate"] = late / total if total else None
+        metrics[f"rewards/{name}/none_rate"] = silent / total if total else None
+        metrics[f"time/rewards/{name}"] = max((part.seconds for part in parts), default=0.0)
+    return metrics
+
+
+def pair_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
+    """Accuracy and margin of the discriminator on fresh pairs, before it has learnt from them."""
+    margins = [
+        group.expert_logit - logit
+        for group in groups
+        if group.expert_logit is not None and group.policy_logits is not None
+        for logit in group.policy_logits
+    ]
+    if not margins:
+        return {}
+    # A tie counts half: a discriminator that says nothing has accuracy 0.5, not 0.
+    right = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
+    return {
+        "discriminator/accuracy": right / len(margins),
+        "discriminator/margin": statistics.fmean(margins),
+    }
+
+
+def completion_records(
+    step: int, groups: Sequence[RolloutGroup], credits: Sequence[Credit]
+) -> list[dict[str, Any]]:
+    """One line of completions.jsonl per prompt."""
+    return [
+        {
+            "step": step,
+            "row": group.example.row,
+            "prompt": group.example.prompt,
+            "demonstration": group.example.demonstration,
+            "completions": [
+                {
+                    "text": text,
+                    "tokens": len(rollout.completion_ids),
+                    "finish_reason": rollout.finish_reason,
+                    "reward": reward,
+                    "rewards": {name: values[i] for name, values in group.reward_parts.items()},
+                    "advantage": credit.advantages[i],
+                    "win_rate": credit.win_rates[i],
+                }
+                for i, (text, rollout, reward) in enumerate(
+                    zip(group.texts, group.rollouts, group.rewards, strict=True)
+                )
+            ],
+        }
+        for group, credit in zip(groups, credits, strict=True)
+    ]
+
+
+class JsonlLog:
+    """A file of one JSON object per line, each with a "step".
+
+    Opened at the step a run goes on from, it drops the lines of later steps, which will be written again.
+    One process writes; in the others it is not enabled.
+    """
+
+    def __init__(self, path: Path, *, last_step: int, enabled: bool = True) -> None:
+        self.path, self.enabled = path, enabled
+        if not enabled:
+            return
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def write(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append; a number that is not finite becomes null, which every JSON reader understands."""
+        if not self.enabled:
+            return
+        lines = [json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) for record in records]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end; a process that was killed may have left half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if line]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _share(groups: Sequence[list[float]], holds: Any, total: int) -> float | None:
+    return sum(map(holds, groups)) / total if total else None

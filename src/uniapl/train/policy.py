@@ -1,0 +1,85 @@
+"""The policy as the loss sees it: token ids and masks in, log-probabilities out."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from uniapl.functional import logprobs_from_logits, selected_logprobs
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward gives the log-probabilities of chosen tokens.
+
+    Only the positions under the mask meet the language-model head, in chunks. Where the model does more than a
+    linear head (a soft cap, a logit scale), which a check at the start finds out, the full logits are used.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        # Always eval: dropout in the ratio's two log-probabilities would make the ratio noise.
+        self.model = model.eval()
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.has_linear_head = self._check_head()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        temperature: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of the tokens under `mask`, 0 elsewhere.
+
+        Args:
+            input_ids, attention_mask, position_ids: [B, T], as in MicroBatch.
+            mask: [B, T]; never True in the first column, which no token precedes.
+            temperature: [B], one per row.
+
+        Returns:
+            `logprobs` and `entropy`, [B, T], nats, aligned to the token they speak of.
+        """
+        chosen = mask[:, 1:]
+        token_ids = input_ids[:, 1:][chosen]
+        temperatures = temperature.unsqueeze(-1).expand_as(chosen)[chosen]
+        inputs = self._inputs(input_ids, attention_mask, position_ids)
+        if self.has_linear_head:
+            hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][chosen]
+            device = hidden.device.type
+            if torch.is_autocast_enabled(device):
+                hidden = hidden.to(torch.get_autocast_dtype(device))
+            head: Any = self.model.get_output_embeddings()
+            with torch.autocast(device, enabled=False):
+                logprobs, entropy = selected_logprobs(
+                    hidden, head.weight, token_ids, temperatures, bias=getattr(head, "bias", None)
+                )
+        else:
+            logits = self.model(**inputs).logits[:, :-1][chosen].float()
+            logprobs, entropy = logprobs_from_logits(logits, token_ids, temperatures)
+        empty = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
+        return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask.long(),
+            "use_cache": False,
+            **positions,
+        }
+
+    @torch.no_grad()
+    def _check_head(self) -> bool:
+        """Whether trunk and head alone reproduce the model's own logits."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return False
+        ids = torch.arange(4, device=self.model.device).unsqueeze(0) % head.weight.shape[0]
+        inputs = self._inputs(ids, torch.ones_like(ids), torch.arange(4, device=ids.device).unsqueeze(0))
+        logits = self.model(**inputs).logits
+        return torch.allclose(
+            head(self.model.base_model(**inputs).last_hidden_state), logits, atol=1e-4, rtol=1e-3
+        )

@@ -1,0 +1,274 @@
+"""Everything that a run needs before its first step, and everything that can be found wrong by then."""
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from uniapl import data
+from uniapl.config import Config, ModelConfig
+from uniapl.data import Dataset
+from uniapl.errors import UsageError
+from uniapl.resolve import STAGE_KEYS, Resolved
+from uniapl.rewards import Rewarder
+from uniapl.rewards.base import find_function, named_reward
+from uniapl.types import Example
+
+RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl")
+RUN_DIRECTORIES = ("checkpoints", "stages", "final")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """What a run is made of, the model's weights aside: loaded and checked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    rewarder: Rewarder
+    data_sha256: str
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the rows of a batch; masks never look at it."""
+        assert isinstance(self.tokenizer.pad_token_id, int)
+        return self.tokenizer.pad_token_id
+
+
+def load_materials(
+    resolved: Resolved,
+    stages: Sequence[Resolved],
+    *,
+    train_dataset: Iterable[Mapping[str, Any]] | None = None,
+    reward_functions: Sequence[Callable[..., Any]] = (),
+) -> Materials:
+    """Tokenizer, data and reward functions, each checked against what the stages need of them.
+
+    Raises:
+        UsageError: Anything that would have to fail later, named with its remedy.
+    """
+    config = resolved.config
+    tokenizer = load_tokenizer(config.model)
+    model_config = load_model_config(config.model)
+    rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
+    dataset = data.prepare(
+        rows,
+        tokenizer,
+        config.data,
+        context_length=getattr(model_config.get_text_config(), "max_position_embeddings", None),
+        max_completion_length=max(
+            (s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts),
+            default=0,
+        ),
+    )
+    rewarder = Rewarder(
+        [
+            named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args)
+            for f in config.rewards.functions
+        ]
+        + [named_reward(getattr(f, "__name__", "reward"), f) for f in reward_functions],
+        timeout=config.rewards.timeout,
+    )
+    for stage in stages:
+        check_stage(stage.config, dataset, rewarder)
+    if any(stage.config.objective.uses_rollouts for stage in stages):
+        rewarder.check_columns(dataset.examples)
+        try_rewards(rewarder, dataset.examples)
+    content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
+    return Materials(
+        tokenizer=tokenizer,
+        dataset=dataset,
+        rewarder=rewarder,
+        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, padding on the right with its pad token or else its end token."""
+    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The architecture's description, without weights."""
+    return _from_pretrained(AutoConfig.from_pretrained, "model", config)
+
+
+def load_model(config: ModelConfig, path: str | Path | None = None) -> PreTrainedModel:
+    """The causal language model in fp32 (training computes in bf16 under autocast where that is on)."""
+    optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    if path is not None:
+        config = config.model_copy(update={"model_name_or_path": str(path), "model_revision": None})
+    return _from_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        "model",
+        config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        **optional,
+    )
+
+
+def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, **arguments: Any) -> Any:
+    name = config.model_name_or_path
+    if name is None:
+        raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
+    try:
+        return load(
+            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code, **arguments
+        )
+    except Exception as error:  # transformers and the Hub client raise many kinds
+        hint = "" if Path(name).exists() else " (there is no such directory here)"
+        raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that has ids the model does not know."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}: they do not belong together"
+        )
+
+
+def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder) -> None:
+    """Whether the data and the rewards hold what the method needs.
+
+    Raises:
+        UsageError: Naming the method, what is missing, and how to give it.
+    """
+    objective, method = config.objective, config.method
+    prompts, demonstrations = streams(config, dataset, rewarder)
+    if objective.learns_from_rewards and not rewarder.rewards:
+        raise UsageError(
+            f"method '{method}' learns from rewards: name at least one in rewards.functions "
+            "(or choose sft, a-sft or gad)"
+        )
+    if objective.learns_from_demonstrations and not demonstrations:
+        raise UsageError(
+            f"method '{method}' learns from demonstrations, but no row has a 'completion' "
+            "(or 'messages' that end with the assistant); choose grpo, or add them"
+        )
+    if objective.lambda_adv > 0 and not demonstrations:
+        raise UsageError(
+            f"method '{method}' compares answers with demonstrations, but no row has a 'completion'; "
+            "set objective.lambda_adv to 0, or add them"
+        )
+    if objective.uses_rollouts and not prompts:
+        raise UsageError(f"method '{method}' samples answers, but no reward function applies to any row")
+
+
+def streams(config: Config, dataset: Dataset, rewarder: Rewarder) -> tuple[list[Example], list[Example]]:
+    """(prompts to sample for, demonstrations to learn from)."""
+    return data.split_streams(
+        dataset, can_be_rewarded=rewarder.applies_to, uses_adversary=config.objective.lambda_adv > 0
+    )
+
+
+def try_rewards(rewarder: Rewarder, examples: Sequence[Example]) -> None:
+    """Call every function once on two rows: what fails on the first call is better heard of now.
+
+    Raises:
+        UsageError: The function raised, hung, or returned something of a wrong form.
+    """
+    for reward in rewarder.rewards:
+        rows = [example for example in examples if reward.applies_to(example)][:2]
+        if not rows:
+            continue
+        answers = [example.demonstration or "An answer." for example in rows]
+        ids = [example.demonstration_ids or (0,) for example in rows]
+        outcome = rewarder.score_one(reward, rows, answers, ids)
+        if any(outcome.failed):
+            raise UsageError(
+                f"reward function '{reward.name}' fails on rows {', '.join(str(row.row) for row in rows)} "
+                f"of the data: {outcome.message}"
+            )
+
+
+def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materials: Materials) -> Path:
+    """Refuse to mix two runs in one directory; write config.yaml and manifest.json.
+
+    Raises:
+        UsageError: A run is already there and neither `resume` nor `overwrite` says what to do with it.
+    """
+    config = resolved.config
+    run_dir = Path(config.output_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if (run_dir / name).exists()]
+        if occupied and config.resume == "never":
+            if not config.overwrite:
+                raise UsageError(
+                    f"output_dir '{run_dir}' already holds a run ({', '.join(occupied)}): go on with it by "
+                    "--resume auto, replace it by --overwrite True, or choose another --output-dir"
+                )
+            for name in occupied:
+                path = run_dir / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (run_dir / "config.yaml").write_text(_as_recipe(resolved, stages), encoding="utf-8")
+        manifest = run_manifest(config, materials)
+        (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"output_dir '{run_dir}' cannot be written: {error}") from error
+    return run_dir
+
+
+def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
+    """A recipe that reproduces the run: every value resolved, each stage in full."""
+    values = resolved.config.model_dump(mode="json", exclude={"resume", "overwrite"})
+    if resolved.config.stages:
+        values["stages"] = [
+            {key: value for key, value in stage.config.model_dump(mode="json").items() if key in STAGE_KEYS}
+            for stage in stages
+        ]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def run_manifest(config: Config, materials: Materials) -> dict[str, Any]:
+    """What somebody needs to know to run it again."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path.cwd()
+    )
+    return {
+        "versions": {
+            "uniapl": version("uniapl"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": version("accelerate"),
+        },
+        "seed": config.seed,
+        "model": config.model.model_name_or_path,
+        "data": {
+            "path": config.data.path,
+            "sha256": materials.data_sha256,
+            "examples": len(materials.dataset.examples),
+            "left_out": {reason: len(rows) for reason, rows in materials.dataset.left_out.items()},
+        },
+        "git_commit": commit.stdout.strip() or None,
+    }

@@ -1,0 +1,250 @@
+"""What one stage trains: the policy with its optimizer, a reference, an adversary; and how it is saved."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModel, PreTrainedModel, get_scheduler
+
+from uniapl.config import Config
+from uniapl.discriminator.bradley_terry import (
+    AdversaryState,
+    BradleyTerry,
+    BradleyTerryDiscriminator,
+    Comparison,
+    Replay,
+)
+from uniapl.errors import UsageError
+from uniapl.functional import warmup_cosine
+from uniapl.rollout import Sampler
+from uniapl.rollout.local import LocalSampler
+from uniapl.train import checkpoint
+from uniapl.train.policy import Policy
+from uniapl.train.setup import Materials, load_model, stop_ids
+from uniapl.train.step import discriminator_step
+from uniapl.types import RolloutGroup, derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """The discriminator with everything that its own training needs."""
+
+    discriminator: BradleyTerryDiscriminator
+    module: nn.Module
+    """The discriminator's module, wrapped for several processes."""
+    optimizer: Optimizer
+    replay: Replay
+    state: AdversaryState
+
+    def judge(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...], float | None]]:
+        """(logits of the rollouts, logit of the demonstration) of each group."""
+        sequences = [(g.example.prompt_ids, r.completion_ids) for g in groups for r in g.rollouts]
+        experts = [g.example for g in groups if g.example.demonstration_ids is not None]
+        sequences += [(e.prompt_ids, e.demonstration_ids or ()) for e in experts]
+        logits = iter(self.discriminator.score(sequences))
+        policy = [tuple(next(logits) for _ in g.rollouts) for g in groups]
+        expert = [next(logits) if g.example.demonstration_ids is not None else None for g in groups]
+        return list(zip(policy, expert, strict=True))
+
+    def learn(
+        self, accelerator: Accelerator, groups: Sequence[RolloutGroup], config: Config, step: int
+    ) -> dict[str, Any]:
+        """Its updates of one step: fresh comparisons and a share of older ones, unless it is paused."""
+        settings = config.discriminator
+        fresh = [Comparison.of(g) for g in groups if g.example.demonstration_ids is not None]
+        losses: list[float] = []
+        skipped = 0
+        if not self.state.paused:
+            replayed = round(len(fresh) * settings.replay_share / (1 - settings.replay_share))
+            for update in range(settings.updates_per_step):
+                seed = derive_seed(config.seed, "replay", step, update)
+                comparisons = fresh + self.replay.draw(replayed, seed=seed)
+                if not comparisons:
+                    break
+                loss, applied = discriminator_step(
+                    accelerator,
+                    self.discriminator,
+                    self.module,
+                    self.optimizer,
+                    comparisons,
+                    max_grad_norm=settings.max_grad_norm,
+                )
+                losses.append(loss)
+                skipped += not applied
+        self.replay.add(fresh)
+        return {
+            "discriminator/loss": sum(losses) / len(losses) if losses else None,
+            "discriminator/updates": len(losses) - skipped,
+            "discriminator/skipped": skipped,
+            "discriminator/paused": int(self.state.paused),
+        }
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """One stage of a run: its configuration and everything it changes."""
+
+    config: Config
+    index: int
+    model: PreTrainedModel
+    """The language model inside `policy`: what is sampled from and saved."""
+    policy: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    reference: Policy | None
+    adversary: Adversary | None
+    sampler: Sampler
+    step: int = 0
+    """Steps of this stage that are done."""
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each component at the current step."""
+        objective = self.config.objective
+        mu = warmup_cosine(
+            self.step,
+            warmup_steps=objective.mu_warmup_steps,
+            decay_steps=objective.mu_decay_steps,
+            peak=objective.mu_peak,
+            valley=objective.mu_valley,
+        )
+        warm = self.adversary is not None and self.step >= self.config.discriminator.warmup_steps
+        return {
+            "sft": mu,
+            "rl": (1 - mu) * objective.reward_weight,
+            "adv": objective.lambda_adv if warm else 0.0,
+            "kl": objective.beta,
+        }
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Write all tensors of the stage below `directory`; return the rest, as JSON values."""
+        checkpoint.save_optimizer(self.optimizer, directory / "policy_optimizer")
+        state: dict[str, Any] = {
+            "stage": self.index,
+            "stage_step": self.step,
+            "scheduler": self.scheduler.state_dict(),
+        }
+        if self.adversary is not None:
+            checkpoint.save_module(
+                self.adversary.discriminator.module, directory / "discriminator.safetensors"
+            )
+            checkpoint.save_optimizer(self.adversary.optimizer, directory / "discriminator_optimizer")
+            state["adversary"] = asdict(self.adversary.state)
+            state["replay"] = self.adversary.replay.state()
+        return state
+
+    def load(self, directory: Path, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`save`; the policy's weights are loaded with the model."""
+        self.step = state["stage_step"]
+        checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.adversary is not None:
+            checkpoint.load_module(
+                self.adversary.discriminator.module, directory / "discriminator.safetensors"
+            )
+            checkpoint.load_optimizer(self.adversary.optimizer, directory / "discriminator_optimizer")
+            vars(self.adversary.state).update(state["adversary"])
+            self.adversary.replay.load(state["replay"])
+
+
+def build_stage(
+    config: Config,
+    index: int,
+    model: PreTrainedModel,
+    materials: Materials,
+    accelerator: Accelerator,
+    *,
+    start: Path | None,
+) -> Stage:
+    """A stage at its first step.
+
+    Args:
+        model: The policy's current weights, already on the device.
+        start: Directory with the weights that the stage started from; None for the run's own start.
+    """
+    objective, optim = config.objective, config.optim
+    optimizer = AdamW(
+        model.parameters(),
+        lr=optim.learning_rate,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        weight_decay=optim.weight_decay,
+    )
+    name = optim.lr_scheduler_type
+    scheduler = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=optim.warmup_steps,
+        num_training_steps=config.max_steps,
+    )
+    reference = None
+    if objective.beta > 0:
+        reference = Policy(load_model(config.model, start).to(accelerator.device)).requires_grad_(False)
+    adversary = _build_adversary(config, model, materials, accelerator) if objective.lambda_adv > 0 else None
+    policy, prepared = accelerator.prepare(Policy(model), optimizer)
+    rollout = config.rollout
+    sampler = LocalSampler(
+        model=model,
+        stop_ids=stop_ids(model, materials.tokenizer),
+        pad_id=materials.pad_id,
+        max_completion_length=rollout.max_completion_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_rows=rollout.max_rows,
+        autocast=accelerator.autocast,
+    )
+    return Stage(
+        config=config,
+        index=index,
+        model=model,
+        policy=policy,
+        optimizer=prepared,
+        scheduler=scheduler,
+        reference=reference,
+        adversary=adversary,
+        sampler=sampler,
+    )
+
+
+def _build_adversary(
+    config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
+) -> Adversary:
+    settings = config.discriminator
+    if settings.model_name_or_path is None:
+        module = BradleyTerry.copy_of(model)
+    else:
+        try:
+            trunk = AutoModel.from_pretrained(
+                settings.model_name_or_path, dtype=torch.float32, use_safetensors=True
+            )
+        except Exception as error:  # transformers and the Hub client raise many kinds
+            raise UsageError(
+                f"discriminator.model_name_or_path '{settings.model_name_or_path}' cannot be loaded: {error}"
+            ) from error
+        module = BradleyTerry(trunk).to(accelerator.device)
+    rows = module.trunk.get_input_embeddings().weight.shape[0]
+    if len(materials.tokenizer) > rows:
+        raise UsageError(
+            f"the discriminator knows {rows} tokens, the policy's tokenizer has {len(materials.tokenizer)}: "
+            "its backbone must share the policy's vocabulary"
+        )
+    module.eval()
+    optimizer = AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    wrapped, prepared = accelerator.prepare(module, optimizer)
+    return Adversary(
+        discriminator=BradleyTerryDiscriminator(
+            module=module,
+            pad_id=materials.pad_id,
+            max_tokens=config.batching.max_tokens,
+            autocast=accelerator.autocast,
+        ),
+        module=wrapped,
+        optimizer=prepared,
+        replay=Replay(settings.replay_size),
+        state=AdversaryState(),
+    )

@@ -1,0 +1,186 @@
+"""One update of the policy and one of the discriminator."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
+from uniapl.functional import clip_fractions, clipped_surrogate, k3_kl, objective, sft_loss
+from uniapl.functional.losses import TokenWeight
+from uniapl.types import MicroBatch
+
+
+@dataclass
+class PolicyStep:
+    """What an update did."""
+
+    applied: bool
+    """False when the loss or the gradient was not finite: the weights are as before."""
+    grad_norm: float
+    """Before clipping, over all parameters."""
+    sums: dict[str, float]
+    """Sums over the whole step (see `_measure`), and "loss"."""
+    old_logprobs: list[Tensor] = field(repr=False)
+    """Per micro-batch, the log-probabilities before the update."""
+
+
+def policy_step(
+    accelerator: Accelerator,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    batches: Sequence[MicroBatch],
+    counts: dict[str, int],
+    weights: dict[str, float],
+    *,
+    clip_low: float,
+    clip_high: float,
+    token_weight: TokenWeight,
+    max_grad_norm: float,
+    reference: nn.Module | None = None,
+    old_logprobs: Sequence[Tensor] | None = None,
+) -> PolicyStep:
+    """One optimizer step on the mixed batch: a forward per micro-batch for all components, one loss, one backward.
+
+    Args:
+        policy: A (wrapped) :class:`Policy`.
+        batches: This process's micro-batches, at least one.
+        counts: Tokens per component over all micro-batches and processes.
+        weights: One per component: "sft", "rl", "adv", "kl".
+        reference: The policy that the KL term stays near; needed when the weight of "kl" is positive.
+        old_logprobs: From the first update on these rollouts. None means on-policy: the update's own
+            log-probabilities, detached, are the old ones.
+    """
+    measured: dict[str, Tensor] = {}
+    kept: list[Tensor] = []
+
+    def loss_of(number: int, batch: MicroBatch) -> Tensor:
+        inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
+        mask = batch.sft_mask | batch.rollout_mask
+        logprobs, entropy = policy(*inputs, mask, batch.temperature)
+        old = logprobs.detach() if old_logprobs is None else old_logprobs[number]
+        kept.append(old)
+        clip = {"clip_low": clip_low, "clip_high": clip_high}
+        sums = {
+            "sft": sft_loss(logprobs, batch.sft_mask, token_weight=token_weight),
+            "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, **clip),
+            "adv": clipped_surrogate(logprobs, old, batch.adversarial_advantages, batch.adv_mask, **clip),
+        }
+        if reference is not None:
+            with torch.no_grad():
+                ref_logprobs, _ = reference(*inputs, batch.rollout_mask, batch.temperature)
+            sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
+        loss = objective(sums, weights, counts)
+        _measure(measured, sums, loss, logprobs.detach(), old, entropy, batch, clip)
+        return loss
+
+    optimizer.zero_grad()
+    losses = (lambda n=n, b=b: loss_of(n, b) for n, b in enumerate(batches))
+    accumulate_gradients(accelerator, policy, losses)
+    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    sums = reduce_sums(accelerator, measured)
+    applied = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad()
+    return PolicyStep(applied=applied, grad_norm=grad_norm, sums=sums, old_logprobs=kept)
+
+
+def discriminator_step(
+    accelerator: Accelerator,
+    discriminator: BradleyTerryDiscriminator,
+    module: nn.Module,
+    optimizer: Optimizer,
+    comparisons: Sequence[Comparison],
+    *,
+    max_grad_norm: float,
+) -> tuple[float, bool]:
+    """One Bradley-Terry update on comparisons that every process knows, each computing its share.
+
+    Returns:
+        The loss per pair, and whether the update was applied (False: not finite, the weights are as before).
+    """
+    pairs = sum(len(comparison.completions) for comparison in comparisons)
+    share = comparisons[accelerator.process_index :: accelerator.num_processes]
+    measured: dict[str, Tensor] = {}
+
+    def loss_of(compute: Callable[[], Tensor]) -> Tensor:
+        loss = objective({"pairs": compute()}, {"pairs": 1.0}, {"pairs": pairs})
+        _add(measured, "loss", loss.detach())
+        return loss
+
+    optimizer.zero_grad()
+    losses = (lambda c=c: loss_of(c) for c in discriminator.losses(share, module))
+    accumulate_gradients(accelerator, module, losses)
+    grad_norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm))
+    loss = reduce_sums(accelerator, measured)["loss"]
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, applied
+
+
+def accumulate_gradients(
+    accelerator: Accelerator, module: nn.Module, losses: Iterable[Callable[[], Tensor]]
+) -> None:
+    """Backward through every loss; processes exchange gradients once, in the last backward.
+
+    The losses are already divided by global counts, and DDP averages over processes: hence the factor.
+    """
+    pending: Callable[[], Tensor] | None = None
+    for compute in losses:
+        if pending is not None:
+            with accelerator.no_sync(module):
+                accelerator.backward(pending() * accelerator.num_processes)
+        pending = compute
+    assert pending is not None, "every process takes part with at least one micro-batch"
+    accelerator.backward(pending() * accelerator.num_processes)
+
+
+def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over all processes; keys that end in "_max" take the maximum."""
+    names = sorted(measured)
+    everywhere = torch.stack([measured[name].cpu().double() for name in names]).unsqueeze(0)
+    if accelerator.num_processes > 1:
+        gathered = accelerator.gather(everywhere.to(accelerator.device))
+        assert isinstance(gathered, Tensor)
+        everywhere = gathered
+    return {
+        name: float(everywhere[:, i].max() if name.endswith("_max") else everywhere[:, i].sum())
+        for i, name in enumerate(names)
+    }
+
+
+def _measure(
+    measured: dict[str, Tensor],
+    sums: dict[str, Tensor],
+    loss: Tensor,
+    logprobs: Tensor,
+    old: Tensor,
+    entropy: Tensor,
+    batch: MicroBatch,
+    clip: dict[str, float],
+) -> None:
+    """Add a micro-batch to the step's sums; whoever logs divides them by the component's count."""
+    _add(measured, "loss", loss.detach())
+    for name, value in sums.items():
+        _add(measured, name, value.detach())
+    _add(measured, "nll", sft_loss(logprobs, batch.sft_mask))
+    _add(measured, "entropy", torch.where(batch.rollout_mask, entropy, 0.0).sum())
+    low, high = clip_fractions(logprobs, old, batch.advantages, batch.rl_mask, **clip)
+    _add(measured, "clip_low", low)
+    _add(measured, "clip_high", high)
+    difference = torch.where(batch.rollout_mask, (old - batch.sampling_logprobs).abs(), 0.0)
+    _add(measured, "sampling_difference", difference.sum())
+    highest = difference.max()
+    before = measured.get("sampling_difference_max", highest)
+    measured["sampling_difference_max"] = torch.maximum(before, highest)
+
+
+def _add(measured: dict[str, Tensor], name: str, value: Tensor) -> None:
+    measured[name] = measured[name] + value if name in measured else value
