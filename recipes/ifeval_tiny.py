@@ -1,10 +1,10 @@
-"""Make what recipes/ifeval_tiny.yaml trains on: a small Qwen3 and a file of prompts, some with demonstrations.
+"""Make what recipes/ifeval_tiny.yaml trains on: a small Qwen3, and prompts, some with demonstrations.
 
     python recipes/ifeval_tiny.py --prompts IFEVAL.jsonl --output build/ifeval_tiny
 
-The prompts are IFEval's (a .jsonl file with a `prompt` column; any other such file will do). Where there is no
-such file, the prompts that lie beside this script are taken. The model has random weights and a byte-level BPE
-tokenizer trained on the prompts: it can say nothing yet, which makes visible what training teaches it.
+The prompts are IFEval's (a .jsonl file with a `prompt` column; any other such file will do). Where there is
+no such file, the prompts that lie beside this script are taken. The model has random weights and a byte-level
+BPE tokenizer trained on the prompts: it can say nothing yet, which makes visible what training teaches it.
 """
 
 import argparse
@@ -23,7 +23,9 @@ SEED = 0
 
 # Qwen's turn markers, without its tools and thinking.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -35,15 +37,20 @@ ANSWERS = (
     "a simple text about {a} and then about {b}.",
 )
 STOP_WORDS = frozenset(
-    "about after all also and any are before but can could each exactly from have include into least less letters "
-    "make more must not only please response should than that the their them there these they this use using "
-    "want what when which will with without word words write you your".split()
+    """
+    about after also any are before but can could each exactly from have include into least less letters make
+    more must not only please response should than that the their them there these they this use using want
+    what when which will with without word words write you your
+    """.split()
 )
 
 
 def demonstration(prompt: str, rng: random.Random) -> str:
     """A short answer in the expert's manner, about two words of the prompt."""
-    words = [w for w in re.findall(r"[a-z]{4,}", prompt.lower()) if w not in STOP_WORDS] or ["things", "ideas"]
+    words = [w for w in re.findall(r"[a-z]{4,}", prompt.lower()) if w not in STOP_WORDS] or [
+        "things",
+        "ideas",
+    ]
     topics = list(dict.fromkeys(words))[:6]
     return rng.choice(ANSWERS).format(a=rng.choice(topics), b=rng.choice(topics))
 

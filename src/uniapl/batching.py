@@ -57,7 +57,7 @@ def micro_batches(
     padding_side: Literal["left", "right"] = "right",
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
-    """Cut rows into micro-batches of at most `max_tokens` padded tokens (one row at least) and `max_rows` rows.
+    """Cut rows into micro-batches of at most `max_tokens` padded tokens (or one row) and `max_rows` rows.
 
     Rows of like length share a micro-batch, whatever their kind. No rows at all give one micro-batch that
     teaches nothing, so that every process has a backward pass to take part in.
@@ -89,7 +89,7 @@ def collate(
     """Pad rows into one micro-batch; masks come from lengths, never from token ids."""
     width = max(row.length for row in rows)
 
-    def padded(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+    def padded(values: Sequence[Sequence[int] | Sequence[float]], fill: int, dtype: torch.dtype) -> Tensor:
         out = torch.full((len(rows), width), fill, dtype=dtype)
         for number, value in enumerate(values):
             start = width - len(value) if padding_side == "left" else 0
@@ -126,7 +126,7 @@ def collate(
                 [0.0] * len(row.prompt_ids) + list(row.sampling_logprobs or [0.0] * len(row.completion_ids))
                 for row in rows
             ],
-            0.0,
+            0,
             torch.float32,
         ),
     )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 HELP = """\
 usage: uniapl VERB ...
 
-One-stage post-training of language models: demonstrations, rewards and an adversary in every gradient step.
+One-stage post-training of language models: demonstrations, rewards and an adversary in each gradient step.
 
 verbs:
   train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
@@ -22,7 +22,7 @@ verbs:
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
 `uniapl train RECIPE.yaml --help` lists them all with their values.
 
-exit codes: 0 ok, 1 the run failed, 2 usage, configuration or data, 3 stopped by a health rule, 130 interrupted
+exit codes: 0 ok, 1 run failed, 2 usage, configuration or data, 3 stopped by a health rule, 130 interrupted
 """
 
 
@@ -52,8 +52,12 @@ def run(arguments: list[str]) -> int:
 def train(arguments: list[str]) -> int:
     """`uniapl train RECIPE.yaml [--key value ...]`."""
     resolved = _resolve("train", arguments)
+    from transformers.utils import logging
+
     from uniapl.train.loop import train_resolved
 
+    # Bars for every file that is loaded or saved would tear the run's own display.
+    logging.disable_progress_bar()
     train_resolved(resolved)
     return 0
 

@@ -17,61 +17,75 @@ class ModelConfig(_Section):
     """The policy's start."""
 
     model_name_or_path: str | None = Field(
-        None, description="Directory or Hub id of a causal language model."
+        default=None, description="Directory or Hub id of a causal language model."
     )
-    model_revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
-    attn_implementation: str | None = Field(None, description="As in transformers: sdpa, eager, ...")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
+    attn_implementation: str | None = Field(default=None, description="As in transformers: sdpa, eager, ...")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 
 class DataConfig(_Section):
     """Rows with `prompt` and optionally `completion`, or with `messages`; other columns go to the rewards."""
 
     path: str | None = Field(
-        None, description="A .jsonl, .json, .csv or .parquet file, or a Hub data set id."
+        default=None, description="A .jsonl, .json, .csv or .parquet file, or a Hub data set id."
     )
-    split: str = Field("train", description="Split of a Hub data set.")
+    split: str = Field(default="train", description="Split of a Hub data set.")
     columns: dict[str, str] = Field(
-        {}, description="Renames columns: {theirs: ours}, e.g. {problem: prompt}."
+        default={}, description="Renames columns: {theirs: ours}, e.g. {problem: prompt}."
     )
     string_prompts: Literal["text", "chat"] = Field(
-        "text", description="A prompt that is a string is used as it is, or as a user's chat message."
+        default="text", description="A prompt that is a string is used as it is, or as a user's chat message."
     )
-    system_prompt: str | None = Field(None, description="System message for chat prompts that have none.")
+    system_prompt: str | None = Field(
+        default=None, description="System message for chat prompts that have none."
+    )
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(
-        {}, description="Arguments of the chat template, e.g. {enable_thinking: false} for Qwen3."
+        default={}, description="Arguments of the chat template, e.g. {enable_thinking: false} for Qwen3."
     )
-    max_prompt_length: int | None = Field(None, gt=0, description="Rows with a longer prompt are left out.")
+    max_prompt_length: int | None = Field(
+        default=None, gt=0, description="Rows with a longer prompt are left out."
+    )
     max_demonstration_length: int | None = Field(
-        None, gt=1, description="Longer demonstrations are left out: half an answer teaches never to stop."
+        default=None,
+        gt=1,
+        description="Longer demonstrations are left out: half an answer teaches never to stop.",
     )
 
 
 class RolloutConfig(_Section):
     """How answers are sampled."""
 
-    num_generations: int = Field(8, ge=2, description="Rollouts per prompt (TRL's default).")
-    max_completion_length: int = Field(256, ge=1, description="New tokens per rollout at most.")
-    temperature: float = Field(1.0, gt=0, description="Of sampling, and of the loss on rollouts.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
-    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 keeps all.")
-    max_rows: int = Field(256, ge=1, description="Rows that are decoded at the same time.")
+    num_generations: int = Field(default=8, ge=2, description="Rollouts per prompt (TRL's default).")
+    max_completion_length: int = Field(default=256, ge=1, description="New tokens per rollout at most.")
+    temperature: float = Field(default=1.0, gt=0, description="Of sampling, and of the loss on rollouts.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution."
+    )
+    top_k: int = Field(default=0, ge=0, description="Sample among the k likeliest tokens; 0 keeps all.")
+    max_rows: int = Field(default=256, ge=1, description="Rows that are decoded at the same time.")
 
 
 class RewardFunctionConfig(_Section):
     """One reward function."""
 
     name: str = Field(description="Registry name, `module:function` or `path.py:function`.")
-    weight: float = Field(1.0, description="Factor in the sum over functions.")
-    args: dict[str, bool | int | float | str] = Field({}, description="Keyword arguments bound to it.")
+    weight: float = Field(default=1.0, description="Factor in the sum over functions.")
+    args: dict[str, bool | int | float | str] = Field(
+        default={}, description="Keyword arguments bound to it."
+    )
 
 
 class RewardsConfig(_Section):
     """How answers are scored."""
 
-    functions: tuple[RewardFunctionConfig, ...] = Field((), description="Names, or {name, weight, args}.")
+    functions: tuple[RewardFunctionConfig, ...] = Field(
+        default=(), description="Names, or {name, weight, args}."
+    )
     timeout: float | None = Field(
-        60.0, gt=0, description="Seconds for one call of one function; None calls it in the main thread."
+        default=60.0,
+        gt=0,
+        description="Seconds for one call of one function; None calls it in the main thread.",
     )
 
     @field_validator("functions", mode="before")
@@ -85,26 +99,34 @@ class RewardsConfig(_Section):
 class ObjectiveConfig(_Section):
     """The weights and shapes of the three forces (docs/method.md)."""
 
-    mu_peak: float = Field(0.5, ge=0, le=1, description="Weight of the demonstrations after the warm-up.")
-    mu_valley: float = Field(0.1, ge=0, le=1, description="... after the cosine decay.")
-    mu_warmup_steps: int = Field(0, ge=0, description="Steps from 0 to the peak.")
-    mu_decay_steps: int = Field(100, ge=0, description="Steps of the cosine from peak to valley.")
-    reward_weight: float = Field(
-        1.0, ge=0, description="Factor of the rewards' term, beside 1 - mu; 0 watches rewards only."
+    mu_peak: float = Field(
+        default=0.5, ge=0, le=1, description="Weight of the demonstrations after the warm-up."
     )
-    lambda_adv: float = Field(0.5, ge=0, description="Weight of the adversarial term.")
-    beta: float = Field(0.0, ge=0, description="Weight of the KL to the stage's start (TRL's default).")
-    epsilon: float = Field(0.2, gt=0, lt=1, description="Lower (and, by default, upper) clip width.")
-    epsilon_high: float | None = Field(None, gt=0, description="Upper clip width, if different (DAPO: 0.28).")
-    num_iterations: int = Field(1, ge=1, description="Policy updates per sampled batch.")
+    mu_valley: float = Field(default=0.1, ge=0, le=1, description="... after the cosine decay.")
+    mu_warmup_steps: int = Field(default=0, ge=0, description="Steps from 0 to the peak.")
+    mu_decay_steps: int = Field(default=100, ge=0, description="Steps of the cosine from peak to valley.")
+    reward_weight: float = Field(
+        default=1.0, ge=0, description="Factor of the rewards' term, beside 1 - mu; 0 watches rewards only."
+    )
+    lambda_adv: float = Field(default=0.5, ge=0, description="Weight of the adversarial term.")
+    beta: float = Field(
+        default=0.0, ge=0, description="Weight of the KL to the stage's start (TRL's default)."
+    )
+    epsilon: float = Field(default=0.2, gt=0, lt=1, description="Lower (and, by default, upper) clip width.")
+    epsilon_high: float | None = Field(
+        default=None, gt=0, description="Upper clip width, if different (DAPO: 0.28)."
+    )
+    num_iterations: int = Field(default=1, ge=1, description="Policy updates per sampled batch.")
     scale_rewards: Literal["none", "group"] = Field(
-        "none", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
+        default="none", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
     )
     sft_token_weight: Literal["none", "is", "phi", "luffy"] = Field(
-        "none", description="Weight of a demonstration token by its probability p: 1, p, p(1-p), p/(p+0.1)."
+        default="none",
+        description="Weight of a demonstration token by its probability p: 1, p, p(1-p), p/(p+0.1).",
     )
     adversarial_assignment: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = Field(
-        "win_probability", description="What of the discriminator's logit becomes the adversarial credit."
+        default="win_probability",
+        description="What of the discriminator's logit becomes the adversarial credit.",
     )
 
     @property
@@ -134,17 +156,22 @@ class DiscriminatorConfig(_Section):
     """The co-trained Bradley-Terry discriminator."""
 
     model_name_or_path: str | None = Field(
-        None, description="Backbone with the policy's vocabulary; by default a copy of the policy's start."
+        default=None,
+        description="Backbone with the policy's vocabulary; by default a copy of the policy's start.",
     )
-    learning_rate: float = Field(1e-5, gt=0, description="Of its own AdamW.")
-    weight_decay: float = Field(0.0, ge=0, description="Of its own AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Its gradient is clipped to this norm.")
-    warmup_steps: int = Field(10, ge=0, description="First steps: it learns, the policy does not feel it.")
-    updates_per_step: int = Field(2, ge=1, description="Its updates per policy step.")
-    replay_share: float = Field(0.5, ge=0, lt=1, description="Share of older groups in each of its updates.")
-    replay_size: int = Field(256, ge=0, description="Groups that are kept for replay.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Of its own AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Of its own AdamW.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Its gradient is clipped to this norm.")
+    warmup_steps: int = Field(
+        default=10, ge=0, description="First steps: it learns, the policy does not feel it."
+    )
+    updates_per_step: int = Field(default=2, ge=1, description="Its updates per policy step.")
+    replay_share: float = Field(
+        default=0.5, ge=0, lt=1, description="Share of older groups in each of its updates."
+    )
+    replay_size: int = Field(default=256, ge=0, description="Groups that are kept for replay.")
     accuracy_band: tuple[float, float] = Field(
-        (0.85, 0.95),
+        default=(0.85, 0.95),
         description="Paused when its accuracy on fresh pairs passes the upper end, until the lower.",
     )
 
@@ -159,26 +186,26 @@ class DiscriminatorConfig(_Section):
 class OptimConfig(_Section):
     """The policy's AdamW."""
 
-    learning_rate: float = Field(1e-6, gt=0, description="TRL's default for GRPO.")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0, description="The gradient is clipped to this norm.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up of the learning rate.")
-    bf16: bool | None = Field(None, description="bf16 autocast; by default on GPUs, not on CPUs.")
+    learning_rate: float = Field(default=1e-6, gt=0, description="TRL's default for GRPO.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient is clipped to this norm.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(default="constant")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate.")
+    bf16: bool | None = Field(default=None, description="bf16 autocast; by default on GPUs, not on CPUs.")
 
 
 class BatchingConfig(_Section):
     """What one step holds and how it is cut; the loss does not depend on the cut."""
 
-    prompts_per_step: int = Field(8, ge=1, description="Prompts that are sampled in each step.")
-    demonstrations_per_step: int = Field(8, ge=1, description="Demonstrations in each step.")
+    prompts_per_step: int = Field(default=8, ge=1, description="Prompts that are sampled in each step.")
+    demonstrations_per_step: int = Field(default=8, ge=1, description="Demonstrations in each step.")
     per_device_train_batch_size: int | None = Field(
-        None, ge=1, description="Rows of a micro-batch at most; by default only the tokens count."
+        default=None, ge=1, description="Rows of a micro-batch at most; by default only the tokens count."
     )
     max_tokens: int = Field(
-        16384, ge=1, description="Padded tokens of a micro-batch at most, one row at least."
+        default=16384, ge=1, description="Padded tokens of a micro-batch at most, one row at least."
     )
 
 
@@ -186,7 +213,7 @@ class HealthConfig(_Section):
     """When a run stops by itself (exit code 3)."""
 
     max_skipped_steps: int = Field(
-        5,
+        default=5,
         ge=1,
         description="Steps in a row with a non-finite gradient, or with a reward that failed every call.",
     )
@@ -198,19 +225,27 @@ Method = Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uni
 class Config(_Section):
     """A run of UniAPL."""
 
-    method: Method = Field("uniapl", description="Which forces act; fixes or proposes values of `objective`.")
-    output_dir: str = Field("runs/uniapl", description="The run directory.")
-    overwrite: bool = Field(False, description="Delete a run that is already in output_dir, and start anew.")
-    resume: str = Field("never", description="never, auto (newest whole checkpoint), or a checkpoint's path.")
-    seed: int = Field(0, ge=0, description="Of every random draw.")
-    max_steps: int = Field(100, ge=1, description="Steps; with stages, each stage's own count holds.")
-    save_steps: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
-    save_total_limit: int = Field(2, ge=1, description="Checkpoints that are kept.")
+    method: Method = Field(
+        default="uniapl", description="Which forces act; fixes or proposes values of `objective`."
+    )
+    output_dir: str = Field(default="runs/uniapl", description="The run directory.")
+    overwrite: bool = Field(
+        default=False, description="Delete a run that is already in output_dir, and start anew."
+    )
+    resume: str = Field(
+        default="never", description="never, auto (newest whole checkpoint), or a checkpoint's path."
+    )
+    seed: int = Field(default=0, ge=0, description="Of every random draw.")
+    max_steps: int = Field(default=100, ge=1, description="Steps; with stages, each stage's own count holds.")
+    save_steps: int = Field(
+        default=50, ge=1, description="Steps between checkpoints; the last step is always saved."
+    )
+    save_total_limit: int = Field(default=2, ge=1, description="Checkpoints that are kept.")
     logging_steps: int = Field(
-        1, ge=1, description="Steps between lines on the console; files get every step."
+        default=1, ge=1, description="Steps between lines on the console; files get every step."
     )
     stages: tuple[dict[str, Any], ...] = Field(
-        (), description="A pipeline: each with its `method`, `max_steps` and changes to any section."
+        default=(), description="A pipeline: each with its `method`, `max_steps` and changes to any section."
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -243,7 +278,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "proposed": _constant_mu(0.1),
     },
     "uniapl": {"fixed": {}, "proposed": {}},
-    # arXiv 2511.10643: GRPO on the discriminator's logit alone. Reward functions are watched, not learnt from.
+    # arXiv 2511.10643: GRPO on the discriminator's logit alone. Rewards are watched, not learnt from.
     "gad": {
         "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "reward_weight": 0.0},
         "proposed": {"adversarial_assignment": "standardized"},

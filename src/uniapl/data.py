@@ -76,10 +76,11 @@ def _read_jsonl(path: Path) -> list[tuple[int, Row]]:
 def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
     import datasets
 
+    load: Any = datasets.load_dataset
     try:
         if path.suffix in (".csv", ".parquet"):
-            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        return datasets.load_dataset(config.path, split=config.split)
+            return load(path.suffix[1:], data_files=str(path), split="train")
+        return load(config.path, split=config.split)
     except (
         Exception
     ) as error:  # whatever the reader or the Hub client raises, the user must hear which source
@@ -137,9 +138,10 @@ def tokenize_row(number: int, row: Row, tokenizer: PreTrainedTokenizerBase, conf
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r}")
     row = {config.columns.get(column, column): value for column, value in row.items()}
     prompt, completion = _prompt_and_completion(number, row)
+    plain = completion if isinstance(completion, str) or completion is None else _content(number, completion)
     columns = {key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")}
     if isinstance(prompt, str) and config.string_prompts == "text":
-        prompt_text, demonstration = prompt, completion
+        demonstration = plain
         prompt_ids = _encode_prompt(prompt, tokenizer)
     else:
         messages = _as_messages(prompt, config.system_prompt)
@@ -147,7 +149,6 @@ def tokenize_row(number: int, row: Row, tokenizer: PreTrainedTokenizerBase, conf
         prompt_ids = tuple(tokenizer(prompt_text, add_special_tokens=False).input_ids)
     if not prompt_ids:
         raise UsageError(f"row {number}: the prompt is empty")
-    plain = completion if isinstance(completion, str) or completion is None else _content(number, completion)
     demonstration_ids: TokenIds | None = None
     if demonstration is not None:
         if not (plain or "").strip():
@@ -222,8 +223,9 @@ def _render_chat(
         )
 
     def render(turns: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        template: Any = tokenizer.apply_chat_template
         try:
-            text = tokenizer.apply_chat_template(
+            text = template(
                 turns,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -266,6 +268,7 @@ def _encode_completion(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenId
     """
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
     return ids[: ids.index(eos) + 1] if eos in ids else (*ids, eos)
 
 

@@ -152,7 +152,7 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
 
 def suggestion(key: str) -> str:
     """ ", did you mean ...?" for an unknown key, or nothing when no key is near."""
-    known = list(flatten(Config())) + ["rewards.functions"]
+    known = [*flatten(Config()), "rewards.functions"]
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
     best = SYNONYMS.get(leaf) or (same_leaf[0] if same_leaf else None)

@@ -53,7 +53,8 @@ class Rollout:
     """One sampled answer, as the sampler gave it.
 
     Example:
-        Rollout(completion_ids=(31, 1), sampling_logprobs=(-0.7, -0.1), finish_reason="stop", policy_version=12)
+        Rollout(completion_ids=(31, 1), sampling_logprobs=(-0.7, -0.1), finish_reason="stop",
+                policy_version=12)
     """
 
     completion_ids: TokenIds

@@ -1,4 +1,4 @@
-"""The co-trained discriminator: a causal language model's trunk with a scalar head, and what steers its training."""
+"""The co-trained discriminator: a language model's trunk with a scalar head, and what steers its training."""
 
 import contextlib
 import copy
@@ -68,7 +68,8 @@ class BradleyTerry(nn.Module):
     @staticmethod
     def copy_of(model: PreTrainedModel) -> "BradleyTerry":
         """A discriminator whose trunk is a copy of a language model's."""
-        return BradleyTerry(copy.deepcopy(model.base_model)).to(model.device)
+        trunk: Any = copy.deepcopy(model.base_model)
+        return BradleyTerry(trunk).to(model.device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B] of right-padded rows; the last token is found by length, never by token id."""
@@ -91,7 +92,7 @@ class BradleyTerryDiscriminator:
     pad_id: int
     max_tokens: int
     """Padded tokens of one batch at most, one row (or one comparison) at least."""
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def score(self, sequences: Sequence[Scored]) -> list[float]:
         """The logit of each (prompt ids, completion ids). See :class:`Discriminator`."""

@@ -1,6 +1,7 @@
 """Log-probabilities of chosen tokens and the entropy of each position, without the full logits tensor."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -61,8 +62,10 @@ def selected_logprobs(
         ``logprobs`` (nats, fp32 or wider) and ``entropy`` (nats, without gradient).
     """
     chunk_size = chunk_size or max(1, CHUNK_LOGITS // weight.shape[0])
-    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, token_ids, temperature, chunk_size)
-    return logprobs, entropy
+    # torch leaves Function.apply untyped.
+    untyped = _SelectedLogprobs.apply  # pyright: ignore[reportUnknownMemberType]
+    apply = cast("Callable[..., tuple[Tensor, Tensor]]", untyped)
+    return apply(hidden, weight, bias, token_ids, temperature, chunk_size)
 
 
 class _SelectedLogprobs(torch.autograd.Function):

@@ -149,7 +149,7 @@ def objective(
             raise ValueError(f"component '{name}' has a negative count: {counts[name]}")
         if counts[name] and weights[name]:
             used.append(component * (weights[name] / counts[name]))
-    # An unused component stays out of the graph: inside its backward pass a zero could still meet an infinity.
+    # An unused component stays out of the graph: in its backward pass a zero could still meet an infinity.
     if not used:
         used = [torch.where(torch.zeros_like(c, dtype=torch.bool), c, 0.0) for c in sums.values()]
     return torch.stack(used).sum()

@@ -6,8 +6,8 @@ import math
 def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
     r"""Linear from 0 to ``peak`` over the warm-up, then a half cosine down to ``valley``, then ``valley``.
 
-    Source: mu of CHORD (arXiv 2508.11408, section 4.3, and its authors' code). A constant is ``peak == valley``
-    with ``warmup_steps == decay_steps == 0``.
+    Source: mu of CHORD (arXiv 2508.11408, section 4.3, and its authors' code). A constant is
+    ``peak == valley`` with ``warmup_steps == decay_steps == 0``.
 
     Args:
         step: Counted from 0.

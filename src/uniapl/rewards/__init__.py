@@ -7,8 +7,8 @@ with those of `prompts`, `completions`, `completion_ids` and the data's columns 
 all of them if it takes ``**kwargs``). A completion is a string where the prompt is one, and a list with one
 assistant message where the prompt is a chat.
 
-What can go wrong, and the one rule for each (docs/architecture.md has the table): the samples concerned have NO
-reward, they are left out of their group's mean and of the loss, and the failure is counted in
+What can go wrong, and the one rule for all of it (docs/architecture.md has the table): the samples concerned
+have NO reward, they are left out of their group's mean and of the loss, and the failure is counted in
 ``rewards/<name>/error_rate`` or ``timeout_rate``. It is never turned into a 0, which would be a judgement.
 """
 

@@ -157,7 +157,7 @@ class Rewarder:
                 if column not in known:
                     raise UsageError(
                         f"reward function '{reward.name}' needs a column '{column}', which no row has "
-                        f"(columns: {', '.join(sorted(known)) or 'none'}); rename yours with data.columns, or "
+                        f"(columns: {', '.join(sorted(known)) or 'none'}); rename yours by data.columns, or "
                         "give the argument a default or a value in rewards.functions"
                     )
 

@@ -9,8 +9,8 @@ from uniapl.types import Rollout, TokenIds
 class Sampler(Protocol):
     """Whatever can sample G answers to each prompt.
 
-    Tokens in, tokens out: what comes back as ids is what is trained on. The rollouts of a prompt depend on its
-    ids, its seed and the policy alone, never on the prompts beside it.
+    Tokens in, tokens out: what comes back as ids is what is trained on. The rollouts of a prompt depend on
+    its ids, its seed and the policy alone, never on the prompts beside it.
     """
 
     def sample(

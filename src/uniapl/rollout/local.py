@@ -33,7 +33,7 @@ class LocalSampler:
     top_k: int = 0
     max_rows: int = 256
     """Rows decoded at the same time: bounds the cache's memory."""
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """The precision context that training uses, so that both compute the same."""
 
     def sample(

@@ -122,6 +122,7 @@ def train_resolved(
     model = setup.load_model(config.model, found).to(accelerator.device)
     setup.check_vocabulary(model, materials.tokenizer)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
+    stage: Stage | None = None
     with view:
         for index in range(state["stage"], len(stages)):
             start = directory / "stages" / str(index) if index else None
@@ -132,6 +133,7 @@ def train_resolved(
             if index + 1 < len(stages):
                 _save_model(run, stage, directory / "stages" / str(index + 1))
                 accelerator.free_memory()
+        assert stage is not None
         _save_model(run, stage, directory / "final")
     view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.metrics_log.path}")
     return RunResult(
@@ -244,7 +246,7 @@ def sample(run: Run, stage: Stage, prompts: Sequence[Example]) -> list[RolloutGr
         RolloutGroup(
             example=prompts[slot],
             rollouts=group,
-            texts=tuple(str(decode(r.completion_ids, skip_special_tokens=True)) for r in group),
+            texts=tuple(str(decode(list(r.completion_ids), skip_special_tokens=True)) for r in group),
             reward_parts={},
         )
         for slot, group in zip(slots, rollouts, strict=True)
@@ -254,7 +256,7 @@ def sample(run: Run, stage: Stage, prompts: Sequence[Example]) -> list[RolloutGr
 def reward(
     run: Run, groups: Sequence[RolloutGroup]
 ) -> tuple[list[RolloutGroup], dict[str, list[RewardOutcome]]]:
-    """The groups with their rewards, from all processes in the prompts' order, and how the functions fared."""
+    """All processes' groups with their rewards, in the prompts' order, and how the functions fared."""
     rewarder = run.materials.rewarder
     samples = [(group, i) for group in groups for i in range(len(group.rollouts))]
     outcomes = rewarder.score(

@@ -17,7 +17,7 @@ from uniapl.types import RolloutGroup
 def update_metrics(
     step: PolicyStep, counts: Mapping[str, int], weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Loss, its components (each over its own tokens, before weighting), and what the clip and the sampler did."""
+    """Loss, its components (each per token of its own, unweighted), and what the clip and the sampler did."""
     sums = step.sums
 
     def per(component: str, name: str | None = None) -> float | None:

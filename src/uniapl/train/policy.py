@@ -13,8 +13,8 @@ from uniapl.functional import logprobs_from_logits, selected_logprobs
 class Policy(nn.Module):
     """A causal language model whose forward gives the log-probabilities of chosen tokens.
 
-    Only the positions under the mask meet the language-model head, in chunks. Where the model does more than a
-    linear head (a soft cap, a logit scale), which a check at the start finds out, the full logits are used.
+    Only the positions under the mask meet the language-model head, in chunks. Where the model does more than
+    a linear head (a soft cap, a logit scale), which a check at the start finds out, full logits are used.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

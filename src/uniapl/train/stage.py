@@ -175,7 +175,7 @@ def build_stage(
         weight_decay=optim.weight_decay,
     )
     name = optim.lr_scheduler_type
-    scheduler = get_scheduler(
+    scheduler: Any = get_scheduler(
         "constant_with_warmup" if name == "constant" else name,
         optimizer,
         num_warmup_steps=optim.warmup_steps,
@@ -227,7 +227,8 @@ def _build_adversary(
                 f"discriminator.model_name_or_path '{settings.model_name_or_path}' cannot be loaded: {error}"
             ) from error
         module = BradleyTerry(trunk).to(accelerator.device)
-    rows = module.trunk.get_input_embeddings().weight.shape[0]
+    embeddings: Any = module.trunk.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(materials.tokenizer) > rows:
         raise UsageError(
             f"the discriminator knows {rows} tokens, the policy's tokenizer has {len(materials.tokenizer)}: "

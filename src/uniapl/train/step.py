@@ -44,7 +44,7 @@ def policy_step(
     reference: nn.Module | None = None,
     old_logprobs: Sequence[Tensor] | None = None,
 ) -> PolicyStep:
-    """One optimizer step on the mixed batch: a forward per micro-batch for all components, one loss, one backward.
+    """One optimizer step on the mixed batch: per micro-batch one forward for all components and one backward.
 
     Args:
         policy: A (wrapped) :class:`Policy`.
@@ -81,7 +81,7 @@ def policy_step(
     optimizer.zero_grad()
     losses = (lambda n=n, b=b: loss_of(n, b) for n, b in enumerate(batches))
     accumulate_gradients(accelerator, policy, losses)
-    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    grad_norm = _clip_gradient(accelerator, policy, max_grad_norm)
     sums = reduce_sums(accelerator, measured)
     applied = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)
     if applied:
@@ -116,7 +116,7 @@ def discriminator_step(
     optimizer.zero_grad()
     losses = (lambda c=c: loss_of(c) for c in discriminator.losses(share, module))
     accumulate_gradients(accelerator, module, losses)
-    grad_norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm))
+    grad_norm = _clip_gradient(accelerator, module, max_grad_norm)
     loss = reduce_sums(accelerator, measured)["loss"]
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:
@@ -154,6 +154,13 @@ def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[s
         name: float(everywhere[:, i].max() if name.endswith("_max") else everywhere[:, i].sum())
         for i, name in enumerate(names)
     }
+
+
+def _clip_gradient(accelerator: Accelerator, module: nn.Module, max_norm: float) -> float:
+    """The norm before clipping."""
+    norm = accelerator.clip_grad_norm_(module.parameters(), max_norm)
+    assert norm is not None
+    return float(norm)
 
 
 def _measure(

@@ -1,0 +1,92 @@
+"""The adversary's formulas: by hand, by finite differences, and what makes them safe."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import reference
+from uniapl.functional import adversarial_advantages, bradley_terry_loss, win_probability
+
+POLICY = torch.tensor([[0.0, 2.0, -1.0], [5.0, 5.0, 5.0]], dtype=torch.float64)
+EXPERT = torch.tensor([1.0, 5.0], dtype=torch.float64)
+KNOWN = torch.ones(2, 3, dtype=torch.bool)
+
+
+def test_bradley_terry_by_hand() -> None:
+    # Differences 0 and ln 3: -ln(1/2) - ln(3/4).
+    loss = bradley_terry_loss(
+        torch.tensor([1.0, math.log(3.0)], dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    )
+    assert math.isclose(float(loss), math.log(2) - math.log(0.75))
+
+
+def test_bradley_terry_is_binary_cross_entropy_of_the_difference() -> None:
+    expert, policy = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    oracle = torch.nn.functional.binary_cross_entropy_with_logits(
+        expert - policy, torch.ones(6, dtype=torch.float64), reduction="sum"
+    )
+    assert_close(bradley_terry_loss(expert, policy), oracle)
+
+
+def test_bradley_terry_gradient() -> None:
+    inputs = (
+        torch.randn(4, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, dtype=torch.float64, requires_grad=True),
+    )
+    assert torch.autograd.gradcheck(bradley_terry_loss, inputs)
+
+
+def test_bradley_terry_stays_finite_when_it_is_certain_and_wrong() -> None:
+    expert = torch.tensor([-1e6], requires_grad=True)
+    loss = bradley_terry_loss(expert, torch.tensor([1e6]))
+    loss.backward()
+    assert loss.item() == 2e6
+    assert float(expert.grad) == -1.0  # type: ignore[arg-type]
+
+
+def test_win_probability_by_hand() -> None:
+    expected = [
+        [reference.sigmoid(x - e) for x in row]
+        for row, e in zip(POLICY.tolist(), EXPERT.tolist(), strict=True)
+    ]
+    assert_close(win_probability(POLICY, EXPERT), torch.tensor(expected, dtype=torch.float64))
+    assert win_probability(EXPERT.unsqueeze(-1), EXPERT).tolist() == [[0.5], [0.5]]
+
+
+def test_assignments_by_hand() -> None:
+    u = [reference.sigmoid(x - 1.0) for x in (0.0, 2.0, -1.0)]
+    logs = [math.log(p) for p in u]
+    std = math.sqrt(sum((x - 1 / 3) ** 2 for x in (0, 2, -1)) / 2) + 1e-4
+    expected = {
+        "win_probability": [p - sum(u) / 3 for p in u],
+        "log_sigmoid": [p - sum(logs) / 3 for p in logs],
+        "logit": [x - 1 / 3 for x in (0.0, 2.0, -1.0)],
+        "standardized": [(x - 1 / 3) / std for x in (0.0, 2.0, -1.0)],
+    }
+    for assignment, row in expected.items():
+        got = adversarial_advantages(POLICY, EXPERT, KNOWN, assignment=assignment)  # type: ignore[arg-type]
+        assert_close(got[0], torch.tensor(row, dtype=torch.float64))
+        assert torch.equal(got[1], torch.zeros(3, dtype=torch.float64)), "equal answers deserve equal credit"
+
+
+def test_the_default_is_bounded_and_fades() -> None:
+    """|B| < 1 whatever the logits; it shrinks with their differences, which a standardised one does not."""
+    huge = adversarial_advantages(POLICY * 1e6, EXPERT, KNOWN)
+    assert huge.abs().max() <= 1
+    close = POLICY * 1e-3
+    assert adversarial_advantages(close, EXPERT * 1e-3, KNOWN).abs().max() < 1e-3
+    assert adversarial_advantages(close, EXPERT, KNOWN, assignment="standardized").abs().max() > 0.5
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
+def test_unknown_logits_are_never_read(poison: float) -> None:
+    known = torch.tensor([[True, True, False], [False, False, False]])
+    clean = torch.where(known, POLICY, 0.0)
+    poisoned = torch.where(known, POLICY, poison)
+    for assignment in ("win_probability", "log_sigmoid", "logit", "standardized"):
+        got = adversarial_advantages(poisoned, EXPERT, known, assignment=assignment)  # type: ignore[arg-type]
+        expected = adversarial_advantages(clean, EXPERT, known, assignment=assignment)  # type: ignore[arg-type]
+        assert torch.equal(got, expected)
+        assert got[0, 2] == 0

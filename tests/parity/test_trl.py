@@ -1,0 +1,496 @@
+"""TRL's trainers as an oracle: the same tokens, the same weights, the same loss and gradients as ours.
+
+TRL runs its own way from end to end: its collators pad, its trainers score, scale and accumulate, and
+`training_step` calls backward. Ours gets the bare token ids and takes its own way: right padding, masks from
+`uniapl.batching`, other micro-batches. Only the weights, the ids and (for the loss) the advantages are shared,
+so nothing but the formulas can make the two agree.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from uniapl.batching import Row, component_counts, demonstration_row, micro_batches
+from uniapl.config import DataConfig
+from uniapl.data import tokenize_row
+from uniapl.functional import (
+    clip_fractions,
+    clipped_surrogate,
+    group_advantages,
+    k3_kl,
+    objective,
+    sft_loss,
+)
+from uniapl.train.policy import Policy
+
+VOCABULARY = 97
+PAD, EOS, UNKNOWN = 0, 1, 2
+
+TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
+"""Ten times tighter than the project's promise of 1e-5; both sides compute in fp32."""
+VISIBLE = 1e-2
+"""Every parameter's largest gradient must exceed this, or agreement within the tolerance would prove nothing."""
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+
+# Lengths differ within a group's completions and between prompts, so that padding differs on every side.
+PROMPTS = ((5, 9, 31), (40, 41, 42, 43, 44, 45, 46, 3))
+COMPLETIONS = (
+    (50, 51, 52, 53, 54, 55, EOS),
+    (60, EOS),
+    (61, 62, 63, 5, 5),
+    (EOS,),
+    (70, 71, 72, 73),
+    (80, 81, 82, EOS),
+    (90, 91, 92, 93, 94, 95, 96, 12, EOS),
+    (13, 14),
+)
+GROUP = 4
+REWARDS = (1.0, 0.25, -0.5, 0.0, 2.0, 0.0, 1.0, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def undisturbed_process() -> Iterator[None]:
+    """TRL's trainers set environment variables, seeds and accelerate's singletons; later tests must not see it."""
+    # With "CI" set TRL sends no telemetry.
+    with mock.patch.dict(os.environ, {"CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}), torch.random.fork_rng():
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word per id, "w5" is 5."""
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
+    for special, number in (("<pad>", PAD), ("<eos>", EOS), ("<unk>", UNKNOWN)):
+        del vocabulary[f"w{number}"]
+        vocabulary[special] = number
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def tiny_model(seed: int, *, tied: bool = False) -> Qwen3ForCausalLM:
+    """Random weights large enough for probabilities, and so gradients, that are far from uniform."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                max_position_embeddings=64,
+                initializer_range=0.2,
+                tie_word_embeddings=tied,
+                pad_token_id=PAD,
+                bos_token_id=None,
+                eos_token_id=EOS,
+            )
+        )
+
+
+def moved(model: Qwen3ForCausalLM, *, by: float) -> Qwen3ForCausalLM:
+    """A copy some updates away: every weight shifted by noise."""
+    model = deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(grad is not None for grad in found.values()), "a parameter has no gradient"
+    return {name: grad for name, grad in found.items() if grad is not None}
+
+
+def assert_same(ours: "Result", theirs: "Result") -> None:
+    """Equal losses, and equal, visible gradients of every parameter."""
+    assert_close(ours.loss, theirs.loss, **TOLERANCE)
+    assert ours.grads.keys() == theirs.grads.keys()
+    for name, grad in theirs.grads.items():
+        assert grad.abs().max() > VISIBLE, f"the gradient of {name} is too small to compare"
+        assert_close(ours.grads[name], grad, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One optimizer step's loss and gradients, added up over its micro-batches."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+    clipped: tuple[float, float] = (0.0, 0.0)
+    """Tokens stopped by the lower and by the upper clip."""
+
+
+# --- GRPO ------------------------------------------------------------------------------------------------------
+
+
+def grpo_trainer(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    *,
+    rewards: Sequence[float | None] = REWARDS,
+    **settings: Any,
+) -> GRPOTrainer:
+    """A trainer whose rollouts and rewards are given: two prompts, GROUP completions each, two micro-batches."""
+
+    def given_rollouts(prompts: list[str], _: GRPOTrainer) -> dict[str, list[Any]]:
+        return {
+            "prompt_ids": [list(ids) for ids in tokenizer(prompts).input_ids],
+            "completion_ids": [
+                list(COMPLETIONS[number % len(COMPLETIONS)]) for number in range(len(prompts))
+            ],
+            "logprobs": [
+                [0.0] * len(COMPLETIONS[number % len(COMPLETIONS)]) for number in range(len(prompts))
+            ],
+        }
+
+    def given_rewards(row: list[int], **_: Any) -> list[float | None]:
+        return [rewards[number] for number in row]
+
+    settings = {
+        "num_generations": GROUP,
+        "per_device_train_batch_size": 4,
+        "scale_rewards": "none",
+    } | settings
+    accumulation = len(rewards) // settings["per_device_train_batch_size"]
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=given_rewards,
+        args=GRPOConfig(
+            output_dir=str(folder / "grpo"),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,  # TRL's default is autocast
+            gradient_checkpointing=False,
+            loss_type="dapo",
+            epsilon=CLIP["clip_low"],
+            epsilon_high=CLIP["clip_high"],
+            gradient_accumulation_steps=accumulation,
+            max_completion_length=16,
+            seed=0,
+            **settings,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "w5", "row": 0}]),
+        processing_class=tokenizer,
+        rollout_func=given_rollouts,
+    )
+    # What `Trainer.train` sets before it calls `training_step` for each micro-batch of an optimizer step.
+    trainer.current_gradient_accumulation_steps = accumulation
+    trainer.model.train()
+    return trainer
+
+
+def generation_batch(number_of_rows: int) -> list[dict[str, Any]]:
+    """What TRL's sampler would hand over: every prompt GROUP times in a row."""
+    texts = [" ".join(f"w{number}" for number in prompt) for prompt in PROMPTS]
+    return [{"prompt": texts[row // GROUP % len(texts)], "row": row} for row in range(number_of_rows)]
+
+
+def trl_grpo_step(trainer: GRPOTrainer) -> Result:
+    """All micro-batches of one optimizer step through TRL's own `training_step`."""
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    losses: list[Tensor] = []
+    clipped = [0.0, 0.0]
+    for _ in range(trainer.args.gradient_accumulation_steps):
+        losses.append(trainer.training_step(trainer.model, generation_batch(len(COMPLETIONS)), None))
+        micro_batch = trainer._buffered_inputs[(trainer._step - 1) % trainer.args.steps_per_generation]
+        tokens = float(micro_batch["completion_mask"].sum())
+        for side, name in enumerate(("low", "high")):
+            clipped[side] += trainer._metrics["train"][f"clip_ratio/{name}_mean"][-1] * tokens
+    return Result(
+        loss=torch.stack(losses).sum(), grads=gradients(trainer.model), clipped=(clipped[0], clipped[1])
+    )
+
+
+def rows_of(trainer: GRPOTrainer, *, temperature: float, known: Sequence[bool] | None = None) -> list[Row]:
+    """The rollouts that TRL trained on, without its padding, in the given order, with its advantages."""
+    rows: dict[tuple[int, ...], Row] = {}
+    for micro_batch in trainer._buffered_inputs:
+        for prompt, prompt_mask, completion, completion_mask, advantage in zip(
+            *(
+                micro_batch[name]
+                for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+            ),
+            micro_batch["advantages"],
+            strict=True,
+        ):
+            completion_ids = tuple(completion[completion_mask.bool()].tolist())
+            with_reward = known is None or known[COMPLETIONS.index(completion_ids)]
+            rows[completion_ids] = Row(
+                prompt_ids=tuple(prompt[prompt_mask.bool()].tolist()),
+                completion_ids=completion_ids,
+                components=frozenset({"rl", "kl"} if with_reward else {"kl"}),
+                advantage=float(advantage),
+                temperature=temperature,
+                sampling_logprobs=(0.0,) * len(completion_ids),
+            )
+    ordered = [rows[completion_ids] for completion_ids in COMPLETIONS]
+    assert [row.prompt_ids for row in ordered] == [prompt for prompt in PROMPTS for _ in range(GROUP)]
+    return ordered
+
+
+def our_grpo_step(
+    model: Qwen3ForCausalLM,
+    rows: Sequence[Row],
+    *,
+    old: Qwen3ForCausalLM | None = None,
+    reference: Qwen3ForCausalLM | None = None,
+    beta: float = 0.0,
+) -> Result:
+    """The same step ours: three micro-batches of like lengths, right-padded."""
+    policy = Policy(model)
+    counts, loss, clipped = component_counts(rows), torch.zeros(()), torch.zeros(2)
+    for batch in micro_batches(rows, pad_id=PAD, max_tokens=10_000, max_rows=3):
+        inputs = (
+            batch.input_ids,
+            batch.attention_mask,
+            batch.position_ids,
+            batch.rollout_mask,
+            batch.temperature,
+        )
+        logprobs, _ = policy(*inputs)
+        with torch.no_grad():
+            old_logprobs = logprobs.detach() if old is None else Policy(old)(*inputs)[0]
+            ref_logprobs = None if reference is None else Policy(reference)(*inputs)[0]
+        ratio_inputs = (logprobs, old_logprobs, batch.advantages, batch.rl_mask)
+        sums = {"rl": clipped_surrogate(*ratio_inputs, **CLIP)}
+        if ref_logprobs is not None:
+            sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
+        micro_loss = objective(sums, {"rl": 1.0, "kl": beta}, counts)
+        micro_loss.backward()
+        loss += micro_loss.detach()
+        clipped += torch.stack(clip_fractions(*ratio_inputs, **CLIP))
+    return Result(loss=loss, grads=gradients(model), clipped=(float(clipped[0]), float(clipped[1])))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "tied"), [(1.0, False), (0.7, False), (0.7, True)], ids=["plain", "cool", "cool-tied"]
+)
+@pytest.mark.parametrize("beta", [0.0, 0.3], ids=["no-kl", "kl"])
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
+def test_grpo_step_has_trls_dapo_loss_and_gradients(
+    off_policy: bool,
+    beta: float,
+    temperature: float,
+    tied: bool,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    sampler = tiny_model(0, tied=tied)
+    reference = moved(sampler, by=-0.02)
+    updated = moved(sampler, by=0.02) if off_policy else sampler
+    theirs, ours = deepcopy(sampler), deepcopy(updated)
+    # TRL loads its reference model from where the policy's weights came from.
+    reference.save_pretrained(tmp_path / "reference")
+    theirs.config._name_or_path = str(tmp_path / "reference")
+    trainer = grpo_trainer(
+        theirs,
+        tokenizer,
+        tmp_path,
+        beta=beta,
+        temperature=temperature,
+        # With a second update on the same rollouts TRL keeps the sampler's log-probabilities; with one it does not.
+        num_iterations=2 if off_policy else 1,
+    )
+    expected = trl_grpo_step(trainer)
+    assert ("old_per_token_logps" in trainer._buffered_inputs[0]) == off_policy
+    if off_policy:
+        theirs.load_state_dict(updated.state_dict())
+        expected = trl_grpo_step(trainer)
+
+    rows = rows_of(trainer, temperature=temperature)
+    result = our_grpo_step(
+        ours,
+        rows,
+        old=sampler if off_policy else None,
+        reference=reference if beta else None,
+        beta=beta,
+    )
+
+    assert_same(result, expected)
+    assert result.clipped == pytest.approx(expected.clipped, abs=1e-4)
+    tokens = sum(len(row.completion_ids) for row in rows)
+    if off_policy:
+        assert min(expected.clipped) >= 2, "each clip must stop some tokens"
+        assert sum(expected.clipped) < 0.7 * tokens, "and leave others"
+    else:
+        assert expected.clipped == (0.0, 0.0)
+
+
+def test_rollouts_without_a_reward_do_not_dilute_our_loss_as_they_do_trls(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A difference on purpose: TRL gives such a rollout advantage 0 but counts its tokens; we leave them out.
+
+    The sums agree, so multiplied by each one's own denominator the losses and gradients are equal.
+    """
+    rewards = (1.0, None, -0.5, 0.0, 2.0, 0.0, None, 0.5)
+    theirs = tiny_model(0)
+    ours = deepcopy(theirs)
+    trainer = grpo_trainer(theirs, tokenizer, tmp_path, rewards=rewards)
+    expected = trl_grpo_step(trainer)
+
+    rows = rows_of(trainer, temperature=1.0, known=[reward is not None for reward in rewards])
+    counts = component_counts(rows)
+    assert counts["rl"] < counts["kl"]
+    result = our_grpo_step(ours, rows)
+
+    factor = counts["kl"] / counts["rl"]
+    undiluted = {name: grad * factor for name, grad in expected.grads.items()}
+    assert_same(result, Result(loss=expected.loss * factor, grads=undiluted))
+
+
+# --- Advantages ------------------------------------------------------------------------------------------------
+
+GROUPS: Mapping[str, tuple[float | None, ...]] = {
+    "distinct": (1.0, 0.25, -0.5, 3.0),
+    "ties": (0.0, 1.0, 1.0, 0.0),
+    "inexact": (0.1, 0.7, 0.2, 0.3),
+    "far from zero": (1000.0, 1001.0, 1000.5, 1003.0),
+    "nearly equal": (0.5, 0.5001, 0.5, 0.5),
+    "all equal": (0.5, 0.5, 0.5, 0.5),
+    "one unknown": (0.1, None, 0.9, 0.4),
+    "two unknown": (None, 2.0, None, -1.0),
+    "one known": (None, None, 0.7, None),
+    "none known": (None, None, None, None),
+}
+
+
+def trl_advantages(
+    groups: Sequence[Sequence[float | None]], scale: str, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> Tensor:
+    rewards = [reward for group in groups for reward in group]
+    trainer = grpo_trainer(
+        tiny_model(0),
+        tokenizer,
+        folder,
+        rewards=rewards,
+        scale_rewards=scale,
+        num_generations=len(groups[0]),
+        per_device_train_batch_size=len(groups[0]),
+    )
+    output = trainer._generate_and_score_completions(generation_batch(len(rewards)))
+    return output["advantages"].view(len(groups), -1)
+
+
+def our_advantages(groups: Sequence[Sequence[float | None]], scale: Any) -> Tensor:
+    # NaN where unknown: what is not known must not be read.
+    rewards = torch.tensor([[torch.nan if r is None else r for r in group] for group in groups])
+    return group_advantages(rewards, ~rewards.isnan(), scale=scale)
+
+
+@pytest.mark.parametrize("scale", ["none", "group"])
+def test_group_advantages_are_trls_also_where_rewards_are_unknown(
+    scale: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    groups = list(GROUPS.values())
+    expected = trl_advantages(groups, scale, tokenizer, tmp_path)
+    assert_close(our_advantages(groups, scale), expected, **TOLERANCE)
+    assert (expected[0].abs() > VISIBLE).all()
+
+
+def test_a_group_of_equal_rewards_gets_exactly_zero_where_trl_keeps_a_rounding_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A difference on purpose: the mean of equal fp32 numbers may miss them, and "group" divides by 1e-4."""
+    groups = [(0.7,) * 6]
+    expected = trl_advantages(groups, "group", tokenizer, tmp_path)
+    assert (our_advantages(groups, "group") == 0).all()
+    assert 1e-5 < expected.abs().max() < 1e-2
+
+
+# --- SFT -------------------------------------------------------------------------------------------------------
+
+DEMONSTRATIONS = (
+    {"prompt": "w5 w9 w31", "completion": " w50 w51 w52 w53 w54"},
+    {"prompt": "w40", "completion": " w60 w61 w62 w63 w64 w65 w66 w67"},
+    {"prompt": "w41 w42 w43 w44 w45 w46 w47", "completion": " w3"},
+    {"prompt": "w7 w8", "completion": " w70 w71 w72<eos>"},
+    {"prompt": "w20 w21 w22 w23", "completion": " w80 w80"},
+)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("trl_loss", "token_weight"), [("nll", "none"), ("dft", "is")], ids=["nll", "dft-is-our-is"]
+)
+def test_sft_step_has_trls_loss_and_gradients(
+    trl_loss: str, token_weight: Any, accumulation: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    theirs = tiny_model(1)
+    ours = deepcopy(theirs)
+    trainer = SFTTrainer(
+        model=theirs,
+        args=SFTConfig(
+            output_dir=str(tmp_path / "sft"),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,  # TRL's default is autocast
+            gradient_checkpointing=False,
+            completion_only_loss=True,
+            loss_type=trl_loss,
+            gradient_accumulation_steps=accumulation,
+            seed=0,
+        ),
+        train_dataset=Dataset.from_list([dict(row) for row in DEMONSTRATIONS]),
+        processing_class=tokenizer,
+    )
+    samples = list(trainer.train_dataset)
+    # Unequal micro-batches: a mean of means would not be the mean over tokens.
+    chunks = [samples] if accumulation == 1 else [samples[:2], samples[2:]]
+    # As in `Trainer.train`: the count of supervised tokens comes from TRL's own labels.
+    batches, num_items = trainer.get_batch_samples(
+        iter([trainer.data_collator(chunk) for chunk in chunks]), accumulation, torch.device("cpu")
+    )
+    trainer.current_gradient_accumulation_steps = accumulation
+    supervised = sorted(
+        tuple(labels[labels != -100].tolist()) for batch in batches for labels in batch["labels"]
+    )
+    losses = [trainer.training_step(trainer.model, batch, num_items) for batch in batches]
+    expected = Result(loss=torch.stack(losses).sum(), grads=gradients(theirs))
+
+    rows = [
+        demonstration_row(tokenize_row(number, row, tokenizer, DataConfig()))
+        for number, row in enumerate(DEMONSTRATIONS, start=1)
+    ]
+    assert sorted(row.completion_ids for row in rows) == supervised
+    policy, counts, loss = Policy(ours), component_counts(rows), torch.zeros(())
+    for batch in micro_batches(rows, pad_id=PAD, max_tokens=10_000, max_rows=3):
+        logprobs, _ = policy(
+            batch.input_ids, batch.attention_mask, batch.position_ids, batch.sft_mask, batch.temperature
+        )
+        micro_loss = objective(
+            {"sft": sft_loss(logprobs, batch.sft_mask, token_weight=token_weight)}, {"sft": 1.0}, counts
+        )
+        micro_loss.backward()
+        loss += micro_loss.detach()
+
+    assert_same(Result(loss=loss, grads=gradients(ours)), expected)

@@ -1,0 +1,224 @@
+"""The gradient of a step does not depend on how its rows are cut, padded, ordered or spread on processes."""
+
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.testing import assert_close
+
+from tiny import make_model, random_rows
+from uniapl.batching import Row, collate, component_counts, micro_batches
+from uniapl.train.policy import Policy
+from uniapl.train.step import PolicyStep, policy_step
+from uniapl.types import MicroBatch
+
+WEIGHTS = {"sft": 0.3, "rl": 0.7, "adv": 0.5, "kl": 0.2}
+
+
+class KeepGradients(torch.optim.SGD):
+    """An optimizer that keeps the gradient of its step and changes nothing."""
+
+    def step(self, closure: Any = None) -> None:
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def step(
+    batches: Sequence[MicroBatch],
+    rows: Sequence[Row],
+    *,
+    family: str = "qwen3",
+    weights: dict[str, float] = WEIGHTS,
+    old_logprobs: Sequence[torch.Tensor] | None = None,
+    accelerator: Accelerator | None = None,
+) -> tuple[PolicyStep, list[torch.Tensor]]:
+    """One policy step on all components, with a reference; its result and the gradient of every parameter."""
+    accelerator = accelerator or Accelerator(cpu=True)
+    inner = Policy(make_model(family))
+    optimizer = KeepGradients(inner.parameters(), lr=1.0)
+    policy = accelerator.prepare_model(inner)
+    result = policy_step(
+        accelerator,
+        policy,
+        optimizer,
+        batches,
+        component_counts(rows),
+        weights,
+        clip_low=0.2,
+        clip_high=0.28,
+        token_weight="phi",
+        max_grad_norm=1e9,
+        reference=Policy(make_model(family, seed=1)),
+        old_logprobs=old_logprobs,
+    )
+    return result, optimizer.gradients
+
+
+def whole(rows: Sequence[Row]) -> tuple[PolicyStep, list[torch.Tensor]]:
+    return step([collate(rows, pad_id=0)], rows)
+
+
+def assert_same(
+    got: tuple[PolicyStep, list[torch.Tensor]], expected: tuple[PolicyStep, list[torch.Tensor]]
+) -> None:
+    assert expected[0].grad_norm > 0.1
+    assert got[0].sums["loss"] == pytest.approx(expected[0].sums["loss"], rel=1e-5)
+    for name, value in expected[0].sums.items():
+        assert got[0].sums[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for mine, theirs in zip(got[1], expected[1], strict=True):
+        assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_micro_batches(parts: int) -> None:
+    rows = random_rows()
+    cut = [collate(rows[i::parts], pad_id=0) for i in range(parts)]
+    assert_same(step(cut, rows), whole(rows))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+def test_token_budgets(max_tokens: int) -> None:
+    rows = random_rows()
+    assert_same(step(micro_batches(rows, pad_id=0, max_tokens=max_tokens), rows), whole(rows))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2_softcap", "gpt2"])
+def test_padding_side_and_amount(side: Literal["left", "right"], family: str) -> None:
+    """A long row of no component is added, so that all others are padded far; on either side."""
+    rows = random_rows()
+    long = Row(prompt_ids=(5,) * 40, completion_ids=(), components=frozenset())
+    padded = collate([*rows, long], pad_id=0, padding_side=side)
+    assert_same(step([padded], rows, family=family), step([collate(rows, pad_id=0)], rows, family=family))
+
+
+def test_order_of_rows() -> None:
+    rows = random_rows()
+    assert_same(whole(rows[::-1]), whole(rows))
+
+
+@pytest.mark.parametrize("pad_id", [1, 17])
+def test_pad_token(pad_id: int) -> None:
+    """Also when it is the end token, or an ordinary one: masks come from lengths."""
+    rows = random_rows()
+    assert_same(step([collate(rows, pad_id=pad_id)], rows), whole(rows))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
+def test_poison_outside_the_masks(poison: float) -> None:
+    rows = random_rows()
+    batch = collate(rows, pad_id=0)
+    poisoned = replace(
+        batch,
+        sampling_logprobs=torch.where(batch.rollout_mask, batch.sampling_logprobs, poison),
+        advantages=torch.where(batch.rl_mask.any(-1), batch.advantages, poison),
+        adversarial_advantages=torch.where(batch.adv_mask.any(-1), batch.adversarial_advantages, poison),
+    )
+    old = torch.where(batch.rollout_mask, batch.sampling_logprobs, 0.0)
+    got = step([poisoned], rows, old_logprobs=[torch.where(batch.rollout_mask, old, poison)])
+    expected = step([batch], rows, old_logprobs=[old])
+    for mine, theirs in zip(got[1], expected[1], strict=True):
+        assert torch.equal(mine, theirs)
+    assert got[0].sums == expected[0].sums
+
+
+def test_more_demonstrations_do_not_rescale_the_rollouts_term() -> None:
+    """Every demonstration five times over: the same means, hence the same gradient."""
+    rows = random_rows()
+    demonstrations = [row for row in rows if "sft" in row.components]
+    assert_same_gradient = step([collate(rows + demonstrations * 4, pad_id=0)], rows + demonstrations * 4)[1]
+    for mine, theirs in zip(assert_same_gradient, whole(rows)[1], strict=True):
+        assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
+
+
+def test_components_add_up() -> None:
+    """The gradient of the mixed step is the weighted sum of the gradients of its components alone."""
+    rows = random_rows()
+    batch = [collate(rows, pad_id=0)]
+    total = [torch.zeros_like(g) for g in step(batch, rows)[1]]
+    for name, weight in WEIGHTS.items():
+        alone = step(batch, rows, weights=dict.fromkeys(WEIGHTS, 0.0) | {name: 1.0})[1]
+        total = [sum_ + weight * gradient for sum_, gradient in zip(total, alone, strict=True)]
+    for mine, theirs in zip(total, whole(rows)[1], strict=True):
+        assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
+
+
+def test_on_policy_step_is_reinforce() -> None:
+    """With the update's own log-probs as old ones, the RL gradient is that of - sum A log p / N."""
+    rows = random_rows()
+    batch = collate(rows, pad_id=0)
+    got = step([batch], rows, weights={"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": 0.0})[1]
+    policy = Policy(make_model())
+    logprobs, _ = policy(
+        batch.input_ids, batch.attention_mask, batch.position_ids, batch.rollout_mask, batch.temperature
+    )
+    credit = torch.where(batch.rl_mask, logprobs, 0.0) * batch.advantages.unsqueeze(-1)
+    (-credit.sum() / component_counts(rows)["rl"]).backward()
+    for mine, theirs in zip(got, policy.parameters(), strict=True):
+        assert theirs.grad is not None
+        assert_close(mine, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison: float) -> None:
+    rows = random_rows()
+    batch = collate(rows, pad_id=0)
+    bad = replace(batch, advantages=torch.full_like(batch.advantages, poison))
+    policy = Policy(make_model())
+    before = [p.clone() for p in policy.parameters()]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
+    settings: dict[str, Any] = {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "token_weight": "none",
+        "max_grad_norm": 1.0,
+    }
+    counts = component_counts(rows)
+    weights = WEIGHTS | {"kl": 0.0}
+    result = policy_step(Accelerator(cpu=True), policy, optimizer, [bad], counts, weights, **settings)
+    assert not result.applied
+    assert not optimizer.state, "the optimizer's moments must not see it either"
+    for mine, theirs in zip(policy.parameters(), before, strict=True):
+        assert torch.equal(mine, theirs)
+    good = policy_step(Accelerator(cpu=True), policy, optimizer, [batch], counts, weights, **settings)
+    assert good.applied
+
+
+def _one_process(rank: int, world: int, folder: Path) -> None:
+    """Run the step on this process's rows; the first process saves what it got."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world
+    )
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == world
+    rows = random_rows()
+    share = rows[rank::world]
+    # Unequal numbers of micro-batches: 2 rows in each on the first process, all in one on the second.
+    batches = micro_batches(share, pad_id=0, max_tokens=10_000, max_rows=2 if rank == 0 else None)
+    result, gradients = step(batches, rows, accelerator=accelerator)
+    if rank == 0:
+        torch.save((result.sums, result.grad_norm, gradients), folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_one_process, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    sums, grad_norm, gradients = torch.load(tmp_path / "result.pt", weights_only=True)
+    rows = random_rows()
+    result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
+    assert_same((result, gradients), whole(rows))

@@ -1,0 +1,68 @@
+"""The formulas in plain Python floats and loops, written from the papers, to hold the tensors against."""
+
+import math
+
+
+def log_softmax(logits: list[float], temperature: float) -> list[float]:
+    scaled = [x / temperature for x in logits]
+    top = max(scaled)
+    log_partition = top + math.log(sum(math.exp(x - top) for x in scaled))
+    return [x - log_partition for x in scaled]
+
+
+def entropy(logits: list[float], temperature: float) -> float:
+    return -sum(math.exp(x) * x for x in log_softmax(logits, temperature))
+
+
+def group_advantages(rewards: list[float | None], scale: str) -> list[float]:
+    known = [r for r in rewards if r is not None]
+    if not known or max(known) == min(known):
+        return [0.0] * len(rewards)
+    mean = sum(known) / len(known)
+    divisor = 1.0
+    if scale == "group":
+        divisor = math.sqrt(sum((r - mean) ** 2 for r in known) / (len(known) - 1)) + 1e-4
+    return [0.0 if r is None else (r - mean) / divisor for r in rewards]
+
+
+def sft(logprobs: list[list[float]], mask: list[list[bool]], weight: str) -> float:
+    total = 0.0
+    for row, row_mask in zip(logprobs, mask, strict=True):
+        for logprob, use in zip(row, row_mask, strict=True):
+            if use:
+                p = math.exp(logprob)
+                w = {"none": 1.0, "is": p, "phi": p * (1 - p), "luffy": p / (p + 0.1)}[weight]
+                total += -w * logprob
+    return total
+
+
+def surrogate(
+    logprobs: list[list[float]],
+    old: list[list[float]],
+    advantages: list[float],
+    mask: list[list[bool]],
+    low: float,
+    high: float,
+) -> float:
+    total = 0.0
+    for b, row in enumerate(logprobs):
+        for t, logprob in enumerate(row):
+            if mask[b][t]:
+                ratio = math.exp(logprob - old[b][t])
+                clipped = min(max(ratio, 1 - low), 1 + high)
+                total += -min(ratio * advantages[b], clipped * advantages[b])
+    return total
+
+
+def k3(logprobs: list[list[float]], ref: list[list[float]], mask: list[list[bool]]) -> float:
+    total = 0.0
+    for b, row in enumerate(logprobs):
+        for t, logprob in enumerate(row):
+            if mask[b][t]:
+                r = math.exp(ref[b][t] - logprob)
+                total += r - 1 - math.log(r)
+    return total
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
