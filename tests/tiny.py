@@ -112,10 +112,8 @@ def random_rows(seed: int = 0, count: int = 9) -> list[Row]:
     return rows
 
 
-def letter_rows(
-    count: int = 12, *, demonstrated: Sequence[int] = tuple(range(0, 100, 2))
-) -> list[dict[str, Any]]:
-    """Rows of a small task: lower-case answers; every other row has a demonstration."""
+def letter_rows(count: int = 12, *, demonstrated: Sequence[int] = range(0, 100, 2)) -> list[dict[str, Any]]:
+    """Rows of a small task: three times a letter; every other row has a demonstration."""
     return [
         {"prompt": f"say {LETTERS[n % 26]}.", "letter": LETTERS[n % 26]}
         | ({"completion": LETTERS[n % 26] * 3} if n in demonstrated else {})

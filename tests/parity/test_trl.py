@@ -7,7 +7,7 @@ so nothing but the formulas can make the two agree.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ PAD, EOS, UNKNOWN = 0, 1, 2
 
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
 """Ten times tighter than the project's promise of 1e-5; both sides compute in fp32."""
-VISIBLE = 1e-2
+VISIBLE = 1e-3
 """Every parameter's largest gradient must exceed this, or agreement within the tolerance would prove nothing."""
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
@@ -264,6 +264,7 @@ def our_grpo_step(
     old: Qwen3ForCausalLM | None = None,
     reference: Qwen3ForCausalLM | None = None,
     beta: float = 0.0,
+    kl: Callable[..., Tensor] = k3_kl,
 ) -> Result:
     """The same step ours: three micro-batches of like lengths, right-padded."""
     policy = Policy(model)
@@ -283,7 +284,7 @@ def our_grpo_step(
         ratio_inputs = (logprobs, old_logprobs, batch.advantages, batch.rl_mask)
         sums = {"rl": clipped_surrogate(*ratio_inputs, **CLIP)}
         if ref_logprobs is not None:
-            sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
+            sums["kl"] = kl(logprobs, ref_logprobs, batch.rollout_mask)
         micro_loss = objective(sums, {"rl": 1.0, "kl": beta}, counts)
         micro_loss.backward()
         loss += micro_loss.detach()
@@ -343,6 +344,36 @@ def test_grpo_step_has_trls_dapo_loss_and_gradients(
         assert sum(expected.clipped) < 0.7 * tokens, "and leave others"
     else:
         assert expected.clipped == (0.0, 0.0)
+
+
+def test_trls_default_kl_is_ours_times_the_differentiable_ratio(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A difference of formula: `use_bias_correction_kl`, on by default in TRL, is not what GRPO published.
+
+    On-policy the ratio is 1, so the losses agree, but its gradient turns k3's, p_ref / p - 1 times the score,
+    into the reverse KL's, log p / p_ref times the score.
+    """
+    theirs = tiny_model(0)
+    reference = moved(theirs, by=-0.02)
+    ours, corrected = deepcopy(theirs), deepcopy(theirs)
+    reference.save_pretrained(tmp_path / "reference")
+    theirs.config._name_or_path = str(tmp_path / "reference")
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False).use_bias_correction_kl
+    trainer = grpo_trainer(theirs, tokenizer, tmp_path, beta=0.3, use_bias_correction_kl=True)
+    expected = trl_grpo_step(trainer)
+    rows = rows_of(trainer, temperature=1.0)
+
+    def corrected_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+        log_ratio = torch.where(mask, ref_logprobs - logprobs, 0.0)
+        importance = torch.where(mask, logprobs - logprobs.detach(), 0.0).exp()
+        return (importance * (log_ratio.exp() - 1 - log_ratio)).sum()
+
+    assert_same(our_grpo_step(corrected, rows, reference=reference, beta=0.3, kl=corrected_kl), expected)
+    result = our_grpo_step(ours, rows, reference=reference, beta=0.3)
+    assert_close(result.loss, expected.loss, **TOLERANCE)
+    head = "lm_head.weight"
+    assert (result.grads[head] - expected.grads[head]).abs().max() > VISIBLE
 
 
 def test_rollouts_without_a_reward_do_not_dilute_our_loss_as_they_do_trls(
@@ -421,10 +452,9 @@ def test_a_group_of_equal_rewards_gets_exactly_zero_where_trl_keeps_a_rounding_e
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """A difference on purpose: the mean of equal fp32 numbers may miss them, and "group" divides by 1e-4."""
-    groups = [(0.7,) * 6]
-    expected = trl_advantages(groups, "group", tokenizer, tmp_path)
+    groups = [(0.9,) * 8]
     assert (our_advantages(groups, "group") == 0).all()
-    assert 1e-5 < expected.abs().max() < 1e-2
+    assert 1e-5 < trl_advantages(groups, "group", tokenizer, tmp_path).abs().max() < 1e-2
 
 
 # --- SFT -------------------------------------------------------------------------------------------------------
