@@ -88,7 +88,7 @@ def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
 
 
 def prepare(
-    rows: Iterable[tuple[int, Row]],
+    rows: Iterable[tuple[int, Any]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     *,
@@ -132,7 +132,7 @@ def prepare(
     )
 
 
-def tokenize_row(number: int, row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
+def tokenize_row(number: int, row: Any, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
     """One row -> one example. See :func:`prepare` for what is refused."""
     if not isinstance(row, Mapping):
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r}")

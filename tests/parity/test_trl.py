@@ -1,13 +1,14 @@
 """TRL's trainers as an oracle: the same tokens, the same weights, the same loss and gradients as ours.
 
-TRL runs its own way from end to end: its collators pad, its trainers score, scale and accumulate, and
-`training_step` calls backward. Ours gets the bare token ids and takes its own way: right padding, masks from
-`uniapl.batching`, other micro-batches. Only the weights, the ids and (for the loss) the advantages are shared,
-so nothing but the formulas can make the two agree.
+TRL goes its own way from end to end: its collators pad, its trainers score, scale and accumulate, and
+`training_step` calls backward. Ours gets the bare token ids and goes another way: right padding, masks from
+`uniapl.batching`, other micro-batches. Only the weights, the ids and, for the loss, the advantages are
+shared, so nothing but the formulas can make the two agree.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -39,13 +40,16 @@ from uniapl.functional import (
 )
 from uniapl.train.policy import Policy
 
+# TRL still uses these names itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
+
 VOCABULARY = 97
 PAD, EOS, UNKNOWN = 0, 1, 2
 
-TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
-"""Ten times tighter than the project's promise of 1e-5; both sides compute in fp32."""
-VISIBLE = 1e-3
-"""Every parameter's largest gradient must exceed this, or agreement within the tolerance would prove nothing."""
+TOLERANCE = 1e-5
+"""For losses, and for gradients relative to the largest entry of each one; both sides compute in fp32."""
+VISIBLE = 1e-4
+"""Every parameter's largest gradient must exceed this: where both are zero, agreement would prove nothing."""
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
@@ -67,12 +71,14 @@ REWARDS = (1.0, 0.25, -0.5, 0.0, 2.0, 0.0, 1.0, 0.5)
 
 @pytest.fixture(autouse=True)
 def undisturbed_process() -> Iterator[None]:
-    """TRL's trainers set environment variables, seeds and accelerate's singletons; later tests must not see it."""
-    # With "CI" set TRL sends no telemetry.
-    with mock.patch.dict(os.environ, {"CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}), torch.random.fork_rng():
+    """Take back what TRL's trainers do to the process: environment, seeds, accelerate's singletons."""
+    with ExitStack() as stack:
+        # With "CI" set TRL sends no telemetry.
+        stack.enter_context(mock.patch.dict(os.environ, {"CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}))
+        for singleton in (AcceleratorState, GradientState, PartialState):
+            stack.enter_context(mock.patch.dict(singleton._shared_state, clear=True))
+        stack.enter_context(torch.random.fork_rng())
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +134,6 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: grad for name, grad in found.items() if grad is not None}
 
 
-def assert_same(ours: "Result", theirs: "Result") -> None:
-    """Equal losses, and equal, visible gradients of every parameter."""
-    assert_close(ours.loss, theirs.loss, **TOLERANCE)
-    assert ours.grads.keys() == theirs.grads.keys()
-    for name, grad in theirs.grads.items():
-        assert grad.abs().max() > VISIBLE, f"the gradient of {name} is too small to compare"
-        assert_close(ours.grads[name], grad, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One optimizer step's loss and gradients, added up over its micro-batches."""
@@ -147,7 +144,24 @@ class Result:
     """Tokens stopped by the lower and by the upper clip."""
 
 
-# --- GRPO ------------------------------------------------------------------------------------------------------
+def assert_same(ours: Result, theirs: Result) -> None:
+    """Equal losses, and equal, visible gradients of every parameter."""
+    assert_close(ours.loss, theirs.loss, atol=TOLERANCE, rtol=0)
+    assert ours.grads.keys() == theirs.grads.keys()
+    for name, grad in theirs.grads.items():
+        largest = float(grad.abs().max())
+        assert largest > VISIBLE, f"the gradient of {name} is too small to compare"
+        # Never looser than TOLERANCE itself, however large the gradient.
+        assert_close(
+            ours.grads[name],
+            grad,
+            atol=TOLERANCE * min(1.0, largest),
+            rtol=0,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+# --- GRPO ---------------------------------------------------------------------
 
 
 def grpo_trainer(
@@ -158,17 +172,14 @@ def grpo_trainer(
     rewards: Sequence[float | None] = REWARDS,
     **settings: Any,
 ) -> GRPOTrainer:
-    """A trainer whose rollouts and rewards are given: two prompts, GROUP completions each, two micro-batches."""
+    """A trainer whose rollouts and rewards are given; one optimizer step is one pass over them."""
 
     def given_rollouts(prompts: list[str], _: GRPOTrainer) -> dict[str, list[Any]]:
+        answers = [list(COMPLETIONS[row % len(COMPLETIONS)]) for row in range(len(prompts))]
         return {
             "prompt_ids": [list(ids) for ids in tokenizer(prompts).input_ids],
-            "completion_ids": [
-                list(COMPLETIONS[number % len(COMPLETIONS)]) for number in range(len(prompts))
-            ],
-            "logprobs": [
-                [0.0] * len(COMPLETIONS[number % len(COMPLETIONS)]) for number in range(len(prompts))
-            ],
+            "completion_ids": answers,
+            "logprobs": [[0.0] * len(answer) for answer in answers],
         }
 
     def given_rewards(row: list[int], **_: Any) -> list[float | None]:
@@ -178,6 +189,8 @@ def grpo_trainer(
         "num_generations": GROUP,
         "per_device_train_batch_size": 4,
         "scale_rewards": "none",
+        # GRPO's KL term as published; TRL's own default is another formula, which a test below spells out.
+        "use_bias_correction_kl": False,
     } | settings
     accumulation = len(rewards) // settings["per_device_train_batch_size"]
     trainer = GRPOTrainer(
@@ -306,7 +319,7 @@ def test_grpo_step_has_trls_dapo_loss_and_gradients(
     tmp_path: Path,
 ) -> None:
     sampler = tiny_model(0, tied=tied)
-    reference = moved(sampler, by=-0.02)
+    reference = moved(sampler, by=-0.01)
     updated = moved(sampler, by=0.02) if off_policy else sampler
     theirs, ours = deepcopy(sampler), deepcopy(updated)
     # TRL loads its reference model from where the policy's weights came from.
@@ -318,7 +331,7 @@ def test_grpo_step_has_trls_dapo_loss_and_gradients(
         tmp_path,
         beta=beta,
         temperature=temperature,
-        # With a second update on the same rollouts TRL keeps the sampler's log-probabilities; with one it does not.
+        # Only for a second update on the same rollouts does TRL keep the sampler's log-probabilities.
         num_iterations=2 if off_policy else 1,
     )
     expected = trl_grpo_step(trainer)
@@ -351,11 +364,11 @@ def test_trls_default_kl_is_ours_times_the_differentiable_ratio(
 ) -> None:
     """A difference of formula: `use_bias_correction_kl`, on by default in TRL, is not what GRPO published.
 
-    On-policy the ratio is 1, so the losses agree, but its gradient turns k3's, p_ref / p - 1 times the score,
-    into the reverse KL's, log p / p_ref times the score.
+    On-policy the ratio is 1, so the losses agree; its gradient turns k3's, (1 - p_ref / p) times the score,
+    into the reverse KL's, log(p / p_ref) times the score.
     """
     theirs = tiny_model(0)
-    reference = moved(theirs, by=-0.02)
+    reference = moved(theirs, by=-0.01)
     ours, corrected = deepcopy(theirs), deepcopy(theirs)
     reference.save_pretrained(tmp_path / "reference")
     theirs.config._name_or_path = str(tmp_path / "reference")
@@ -371,9 +384,9 @@ def test_trls_default_kl_is_ours_times_the_differentiable_ratio(
 
     assert_same(our_grpo_step(corrected, rows, reference=reference, beta=0.3, kl=corrected_kl), expected)
     result = our_grpo_step(ours, rows, reference=reference, beta=0.3)
-    assert_close(result.loss, expected.loss, **TOLERANCE)
+    assert_close(result.loss, expected.loss, atol=TOLERANCE, rtol=0)
     head = "lm_head.weight"
-    assert (result.grads[head] - expected.grads[head]).abs().max() > VISIBLE
+    assert (result.grads[head] - expected.grads[head]).abs().max() > 0.01
 
 
 def test_rollouts_without_a_reward_do_not_dilute_our_loss_as_they_do_trls(
@@ -399,7 +412,7 @@ def test_rollouts_without_a_reward_do_not_dilute_our_loss_as_they_do_trls(
     assert_same(result, Result(loss=expected.loss * factor, grads=undiluted))
 
 
-# --- Advantages ------------------------------------------------------------------------------------------------
+# --- Advantages ---------------------------------------------------------------
 
 GROUPS: Mapping[str, tuple[float | None, ...]] = {
     "distinct": (1.0, 0.25, -0.5, 3.0),
@@ -444,8 +457,8 @@ def test_group_advantages_are_trls_also_where_rewards_are_unknown(
 ) -> None:
     groups = list(GROUPS.values())
     expected = trl_advantages(groups, scale, tokenizer, tmp_path)
-    assert_close(our_advantages(groups, scale), expected, **TOLERANCE)
-    assert (expected[0].abs() > VISIBLE).all()
+    assert_close(our_advantages(groups, scale), expected, atol=1e-6, rtol=0)
+    assert (expected[0].abs() > 0.01).all()
 
 
 def test_a_group_of_equal_rewards_gets_exactly_zero_where_trl_keeps_a_rounding_error(
@@ -457,7 +470,7 @@ def test_a_group_of_equal_rewards_gets_exactly_zero_where_trl_keeps_a_rounding_e
     assert 1e-5 < trl_advantages(groups, "group", tokenizer, tmp_path).abs().max() < 1e-2
 
 
-# --- SFT -------------------------------------------------------------------------------------------------------
+# --- SFT ----------------------------------------------------------------------
 
 DEMONSTRATIONS = (
     {"prompt": "w5 w9 w31", "completion": " w50 w51 w52 w53 w54"},
@@ -501,6 +514,7 @@ def test_sft_step_has_trls_loss_and_gradients(
         iter([trainer.data_collator(chunk) for chunk in chunks]), accumulation, torch.device("cpu")
     )
     trainer.current_gradient_accumulation_steps = accumulation
+    assert num_items is not None
     supervised = sorted(
         tuple(labels[labels != -100].tolist()) for batch in batches for labels in batch["labels"]
     )

@@ -28,6 +28,10 @@ class RewardFunction(Protocol):
         ...
 
 
+class WrongFormError(ValueError):
+    """A reward function returned something else than one number or None per completion."""
+
+
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function known to `rewards.functions` under `name`."""
 
@@ -167,7 +171,7 @@ class Rewarder:
         """Function name -> its outcome over all samples, each sample with its example.
 
         A function that raises on the whole batch is called again sample by sample, so that one bad answer
-        does not cost the others their reward. A time-out is not repeated.
+        does not cost the others their reward. A time-out, or a result of a wrong form, is not repeated.
         """
         return {
             reward.name: self.score_one(reward, examples, texts, completion_ids) for reward in self.rewards
@@ -201,8 +205,8 @@ class Rewarder:
         try:
             for index, value in zip(chosen, call(chosen), strict=True):
                 values[index] = value
-        except TimeoutError as error:
-            message, timed_out = str(error), True
+        except (TimeoutError, WrongFormError) as error:
+            message, timed_out = str(error), isinstance(error, TimeoutError)
             for index in chosen:
                 failed[index] = True
         except Exception as error:  # the user's own code may raise anything
@@ -306,14 +310,14 @@ async def _awaited(result: Any) -> Any:
 
 
 def _checked(result: Any, count: int) -> list[float | None]:
-    """The result as floats and Nones, or a ValueError that says what is wrong with its form."""
+    """The result as floats and Nones, or a WrongFormError that says what is wrong with it."""
     if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
-        raise ValueError(
+        raise WrongFormError(
             f"must return a list with one value per completion, returned {type(result).__name__}"
         )
     values = list(result)
     if len(values) != count:
-        raise ValueError(f"returned {len(values)} values for {count} completions")
+        raise WrongFormError(f"returned {len(values)} values for {count} completions")
     checked: list[float | None] = []
     for value in values:
         if value is None:
@@ -322,7 +326,7 @@ def _checked(result: Any, count: int) -> list[float | None]:
         try:
             checked.append(float(value.item() if hasattr(value, "item") else value))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"returned {value!r} where a number or None belongs") from error
+            raise WrongFormError(f"returned {value!r} where a number or None belongs") from error
         if isinstance(value, str):
-            raise ValueError(f"returned the text {value!r} where a number or None belongs")
+            raise WrongFormError(f"returned the text {value!r} where a number or None belongs")
     return checked
