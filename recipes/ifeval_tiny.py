@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 BUNDLED_PROMPTS = Path(__file__).with_name("ifeval_tiny_prompts.jsonl")
 DEMONSTRATED_SHARE = 0.5
@@ -101,15 +102,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=BUNDLED_PROMPTS, help="a .jsonl file with `prompt`")
     parser.add_argument("--output", type=Path, default=Path("build/ifeval_tiny"))
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     source = arguments.prompts
     if not source.is_file():
         print(f"{source} is not there: taking the prompts that come with the repository ({BUNDLED_PROMPTS})")
         source = BUNDLED_PROMPTS
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
     rng = random.Random(SEED)
-    for row in rows:
-        if "completion" not in row and rng.random() < DEMONSTRATED_SHARE:
-            row["completion"] = demonstration(row["prompt"], rng)
+    if not any("completion" in row for row in rows):
+        for row in rows:
+            if rng.random() < DEMONSTRATED_SHARE:
+                row["completion"] = demonstration(row["prompt"], rng)
     arguments.output.mkdir(parents=True, exist_ok=True)
     train_file = arguments.output / "train.jsonl"
     train_file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

@@ -27,7 +27,7 @@ _HOME = {
     "UniAPLError": "uniapl.errors",
     "UsageError": "uniapl.errors",
     "register": "uniapl.rewards",
-    "train": "uniapl.train.loop",
+    "train": "uniapl.train",
 }
 
 __all__ = [
@@ -49,4 +49,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'uniapl' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    home = import_module(_HOME[name])
+    return home if name == "train" else getattr(home, name)

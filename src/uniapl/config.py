@@ -187,11 +187,13 @@ class OptimConfig(_Section):
     """The policy's AdamW."""
 
     learning_rate: float = Field(default=1e-6, gt=0, description="TRL's default for GRPO.")
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, as in AdamW.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's average.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of its square's average.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient is clipped to this norm.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(default="constant")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="After the warm-up: stay, or fall to 0 by the last step."
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate.")
     bf16: bool | None = Field(default=None, description="bf16 autocast; by default on GPUs, not on CPUs.")
 

@@ -155,6 +155,8 @@ def suggestion(key: str) -> str:
     known = [*flatten(Config()), "rewards.functions"]
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
+    # Of the two optimizers, the policy's is meant.
+    same_leaf.sort(key=lambda candidate: candidate.startswith("discriminator."))
     best = SYNONYMS.get(leaf) or (same_leaf[0] if same_leaf else None)
     if best is None:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)

@@ -1,11 +1,12 @@
 """Telling the expert's answers from the policy's: the protocol, and the discriminators that fulfil it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from uniapl.types import TokenIds
 
 
+@runtime_checkable
 class Discriminator(Protocol):
     """Gives a logit to an answer: higher = more like the expert's.
 

@@ -1,11 +1,12 @@
 """Sampling answers: the protocol, and the samplers that fulfil it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from uniapl.types import Rollout, TokenIds
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Whatever can sample G answers to each prompt.
 

@@ -185,7 +185,7 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float] | Sequence[int]) -> float | None:
     return statistics.fmean(values) if values else None
 
 

@@ -1,0 +1,412 @@
+"""Whole runs on a tiny model: every method, pipelines, exact resume, learning, and what users do wrong."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import uniapl
+from tiny import letter_rows, make_tokenizer, save_model
+from uniapl import cli
+from uniapl.config import METHODS
+from uniapl.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def recipe(model_dir: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": 4,
+        "save_steps": 2,
+        "model": {"model_name_or_path": str(model_dir)},
+        "rollout": {"num_generations": 4, "max_completion_length": 6},
+        "objective": {"mu_decay_steps": 4, "beta": 0.05},
+        "discriminator": {"warmup_steps": 1, "learning_rate": 1e-3, "replay_size": 4},
+        "optim": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine"},
+        "batching": {"prompts_per_step": 3, "demonstrations_per_step": 5, "max_tokens": 120},
+    }
+    for key, value in changes.items():
+        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
+    return base
+
+
+def has_letter(completions: list[str], letter: list[str]) -> list[float]:
+    """Share of an answer that is the asked letter."""
+    return [text.count(x) / max(1, len(text)) for text, x in zip(completions, letter, strict=True)]
+
+
+def train(values: dict[str, Any], **settings: Any) -> uniapl.RunResult:
+    settings = {"train_dataset": letter_rows(), "reward_functions": [has_letter]} | settings
+    return uniapl.train(values, **settings)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "step_time"} for r in records]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_only_its_forces_act(method: str, model_dir: Path, tmp_path: Path) -> None:
+    result = train(recipe(model_dir, tmp_path / "run", method=method))
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    objective = uniapl.Config.model_validate(
+        METHODS[method]["fixed"] and {"objective": METHODS[method]["fixed"]}
+    )
+    last = records[-1]
+    assert (last["tokens/sft"] > 0) == objective.objective.learns_from_demonstrations
+    rollouts = method != "sft"
+    assert ("reward" in last) == rollouts
+    assert (last["tokens/rl"] > 0) == rollouts
+    adversary = method in ("a-sft", "a-grpo", "uniapl", "gad")
+    assert (last["weight/lambda_adv"] > 0) == adversary
+    assert ("discriminator/win_rate" in last) == adversary
+    assert records[0]["weight/lambda_adv"] == 0, "nothing is felt of the discriminator while it warms up"
+    for record in records:
+        assert math.isfinite(record["loss"])
+        assert record["skipped"] == 0
+        if rollouts:
+            assert record["sampling/sampling_logp_difference/max"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(result.final_dir)
+    AutoTokenizer.from_pretrained(result.final_dir)
+    start = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert result.steps == 4
+
+
+def assert_same_run(got: Path, expected: Path, step: int) -> None:
+    assert timeless(lines(got / "metrics.jsonl")) == timeless(lines(expected / "metrics.jsonl"))
+    assert lines(got / "completions.jsonl") == lines(expected / "completions.jsonl")
+    ours, theirs = (checkpoint.checkpoint_path(run, step) for run in (got, expected))
+    names = {file.name for file in theirs.iterdir()}
+    assert {"model.safetensors", "discriminator.safetensors", "policy_optimizer.safetensors"} <= names
+    assert {file.name for file in ours.iterdir()} == names
+    for name in names - {"manifest.json"}:
+        if name.endswith(".safetensors"):
+            mine, other = load_file(ours / name), load_file(theirs / name)
+            assert mine.keys() == other.keys()
+            assert all(torch.equal(mine[key], other[key]) for key in mine), name
+        else:
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing catches it."""
+
+
+def run_until(step: int, values: dict[str, Any], **settings: Any) -> None:
+    """Train, and die inside the reward function of the step after `step`."""
+    calls = 0
+
+    def deadly(completions: list[str], letter: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        # The first call is the trial before training.
+        if calls == step + 2:
+            raise Killed
+        return has_letter(completions, letter)
+
+    deadly.__name__ = "has_letter"
+    values = values | {"rewards": {"timeout": None}}
+    with pytest.raises(Killed):
+        train(values, reward_functions=[deadly], **settings)
+
+
+@pytest.mark.parametrize("killed_at", [6, 8])
+def test_twelve_steps_equal_six_and_six(killed_at: int, model_dir: Path, tmp_path: Path) -> None:
+    """Killed at the checkpoint, and two steps after it: resumed runs equal the one that was never stopped."""
+    values = {"max_steps": 12, "save_steps": 6, "objective": {"num_iterations": 2}}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe(model_dir, whole, **values))
+    run_until(killed_at, recipe(model_dir, broken, **values))
+    assert [r["step"] for r in lines(broken / "metrics.jsonl")] == list(range(1, killed_at + 1))
+    result = train(recipe(model_dir, broken, resume="auto", **values))
+    assert result.steps == 12
+    assert_same_run(broken, whole, 12)
+    first, last = (load_file(checkpoint.checkpoint_path(whole, s) / "model.safetensors") for s in (6, 12))
+    assert any(not torch.equal(first[key], last[key]) for key in first), "or equality would prove nothing"
+
+
+def test_a_pipeline_resumes_in_its_second_stage(model_dir: Path, tmp_path: Path) -> None:
+    values = {
+        "stages": [{"method": "sft", "max_steps": 3}, {"method": "a-grpo", "max_steps": 3}],
+        "save_steps": 4,
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe(model_dir, whole, **values))
+    # The reward is first called in the second stage: its second step is the run's fifth.
+    run_until(2, recipe(model_dir, broken, **values))
+    train(recipe(model_dir, broken, resume="auto", **values))
+    assert_same_run(broken, whole, 6)
+    stages = [record["stage"] for record in lines(whole / "metrics.jsonl")]
+    assert stages == [0, 0, 0, 1, 1, 1]
+    sft, rl = lines(whole / "metrics.jsonl")[2], lines(whole / "metrics.jsonl")[5]
+    assert (sft["tokens/rl"], rl["tokens/sft"]) == (0, 0)
+    assert AutoModelForCausalLM.from_pretrained(whole / "stages" / "1")
+    # kl starts at zero again: the reference of the second stage is where the first one ended.
+    assert lines(whole / "metrics.jsonl")[3]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_finished_run_resumes_to_itself(model_dir: Path, tmp_path: Path) -> None:
+    values = recipe(model_dir, tmp_path / "run")
+    first = train(values)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = train(values | {"resume": "auto"})
+    assert again.steps == first.steps
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = recipe(model_dir, tmp_path / "run")
+    train(values)
+    reference = (tmp_path / "run" / "completions.jsonl").read_bytes()
+    newest = checkpoint.checkpoint_path(tmp_path / "run", 4) / "policy_optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    train(values | {"resume": "auto"})
+    output = capsys.readouterr().out
+    assert "step-000004 is damaged and skipped: policy_optimizer.safetensors: contents changed" in output
+    assert "resumed at step 2" in output
+    assert (tmp_path / "run" / "completions.jsonl").read_bytes() == reference
+    assert not checkpoint.defects(newest.parent), "the damaged one was replaced by a whole one"
+
+
+def test_the_resolved_configuration_reproduces_the_run(model_dir: Path, tmp_path: Path) -> None:
+    values = {"stages": [{"method": "sft", "max_steps": 1}, {"method": "chord-mu", "max_steps": 2}]}
+    train(recipe(model_dir, tmp_path / "one", **values))
+    again = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text()) | {
+        "output_dir": str(tmp_path / "two")
+    }
+    train(again)
+    one, two = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("one", "two"))
+    assert one == two
+
+
+def test_it_learns(model_dir: Path, tmp_path: Path) -> None:
+    """From random weights: the reward rises, the demonstrations are learnt, the discriminator tells apart."""
+    values = recipe(
+        model_dir,
+        tmp_path / "run",
+        max_steps=60,
+        save_steps=60,
+        objective={"mu_decay_steps": 60, "beta": 0.0},
+        optim={"learning_rate": 5e-3},
+        batching={"prompts_per_step": 6, "demonstrations_per_step": 8, "max_tokens": 4000},
+    )
+    train(values, train_dataset=letter_rows(26, demonstrated=range(13)))
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+
+    def mean(key: str, part: slice) -> float:
+        found = [record[key] for record in records[part]]
+        return sum(found) / len(found)
+
+    assert mean("reward", slice(-10, None)) > mean("reward", slice(0, 10)) + 0.3
+    assert mean("sft/nll", slice(-10, None)) < 0.5 * mean("sft/nll", slice(0, 10))
+    assert max(record["discriminator/accuracy"] for record in records) > 0.8
+
+
+def test_completions_are_written_as_they_were(model_dir: Path, tmp_path: Path) -> None:
+    train(recipe(model_dir, tmp_path / "run"))
+    records = lines(tmp_path / "run" / "completions.jsonl")
+    assert len(records) == 4 * 3
+    rows = letter_rows()
+    for record in records:
+        row = rows[record["row"] - 1]
+        assert record["prompt"] == row["prompt"]
+        assert record["demonstration"] == row.get("completion")
+        for completion in record["completions"]:
+            assert completion["reward"] == pytest.approx(has_letter([completion["text"]], [row["letter"]])[0])
+    rewards = [c["reward"] for r in records if r["step"] == 1 for c in r["completions"]]
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert metrics["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert metrics["rewards/has_letter/mean"] == pytest.approx(metrics["reward"])
+
+
+def test_a_hugging_face_dataset_and_a_config_object(model_dir: Path, tmp_path: Path) -> None:
+    import datasets
+
+    config = uniapl.Config.model_validate(recipe(model_dir, tmp_path / "run", max_steps=1))
+    result = train(config, train_dataset=datasets.Dataset.from_list(letter_rows()))  # type: ignore[arg-type]
+    assert result.metrics["step"] == 1
+
+
+def test_checkpoints_are_pruned_and_load_as_models(model_dir: Path, tmp_path: Path) -> None:
+    train(recipe(model_dir, tmp_path / "run", max_steps=6, save_total_limit=2))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-000006"]
+    assert AutoModelForCausalLM.from_pretrained(checkpoint.checkpoint_path(tmp_path / "run", 6))
+
+
+def test_a_reward_that_fails_in_the_run_is_counted_and_then_stops_it(model_dir: Path, tmp_path: Path) -> None:
+    calls = 0
+
+    def fragile(completions: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise RuntimeError("server is gone")
+        return [0.5] * len(completions)
+
+    values = recipe(model_dir, tmp_path / "run", max_steps=20, health={"max_skipped_steps": 3})
+    with pytest.raises(uniapl.HealthStop, match=r"step 4: 3 steps in a row reward 'fragile'.*server is gone"):
+        train(values, reward_functions=[fragile])
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["rewards/fragile/error_rate"] for record in records] == [0.0, 1.0, 1.0, 1.0]
+    assert [record["tokens/rl"] > 0 for record in records] == [True, False, False, False]
+    assert [record["reward"] for record in records] == [0.5, None, None, None]
+    assert not checkpoint.defects(checkpoint.checkpoint_path(tmp_path / "run", 4))
+
+
+def test_a_gradient_that_stays_infinite_stops_the_run(model_dir: Path, tmp_path: Path) -> None:
+    values = recipe(model_dir, tmp_path / "run", method="grpo", health={"max_skipped_steps": 2})
+
+    def huge(completions: list[str]) -> list[float]:
+        return [1e300 * (-1) ** n for n in range(len(completions))]
+
+    with pytest.raises(uniapl.HealthStop, match="2 steps in a row the gradient was not finite"):
+        train(values, reward_functions=[huge])
+    start = load_file(Path(values["model"]["model_name_or_path"]) / "model.safetensors")
+    saved = load_file(checkpoint.checkpoint_path(tmp_path / "run", 2) / "model.safetensors")
+    assert all(torch.equal(saved[key], start[key]) for key in start), "nothing of it reached the weights"
+
+
+def write_recipe(
+    tmp_path: Path, model_dir: Path, rows: list[dict[str, Any]] | None = None, **changes: Any
+) -> Path:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (letter_rows() if rows is None else rows)))
+    values = recipe(
+        model_dir, tmp_path / "run", data={"path": str(data)}, rewards={"functions": ["lowercase"]}
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return path
+
+
+NEEDS_COLUMN = "def f(completions, answer):\n    return [0.0] * len(completions)\n"
+RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({"max_stepz": 3}, None, "unknown key 'max_stepz'; did you mean 'max_steps'?"),
+        ({}, [], "holds no rows"),
+        ({}, [{"question": "a"}], "row 1 has no 'prompt'"),
+        (
+            {},
+            [{"prompt": "a", "completion": "x"}, {"prompt": "a", "completion": ""}],
+            "row 2: the demonstration is",
+        ),
+        ({"method": "sft"}, [{"prompt": "a"}], "no row has a 'completion'"),
+        ({"rewards": {}}, None, "name at least one in rewards.functions"),
+        (
+            {"rewards": {"functions": ["{tmp}/reward.py:f"]}, "_file": NEEDS_COLUMN},
+            None,
+            "needs a column 'answer'",
+        ),
+        (
+            {"rewards": {"functions": ["{tmp}/reward.py:f"]}, "_file": RAISES},
+            None,
+            "RuntimeError: no such service",
+        ),
+        (
+            {"rewards": {"functions": ["{tmp}/reward.py:f"]}, "_file": "import nowhere\n"},
+            None,
+            "No module named",
+        ),
+        ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "there is no such directory"),
+        ({"data": {"path": "nowhere.jsonl"}}, None, "there is no file 'nowhere.jsonl'"),
+        ({"resume": "{tmp}/nowhere"}, None, "cannot be used"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "check"])
+def test_user_errors_end_with_2_and_one_message(
+    verb: str,
+    changes: dict[str, Any],
+    rows: list[dict[str, Any]] | None,
+    message: str,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if verb == "check" and "resume" in changes:
+        pytest.skip("resume concerns training alone")
+    changes = json.loads(json.dumps(changes).replace("{tmp}", str(tmp_path)))
+    (tmp_path / "reward.py").write_text(changes.pop("_file", ""))
+    path = write_recipe(tmp_path, model_dir, rows, **changes)
+    assert cli.run([verb, str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_the_command_line_end_to_end(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, model_dir)
+    assert cli.run(["check", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["examples"] == 12
+    assert report["with_demonstration"] == 6
+    assert report["rewards"] == {"lowercase": 12}
+    assert report["preview"]["text"] == "say a.[[aaa<eos>]]"
+    assert cli.run(["check", str(path)]) == 0
+    assert "say a.[[aaa<eos>]]" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists(), "check leaves nothing behind"
+
+    assert cli.run(["train", str(path), "--max-steps", "2", "--objective.lambda-adv", "0.25"]) == 0
+    output = capsys.readouterr().out
+    assert "step 2/2" in output
+    assert str(tmp_path / "run" / "final") in output
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["weight/lambda_adv"] == 0.25
+
+    assert cli.run(["train", str(path)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert cli.run(["train", str(path), "--overwrite", "True", "--max-steps", "1"]) == 0
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_an_output_that_cannot_be_written(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(uniapl.UsageError, match="cannot be written"):
+        train(recipe(model_dir, tmp_path / "file" / "run"))
+
+
+def test_a_tokenizer_that_is_too_large_for_its_model(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"extra{n}" for n in range(20)])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(uniapl.UsageError, match="they do not belong together"):
+        train(recipe(path, tmp_path / "run"))
+
+
+def test_verbs_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 2
+    assert cli.run(["--help"]) == 0
+    assert "uniapl VERB" in capsys.readouterr().out
+    assert cli.run(["trian"]) == 2
+    assert "choose one of train, check" in capsys.readouterr().err
+    assert cli.run(["train"]) == 2
+    assert "needs a recipe" in capsys.readouterr().err
+    with pytest.raises(SystemExit), contextlib.suppress(KeyboardInterrupt):
+        cli.main(["--help"])
