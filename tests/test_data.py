@@ -15,7 +15,8 @@ from uniapl.types import Example
 EOS = 1
 # Writes "<turn>role:content<eos>\n" for each turn; with `thinking` off it opens an answer with ",,".
 TEMPLATE = (
-    "{% for m in messages %}<turn>{{ m.role[0] }}{% if m.role == 'assistant' and thinking is false %},,{% endif %}"
+    "{% for m in messages %}"
+    "<turn>{{ m.role[0] }}{% if m.role == 'assistant' and thinking is false %},,{% endif %}"
     "{{ m.content }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>a{% if thinking is false %},,{% endif %}{% endif %}"
 )
@@ -169,7 +170,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes
 
 
 def test_missing_data_is_refused() -> None:
-    with pytest.raises(UsageError, match="there is no file 'nowhere.jsonl'"):
+    with pytest.raises(UsageError, match=r"there is no file 'nowhere\.jsonl'"):
         read_rows(DataConfig(path="nowhere.jsonl"))
     with pytest.raises(UsageError, match=r"set data\.path"):
         read_rows(DataConfig())

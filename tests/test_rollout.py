@@ -1,4 +1,4 @@
-"""The local sampler: greedy equals `generate`, log-probabilities equal the trainer's, draws obey their seeds."""
+"""The local sampler: greedy equals `generate`, log-probs equal the trainer's, draws obey their seeds."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_greedy_equals_generate(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_trainers(family: str, temperature: float) -> None:
-    """Prompts and answers of different lengths: the sampler pads left and uses a cache, the trainer neither."""
+    """Prompts and answers of many lengths: the sampler pads left and uses a cache, the trainer neither."""
     ours = sampler(family, temperature=temperature, stop_ids={1, 2, 3})
     groups = ours.sample(PROMPTS, seeds=SEEDS, num_generations=4, policy_version=0)
     rows = [

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from uniapl.config import Config
     from uniapl.errors import HealthStop, UniAPLError, UsageError
     from uniapl.rewards import RewardFunction, register
-    from uniapl.train.loop import RunResult, train
+    from uniapl.train.api import RunResult, train
     from uniapl.types import Example, MicroBatch, Rollout, RolloutGroup
 
 _HOME = {
@@ -23,7 +23,7 @@ _HOME = {
     "RewardFunction": "uniapl.rewards",
     "Rollout": "uniapl.types",
     "RolloutGroup": "uniapl.types",
-    "RunResult": "uniapl.train.loop",
+    "RunResult": "uniapl.train.api",
     "UniAPLError": "uniapl.errors",
     "UsageError": "uniapl.errors",
     "register": "uniapl.rewards",

@@ -54,7 +54,7 @@ def train(arguments: list[str]) -> int:
     resolved = _resolve("train", arguments)
     from transformers.utils import logging
 
-    from uniapl.train.loop import train_resolved
+    from uniapl.train.api import train_resolved
 
     # Bars for every file that is loaded or saved would tear the run's own display.
     logging.disable_progress_bar()

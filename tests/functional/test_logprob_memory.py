@@ -1,4 +1,4 @@
-"""At Qwen3's vocabulary the chunked log-probabilities need under a quarter of the full computation's memory."""
+"""At Qwen3's vocabulary the chunked log-probabilities need under a quarter of the full way's memory."""
 
 import importlib.util
 from pathlib import Path

@@ -1,6 +1,5 @@
 """Log-probabilities of chosen tokens and the entropy of each position, without the full logits tensor."""
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -63,9 +62,8 @@ def selected_logprobs(
     """
     chunk_size = chunk_size or max(1, CHUNK_LOGITS // weight.shape[0])
     # torch leaves Function.apply untyped.
-    untyped = _SelectedLogprobs.apply  # pyright: ignore[reportUnknownMemberType]
-    apply = cast("Callable[..., tuple[Tensor, Tensor]]", untyped)
-    return apply(hidden, weight, bias, token_ids, temperature, chunk_size)
+    function = cast("Any", _SelectedLogprobs)
+    return function.apply(hidden, weight, bias, token_ids, temperature, chunk_size)
 
 
 class _SelectedLogprobs(torch.autograd.Function):

@@ -1,0 +1,159 @@
+"""What all stages of a run share, and its book-keeping: files, checkpoints, health."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from uniapl.config import Config
+from uniapl.data import Stream
+from uniapl.rewards import RewardOutcome
+from uniapl.train import checkpoint, metrics
+from uniapl.train.console import RunView
+from uniapl.train.setup import Materials
+from uniapl.train.stage import Stage
+from uniapl.train.step import PolicyStep
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What all stages of a run share."""
+
+    config: Config
+    accelerator: Accelerator
+    materials: Materials
+    directory: Path
+    view: RunView
+    streams: dict[str, Stream]
+    metrics_log: metrics.JsonlLog
+    completions_log: metrics.JsonlLog
+    step: int = 0
+    """Steps done, over all stages."""
+    num_tokens: int = 0
+    """Tokens of completions that losses were computed on, demonstrations included."""
+    skipped_steps: int = 0
+    """Updates in a row that were not applied."""
+    failed_rewards: dict[str, int] = field(default_factory=dict)
+    """Reward function -> steps in a row in which every one of its calls failed."""
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def start_run(
+    config: Config,
+    accelerator: Accelerator,
+    materials: Materials,
+    directory: Path,
+    view: RunView,
+    state: dict[str, Any],
+) -> Run:
+    """A run at the state of a checkpoint, or at its beginning."""
+
+    def log(name: str) -> metrics.JsonlLog:
+        return metrics.JsonlLog(
+            directory / name, last_step=state["step"], enabled=accelerator.is_main_process
+        )
+
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        materials=materials,
+        directory=directory,
+        view=view,
+        streams={
+            name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
+            for name in ("prompts", "demonstrations")
+        },
+        metrics_log=log("metrics.jsonl"),
+        completions_log=log("completions.jsonl"),
+        step=state["step"],
+        num_tokens=state.get("num_tokens", 0),
+        skipped_steps=state.get("skipped_steps", 0),
+        failed_rewards=state.get("failed_rewards", {}),
+    )
+
+
+def finish_step(
+    run: Run, stage: Stage, record: dict[str, Any], completions: list[dict[str, Any]], *, stopping: bool
+) -> None:
+    """Write the step to both files and the console, then save if that is due or the run is stopping.
+
+    In this order: a run that dies while saving goes on from the checkpoint before and drops these lines.
+    """
+    record |= {f"time/{name}": seconds for name, seconds in run.view.times.items()}
+    record["step_time"] = run.view.step_seconds
+    run.last_metrics = record
+    run.metrics_log.write([record])
+    run.completions_log.write(completions)
+    if run.step % run.config.logging_steps == 0 or stage.step == stage.config.max_steps:
+        run.view.step_line(run.step, record)
+    if run.step % run.config.save_steps == 0 or stage.step == stage.config.max_steps or stopping:
+        with run.view.phase("save"):
+            save_checkpoint(run, stage)
+
+
+def save_checkpoint(run: Run, stage: Stage) -> None:
+    """Everything that the run needs to go on as if it had never stopped."""
+
+    def fill(directory: Path) -> None:
+        stage.model.save_pretrained(directory)
+        run.materials.tokenizer.save_pretrained(directory)
+        state = {
+            "step": run.step,
+            "num_tokens": run.num_tokens,
+            "skipped_steps": run.skipped_steps,
+            "failed_rewards": run.failed_rewards,
+            **{name: stream.position for name, stream in run.streams.items()},
+            **stage.save(directory),
+        }
+        (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    if run.accelerator.is_main_process:
+        checkpoint.write_directory(checkpoint.checkpoint_path(run.directory, run.step), fill)
+        checkpoint.prune(run.directory, run.config.save_total_limit)
+    run.accelerator.wait_for_everyone()
+
+
+def save_model(run: Run, stage: Stage, path: Path) -> None:
+    """The policy and its tokenizer, as `transformers` loads them."""
+
+    def fill(directory: Path) -> None:
+        stage.model.save_pretrained(directory)
+        run.materials.tokenizer.save_pretrained(directory)
+
+    if run.accelerator.is_main_process:
+        checkpoint.write_directory(path, fill)
+    run.accelerator.wait_for_everyone()
+
+
+def check_health(
+    run: Run, stage: Stage, update: PolicyStep, outcomes: Mapping[str, Sequence[RewardOutcome]]
+) -> str | None:
+    """Say what went wrong in this step; return why the run must stop, when it has gone wrong for too long."""
+    complaints: list[tuple[int, str]] = []
+    run.skipped_steps = 0 if update.applied else run.skipped_steps + 1
+    if run.skipped_steps:
+        found = f"loss {update.sums['loss']}, gradient norm {update.grad_norm}"
+        run.view.say(f"step {run.step}: {found}: update skipped, weights unchanged")
+        remedy = "try a lower optim.learning_rate, and look for extreme rewards"
+        complaints.append((run.skipped_steps, f"the gradient was not finite ({found}); {remedy}"))
+    for name, parts in outcomes.items():
+        message = next((part.message for part in parts if part.message), None)
+        if message:
+            failures = sum(sum(part.failed) for part in parts)
+            run.view.say(f"step {run.step}: reward '{name}' failed on {failures} samples: {message}")
+        dead = any(part.failed for part in parts) and all(all(part.failed) for part in parts)
+        run.failed_rewards[name] = run.failed_rewards.get(name, 0) + 1 if dead else 0
+        if dead:
+            complaints.append(
+                (run.failed_rewards[name], f"reward '{name}' failed on every sample: {message}")
+            )
+    for steps, complaint in complaints:
+        if steps >= stage.config.health.max_skipped_steps:
+            return (
+                f"stopped after step {run.step}: {steps} steps in a row {complaint}. "
+                "A checkpoint was saved; once mended, --resume auto goes on from it."
+            )
+    return None
