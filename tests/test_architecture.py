@@ -128,13 +128,15 @@ def test_method_md_names_functions_and_tests_that_exist() -> None:
     references = re.findall(r"`((?:src|tests|examples|benchmarks)/[\w/]+\.py):(\w+)`", text)
     assert len(references) > 20
     for path, name in references:
-        defined = {
-            getattr(node, "name", None)
-            or (node.targets[0].id if isinstance(node.targets[0], ast.Name) else None)
-            for node in ast.walk(ast.parse((ROOT / path).read_text()))
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))
-        }
-        assert name in defined, f"{path}:{name}"
+        assert name in set(names_defined(ROOT / path)), f"{path}:{name}"
+
+
+def names_defined(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
 
 
 def test_links_between_documents_hold() -> None:

@@ -1,0 +1,84 @@
+"""From rewards and logits to advantages and rows: what is not known stays out."""
+
+import math
+
+import pytest
+
+import reference
+from uniapl.batching import component_counts
+from uniapl.train.credit import assign_credit, rollout_rows
+from uniapl.types import Example, Rollout, RolloutGroup
+
+
+def group(
+    rewards: tuple[float | None, ...],
+    policy_logits: tuple[float, ...] | None = None,
+    expert_logit: float | None = None,
+) -> RolloutGroup:
+    example = Example(
+        row=1, prompt="p", prompt_ids=(5, 6), demonstration=None, demonstration_ids=None, columns={}
+    )
+    rollouts = tuple(
+        Rollout(
+            completion_ids=(7,) * (n + 1),
+            sampling_logprobs=(-1.0,) * (n + 1),
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for n in range(len(rewards))
+    )
+    return RolloutGroup(
+        example=example,
+        rollouts=rollouts,
+        texts=("",) * len(rewards),
+        rewards=rewards,
+        reward_parts={},
+        policy_logits=policy_logits,
+        expert_logit=expert_logit,
+    )
+
+
+def credit(item: RolloutGroup, expert_mean: float | None = None):
+    return assign_credit([item], scale_rewards="none", assignment="win_probability", expert_mean=expert_mean)[
+        0
+    ]
+
+
+def test_by_hand() -> None:
+    got = credit(group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0))
+    assert got.advantages == (0.5, -0.5, None)
+    wins = [reference.sigmoid(x - 1.0) for x in (0.0, 1.0, 2.0)]
+    assert got.win_rates == pytest.approx(wins)
+    assert got.adversarial_advantages == pytest.approx([u - sum(wins) / 3 for u in wins])
+
+
+def test_a_prompt_without_demonstration_uses_the_running_mean() -> None:
+    assert credit(group((None, None), (0.0, 0.0)), expert_mean=2.0).win_rates == pytest.approx(
+        [reference.sigmoid(-2.0)] * 2
+    )
+    nothing = credit(group((None, None), (0.0, 0.0)))
+    assert nothing.win_rates == nothing.adversarial_advantages == (None, None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_is_not_known(bad: float) -> None:
+    got = credit(group((1.0, 0.0, 0.0), (0.0, bad, 1.0), 0.0))
+    assert got.win_rates[1] is None
+    wins = [0.5, reference.sigmoid(1.0)]
+    assert got.win_rates[::2] == pytest.approx(wins)
+    assert got.adversarial_advantages[0] == pytest.approx(0.5 - sum(wins) / 2)
+    assert credit(group((1.0, 0.0), (0.0, 0.0), bad)).win_rates == (None, None)
+
+
+def test_rows_teach_only_what_is_known() -> None:
+    groups = [group((1.0, None), (0.0, 1.0), 0.0), group((1.0, 0.0))]
+    credits = [credit(item) for item in groups]
+    rows = rollout_rows(groups, credits, temperature=0.7)
+    assert [row.components for row in rows] == [
+        {"kl", "rl", "adv"},
+        {"kl", "adv"},
+        {"kl", "rl"},
+        {"kl", "rl"},
+    ]
+    assert {row.temperature for row in rows} == {0.7}
+    assert component_counts(rows) == {"sft": 0, "rl": 1 + 1 + 2, "adv": 1 + 2, "kl": 6}
