@@ -91,6 +91,7 @@ def test_columns_are_renamed() -> None:
         ({"prompt": ""}, "row 7: the prompt is empty"),
         ({"prompt": "a", "completion": ""}, "row 7: the demonstration is empty"),
         ({"prompt": "a", "completion": " \n"}, "row 7: the demonstration is empty"),
+        ({"prompt": "a", "completion": "<eos>"}, "row 7: the demonstration is empty"),
         ({"prompt": 3}, "row 7: 'prompt' must be a string or a list of messages"),
         ({"prompt": []}, "row 7: 'prompt' must be"),
         ({"prompt": [{"role": "user"}]}, "row 7: 'prompt' must be"),

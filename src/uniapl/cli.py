@@ -85,3 +85,7 @@ def _resolve(verb: str, arguments: list[str]) -> "Resolved":
     elif not any(a in ("-h", "--help") for a in arguments):
         raise UsageError(f"uniapl {verb} needs a recipe: uniapl {verb} RECIPE.yaml [--key value ...]")
     return resolve(recipe, arguments)
+
+
+if __name__ == "__main__":
+    main()

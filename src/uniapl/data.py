@@ -151,9 +151,9 @@ def tokenize_row(number: int, row: Any, tokenizer: PreTrainedTokenizerBase, conf
         raise UsageError(f"row {number}: the prompt is empty")
     demonstration_ids: TokenIds | None = None
     if demonstration is not None:
-        if not (plain or "").strip():
-            raise UsageError(f"row {number}: the demonstration is empty, no token could be learnt from it")
         demonstration_ids = _encode_completion(demonstration, tokenizer)
+        if not (plain or "").strip() or demonstration_ids == (tokenizer.eos_token_id,):
+            raise UsageError(f"row {number}: the demonstration is empty, no token could be learnt from it")
     return Example(
         row=number,
         prompt=prompt,

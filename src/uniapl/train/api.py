@@ -72,8 +72,14 @@ def train_resolved(
     bf16 = config.optim.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    # One optimizer step per backward window of ours: accelerate must neither count nor divide.
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=1)
+    # The sampler sums probabilities in fp64, which Apple's GPUs do not have.
+    device = torch.accelerator.current_accelerator()
+    accelerator = Accelerator(
+        cpu=device is None or device.type == "mps",
+        mixed_precision="bf16" if bf16 else "no",
+        # Every update is one optimizer step: accelerate must neither count nor divide.
+        gradient_accumulation_steps=1,
+    )
     set_seed(config.seed)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process)
     directory = Path(config.output_dir)
