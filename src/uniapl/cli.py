@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a verb needs it: `uniapl --help` answers at once."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ exit codes: 0 ok, 1 run failed, 2 usage, configuration or data, 3 stopped by a h
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code."""
+    # Before torch is loaded: OpenMP threads that wait by spinning take the processor from whatever else runs,
+    # which made steps of a small model more than ten times slower on a busy machine (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
 
 

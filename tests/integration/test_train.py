@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -414,6 +415,34 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
         assert 0 < record["sampling/sampling_logp_difference/mean"] < 0.02
     saved = load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_a_run_on_two_processes_equals_one_on_one(model_dir: Path, tmp_path: Path) -> None:
+    """Prompts, rollouts, rewards, both models' updates and the replay are shared out; 3 prompts on 2 processes."""
+    path = write_recipe(tmp_path, model_dir)
+    arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for start, output in (([], "one"), (launcher, "two")):
+        command = [sys.executable, *start, *arguments, str(tmp_path / output)]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+    one, two = (timeless(lines(tmp_path / output / "metrics.jsonl")) for output in ("one", "two"))
+    for mine, other in zip(one, two, strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in mine.items():
+            assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    one, two = (lines(tmp_path / output / "completions.jsonl") for output in ("one", "two"))
+    for mine, other in zip(one, two, strict=True):
+        assert [c["text"] for c in mine["completions"]] == [c["text"] for c in other["completions"]]
+    saved, other = (load_file(tmp_path / output / "final" / "model.safetensors") for output in ("one", "two"))
+    for name, tensor in saved.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def code_blocks(document: Path) -> list[str]:
