@@ -378,7 +378,7 @@ def test_the_command_line_end_to_end(
 
     assert cli.run(["train", str(path), "--max-steps", "2", "--objective.lambda-adv", "0.25"]) == 0
     output = capsys.readouterr().out
-    assert "step 2/2" in output
+    assert "2/2 reward" in output
     assert str(tmp_path / "run" / "final") in output
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["weight/lambda_adv"] == 0.25
 

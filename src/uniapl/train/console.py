@@ -18,12 +18,12 @@ from rich.progress import (
 # Column -> metric key -> format. Only metrics that a step has are shown.
 COLUMNS = (
     ("reward", "reward", ".3f"),
-    ("loss", "loss", ".3f"),
+    ("loss", "loss", ".2f"),
     ("nll", "sft/nll", ".2f"),
     ("win", "discriminator/win_rate", ".2f"),
     ("mu", "weight/mu", ".2f"),
-    ("lambda", "weight/lambda_adv", ".2f"),
-    ("length", "completions/mean_length", ".1f"),
+    ("lam", "weight/lambda_adv", ".2f"),
+    ("len", "completions/mean_length", ".1f"),
     ("s", "step_time", ".1f"),
 )
 
@@ -81,11 +81,11 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         return time.monotonic() - self._started
 
     def step_line(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line with the step's main numbers."""
+        """One line with the step's main numbers, within 80 columns for up to 99 steps."""
         shown = [
             f"{title} {metrics[key]:{form}}" for title, key, form in COLUMNS if metrics.get(key) is not None
         ]
-        self.say(f"step {step:>{len(str(self._total))}}/{self._total}  " + "  ".join(shown))
+        self.say(f"{step:>{len(str(self._total))}}/{self._total} " + " ".join(shown))
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""
