@@ -201,7 +201,7 @@ def test_arguments_are_bound_and_checked() -> None:
 
 def test_the_same_function_twice_keeps_its_metrics_apart() -> None:
     reward = named_reward("length", find_function("length"), args={"max_words": 2})
-    assert [r.name for r in Rewarder([reward, reward]).rewards] == ["length_1", "length_2"]
+    assert [r.name for r in Rewarder([reward, reward]).rewards] == ["length", "length_2"]
 
 
 def test_a_column_that_no_row_has_is_refused() -> None:

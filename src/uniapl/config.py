@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -237,7 +237,7 @@ class Config(_Section):
     resume: str = Field(
         default="never", description="never, auto (newest whole checkpoint), or a checkpoint's path."
     )
-    seed: int = Field(default=0, ge=0, description="Of every random draw.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Of every random draw.")
     max_steps: int = Field(default=100, ge=1, description="Steps; with stages, each stage's own count holds.")
     save_steps: int = Field(
         default=50, ge=1, description="Steps between checkpoints; the last step is always saved."

@@ -1,7 +1,7 @@
 """Rows of a file or a data set -> tokenised examples, and the two streams that a run draws from."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def read_rows(config: DataConfig) -> list[tuple[int, Row]]:
         if path.suffix == ".jsonl":
             rows = _read_jsonl(path)
         elif path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(content, list):
                 raise UsageError(
                     f"{path}: must hold a list of rows; one row per line belongs in a .jsonl file"
@@ -78,8 +78,12 @@ def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
 
     load: Any = datasets.load_dataset
     try:
-        if path.suffix in (".csv", ".parquet"):
-            return load(path.suffix[1:], data_files=str(path), split="train")
+        if path.suffix == ".csv":
+            # Only an empty cell is missing: "None" and "NA" may well be answers.
+            missing: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+            return load("csv", data_files=str(path), split="train", **missing)
+        if path.suffix == ".parquet":
+            return load("parquet", data_files=str(path), split="train")
         return load(config.path, split=config.split)
     except (
         Exception
@@ -92,6 +96,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     *,
+    stop_ids: Collection[int] = (),
     context_length: int | None = None,
     max_completion_length: int = 0,
 ) -> Dataset:
@@ -101,6 +106,8 @@ def prepare(
         rows: (number, row) pairs; the number is what errors name.
         tokenizer: The policy's; its chat template is used for chat prompts.
         config: The `data` section.
+        stop_ids: Tokens at which the sampler ends an answer, so that demonstrations end in the same way; the
+            tokenizer's end token is always one.
         context_length: The model's window; longer rows are left out.
         max_completion_length: Room that a rollout needs behind the prompt.
 
@@ -115,7 +122,12 @@ def prepare(
     examples: list[Example] = []
     left_out: dict[str, list[int]] = {}
     for number, row in rows:
-        example = tokenize_row(number, row, tokenizer, config)
+        try:
+            example = tokenize_row(number, row, tokenizer, config, stop_ids)
+        except UsageError:
+            raise
+        except Exception as error:  # tokenizers raise what they like, e.g. on lone surrogates
+            raise UsageError(f"row {number} cannot be tokenised: {error!r}") from error
         if len(example.prompt_ids) > longest_prompt:
             left_out.setdefault(f"prompt longer than {longest_prompt} tokens", []).append(number)
             continue
@@ -132,15 +144,31 @@ def prepare(
     )
 
 
-def tokenize_row(number: int, row: Any, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
+def tokenize_row(
+    number: int,
+    row: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    stop_ids: Collection[int] = (),
+) -> Example:
     """One row -> one example. See :func:`prepare` for what is refused."""
     if not isinstance(row, Mapping):
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r}")
-    row = {config.columns.get(column, column): value for column, value in row.items()}
+    for theirs, name in config.columns.items():
+        if row.get(theirs) is not None and row.get(name) is not None:
+            raise UsageError(
+                f"row {number}: data.columns renames '{theirs}' to '{name}', which is there already"
+            )
+    row = {config.columns.get(column, column): value for column, value in row.items() if value is not None}
     prompt, completion = _prompt_and_completion(number, row)
     plain = completion if isinstance(completion, str) or completion is None else _content(number, completion)
     columns = {key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")}
     if isinstance(prompt, str) and config.string_prompts == "text":
+        if config.system_prompt is not None:
+            raise UsageError(
+                f"row {number} is plain text, which has no place for data.system_prompt; "
+                "set data.string_prompts: chat, or leave the system prompt out"
+            )
         demonstration = plain
         prompt_ids = _encode_prompt(prompt, tokenizer)
     else:
@@ -150,9 +178,11 @@ def tokenize_row(number: int, row: Any, tokenizer: PreTrainedTokenizerBase, conf
     if not prompt_ids:
         raise UsageError(f"row {number}: the prompt is empty")
     demonstration_ids: TokenIds | None = None
+    assert isinstance(tokenizer.eos_token_id, int)
+    stop_ids = {*stop_ids, tokenizer.eos_token_id}
     if demonstration is not None:
-        demonstration_ids = _encode_completion(demonstration, tokenizer)
-        if not (plain or "").strip() or demonstration_ids == (tokenizer.eos_token_id,):
+        demonstration_ids = _encode_completion(demonstration, tokenizer, stop_ids)
+        if not (plain or "").strip() or all(token in stop_ids for token in demonstration_ids):
             raise UsageError(f"row {number}: the demonstration is empty, no token could be learnt from it")
     return Example(
         row=number,
@@ -191,7 +221,8 @@ def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, str | list[di
 def _checked_messages(number: int, column: str, value: Any) -> list[dict[str, Any]]:
     messages = list(value) if isinstance(value, (list, tuple)) else []
     whole = all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in messages
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and m.get("content") is not None
+        for m in messages
     )
     if not messages or not whole:
         raise UsageError(
@@ -261,15 +292,18 @@ def _encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _encode_completion(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
-    """Ids up to and including the end token, which is appended where the text does not hold it.
+def _encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> TokenIds:
+    """Ids up to and including the first token that ends an answer; the end token is appended where none does.
 
-    What a chat template writes behind the end token (often a newline) is cut: no sampler would produce it.
+    What a chat template writes behind it (often a newline) is cut: no sampler would produce it, and a
+    discriminator would know the expert by it.
     """
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int)
-    return ids[: ids.index(eos) + 1] if eos in ids else (*ids, eos)
+    end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
+    if end is not None:
+        return ids[: end + 1]
+    assert isinstance(tokenizer.eos_token_id, int)
+    return (*ids, tokenizer.eos_token_id)
 
 
 class Stream:

@@ -87,13 +87,14 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
     fixed = {f"objective.{key}": value for key, value in METHODS[method]["fixed"].items()}
     config = validate(Config, merge(config.model_dump(), {"objective": METHODS[method]["fixed"]}))
     in_recipe, from_base = flatten(recipe), flatten(base)
+    named = {flag.removeprefix("--").split("=", 1)[0].replace("-", "_") for flag in flags if flag[:2] == "--"}
     sources = dict.fromkeys(flatten(config), "default")
     for key in sources:
         if key in fixed or key in flatten(proposed):
             sources[key] = "method"
         if any(key == given or key.startswith(f"{given}.") for given in in_recipe):
             sources[key] = "recipe"
-        if before.get(key) != from_base.get(key):
+        if before.get(key) != from_base.get(key) or key in named:
             sources[key] = "flag"
         if key in fixed and sources[key] in ("recipe", "flag"):
             if before[key] != fixed[key]:
@@ -195,7 +196,7 @@ def _method_of(recipe: dict[str, Any], flags: Sequence[str]) -> str:
             method = flags[position + 1]
         elif flag.startswith("--method="):
             method = flag.split("=", 1)[1]
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UsageError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     return method
 

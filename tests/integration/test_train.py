@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import uniapl
+from runs import has_letter, lines, recipe, run_until, timeless, train, write_recipe
 from tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import METHODS
@@ -25,41 +26,6 @@ from uniapl.train import checkpoint
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-def recipe(model_dir: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "output_dir": str(output),
-        "max_steps": 4,
-        "save_steps": 2,
-        "model": {"model_name_or_path": str(model_dir)},
-        "rollout": {"num_generations": 4, "max_completion_length": 6},
-        "objective": {"mu_decay_steps": 4, "beta": 0.05},
-        "discriminator": {"warmup_steps": 1, "learning_rate": 1e-3, "replay_size": 4},
-        "optim": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine"},
-        "batching": {"prompts_per_step": 3, "demonstrations_per_step": 5, "max_tokens": 120},
-    }
-    for key, value in changes.items():
-        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
-    return base
-
-
-def has_letter(completions: list[str], letter: list[str]) -> list[float]:
-    """Share of an answer that is the asked letter."""
-    return [text.count(x) / max(1, len(text)) for text, x in zip(completions, letter, strict=True)]
-
-
-def train(values: dict[str, Any], **settings: Any) -> uniapl.RunResult:
-    settings = {"train_dataset": letter_rows(), "reward_functions": [has_letter]} | settings
-    return uniapl.train(values, **settings)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "step_time"} for r in records]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -105,28 +71,6 @@ def assert_same_run(got: Path, expected: Path, step: int) -> None:
             assert all(torch.equal(mine[key], other[key]) for key in mine), name
         else:
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
-
-
-class Killed(BaseException):
-    """Stands for a process that dies: nothing catches it."""
-
-
-def run_until(step: int, values: dict[str, Any], **settings: Any) -> None:
-    """Train, and die inside the reward function of the step after `step`."""
-    calls = 0
-
-    def deadly(completions: list[str], letter: list[str]) -> list[float]:
-        nonlocal calls
-        calls += 1
-        # The first call is the trial before training.
-        if calls == step + 2:
-            raise Killed
-        return has_letter(completions, letter)
-
-    deadly.__name__ = "has_letter"
-    values = values | {"rewards": {"timeout": None}}
-    with pytest.raises(Killed):
-        train(values, reward_functions=[deadly], **settings)
 
 
 @pytest.mark.parametrize("killed_at", [6, 8])
@@ -288,19 +232,6 @@ def test_a_gradient_that_stays_infinite_stops_the_run(model_dir: Path, tmp_path:
     start = load_file(Path(values["model"]["model_name_or_path"]) / "model.safetensors")
     saved = load_file(checkpoint.checkpoint_path(tmp_path / "run", 2) / "model.safetensors")
     assert all(torch.equal(saved[key], start[key]) for key in start), "nothing of it reached the weights"
-
-
-def write_recipe(
-    tmp_path: Path, model_dir: Path, rows: list[dict[str, Any]] | None = None, **changes: Any
-) -> Path:
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in (letter_rows() if rows is None else rows)))
-    values = recipe(
-        model_dir, tmp_path / "run", data={"path": str(data)}, rewards={"functions": ["lowercase"]}
-    )
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values | changes))
-    return path
 
 
 NEEDS_COLUMN = "def f(completions, answer):\n    return [0.0] * len(completions)\n"

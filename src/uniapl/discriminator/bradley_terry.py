@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss
 from uniapl.types import RolloutGroup, TokenIds
 
@@ -68,6 +69,11 @@ class BradleyTerry(nn.Module):
     @staticmethod
     def copy_of(model: PreTrainedModel) -> "BradleyTerry":
         """A discriminator whose trunk is a copy of a language model's."""
+        if model.base_model is model:
+            raise UsageError(
+                f"{type(model).__name__} has no trunk apart from its head to copy; name another backbone in "
+                "discriminator.model_name_or_path"
+            )
         trunk: Any = copy.deepcopy(model.base_model)
         return BradleyTerry(trunk).to(model.device)
 
@@ -81,7 +87,9 @@ class BradleyTerry(nn.Module):
         ).last_hidden_state
         last = attention_mask.sum(-1) - 1
         rows = torch.arange(len(last), device=last.device)
-        return self.head(hidden[rows, last].to(self.head.weight.dtype)).squeeze(-1).float()
+        # In fp32 also under autocast: bf16 would round logits whose small differences are the credit.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden[rows, last].float()).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

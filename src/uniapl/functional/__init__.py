@@ -21,7 +21,7 @@ from uniapl.functional.losses import (
     objective,
     sft_loss,
 )
-from uniapl.functional.schedules import warmup_cosine
+from uniapl.functional.schedules import learning_rate_factor, warmup_cosine
 
 __all__ = [
     "adversarial_advantages",
@@ -30,6 +30,7 @@ __all__ = [
     "clipped_surrogate",
     "group_advantages",
     "k3_kl",
+    "learning_rate_factor",
     "logprobs_from_logits",
     "objective",
     "selected_logprobs",

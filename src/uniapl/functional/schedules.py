@@ -1,6 +1,7 @@
-"""Weights as a function of the step."""
+"""Weights and the learning rate as functions of the step: nothing to save, nothing to restore."""
 
 import math
+from typing import Literal
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
@@ -24,3 +25,23 @@ def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float
         return valley
     progress = (step - warmup_steps) / decay_steps
     return valley + (peak - valley) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate_factor(
+    step: int, kind: Literal["constant", "linear", "cosine"], *, warmup_steps: int, total_steps: int
+) -> float:
+    """Factor of the learning rate: linear warm-up, then constant, or a fall to 0 at `total_steps`.
+
+    The shapes are those of transformers' `get_scheduler`.
+
+    Args:
+        step: Counted from 0.
+        kind: What follows the warm-up.
+        warmup_steps, total_steps: Length of the warm-up, and of the whole.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    if kind == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,15 +1,20 @@
 """The registry of reward functions, finding them by name, calling them, and combining what they say."""
 
 import asyncio
+import copy
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +31,10 @@ class RewardFunction(Protocol):
     def __call__(self, **kwargs: Any) -> Any:
         """One float or None per completion (or an awaitable of that)."""
         ...
+
+
+class RewardTimeoutError(Exception):
+    """A call did not end in time. (A TimeoutError may be the function's own, about one sample.)"""
 
 
 class WrongFormError(ValueError):
@@ -84,7 +93,7 @@ def find_function(name: str) -> Callable[..., Any]:
             "or `module:function`, or `path.py:function`"
         )
     try:
-        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        module = _load_file(Path(source).resolve()) if source.endswith(".py") else _import(source)
     except Exception as error:  # the user's own code runs here and may raise anything
         raise UsageError(f"reward function '{name}': cannot import '{source}': {error!r}") from error
     function = getattr(module, attribute, None)
@@ -93,15 +102,31 @@ def find_function(name: str) -> Callable[..., Any]:
     return function
 
 
+def _import(module: str) -> Any:
+    """Import by name; modules beside the user, in the working directory, are found too."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(module)
+
+
 def _load_file(path: Path) -> Any:
+    """Run a Python file once; its neighbours can be imported from it."""
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path.resolve()}")
-    spec = importlib.util.spec_from_file_location(f"uniapl_reward_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        raise FileNotFoundError(f"no such file: {path}")
+    name = f"uniapl_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def named_reward(
@@ -112,7 +137,12 @@ def named_reward(
     Raises:
         UsageError: An argument that the function does not take.
     """
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:
+        raise UsageError(
+            f"reward function '{name}' does not say which arguments it takes: {error}"
+        ) from error
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for argument in args or {}:
         if argument not in parameters and not takes_any:
@@ -133,17 +163,16 @@ class Rewarder:
     """All reward functions of a run: calls them, applies the rules, adds up."""
 
     def __init__(self, rewards: Sequence[NamedReward], *, timeout: float | None = 60.0) -> None:
-        names = [reward.name for reward in rewards]
-        # The same function twice, with other arguments: numbered, so that metrics stay apart.
-        self.rewards = [
-            reward
-            if names.count(reward.name) == 1
-            else NamedReward(
-                **{**vars(reward), "name": f"{reward.name}_{names[: index + 1].count(reward.name)}"}
-            )
-            for index, reward in enumerate(rewards)
-        ]
+        self.rewards: list[NamedReward] = []
+        for reward in rewards:
+            self.rewards.append(replace(reward, name=self._free_name(reward.name)))
         self.timeout = timeout
+
+    def _free_name(self, name: str) -> str:
+        """The name, with a number where it is taken (one function, other arguments): metrics stay apart."""
+        taken = {reward.name for reward in self.rewards}
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        return next(candidate for candidate in itertools.chain([name], numbered) if candidate not in taken)
 
     def applies_to(self, example: Example) -> bool:
         """Some function can score answers to this row."""
@@ -155,12 +184,12 @@ class Rewarder:
         Raises:
             UsageError: Naming the function, the missing column, and the columns that there are.
         """
-        known = {column for example in examples for column in example.columns}
+        known = {key for example in examples for key, value in example.columns.items() if value is not None}
         for reward in self.rewards:
             for column in reward.required_columns:
                 if column not in known:
                     raise UsageError(
-                        f"reward function '{reward.name}' needs a column '{column}', which no row has "
+                        f"reward function '{reward.name}' needs a column '{column}', which no row fills "
                         f"(columns: {', '.join(sorted(known)) or 'none'}); rename yours by data.columns, or "
                         "give the argument a default or a value in rewards.functions"
                     )
@@ -199,14 +228,14 @@ class Rewarder:
                 [texts[i] for i in indices],
                 [list(completion_ids[i]) for i in indices],
             )
-            return _checked(_call(reward.function, arguments, self.timeout), len(indices))
+            return _call(reward.function, arguments, self.timeout, len(indices))
 
         message, timed_out = None, False
         try:
             for index, value in zip(chosen, call(chosen), strict=True):
                 values[index] = value
-        except (TimeoutError, WrongFormError) as error:
-            message, timed_out = str(error), isinstance(error, TimeoutError)
+        except (RewardTimeoutError, WrongFormError) as error:
+            message, timed_out = str(error), isinstance(error, RewardTimeoutError)
             for index in chosen:
                 failed[index] = True
         except Exception as error:  # the user's own code may raise anything
@@ -217,7 +246,7 @@ class Rewarder:
                     continue
                 try:
                     values[index] = call([index])[0]
-                except TimeoutError:
+                except RewardTimeoutError:
                     failed[index] = timed_out = True
                 except Exception:
                     failed[index] = True
@@ -255,7 +284,8 @@ def _arguments(
     reward: NamedReward, examples: list[Example], texts: list[str], completion_ids: list[list[int]]
 ) -> dict[str, Any]:
     everything: dict[str, Any] = {
-        column: [example.columns.get(column) for example in examples]
+        # A copy: a function that changes its arguments must not change the data of later steps.
+        column: [copy.deepcopy(example.columns.get(column)) for example in examples]
         for column in {column for example in examples for column in example.columns}
     }
     everything["prompts"] = [example.prompt for example in examples]
@@ -272,19 +302,23 @@ def _arguments(
     return {key: value for key, value in everything.items() if key in parameters}
 
 
-def _call(function: Callable[..., Any], arguments: dict[str, Any], timeout: float | None) -> Any:
-    """The function's result, awaited if it is async; TimeoutError after `timeout` seconds.
+def _call(
+    function: Callable[..., Any], arguments: dict[str, Any], timeout: float | None, count: int
+) -> list[float | None]:
+    """The function's `count` values, awaited if it is async; RewardTimeoutError after `timeout` seconds.
 
     A thread cannot be killed: one that hangs is left behind as a daemon and cannot keep the run from ending.
     """
 
-    def run() -> Any:
+    def run() -> list[float | None]:
         result = function(**arguments)
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        if inspect.isawaitable(result):
+            result = asyncio.run(_awaited(result))
+        return _checked(result, count)
 
     if timeout is None:
         return run()
-    outcome: list[Any] = []
+    outcome: list[list[float | None]] = []
     failure: list[BaseException] = []
 
     def target() -> None:
@@ -297,7 +331,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], timeout: floa
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        raise TimeoutError(f"no answer within {timeout} s")
+        raise RewardTimeoutError(f"no answer within {timeout} s")
     if failure:
         # A reward function that calls sys.exit() must not end the run.
         error = failure[0]

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from uniapl.types import Rollout, TokenIds
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSampler:
-    """Sampling with any causal language model of transformers that keeps a key-value cache.
+    """Sampling with any causal language model of transformers whose layers all keep a key-value cache.
 
     Each prompt is prefilled once and its cache expanded to its G rows; prompts are padded on the left, with
     positions that ignore the padding; rows that have finished leave the batch.
@@ -65,6 +65,15 @@ class LocalSampler:
             self.model.train(was_training)
         return rollouts
 
+    def check(self) -> None:
+        """Sample one token, to hear before training of a model that cannot be sampled from.
+
+        Raises:
+            UsageError: Its cache is none that the rows of a group can share.
+        """
+        probe = replace(self, max_completion_length=1)
+        probe.sample([(self.pad_id,)], seeds=[0], num_generations=2, policy_version=0)
+
     def _rollout(self, ids: list[int], logprobs: list[float], policy_version: int) -> Rollout:
         return Rollout(
             completion_ids=tuple(ids),
@@ -80,6 +89,11 @@ class LocalSampler:
         device = self.model.device
         uniforms = self._uniforms(seeds, num_generations).to(device)
         logits, cache, attention_mask = self._prefill(prompts)
+        if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+            raise UsageError(
+                f"{type(self.model).__name__} has layers without a key-value cache (state-space or linear "
+                "attention): the local sampler cannot expand a prompt's cache to its rollouts"
+            )
         cache.batch_repeat_interleave(num_generations)
         logits = logits.repeat_interleave(num_generations, dim=0)
         attention_mask = attention_mask.repeat_interleave(num_generations, dim=0)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, set_seed
 
 from uniapl.config import Config
+from uniapl.errors import UsageError
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup
 from uniapl.train.console import RunView
@@ -69,47 +71,109 @@ def train_resolved(
     materials = setup.load_materials(
         resolved, stages, train_dataset=train_dataset, reward_functions=reward_functions
     )
-    bf16 = config.optim.bf16
-    if bf16 is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    # The sampler sums probabilities in fp64, which Apple's GPUs do not have.
-    device = torch.accelerator.current_accelerator()
-    accelerator = Accelerator(
-        cpu=device is None or device.type == "mps",
-        mixed_precision="bf16" if bf16 else "no",
-        # Every update is one optimizer step: accelerate must neither count nor divide.
-        gradient_accumulation_steps=1,
-    )
-    set_seed(config.seed)
+    accelerator = make_accelerator(config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process)
     directory = Path(config.output_dir)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            setup.prepare_run_directory(resolved, stages, materials)
-    for note in resolved.notes:
+    for note in dict.fromkeys(note for part in (resolved, *stages) for note in part.notes):
         view.say(f"note: {note}")
+    for reason, rows in materials.dataset.left_out.items():
+        view.say(f"note: {len(rows)} rows left out, {reason} (uniapl check lists them)")
+
+    # Everything that can fail comes before the run directory is touched.
     found = checkpoint.find_checkpoint(directory, config.resume, view.say)
-    state = (
-        json.loads((found / "state.json").read_text(encoding="utf-8")) if found else {"stage": 0, "step": 0}
-    )
-    run = start_run(config, accelerator, materials, directory, view, state)
+    setup.check_run_directory(config, found)
+    state = _resume_state(found, resolved, stages, materials, view) if found else {"stage": 0, "step": 0}
     model = setup.load_model(config.model, found).to(accelerator.device)
     setup.check_vocabulary(model, materials.tokenizer)
+    first: int = state["stage"]
+
+    def build(index: int) -> Stage:
+        start = _stage_start(index, directory, found)
+        return build_stage(stages[index].config, index, model, materials, accelerator, start=start)
+
+    stage: Stage | None = build(first)
+    if found:
+        stage.load(found, state)
+    run = start_run(resolved, stages, accelerator, materials, view, state)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
-    stage: Stage | None = None
     with view:
-        for index in range(state["stage"], len(stages)):
-            start = directory / "stages" / str(index) if index else None
-            stage = build_stage(stages[index].config, index, model, materials, accelerator, start=start)
-            if found and index == state["stage"]:
-                stage.load(found, state)
+        run_stage(run, stage)
+        for index in range(first + 1, len(stages)):
+            save_model(run, stage, directory / "stages" / str(index))
+            # The old stage's optimizer and discriminator go before the next one's come.
+            stage = None
+            accelerator.free_memory()
+            stage = build(index)
             run_stage(run, stage)
-            if index + 1 < len(stages):
-                save_model(run, stage, directory / "stages" / str(index + 1))
-                accelerator.free_memory()
-        assert stage is not None
         save_model(run, stage, directory / "final")
     view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.metrics_log.path}")
     return RunResult(
-        output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.last_metrics
+        output_dir=directory,
+        final_dir=directory / "final",
+        steps=run.step,
+        metrics=run.last_metrics or run.metrics_log.last,
     )
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The accelerator of a run: this process's device, precision, and its place among the processes.
+
+    Raises:
+        UsageError: It was launched in a way that this version cannot train in.
+    """
+    bf16 = config.optim.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    # The sampler sums probabilities in fp64, which Apple's GPUs do not have.
+    device = torch.accelerator.current_accelerator()
+    # accelerate keeps the first run's precision for the whole process; the next run may want another.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=device is None or device.type == "mps", mixed_precision="bf16" if bf16 else "no"
+    )
+    # Every update is one optimizer step: accelerate must not divide, whatever its environment variables say.
+    accelerator.gradient_accumulation_steps = 1
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise UsageError(
+            f"launched with {accelerator.distributed_type.value}: this version trains on one process or with "
+            "DDP; use torchrun, or an accelerate configuration without FSDP and DeepSpeed"
+        )
+    set_seed(config.seed)
+    return accelerator
+
+
+def _resume_state(
+    found: Path, resolved: Resolved, stages: Sequence[Resolved], materials: setup.Materials, view: RunView
+) -> dict[str, Any]:
+    """The state in a checkpoint, if it is one of this run's recipe; what else has changed is said.
+
+    Raises:
+        UsageError: Its stages are not this recipe's.
+    """
+    state = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    methods = [stage.config.method for stage in stages]
+    reached = state["stage"] + 1
+    if methods[:reached] != state["methods"][:reached]:
+        raise UsageError(
+            f"checkpoint '{found}' is of a run of {' -> '.join(state['methods'])}, the recipe now says "
+            f"{' -> '.join(methods)}; to train on from its weights, give it as model.model_name_or_path"
+        )
+    if state["data_sha256"] != materials.data_sha256:
+        view.say(
+            "note: the data has changed since the checkpoint; the streams go on at their positions in it"
+        )
+    if state["seed"] != resolved.config.seed:
+        view.say(
+            f"note: the checkpoint's seed was {state['seed']}; from here on it is {resolved.config.seed}"
+        )
+    return state
+
+
+def _stage_start(index: int, directory: Path, found: Path | None) -> Path | None:
+    """Where the weights lie that a stage started from; None for the run's own start."""
+    if index == 0:
+        return None
+    ours = directory / "stages" / str(index)
+    return ours if ours.exists() or found is None else found.parent.parent / "stages" / str(index)

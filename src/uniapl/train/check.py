@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from uniapl.config import Config
@@ -24,7 +25,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     values = flatten(resolved.config)
     return {
         "values": {key: [values[key], source] for key, source in resolved.sources.items()},
-        "notes": list(resolved.notes),
+        "notes": list(dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)),
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
         "left_out": {reason: list(rows) for reason, rows in materials.dataset.left_out.items()},
@@ -42,7 +43,7 @@ def print_report(report: dict[str, Any]) -> None:
     table = Table("key", "value", "source", title="values that are not defaults")
     for key, (value, source) in report["values"].items():
         if source != "default":
-            table.add_row(key, str(value), source)
+            table.add_row(key, escape(str(value)), source)
     console.print(table)
     for note in report["notes"]:
         console.print(f"note: {note}", markup=False)

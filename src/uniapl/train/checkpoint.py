@@ -82,7 +82,12 @@ def defects(path: Path) -> list[str]:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, damaged ones included."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    return sorted((run_dir / "checkpoints").glob("step-*"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(path.name.removeprefix("step-"))
 
 
 def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
@@ -97,6 +102,10 @@ def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> P
         path = Path(resume)
         if found := defects(path):
             raise UsageError(f"checkpoint '{path}' cannot be used: {'; '.join(found)}")
+        if not (path / "state.json").is_file():
+            raise UsageError(
+                f"'{path}' is a model, not a checkpoint; start from it by model.model_name_or_path"
+            )
         return path
     existing = checkpoints(run_dir)
     for path in reversed(existing):
@@ -106,6 +115,13 @@ def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> P
     if existing:
         raise UsageError(f"every checkpoint in {run_dir / 'checkpoints'} is damaged; start anew elsewhere")
     return None
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run goes on from `step`, they belong to another future."""
+    for path in checkpoints(run_dir):
+        if step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -127,7 +143,10 @@ def load_module(module: nn.Module, path: Path) -> None:
 
 
 def save_optimizer(optimizer: Optimizer, stem: Path) -> None:
-    """An optimizer's state as `stem`.safetensors and `stem`.json: no pickle."""
+    """An optimizer's state as `stem`.safetensors and `stem`.json: no pickle.
+
+    Its settings are left out: they are the configuration's, also when that has changed at a resume.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -138,22 +157,18 @@ def save_optimizer(optimizer: Optimizer, stem: Path) -> None:
             else:
                 scalars[f"{index}.{name}"] = value
     save_file(tensors, stem.with_suffix(".safetensors"))
-    rest = {"param_groups": state["param_groups"], "scalars": scalars}
-    stem.with_suffix(".json").write_text(json.dumps(rest), encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps(scalars), encoding="utf-8")
 
 
 def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
     """The inverse of :func:`save_optimizer`."""
-    rest = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    scalars = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
-    values = {**load_file(stem.with_suffix(".safetensors")), **rest["scalars"]}
+    values = {**load_file(stem.with_suffix(".safetensors")), **scalars}
     for key, value in values.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = rest["param_groups"]
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _sha256(path: Path) -> str:

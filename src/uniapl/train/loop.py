@@ -46,6 +46,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     prompts, demonstrations = _streams(run, stage)
     while stage.step < stage.config.max_steps:
         run.view.start_step(run.step)
+        learning_rate = stage.set_learning_rate()
         with phase("rollout"):
             groups = sample(run, stage, prompts)
         with phase("reward"):
@@ -58,7 +59,6 @@ def run_stage(run: Run, stage: Stage) -> None:
         with phase("discriminator"):
             learnt = update_discriminator(run, stage, groups)
 
-        stage.scheduler.step()
         stage.step += 1
         run.step += 1
         run.num_tokens += batch.tokens
@@ -70,8 +70,8 @@ def run_stage(run: Run, stage: Stage) -> None:
             **metrics.pair_metrics(groups),
             **learnt,
             **metrics.reward_health(outcomes),
-            "learning_rate": stage.scheduler.get_last_lr()[0],
-            "epoch": prompts.epoch or demonstrations.epoch,
+            "learning_rate": learning_rate,
+            "epoch": (prompts if groups else demonstrations).epoch,
             "num_tokens": run.num_tokens,
             "skipped": int(not update.applied),
         }

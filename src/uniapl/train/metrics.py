@@ -154,9 +154,12 @@ class JsonlLog:
 
     def __init__(self, path: Path, *, last_step: int, enabled: bool = True) -> None:
         self.path, self.enabled = path, enabled
+        self.last: dict[str, Any] = {}
+        """The last record that was there when it was opened."""
         if not enabled:
             return
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+        self.last = json.loads(kept[-1]) if kept else {}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -165,7 +168,10 @@ class JsonlLog:
         """Append; a number that is not finite becomes null, which every JSON reader understands."""
         if not self.enabled:
             return
-        lines = [json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) for record in records]
+        lines = [
+            json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=repr)
+            for record in records
+        ]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
 

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 
 from uniapl.config import Config
 from uniapl.data import Stream
+from uniapl.resolve import Resolved
 from uniapl.rewards import RewardOutcome
-from uniapl.train import checkpoint, metrics
+from uniapl.train import checkpoint, metrics, setup
 from uniapl.train.console import RunView
 from uniapl.train.setup import Materials
 from uniapl.train.stage import Stage
@@ -25,6 +26,8 @@ class Run:
     config: Config
     accelerator: Accelerator
     materials: Materials
+    methods: list[str]
+    """Of all stages."""
     directory: Path
     view: RunView
     streams: dict[str, Stream]
@@ -42,14 +45,20 @@ class Run:
 
 
 def start_run(
-    config: Config,
+    resolved: Resolved,
+    stages: Sequence[Resolved],
     accelerator: Accelerator,
     materials: Materials,
-    directory: Path,
     view: RunView,
     state: dict[str, Any],
 ) -> Run:
-    """A run at the state of a checkpoint, or at its beginning."""
+    """A run at the state of a checkpoint, or at its beginning; what it finds of later steps is dropped."""
+    config = resolved.config
+    directory = Path(config.output_dir)
+    if accelerator.is_main_process:
+        setup.prepare_run_directory(resolved, stages, materials)
+        checkpoint.forget_after(directory, state["step"])
+    accelerator.wait_for_everyone()
 
     def log(name: str) -> metrics.JsonlLog:
         return metrics.JsonlLog(
@@ -60,6 +69,7 @@ def start_run(
         config=config,
         accelerator=accelerator,
         materials=materials,
+        methods=[stage.config.method for stage in stages],
         directory=directory,
         view=view,
         streams={
@@ -105,6 +115,9 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             "num_tokens": run.num_tokens,
             "skipped_steps": run.skipped_steps,
             "failed_rewards": run.failed_rewards,
+            "methods": run.methods,
+            "seed": run.config.seed,
+            "data_sha256": run.materials.data_sha256,
             **{name: stream.position for name, stream in run.streams.items()},
             **stage.save(directory),
         }
@@ -140,12 +153,17 @@ def check_health(
         remedy = "try a lower optim.learning_rate, and look for extreme rewards"
         complaints.append((run.skipped_steps, f"the gradient was not finite ({found}); {remedy}"))
     for name, parts in outcomes.items():
-        message = next((part.message for part in parts if part.message), None)
-        if message:
+        message = next((part.message for part in parts if part.message is not None), None)
+        if message is not None:
             failures = sum(sum(part.failed) for part in parts)
             run.view.say(f"step {run.step}: reward '{name}' failed on {failures} samples: {message}")
-        dead = any(part.failed for part in parts) and all(all(part.failed) for part in parts)
-        run.failed_rewards[name] = run.failed_rewards.get(name, 0) + 1 if dead else 0
+        # Samples that the function does not apply to say nothing about its health.
+        tried = [
+            bad for p in parts for bad, v in zip(p.failed, p.values, strict=True) if bad or v is not None
+        ]
+        dead = bool(tried) and all(tried)
+        if tried:
+            run.failed_rewards[name] = run.failed_rewards.get(name, 0) + 1 if dead else 0
         if dead:
             complaints.append(
                 (run.failed_rewards[name], f"reward '{name}' failed on every sample: {message}")

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,6 +43,8 @@ class Materials:
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
     rewarder: Rewarder
+    stop_ids: frozenset[int]
+    """Every token that ends an answer: the sampler stops at them, demonstrations are cut behind them."""
     data_sha256: str
 
     @property
@@ -67,10 +70,12 @@ def load_materials(
     tokenizer = load_tokenizer(config.model)
     model_config = load_model_config(config.model)
     rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
+    stop_ids = load_stop_ids(config.model, model_config, tokenizer)
     dataset = data.prepare(
         rows,
         tokenizer,
         config.data,
+        stop_ids=stop_ids,
         context_length=getattr(model_config.get_text_config(), "max_position_embeddings", None),
         max_completion_length=max(
             (s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts),
@@ -85,16 +90,19 @@ def load_materials(
         + [named_reward(getattr(f, "__name__", "reward"), f) for f in reward_functions],
         timeout=config.rewards.timeout,
     )
+    uses_rollouts = any(stage.config.objective.uses_rollouts for stage in stages)
+    if uses_rollouts:
+        rewarder.check_columns(dataset.examples)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder)
-    if any(stage.config.objective.uses_rollouts for stage in stages):
-        rewarder.check_columns(dataset.examples)
+    if uses_rollouts:
         try_rewards(rewarder, dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
     return Materials(
         tokenizer=tokenizer,
         dataset=dataset,
         rewarder=rewarder,
+        stop_ids=stop_ids,
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
     )
 
@@ -140,11 +148,21 @@ def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, *
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
+def load_stop_ids(
+    config: ModelConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """The end tokens of the tokenizer, of the model's configuration and of its generation settings."""
+    try:
+        generation = GenerationConfig.from_pretrained(
+            str(config.model_name_or_path), revision=config.model_revision or "main"
+        )
+        configured = generation.eos_token_id
+    except OSError:  # a model need not come with generation settings
+        configured = None
+    found: list[Any] = [tokenizer.eos_token_id]
+    for ids in (configured, getattr(model_config.get_text_config(), "eos_token_id", None)):
+        found += ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in found if isinstance(token, int))
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -180,8 +198,10 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder) -> None:
             f"method '{method}' compares answers with demonstrations, but no row has a 'completion'; "
             "set objective.lambda_adv to 0, or add them"
         )
+    if objective.learns_from_rewards and not any(map(rewarder.applies_to, dataset.examples)):
+        raise UsageError(f"method '{method}' learns from rewards, but no reward function applies to any row")
     if objective.uses_rollouts and not prompts:
-        raise UsageError(f"method '{method}' samples answers, but no reward function applies to any row")
+        raise UsageError(f"method '{method}' samples answers, but no row is worth sampling for")
 
 
 def streams(config: Config, dataset: Dataset, rewarder: Rewarder) -> tuple[list[Example], list[Example]]:
@@ -211,26 +231,43 @@ def try_rewards(rewarder: Rewarder, examples: Sequence[Example]) -> None:
             )
 
 
-def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materials: Materials) -> Path:
-    """Refuse to mix two runs in one directory; write config.yaml and manifest.json.
+def check_run_directory(config: Config, resumed_from: Path | None) -> None:
+    """Refuse to mix two runs in one directory.
 
     Raises:
         UsageError: A run is already there and neither `resume` nor `overwrite` says what to do with it.
+    """
+    run_dir = Path(config.output_dir)
+    occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if (run_dir / name).exists()]
+    listed = ", ".join(occupied)
+    if occupied and config.resume == "never" and not config.overwrite:
+        raise UsageError(
+            f"output_dir '{run_dir}' already holds a run ({listed}): go on with it by --resume auto, "
+            "replace it by --overwrite True, or choose another --output-dir"
+        )
+    if occupied and resumed_from and run_dir.resolve() not in resumed_from.resolve().parents:
+        raise UsageError(
+            f"output_dir '{run_dir}' already holds another run ({listed}) than the checkpoint "
+            f"'{resumed_from}': choose another --output-dir"
+        )
+
+
+def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materials: Materials) -> Path:
+    """Make the directory, empty it where a run is to be replaced, and write config.yaml and manifest.json.
+
+    Raises:
+        UsageError: It cannot be written.
     """
     config = resolved.config
     run_dir = Path(config.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if (run_dir / name).exists()]
-        if occupied and config.resume == "never":
-            if not config.overwrite:
-                raise UsageError(
-                    f"output_dir '{run_dir}' already holds a run ({', '.join(occupied)}): go on with it by "
-                    "--resume auto, replace it by --overwrite True, or choose another --output-dir"
-                )
-            for name in occupied:
-                path = run_dir / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if config.resume == "never":
+            for path in (run_dir / name for name in (*RUN_FILES, *RUN_DIRECTORIES)):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         (run_dir / "config.yaml").write_text(_as_recipe(resolved, stages), encoding="utf-8")
         manifest = run_manifest(config, materials)
         (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -252,9 +289,6 @@ def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
 
 def run_manifest(config: Config, materials: Materials) -> dict[str, Any]:
     """What somebody needs to know to run it again."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path.cwd()
-    )
     return {
         "versions": {
             "uniapl": version("uniapl"),
@@ -271,5 +305,14 @@ def run_manifest(config: Config, materials: Materials) -> dict[str, Any]:
             "examples": len(materials.dataset.examples),
             "left_out": {reason: len(rows) for reason, rows in materials.dataset.left_out.items()},
         },
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _git_commit(),
     }
+
+
+def _git_commit() -> str | None:
+    """Of the working directory; None outside a repository or without git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None

@@ -9,8 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModel, PreTrainedModel, get_scheduler
+from transformers import AutoModel, PreTrainedModel
 
 from uniapl.config import Config
 from uniapl.discriminator.bradley_terry import (
@@ -21,12 +20,12 @@ from uniapl.discriminator.bradley_terry import (
     Replay,
 )
 from uniapl.errors import UsageError
-from uniapl.functional import warmup_cosine
+from uniapl.functional import learning_rate_factor, warmup_cosine
 from uniapl.rollout import Sampler
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
-from uniapl.train.setup import Materials, load_model, stop_ids
+from uniapl.train.setup import Materials, load_model
 from uniapl.train.step import discriminator_step
 from uniapl.types import RolloutGroup, derive_seed
 
@@ -96,7 +95,6 @@ class Stage:
     """The language model inside `policy`: what is sampled from and saved."""
     policy: nn.Module
     optimizer: Optimizer
-    scheduler: LambdaLR
     reference: Policy | None
     adversary: Adversary | None
     sampler: Sampler
@@ -121,13 +119,25 @@ class Stage:
             "kl": objective.beta,
         }
 
+    def set_learning_rate(self) -> float:
+        """Give the optimizer the current step's learning rate."""
+        optim = self.config.optim
+        rate = optim.learning_rate * learning_rate_factor(
+            self.step,
+            optim.lr_scheduler_type,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.config.max_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
     def save(self, directory: Path) -> dict[str, Any]:
         """Write all tensors of the stage below `directory`; return the rest, as JSON values."""
         checkpoint.save_optimizer(self.optimizer, directory / "policy_optimizer")
         state: dict[str, Any] = {
             "stage": self.index,
             "stage_step": self.step,
-            "scheduler": self.scheduler.state_dict(),
         }
         if self.adversary is not None:
             checkpoint.save_module(
@@ -142,7 +152,6 @@ class Stage:
         """The inverse of :meth:`save`; the policy's weights are loaded with the model."""
         self.step = state["stage_step"]
         checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
-        self.scheduler.load_state_dict(state["scheduler"])
         if self.adversary is not None:
             checkpoint.load_module(
                 self.adversary.discriminator.module, directory / "discriminator.safetensors"
@@ -174,22 +183,16 @@ def build_stage(
         betas=(optim.adam_beta1, optim.adam_beta2),
         weight_decay=optim.weight_decay,
     )
-    name = optim.lr_scheduler_type
-    scheduler: Any = get_scheduler(
-        "constant_with_warmup" if name == "constant" else name,
-        optimizer,
-        num_warmup_steps=optim.warmup_steps,
-        num_training_steps=config.max_steps,
-    )
     reference = None
     if objective.beta > 0:
-        reference = Policy(load_model(config.model, start).to(accelerator.device)).requires_grad_(False)
+        start_model = load_model(config.model, start).to(accelerator.device)
+        reference = Policy(start_model, accelerator.autocast).requires_grad_(False)
     adversary = _build_adversary(config, model, materials, accelerator) if objective.lambda_adv > 0 else None
-    policy, prepared = accelerator.prepare(Policy(model), optimizer)
+    policy, prepared = accelerator.prepare(Policy(model, accelerator.autocast), optimizer)
     rollout = config.rollout
     sampler = LocalSampler(
         model=model,
-        stop_ids=stop_ids(model, materials.tokenizer),
+        stop_ids=materials.stop_ids,
         pad_id=materials.pad_id,
         max_completion_length=rollout.max_completion_length,
         temperature=rollout.temperature,
@@ -198,13 +201,14 @@ def build_stage(
         max_rows=rollout.max_rows,
         autocast=accelerator.autocast,
     )
+    if objective.uses_rollouts:
+        sampler.check()
     return Stage(
         config=config,
         index=index,
         model=model,
         policy=policy,
         optimizer=prepared,
-        scheduler=scheduler,
         reference=reference,
         adversary=adversary,
         sampler=sampler,

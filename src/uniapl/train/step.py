@@ -71,7 +71,7 @@ def policy_step(
             "adv": clipped_surrogate(logprobs, old, batch.adversarial_advantages, batch.adv_mask, **clip),
         }
         if reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), accelerator.autocast():
                 ref_logprobs, _ = reference(*inputs, batch.rollout_mask, batch.temperature)
             sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
         loss = objective(sums, weights, counts)
@@ -84,7 +84,8 @@ def policy_step(
     grad_norm = _clip_gradient(accelerator, policy, max_grad_norm)
     sums = reduce_sums(accelerator, measured)
     applied = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)
-    if applied:
+    # Without an active component there is nothing to learn, and weight decay alone must not move the policy.
+    if applied and any(weights[name] and counts[name] for name in weights):
         optimizer.step()
     optimizer.zero_grad()
     return PolicyStep(applied=applied, grad_norm=grad_norm, sums=sums, old_logprobs=kept)
