@@ -139,6 +139,9 @@ def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, *
     name = config.model_name_or_path
     if name is None:
         raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
+    # A Hub id has one slash at most; asking the Hub for a path would only cost the user minutes of retries.
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise UsageError(f"cannot load the {what} '{name}': there is no such directory")
     try:
         return load(
             name, revision=config.model_revision, trust_remote_code=config.trust_remote_code, **arguments
