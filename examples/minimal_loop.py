@@ -9,7 +9,7 @@ beside the policy, takes for the expert's work (the adversarial force, weight la
 The toy task needs all three. A prompt is four letters, the answer is the same letters backwards. The expert
 writes CAPITALS and then stops, but gets one letter in eight wrong. The reward knows the right letters, does
 not see capitals, and has a flaw that invites hacking: it pays for babble. To "cabf>" the expert answers
-"FBAC." and earns 0.7; so does "fBaC."; "FBACdA" earns 0.85.
+"FBAC." and earns 0.7; so does "fBaC."; "FBACd." earns 0.85.
 
 A method is a setting of `main`'s numbers. Here (last 20 of 250 steps, mean of seeds 0 to 2) they lead to
 

@@ -23,7 +23,7 @@ verbs:
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
 `uniapl train RECIPE.yaml --help` lists them all with their values.
 
-exit codes: 0 ok, 1 run failed, 2 usage, configuration or data, 3 stopped by a health rule, 130 interrupted
+exit codes: 0 ok, 1 failed, 2 usage, configuration or data, 3 stopped by a health rule, 130 or 143 interrupted
 """
 
 
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; --resume auto goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted at once: what came after the last checkpoint is lost", file=sys.stderr)
         return 130
 
 

@@ -60,9 +60,14 @@ class RolloutConfig(_Section):
     max_completion_length: int = Field(default=256, ge=1, description="New tokens per rollout at most.")
     temperature: float = Field(default=1.0, gt=0, description="Of sampling, and of the loss on rollouts.")
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling; log-probs stay those of the whole distribution.",
     )
-    top_k: int = Field(default=0, ge=0, description="Sample among the k likeliest tokens; 0 keeps all.")
+    top_k: int = Field(
+        default=0, ge=0, description="Sample among the k likeliest tokens, 0: all; log-probs as for top_p."
+    )
     max_rows: int = Field(default=256, ge=1, description="Rows that are decoded at the same time.")
 
 
@@ -91,6 +96,8 @@ class RewardsConfig(_Section):
     @field_validator("functions", mode="before")
     @classmethod
     def _names_are_enough(cls, value: Any) -> Any:
+        if isinstance(value, (str, dict)):
+            value = [value]
         if isinstance(value, (list, tuple)):
             return tuple({"name": item} if isinstance(item, str) else item for item in value)
         return value
@@ -231,9 +238,7 @@ class Config(_Section):
         default="uniapl", description="Which forces act; fixes or proposes values of `objective`."
     )
     output_dir: str = Field(default="runs/uniapl", description="The run directory.")
-    overwrite: bool = Field(
-        default=False, description="Delete a run that is already in output_dir, and start anew."
-    )
+    overwrite: bool = Field(default=False, description="Replace a run that is already in output_dir.")
     resume: str = Field(
         default="never", description="never, auto (newest whole checkpoint), or a checkpoint's path."
     )

@@ -38,6 +38,8 @@ def read_rows(config: DataConfig) -> list[tuple[int, Row]]:
         raise UsageError("no data: set data.path to a .jsonl, .json, .csv or .parquet file or a Hub id")
     path = Path(config.path)
     looks_local = path.suffix in (".jsonl", ".json", ".csv", ".parquet")
+    if path.is_file() and not looks_local:
+        raise UsageError(f"data.path: '{path}' must end in .jsonl, .json, .csv or .parquet")
     if looks_local and not path.is_file():
         raise UsageError(f"data.path: there is no file '{path}'")
     try:
@@ -250,7 +252,7 @@ def _render_chat(
     if tokenizer.chat_template is None:
         raise UsageError(
             f"row {number} is a chat, but the tokenizer has no chat template; use a chat model's tokenizer "
-            "or give prompts as plain strings (data.string_prompts: text)"
+            "or give plain strings as prompts (with data.string_prompts: text, the default)"
         )
 
     def render(turns: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:

@@ -17,3 +17,11 @@ class HealthStop(UniAPLError):
     """A health rule stopped the run; what was trained is saved."""
 
     exit_code = 3
+
+
+class Interrupted(UniAPLError):
+    """A signal asked the run to end; the step in progress was finished and saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

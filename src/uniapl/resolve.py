@@ -41,6 +41,13 @@ SYNONYMS = {
     "num_steps": "max_steps",
 }
 
+# What pydantic says in Python's words -> what it means in a recipe.
+PLAIN_MESSAGES = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a section with keys",
+    "dict_type": "must be a mapping of keys to values",
+}
+
 # What a stage of a pipeline may change; model, data and rewards belong to the whole run.
 STAGE_KEYS = ("method", "max_steps", "rollout", "objective", "discriminator", "optim", "batching", "health")
 
@@ -86,7 +93,8 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
     before = flatten(config)
     fixed = {f"objective.{key}": value for key, value in METHODS[method]["fixed"].items()}
     config = validate(Config, merge(config.model_dump(), {"objective": METHODS[method]["fixed"]}))
-    in_recipe, from_base = flatten(recipe), flatten(base)
+    in_recipe = [key for key, value in flatten(recipe).items() if value != {}]
+    from_base = flatten(base)
     named = {flag.removeprefix("--").split("=", 1)[0].replace("-", "_") for flag in flags if flag[:2] == "--"}
     sources = dict.fromkeys(flatten(config), "default")
     for key in sources:
@@ -147,7 +155,8 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
             if problem["type"] == "extra_forbidden":
                 lines.append(f"unknown key '{key}'{suggestion(key)}")
             else:
-                lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+                message = PLAIN_MESSAGES.get(problem["type"], problem["msg"])
+                lines.append(f"{key}: {message} (got {problem['input']!r:.80})")
         raise UsageError("\n".join(lines)) from None
 
 
@@ -205,6 +214,11 @@ def _apply_flags(base: Config, flags: Sequence[str]) -> Config:
     """`base` changed by `--key value` flags; tyro prints usage errors itself and exits with 2."""
     import tyro
 
+    flags = list(flags)
+    for position, flag in enumerate(flags):
+        following = flags[position + 1 : position + 2]
+        if flag == "--overwrite" and (not following or following[0].startswith("--")):
+            flags[position] = "--overwrite=True"
     known = {key.replace("_", "-") for key in flatten(Config())}
     for flag in flags:
         key = flag.removeprefix("--").split("=", 1)[0].replace("_", "-")
@@ -213,7 +227,7 @@ def _apply_flags(base: Config, flags: Sequence[str]) -> Config:
     return tyro.cli(
         Config,
         default=base,
-        args=list(flags),
+        args=flags,
         prog=f"uniapl {sys.argv[1] if len(sys.argv) > 1 else 'train'} RECIPE",
         config=(tyro.conf.FlagConversionOff,),
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ from transformers import Gemma2Config, GenerationConfig
 import uniapl
 from runs import has_letter, lines, recipe, run_until, timeless, train
 from tiny import CONFIGS, letter_rows, make_model, make_tokenizer, save_model
+from uniapl.config import DataConfig
+from uniapl.data import read_rows
+from uniapl.errors import UniAPLError
+from uniapl.resolve import resolve
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
 
@@ -280,3 +285,102 @@ def test_the_last_metrics_of_a_finished_run(model_dir: Path, tmp_path: Path) -> 
 
 def test_a_model_s_head_is_checked_relative_to_its_logits() -> None:
     assert Policy(make_model("llama", scale=50.0)).has_linear_head
+
+
+def test_a_checkpoint_without_discriminator_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    train(recipe(model_dir, tmp_path / "run", objective={"lambda_adv": 0.0}))
+    with pytest.raises(uniapl.UsageError, match="has no discriminator"):
+        train(recipe(model_dir, tmp_path / "run", max_steps=6, resume="auto"))
+
+
+def test_what_changed_since_the_last_start_is_said(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe(model_dir, tmp_path / "run"))
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    train(recipe(model_dir, tmp_path / "run", resume="auto", rollout={"num_generations": 2}))
+    output = capsys.readouterr().out
+    assert "this run is complete; a larger --max-steps goes on with it" in output
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+    train(recipe(model_dir, tmp_path / "run", resume="auto", max_steps=5, rollout={"num_generations": 2}))
+    output = capsys.readouterr().out
+    assert "since the run was last started, max_steps: 4 -> 5" in output
+    assert "since the run was last started, rollout.num_generations: 4 -> 2" in output
+    train(recipe(model_dir, tmp_path / "other", resume="auto", max_steps=1))
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves_it(number: int, model_dir: Path, tmp_path: Path) -> None:
+    """Stopped inside step 3 of 12, at save_steps 6: the run ends after step 3 and resumes to the same end."""
+    calls = 0
+
+    def stopping(completions: list[str], letter: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            os.kill(os.getpid(), number)
+        return has_letter(completions, letter)
+
+    stopping.__name__ = "has_letter"
+    values = {"max_steps": 12, "save_steps": 6}
+    with pytest.raises(UniAPLError, match=r"goes on from .*step-000003") as raised:
+        train(recipe(model_dir, tmp_path / "stopped", **values), reward_functions=[stopping])
+    assert raised.value.exit_code == 128 + number
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    train(recipe(model_dir, tmp_path / "stopped", resume="auto", **values))
+    train(recipe(model_dir, tmp_path / "whole", **values))
+    stopped, whole = (lines(tmp_path / name / "completions.jsonl") for name in ("stopped", "whole"))
+    assert stopped == whole
+
+
+def test_an_empty_section_says_nothing(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = recipe(model_dir, tmp_path / "run", method="sft", max_steps=1)
+    train(values | {"objective": {}})
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_reward_that_says_none_of_everything_is_pointed_out(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def silent(completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    train(recipe(model_dir, tmp_path / "run", max_steps=1), reward_functions=silent)
+    assert "step 1: no rollout has a reward: every function answered None" in capsys.readouterr().out
+
+
+def test_a_failing_reward_s_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine_too.py").write_text(
+        "def f(completions):\n    return [c.strip() for c in completions]\n"
+    )
+    chat = [{"prompt": [{"role": "user", "content": "a"}]}]
+    path = save_model(tmp_path / "model", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    rewards = {"functions": f"{tmp_path / 'mine_too.py'}:f"}
+    values = recipe(path, tmp_path / "run", method="grpo", rewards=rewards)
+    with pytest.raises(uniapl.UsageError, match=r"strip' \(mine_too.py, line 2\); .*c\[0\]\['content'\]"):
+        train(values, train_dataset=chat, reward_functions=[])
+
+
+def test_overwrite_needs_no_value() -> None:
+    assert resolve({}, ["--overwrite", "--max-steps", "3"]).config.overwrite
+    assert resolve({}, ["--overwrite"]).config.overwrite
+    assert not resolve({}, ["--overwrite", "False"]).config.overwrite
+
+
+def test_groups_that_are_all_equal_are_neither_good_nor_bad(model_dir: Path, tmp_path: Path) -> None:
+    def constant(completions: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    record = train(recipe(model_dir, tmp_path / "run", max_steps=1), reward_functions=[constant]).metrics
+    assert record["frac_reward_zero_std"] == 1
+    assert record["groups/all_good"] is None
+    assert record["groups/all_bad"] is None
+
+
+def test_a_file_of_another_kind_is_not_taken_for_a_hub_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("{}")
+    with pytest.raises(uniapl.UsageError, match=r"must end in \.jsonl"):
+        read_rows(DataConfig(path=str(tmp_path / "rows.txt")))

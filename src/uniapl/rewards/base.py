@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,7 +240,7 @@ class Rewarder:
             for index in chosen:
                 failed[index] = True
         except Exception as error:  # the user's own code may raise anything
-            message = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}{_place(error)}"
             for index in chosen:
                 if timed_out:
                     failed[index] = True
@@ -337,6 +338,13 @@ def _call(
         error = failure[0]
         raise error if isinstance(error, Exception) else RuntimeError(repr(error))
     return outcome[0]
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's file an error arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    return f" ({Path(last.filename).name}, line {last.lineno})" if last and last.filename != __file__ else ""
 
 
 async def _awaited(result: Any) -> Any:

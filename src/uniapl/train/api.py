@@ -37,7 +37,7 @@ def train(
     config: Config | Mapping[str, Any] | str | Path,
     *,
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
-    reward_functions: Sequence[Callable[..., Any]] = (),
+    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
 ) -> RunResult:
     """Train, from the first step or from a checkpoint, and leave the result in `output_dir`.
 
@@ -49,6 +49,7 @@ def train(
     Raises:
         UsageError: The configuration, the data or the model cannot work; nothing was trained.
         HealthStop: A health rule ended the run; a checkpoint was saved.
+        Interrupted: Ctrl-C or SIGTERM did; a checkpoint was saved.
     """
     if isinstance(config, (str, Path)):
         config = load_recipe(config)
@@ -63,7 +64,7 @@ def train_resolved(
     resolved: Resolved,
     *,
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
-    reward_functions: Sequence[Callable[..., Any]] = (),
+    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
 ) -> RunResult:
     """:func:`train` for a configuration whose values have been resolved."""
     config = resolved.config
@@ -82,6 +83,8 @@ def train_resolved(
     # Everything that can fail comes before the run directory is touched.
     found = checkpoint.find_checkpoint(directory, config.resume, view.say)
     setup.check_run_directory(config, found)
+    if config.resume == "auto" and found is None:
+        view.say(f"note: no checkpoint in '{directory}': starting from step 1")
     state = _resume_state(found, resolved, stages, materials, view) if found else {"stage": 0, "step": 0}
     model = setup.load_model(config.model, found).to(accelerator.device)
     setup.check_vocabulary(model, materials.tokenizer)
@@ -96,7 +99,7 @@ def train_resolved(
         stage.load(found, state)
     run = start_run(resolved, stages, accelerator, materials, view, state)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
-    with view:
+    with view, run.signals_handled():
         run_stage(run, stage)
         for index in range(first + 1, len(stages)):
             save_model(run, stage, directory / "stages" / str(index))
@@ -160,6 +163,16 @@ def _resume_state(
             f"checkpoint '{found}' is of a run of {' -> '.join(state['methods'])}, the recipe now says "
             f"{' -> '.join(methods)}; to train on from its weights, give it as model.model_name_or_path"
         )
+    stage = stages[state["stage"]].config
+    if stage.objective.lambda_adv > 0 and "adversary" not in state:
+        raise UsageError(
+            f"checkpoint '{found}' has no discriminator (it was made with lambda_adv 0): set "
+            "objective.lambda_adv to 0, or start anew from its weights by model.model_name_or_path"
+        )
+    if state["step"] >= sum(stage.config.max_steps for stage in stages):
+        view.say("note: this run is complete; a larger --max-steps goes on with it")
+    for change in setup.changed_values(resolved, stages):
+        view.say(f"note: since the run was last started, {change}")
     if state["data_sha256"] != materials.data_sha256:
         view.say(
             "note: the data has changed since the checkpoint; the streams go on at their positions in it"

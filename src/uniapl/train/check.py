@@ -52,7 +52,7 @@ def print_report(report: dict[str, Any]) -> None:
         listed = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
         console.print(f"left out, {reason}: {len(rows)} rows ({listed})", markup=False)
     for name, count in report["rewards"].items():
-        console.print(f"reward '{name}': applies to {count} rows, answers two of them", markup=False)
+        console.print(f"reward '{name}': applies to {count} rows, and was tried on up to two", markup=False)
     for number, stage in enumerate(report["stages"], start=1):
         parts = ", ".join(f"{key} {value}" for key, value in stage.items())
         console.print(f"stage {number}: {parts}", markup=False)

@@ -41,6 +41,7 @@ def run_stage(run: Run, stage: Stage) -> None:
 
     Raises:
         HealthStop: A health rule ended the run, after a checkpoint.
+        Interrupted: A signal did, after a checkpoint too.
     """
     phase = run.view.phase
     prompts, demonstrations = _streams(run, stage)
@@ -77,9 +78,10 @@ def run_stage(run: Run, stage: Stage) -> None:
         }
         complaint = check_health(run, stage, update, outcomes)
         completions = metrics.completion_records(run.step, groups, batch.credits)
-        finish_step(run, stage, record, completions, stopping=complaint is not None)
+        finish_step(run, stage, record, completions, stopping=bool(complaint or run.signal_number))
         if complaint:
             raise HealthStop(complaint)
+        run.stop_if_asked()
 
 
 def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
@@ -177,9 +179,14 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
 
 
 def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
-    """The updates on the mixed batch; from the second on, the first one's log-probs are the old ones."""
+    """The updates on the mixed batch; from the second on, the first one's log-probs are the old ones.
+
+    Returns:
+        The last update; `applied` only if all of them were.
+    """
     objective = stage.config.objective
     update: PolicyStep | None = None
+    all_applied = True
     for _ in range(objective.num_iterations):
         update = policy_step(
             run.accelerator,
@@ -195,8 +202,9 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
             reference=stage.reference,
             old_logprobs=update.old_logprobs if update else None,
         )
+        all_applied &= update.applied
     assert update is not None
-    return update
+    return replace(update, applied=all_applied)
 
 
 def update_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> dict[str, Any]:

@@ -64,8 +64,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup], credits: Sequence[Credit]) -
         "reward_std": _mean([statistics.pstdev(rewards) for rewards in rewarded]),
         "frac_reward_zero_std": len(constant) / len(rewarded) if rewarded else None,
         "groups/mixed": 1 - len(constant) / len(rewarded) if rewarded else None,
-        "groups/all_good": _share(constant, lambda rewards: rewards[0] == highest > lowest, len(rewarded)),
-        "groups/all_bad": _share(constant, lambda rewards: rewards[0] == lowest < highest, len(rewarded)),
+        # Relative to the step's best and worst reward; where all are equal nobody can tell good from bad.
+        "groups/all_good": _share(constant, highest, rewarded) if highest > lowest else None,
+        "groups/all_bad": _share(constant, lowest, rewarded) if highest > lowest else None,
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -195,5 +196,5 @@ def _mean(values: Sequence[float] | Sequence[int]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _share(groups: Sequence[list[float]], holds: Any, total: int) -> float | None:
-    return sum(map(holds, groups)) / total if total else None
+def _share(constant: Sequence[list[float]], value: float, groups: Sequence[list[float]]) -> float:
+    return sum(rewards[0] == value for rewards in constant) / len(groups)

@@ -1,15 +1,20 @@
 """What all stages of a run share, and its book-keeping: files, checkpoints, health."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
 
 from uniapl.config import Config
 from uniapl.data import Stream
+from uniapl.errors import Interrupted
 from uniapl.resolve import Resolved
 from uniapl.rewards import RewardOutcome
 from uniapl.train import checkpoint, metrics, setup
@@ -42,6 +47,38 @@ class Run:
     failed_rewards: dict[str, int] = field(default_factory=dict)
     """Reward function -> steps in a row in which every one of its calls failed."""
     last_metrics: dict[str, Any] = field(default_factory=dict)
+    signal_number: int = 0
+    """Of the signal that asked the run to end."""
+
+    @contextlib.contextmanager
+    def signals_handled(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM let the step in progress end and be saved; a second one ends the run at once.
+
+        With one process alone: several would not stop at the same step.
+        """
+        main_thread = threading.current_thread() is threading.main_thread()
+        if self.accelerator.num_processes > 1 or not main_thread:
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.signal_number:
+                raise KeyboardInterrupt
+            self.signal_number = number
+            self.view.say("finishing the step and saving; once more to stop at once")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.signal_number:
+            where = checkpoint.checkpoint_path(self.directory, self.step)
+            raise Interrupted(f"interrupted; --resume auto goes on from {where}", self.signal_number)
 
 
 def start_run(
@@ -56,7 +93,9 @@ def start_run(
     config = resolved.config
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
-        setup.prepare_run_directory(resolved, stages, materials)
+        # A finished run is left as it is; config.yaml keeps saying how it was made.
+        if state["step"] < sum(stage.config.max_steps for stage in stages):
+            setup.prepare_run_directory(resolved, stages, materials)
         checkpoint.forget_after(directory, state["step"])
     accelerator.wait_for_everyone()
 
@@ -168,6 +207,9 @@ def check_health(
             complaints.append(
                 (run.failed_rewards[name], f"reward '{name}' failed on every sample: {message}")
             )
+    values = [value for parts in outcomes.values() for part in parts for value in part.values]
+    if values and all(value is None for value in values) and not complaints:
+        run.view.say(f"step {run.step}: no rollout has a reward: every function answered None")
     for steps, complaint in complaints:
         if steps >= stage.config.health.max_skipped_steps:
             return (

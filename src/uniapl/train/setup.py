@@ -27,7 +27,7 @@ from uniapl import data
 from uniapl.config import Config, ModelConfig
 from uniapl.data import Dataset
 from uniapl.errors import UsageError
-from uniapl.resolve import STAGE_KEYS, Resolved
+from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import find_function, named_reward
 from uniapl.types import Example
@@ -59,7 +59,7 @@ def load_materials(
     stages: Sequence[Resolved],
     *,
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
-    reward_functions: Sequence[Callable[..., Any]] = (),
+    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
 ) -> Materials:
     """Tokenizer, data and reward functions, each checked against what the stages need of them.
 
@@ -82,12 +82,13 @@ def load_materials(
             default=0,
         ),
     )
+    functions = [reward_functions] if callable(reward_functions) else reward_functions
     rewarder = Rewarder(
         [
             named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args)
             for f in config.rewards.functions
         ]
-        + [named_reward(getattr(f, "__name__", "reward"), f) for f in reward_functions],
+        + [named_reward(getattr(f, "__name__", "reward"), f) for f in functions],
         timeout=config.rewards.timeout,
     )
     uses_rollouts = any(stage.config.objective.uses_rollouts for stage in stages)
@@ -228,9 +229,14 @@ def try_rewards(rewarder: Rewarder, examples: Sequence[Example]) -> None:
         ids = [example.demonstration_ids or (0,) for example in rows]
         outcome = rewarder.score_one(reward, rows, answers, ids)
         if any(outcome.failed):
+            chat = (
+                ""
+                if isinstance(rows[0].prompt, str)
+                else ("; the completions of chat prompts are lists with one message: use c[0]['content']")
+            )
             raise UsageError(
                 f"reward function '{reward.name}' fails on rows {', '.join(str(row.row) for row in rows)} "
-                f"of the data: {outcome.message}"
+                f"of the data: {outcome.message}{chat}"
             )
 
 
@@ -253,6 +259,18 @@ def check_run_directory(config: Config, resumed_from: Path | None) -> None:
             f"output_dir '{run_dir}' already holds another run ({listed}) than the checkpoint "
             f"'{resumed_from}': choose another --output-dir"
         )
+
+
+def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
+    """How the recipe differs from the one that the run in output_dir was last started with."""
+    file = Path(resolved.config.output_dir) / "config.yaml"
+    if not file.exists():
+        return []
+    before, now = (
+        flatten(values) for values in (load_recipe(file), yaml.safe_load(_as_recipe(resolved, stages)))
+    )
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
 
 
 def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materials: Materials) -> Path:
