@@ -19,6 +19,7 @@ LAYERS = [
     {"types"},
     {"config", "data", "batching", "rollout", "rewards", "discriminator", "resolve"},
     {"train"},
+    {"embedded"},
     {"cli", "__init__"},
 ]
 

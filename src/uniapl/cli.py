@@ -17,6 +17,7 @@ usage: uniapl VERB ...
 One-stage post-training of language models: demonstrations, rewards and an adversary in each gradient step.
 
 verbs:
+  demo [--key value ...]                UniAPL on a small task that comes with the program, in minutes
   train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
   check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a verb; the exit code."""
-    verbs = {"train": train, "check": check}
+    verbs = {"demo": demo, "train": train, "check": check}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
@@ -51,6 +52,17 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted at once: what came after the last checkpoint is lost", file=sys.stderr)
         return 130
+
+
+def demo(arguments: list[str]) -> int:
+    """`uniapl demo [--key value ...]`."""
+    from transformers.utils import logging
+
+    from uniapl.embedded.demo import demo as run_demo
+
+    logging.disable_progress_bar()
+    run_demo(arguments)
+    return 0
 
 
 def train(arguments: list[str]) -> int:

@@ -416,7 +416,7 @@ def test_verbs_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     assert "uniapl VERB" in capsys.readouterr().out
     assert cli.run(["trian"]) == 2
-    assert "choose one of train, check" in capsys.readouterr().err
+    assert "choose one of demo, train, check" in capsys.readouterr().err
     assert cli.run(["train"]) == 2
     assert "needs a recipe" in capsys.readouterr().err
     with pytest.raises(SystemExit), contextlib.suppress(KeyboardInterrupt):

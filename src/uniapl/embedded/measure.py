@@ -1,0 +1,120 @@
+"""How good, how fluent, how close to the expert: what a model's texts are worth, on prompts it never saw."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from uniapl.batching import demonstration_row, micro_batches
+from uniapl.config import DataConfig
+from uniapl.data import prepare
+from uniapl.embedded.constraints import Prompt
+from uniapl.embedded.language import PLACES, fluency
+from uniapl.embedded.task import as_row
+from uniapl.rollout.local import LocalSampler
+from uniapl.train.policy import Policy
+from uniapl.types import derive_seed
+
+MAX_COMPLETION_LENGTH = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One text per prompt, sampled at temperature 1, and what they are worth."""
+
+    texts: tuple[str, ...]
+    passed: float
+    """Share of texts that satisfy every constraint of their prompt."""
+    fluency: float
+    """Mean share of well-formed, distinct sentences."""
+    good: float
+    """Share of texts that pass and are fluent throughout."""
+    words: float
+    """Mean length, full stops included."""
+    length_distance: float
+    """Wasserstein-1 distance between the lengths of these texts and of the expert's, in words."""
+    place_habit: float
+    """Share of texts that mention a place where the prompt leaves it free: the expert's habit."""
+    expert_nll: float
+    """Nats per token of the expert's texts under the model."""
+    distinct: float
+    """Share of distinct texts."""
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    expert_texts: dict[Prompt, str],
+    *,
+    seed: int = 0,
+) -> Measurement:
+    """Measure a model on prompts with the expert's texts for them."""
+    prompts = list(expert_texts)
+    rows = [as_row(prompt, text) for prompt, text in expert_texts.items()]
+    examples = prepare(enumerate(rows, start=1), tokenizer, DataConfig()).examples
+    assert isinstance(tokenizer.eos_token_id, int)
+    assert isinstance(tokenizer.pad_token_id, int)
+    sampler = LocalSampler(
+        model=model,
+        stop_ids={tokenizer.eos_token_id},
+        pad_id=tokenizer.pad_token_id,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+    groups = sampler.sample(
+        [example.prompt_ids for example in examples],
+        seeds=[derive_seed(seed, "measure", index) for index in range(len(examples))],
+        num_generations=1,
+        policy_version=0,
+    )
+    texts = [str(tokenizer.decode(list(g[0].completion_ids), skip_special_tokens=True)) for g in groups]
+    return judge(
+        prompts, texts, list(expert_texts.values()), expert_nll=_nll(model, examples, tokenizer.pad_token_id)
+    )
+
+
+def judge(
+    prompts: Sequence[Prompt], texts: Sequence[str], expert_texts: Sequence[str], *, expert_nll: float
+) -> Measurement:
+    """What texts are worth for their prompts, beside the expert's texts for the same prompts."""
+    passed = [
+        all(constraint.satisfied_by(text) for constraint in prompt.constraints)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    fluent = [fluency(text) for text in texts]
+    lengths = sorted(len(text.split()) for text in texts)
+    expert_lengths = sorted(len(text.split()) for text in expert_texts)
+    free = [t for p, t in zip(prompts, texts, strict=True) if not _speaks_of_places(p)]
+    return Measurement(
+        texts=tuple(texts),
+        passed=statistics.fmean(passed),
+        fluency=statistics.fmean(fluent),
+        good=statistics.fmean(p and f == 1 for p, f in zip(passed, fluent, strict=True)),
+        words=statistics.fmean(lengths),
+        length_distance=statistics.fmean(abs(a - b) for a, b in zip(lengths, expert_lengths, strict=True)),
+        place_habit=statistics.fmean(any(word in PLACES for word in text.split()) for text in free),
+        expert_nll=expert_nll,
+        distinct=len(set(texts)) / len(texts),
+    )
+
+
+def _speaks_of_places(prompt: Prompt) -> bool:
+    """Whether the prompt asks for a place, forbids them, or has no room for one."""
+    return any(
+        c.kind in ("place", "max_words") or c.argument == "place" or c.argument in PLACES
+        for c in prompt.constraints
+    )
+
+
+@torch.no_grad()
+def _nll(model: PreTrainedModel, examples: Sequence, pad_id: int) -> float:  # type: ignore[type-arg]
+    policy = Policy(model)
+    rows = [demonstration_row(example) for example in examples]
+    total, count = 0.0, 0
+    for batch in micro_batches(rows, pad_id=pad_id, max_tokens=8192, device=model.device):
+        inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
+        logprobs, _ = policy(*inputs, batch.sft_mask, batch.temperature)
+        total -= float(torch.where(batch.sft_mask, logprobs, 0.0).sum())
+        count += int(batch.sft_mask.sum())
+    return total / count
