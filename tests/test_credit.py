@@ -81,4 +81,8 @@ def test_rows_teach_only_what_is_known() -> None:
         {"kl", "rl"},
     ]
     assert {row.temperature for row in rows} == {0.7}
+    assert [row.advantage for row in rows] == [0.0, 0.0, 0.5, -0.5]
+    wins = [0.5, reference.sigmoid(1.0)]
+    expected = [u - sum(wins) / 2 for u in wins]
+    assert [row.adversarial_advantage for row in rows[:2]] == pytest.approx(expected)
     assert component_counts(rows) == {"sft": 0, "rl": 1 + 1 + 2, "adv": 1 + 2, "kl": 6}

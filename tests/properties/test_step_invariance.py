@@ -1,5 +1,6 @@
 """The gradient of a step does not depend on how its rows are cut, padded, ordered or spread on processes."""
 
+import math
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
@@ -161,6 +162,24 @@ def test_on_policy_step_is_reinforce() -> None:
     for mine, theirs in zip(got, policy.parameters(), strict=True):
         assert theirs.grad is not None
         assert_close(mine, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_second_update_is_measured_against_the_first_one_s_policy() -> None:
+    """Given old log-probs 0.5 nats away, every ratio is e^0.5: the sum is that of the clipped surrogate."""
+    rows = random_rows()
+    batch = collate(rows, pad_id=0)
+    first, _ = step([batch], rows)
+    shifted = [torch.where(batch.rollout_mask, old - 0.5, 0.0) for old in first.old_logprobs]
+    second, _ = step([batch], rows, old_logprobs=shifted)
+    ratio = math.exp(0.5)
+    expected = 0.0
+    for row in rows:
+        if "rl" in row.components:
+            expected -= len(row.completion_ids) * min(ratio * row.advantage, 1.28 * row.advantage)
+    assert second.sums["rl"] == pytest.approx(expected, rel=1e-4)
+    assert second.sums["clip_high"] == sum(
+        len(row.completion_ids) for row in rows if "rl" in row.components and row.advantage > 0
+    )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
