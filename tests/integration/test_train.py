@@ -421,3 +421,22 @@ def test_verbs_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs a recipe" in capsys.readouterr().err
     with pytest.raises(SystemExit), contextlib.suppress(KeyboardInterrupt):
         cli.main(["--help"])
+
+
+def test_a_second_update_on_the_same_rollouts_is_off_policy(model_dir: Path, tmp_path: Path) -> None:
+    """The ratio is taken against the first update's policy, so that a large step runs into the clip."""
+    settings = {"objective": {"beta": 0.0}, "optim": {"learning_rate": 0.05}, "max_steps": 1}
+    once = train(recipe(model_dir, tmp_path / "once", method="grpo", **settings)).metrics
+    settings["objective"] = {"beta": 0.0, "num_iterations": 2}
+    twice = train(recipe(model_dir, tmp_path / "twice", method="grpo", **settings)).metrics
+    assert once["clip_ratio/low_mean"] + once["clip_ratio/high_mean"] == 0
+    assert twice["clip_ratio/low_mean"] + twice["clip_ratio/high_mean"] > 0
+
+
+def test_the_same_prompt_is_answered_anew_in_every_step(model_dir: Path, tmp_path: Path) -> None:
+    """Weights that hardly move: only the step's own seed can make the answers differ."""
+    values = recipe(model_dir, tmp_path / "run", method="grpo", optim={"learning_rate": 1e-12})
+    train(values | {"max_steps": 2}, train_dataset=letter_rows(1))
+    first, _, _, second, *_ = lines(tmp_path / "run" / "completions.jsonl")
+    assert first["row"] == second["row"]
+    assert [c["text"] for c in first["completions"]] != [c["text"] for c in second["completions"]]

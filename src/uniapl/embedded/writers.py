@@ -39,7 +39,7 @@ EXPERT = Manner(
     noun_adjective=0.7, object_adjective=0.15, place=0.8, adverb=0.15, definite=0.85, faithful=1.0
 )
 SLOPPY = Manner(
-    noun_adjective=0.35, object_adjective=0.35, place=0.35, adverb=0.35, definite=0.5, faithful=0.55
+    noun_adjective=0.35, object_adjective=0.35, place=0.35, adverb=0.35, definite=0.5, faithful=0.65
 )
 
 
