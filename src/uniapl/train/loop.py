@@ -78,10 +78,13 @@ def run_stage(run: Run, stage: Stage) -> None:
         }
         complaint = check_health(run, stage, update, outcomes)
         completions = metrics.completion_records(run.step, groups, batch.credits)
-        finish_step(run, stage, record, completions, stopping=bool(complaint or run.signal_number))
+        # Looked at once: a signal that comes after the save waits for the next step's.
+        stopping = bool(complaint or run.signal_number)
+        finish_step(run, stage, record, completions, stopping=stopping)
         if complaint:
             raise HealthStop(complaint)
-        run.stop_if_asked()
+        if stopping:
+            run.stop_if_asked()
 
 
 def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
