@@ -45,8 +45,13 @@ def test_every_method_runs_and_only_its_forces_act(method: str, model_dir: Path,
     assert (last["weight/lambda_adv"] > 0) == adversary
     assert ("discriminator/win_rate" in last) == adversary
     assert records[0]["weight/lambda_adv"] == 0, "nothing is felt of the discriminator while it warms up"
+    gad = method == "gad"
     for record in records:
         assert math.isfinite(record["loss"])
+        mu, beta = record["weight/mu"], 0.0 if method == "sft" else 0.05
+        weights = {"sft": mu, "rl": 0.0 if gad else 1 - mu, "adv": record["weight/lambda_adv"], "kl": beta}
+        mixed = sum(weight * (record[f"loss/{name}"] or 0.0) for name, weight in weights.items())
+        assert record["loss"] == pytest.approx(mixed, abs=1e-5), "the objective, term by term"
         assert record["skipped"] == 0
         if rollouts:
             assert record["sampling/sampling_logp_difference/max"] < 1e-4
