@@ -7,6 +7,7 @@ import pytest
 import reference
 from uniapl.batching import component_counts
 from uniapl.train.credit import assign_credit, rollout_rows
+from uniapl.train.metrics import pair_metrics
 from uniapl.types import Example, Rollout, RolloutGroup
 
 
@@ -86,3 +87,9 @@ def test_rows_teach_only_what_is_known() -> None:
     expected = [u - sum(wins) / 2 for u in wins]
     assert [row.adversarial_advantage for row in rows[:2]] == pytest.approx(expected)
     assert component_counts(rows) == {"sft": 0, "rl": 1 + 1 + 2, "adv": 1 + 2, "kl": 6}
+
+
+def test_accuracy_counts_a_tie_as_half() -> None:
+    """A discriminator that says nothing has accuracy 0.5, not 0."""
+    pairs = pair_metrics([group((None, None, None), (0.0, 1.0, 2.0), 1.0), group((None,), (5.0,))])
+    assert pairs == {"discriminator/accuracy": 0.5, "discriminator/margin": 0.0}
