@@ -5,17 +5,20 @@ BIN := $(VENV)/bin
 IFEVAL ?= ../shared/data/ifeval/input_data.jsonl
 DEMO ?= runs/demo
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo recipe test lint benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report]" --group dev
 	touch $@
 
 demo: $(VENV)/.installed
+	$(BIN)/uniapl demo --output-dir $(DEMO) --overwrite True
+
+recipe: $(VENV)/.installed
 	$(BIN)/python recipes/ifeval_tiny.py --prompts "$(IFEVAL)" --output build/ifeval_tiny
-	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir $(DEMO) --overwrite True
+	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir runs/ifeval_tiny --overwrite True
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal

@@ -20,6 +20,7 @@ LAYERS = [
     {"config", "data", "batching", "rollout", "rewards", "discriminator", "resolve"},
     {"train"},
     {"embedded"},
+    {"compare"},
     {"cli", "__init__"},
 ]
 

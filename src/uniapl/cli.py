@@ -18,6 +18,7 @@ One-stage post-training of language models: demonstrations, rewards and an adver
 
 verbs:
   demo [--key value ...]                UniAPL on a small task that comes with the program, in minutes
+  compare [--methods a,b] [--seeds 5]   methods side by side on that task, at equal budget, with intervals
   train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
   check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a verb; the exit code."""
-    verbs = {"demo": demo, "train": train, "check": check}
+    verbs = {"demo": demo, "compare": compare, "train": train, "check": check}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
@@ -62,6 +63,14 @@ def demo(arguments: list[str]) -> int:
 
     logging.disable_progress_bar()
     run_demo(arguments)
+    return 0
+
+
+def compare(arguments: list[str]) -> int:
+    """`uniapl compare [--output-dir ...] [--methods a,b] [--seeds 5] [--jobs 2] [--parts table,fronts]`."""
+    from uniapl.compare.command import compare as run_compare
+
+    run_compare(arguments)
     return 0
 
 

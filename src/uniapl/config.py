@@ -135,6 +135,10 @@ class ObjectiveConfig(_Section):
         default="win_probability",
         description="What of the discriminator's logit becomes the adversarial credit.",
     )
+    adversarial_placement: Literal["loss", "reward"] = Field(
+        default="loss",
+        description="A term of its own, or lambda_adv times the credit is added to the reward's advantage.",
+    )
 
     @property
     def learns_from_demonstrations(self) -> bool:
@@ -177,6 +181,9 @@ class DiscriminatorConfig(_Section):
         default=0.5, ge=0, lt=1, description="Share of older groups in each of its updates."
     )
     replay_size: int = Field(default=256, ge=0, description="Groups that are kept for replay.")
+    freeze_step: int | None = Field(
+        default=None, ge=1, description="From this step of the stage on it learns no more; None: always."
+    )
     accuracy_band: tuple[float, float] = Field(
         default=(0.85, 0.95),
         description="Paused when its accuracy on fresh pairs passes the upper end, until the lower.",

@@ -34,10 +34,10 @@ RECIPE: dict[str, Any] = {
     "logging_steps": 10,
     "rollout": {"num_generations": 8, "max_completion_length": MAX_COMPLETION_LENGTH},
     "rewards": {"functions": ["uniapl.embedded.task:embedded_constraints"]},
-    "objective": {"mu_peak": 0.5, "mu_valley": 0.1, "mu_decay_steps": 100, "lambda_adv": 0.5},
     "discriminator": {"learning_rate": 3e-4, "warmup_steps": 10},
     "optim": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"},
-    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32},
+    # Small micro-batches: on a CPU less padding is worth more than more rows at a time.
+    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32, "max_tokens": 1024},
 }
 
 

@@ -1,13 +1,14 @@
 """How good, how fluent, how close to the expert: what a model's texts are worth, on prompts it never saw."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uniapl.batching import demonstration_row, micro_batches
+from uniapl.batching import Row, demonstration_row, micro_batches
 from uniapl.config import DataConfig
 from uniapl.data import prepare
 from uniapl.embedded.constraints import Prompt
@@ -41,6 +42,10 @@ class Measurement:
     """Nats per token of the expert's texts under the model."""
     distinct: float
     """Share of distinct texts."""
+    distinct_2: float
+    """Distinct pairs of neighbouring words, as a share of all such pairs in all texts (Li et al., 2016)."""
+    reference_nll: float | None = None
+    """Nats per token of these texts under a reference model of the expert."""
 
 
 def measure(
@@ -49,8 +54,13 @@ def measure(
     expert_texts: dict[Prompt, str],
     *,
     seed: int = 0,
+    reference: PreTrainedModel | None = None,
 ) -> Measurement:
-    """Measure a model on prompts with the expert's texts for them."""
+    """Measure a model on prompts with the expert's texts for them.
+
+    Args:
+        reference: A model of the expert, to ask how likely it finds the texts.
+    """
     prompts = list(expert_texts)
     rows = [as_row(prompt, text) for prompt, text in expert_texts.items()]
     examples = prepare(enumerate(rows, start=1), tokenizer, DataConfig()).examples
@@ -69,9 +79,20 @@ def measure(
         policy_version=0,
     )
     texts = [str(tokenizer.decode(list(g[0].completion_ids), skip_special_tokens=True)) for g in groups]
-    return judge(
-        prompts, texts, list(expert_texts.values()), expert_nll=_nll(model, examples, tokenizer.pad_token_id)
+    expert_rows = [demonstration_row(example) for example in examples]
+    judged = judge(
+        prompts,
+        texts,
+        list(expert_texts.values()),
+        expert_nll=_nll(model, expert_rows, tokenizer.pad_token_id),
     )
+    if reference is None:
+        return judged
+    sampled = [
+        replace(row, completion_ids=group[0].completion_ids)
+        for row, group in zip(expert_rows, groups, strict=True)
+    ]
+    return replace(judged, reference_nll=_nll(reference, sampled, tokenizer.pad_token_id))
 
 
 def judge(
@@ -85,6 +106,7 @@ def judge(
     fluent = [fluency(text) for text in texts]
     lengths = sorted(len(text.split()) for text in texts)
     expert_lengths = sorted(len(text.split()) for text in expert_texts)
+    pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
     free = [t for p, t in zip(prompts, texts, strict=True) if not _speaks_of_places(p)]
     return Measurement(
         texts=tuple(texts),
@@ -96,6 +118,7 @@ def judge(
         place_habit=statistics.fmean(any(word in PLACES for word in text.split()) for text in free),
         expert_nll=expert_nll,
         distinct=len(set(texts)) / len(texts),
+        distinct_2=len(set(pairs)) / max(1, len(pairs)),
     )
 
 
@@ -108,11 +131,10 @@ def _speaks_of_places(prompt: Prompt) -> bool:
 
 
 @torch.no_grad()
-def _nll(model: PreTrainedModel, examples: Sequence, pad_id: int) -> float:  # type: ignore[type-arg]
+def _nll(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> float:
     policy = Policy(model)
-    rows = [demonstration_row(example) for example in examples]
     total, count = 0.0, 0
-    for batch in micro_batches(rows, pad_id=pad_id, max_tokens=8192, device=model.device):
+    for batch in micro_batches(rows, pad_id=pad_id, max_tokens=2048, device=model.device):
         inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
         logprobs, _ = policy(*inputs, batch.sft_mask, batch.temperature)
         total -= float(torch.where(batch.sft_mask, logprobs, 0.0).sum())

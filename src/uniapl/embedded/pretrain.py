@@ -1,8 +1,8 @@
 """Makes the base model that ships with the package: `python -m uniapl.embedded.pretrain OUTPUT [--seed 0]`.
 
 A small Qwen3 learns from a sloppy writer, who is fluent but heeds each constraint only sometimes. First comes
-a curriculum of clean one-sentence texts: a model this small learns to copy words from its prompt there or not
-at all.
+a curriculum of clean texts, of one sentence, then up to two, then up to three: a model this small learns to
+copy words from its prompt there or not at all.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from uniapl.embedded.writers import SLOPPY, Manner, write
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
-COPYING_STEPS = 800
+COPYING_STEPS = 1600
 SLOPPY_STEPS = 1600
 COPYING_KINDS = ("include", "place", "end", "twice")
 
@@ -46,12 +46,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     )
 
 
-def copying_pair(rng: random.Random) -> tuple[Prompt, str]:
-    """A one-sentence prompt with one constraint, and a text that heeds it."""
+def copying_pair(rng: random.Random, most_sentences: int) -> tuple[Prompt, str]:
+    """A prompt with one constraint, and a text that heeds it and everything else."""
+    clean = Manner(**{**vars(SLOPPY), "faithful": 1.0})
     while True:
         prompt = draw_prompt(rng, kinds=(rng.choice(COPYING_KINDS),))
-        clean = Manner(**{**vars(SLOPPY), "faithful": 1.0})
-        if prompt.sentences == 1 and (text := write(prompt, clean, rng)):
+        if prompt.sentences <= most_sentences and (text := write(prompt, clean, rng)):
             return prompt, text
 
 
@@ -88,12 +88,17 @@ def pretrain(
     model = make_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     total = copying_steps + sloppy_steps
+
+    def draw(step: int) -> tuple[Prompt, str]:
+        if step < copying_steps:
+            return copying_pair(rng, most_sentences=1 + 3 * step // copying_steps)
+        return sloppy_pair(rng)
+
     begin = time.monotonic()
     for step in range(total):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50, 1.05 - step / total)
-        draw = copying_pair if step < copying_steps else sloppy_pair
-        loss = model(**batch_of([draw(rng) for _ in range(BATCH_SIZE)], tokenizer)).loss
+        loss = model(**batch_of([draw(step) for _ in range(BATCH_SIZE)], tokenizer)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -109,6 +114,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    # Sums over several threads depend on how many there are; one thread gives the same weights everywhere.
+    torch.set_num_threads(1)
     model, tokenizer = pretrain(arguments.seed)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)

@@ -40,15 +40,31 @@ class Task:
     held_out_combinations: dict[Prompt, str]
 
     @property
+    def texts(self) -> set[str]:
+        """Of all its prompts."""
+        return {p.text for p in (*self.train, *self.held_out, *self.held_out_combinations)}
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The training prompts as data rows."""
         return [as_row(prompt, self.demonstrations.get(prompt)) for prompt in self.train]
 
 
-def make_task(*, seed: int = 0, prompts: int = 1024, demonstrations: int = 256, held_out: int = 256) -> Task:
-    """The task, drawn from its seed: every prompt distinct, and none that the expert cannot answer."""
+def make_task(
+    *,
+    seed: int = 0,
+    prompts: int = 1024,
+    demonstrations: int = 256,
+    held_out: int = 256,
+    without: Iterable[str] = (),
+) -> Task:
+    """The task, drawn from its seed: every prompt distinct, and none that the expert cannot answer.
+
+    Args:
+        without: Texts of prompts that must not occur in it.
+    """
     rng = random.Random(derive_seed(seed, "embedded", "prompts"))
-    seen: set[str] = set()
+    seen = set(without)
     train = tuple(_answerable(rng, prompts, combinations=False, seen=seen))
     held = tuple(_answerable(rng, held_out, combinations=False, seen=seen))
     combinations = tuple(_answerable(rng, held_out, combinations=True, seen=seen))

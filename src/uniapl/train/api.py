@@ -17,7 +17,7 @@ from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup
 from uniapl.train.console import RunView
 from uniapl.train.loop import run_stage
-from uniapl.train.run import save_model, start_run
+from uniapl.train.run import Evaluate, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
 
 
@@ -38,6 +38,7 @@ def train(
     *,
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
+    evaluate: Evaluate | None = None,
 ) -> RunResult:
     """Train, from the first step or from a checkpoint, and leave the result in `output_dir`.
 
@@ -45,6 +46,8 @@ def train(
         config: A configuration, a mapping with the same keys, or the path of a YAML recipe.
         train_dataset: Rows (a `datasets.Dataset`, a list of dicts), instead of `data.path`.
         reward_functions: Plain callables with TRL's signature, beside those that the configuration names.
+        evaluate: Called after each step with the step's number and the model; what it returns is logged with
+            the step's metrics, under "eval/". It decides by itself which steps it looks at.
 
     Raises:
         UsageError: The configuration, the data or the model cannot work; nothing was trained.
@@ -56,7 +59,10 @@ def train(
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
     return train_resolved(
-        resolve(dict(config)), train_dataset=train_dataset, reward_functions=reward_functions
+        resolve(dict(config)),
+        train_dataset=train_dataset,
+        reward_functions=reward_functions,
+        evaluate=evaluate,
     )
 
 
@@ -65,6 +71,7 @@ def train_resolved(
     *,
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
+    evaluate: Evaluate | None = None,
 ) -> RunResult:
     """:func:`train` for a configuration whose values have been resolved."""
     config = resolved.config
@@ -98,6 +105,7 @@ def train_resolved(
     if found:
         stage.load(found, state)
     run = start_run(resolved, stages, accelerator, materials, view, state)
+    run.evaluate = evaluate
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     with view, run.signals_handled():
         run_stage(run, stage)

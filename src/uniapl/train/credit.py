@@ -29,12 +29,14 @@ def assign_credit(
     scale_rewards: Literal["none", "group"],
     assignment: Assignment,
     expert_mean: float | None,
+    bonus: float = 0.0,
 ) -> list[Credit]:
     """Group-relative advantages of the reward and of the adversary.
 
     Args:
         expert_mean: Stands in for the expert's logit where a prompt has no demonstration; without it such a
             group gets no adversarial credit.
+        bonus: Factor of the adversarial credit that is added to the reward's advantage, where both are known.
     """
     credits: list[Credit] = []
     for group in groups:
@@ -49,6 +51,7 @@ def assign_credit(
         expert_logits = torch.tensor([expert if judged and expert is not None else 0.0], dtype=torch.float64)
         adversarial = adversarial_advantages(logits, expert_logits, usable, assignment=assignment)
         wins = win_probability(logits, expert_logits)
+        advantages = advantages + torch.where(known & usable, bonus * adversarial, 0.0)
         credits.append(
             Credit(
                 advantages=_where_known(advantages, known),

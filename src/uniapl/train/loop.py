@@ -32,6 +32,9 @@ class MixedBatch:
     counts: dict[str, int]
     """Tokens per component, over all processes."""
     weights: dict[str, float]
+    """Of each component's term."""
+    lambda_adv: float
+    """In force, as a term's weight or inside the rewards' advantages."""
     credits: list[Credit]
     tokens: int
 
@@ -67,6 +70,7 @@ def run_stage(run: Run, stage: Stage) -> None:
             "step": run.step,
             "stage": stage.index,
             **metrics.update_metrics(update, batch.counts, batch.weights),
+            "weight/lambda_adv": batch.lambda_adv,
             **metrics.rollout_metrics(groups, batch.credits),
             **metrics.pair_metrics(groups),
             **learnt,
@@ -156,11 +160,13 @@ def judge(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Rollou
 def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) -> MixedBatch:
     """Credit the rollouts, add the step's demonstrations, and cut this process's share into micro-batches."""
     config, accelerator = stage.config, run.accelerator
+    in_reward = config.objective.adversarial_placement == "reward"
     credits = assign_credit(
         groups,
         scale_rewards=config.objective.scale_rewards,
         assignment=config.objective.adversarial_assignment,
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
+        bonus=stage.lambda_adv if in_reward else 0.0,
     )
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
     if config.objective.learns_from_demonstrations:
@@ -176,6 +182,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         batches=batches,
         counts=component_counts(rows),
         weights=stage.weights(),
+        lambda_adv=stage.lambda_adv,
         credits=credits,
         tokens=sum(len(row.completion_ids) for row in rows),
     )
@@ -214,7 +221,7 @@ def update_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup])
     """The discriminator's updates of this step, and what to log of them."""
     if stage.adversary is None:
         return {}
-    return stage.adversary.learn(run.accelerator, groups, stage.config, run.step)
+    return stage.adversary.learn(run.accelerator, groups, stage.config, run.step, stage.step)
 
 
 def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:

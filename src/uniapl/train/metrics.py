@@ -34,10 +34,11 @@ def update_metrics(
         "kl": per("kl") if "kl" in sums else None,
         "entropy": per("kl", "entropy"),
         "weight/mu": weights["sft"],
-        "weight/lambda_adv": weights["adv"],
         "tokens/sft": counts["sft"],
         "tokens/rl": counts["rl"],
         "tokens/adv": counts["adv"],
+        # Every rollout is in the KL's count, whatever its reward.
+        "tokens/rollout": counts["kl"],
         "grad_norm": step.grad_norm,
         "clip_ratio/low_mean": per("rl", "clip_low"),
         "clip_ratio/high_mean": per("rl", "clip_high"),

@@ -4,13 +4,14 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from uniapl.config import Config
 from uniapl.data import Stream
@@ -22,6 +23,9 @@ from uniapl.train.console import RunView
 from uniapl.train.setup import Materials
 from uniapl.train.stage import Stage
 from uniapl.train.step import PolicyStep
+
+Evaluate = Callable[[int, PreTrainedModel], Mapping[str, Any]]
+"""(step, model) -> what to log of it."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +51,8 @@ class Run:
     failed_rewards: dict[str, int] = field(default_factory=dict)
     """Reward function -> steps in a row in which every one of its calls failed."""
     last_metrics: dict[str, Any] = field(default_factory=dict)
+    evaluate: Evaluate | None = None
+    """Looks at the model after each step, in the first process."""
     signal_number: int = 0
     """Of the signal that asked the run to end."""
 
@@ -127,10 +133,13 @@ def start_run(
 def finish_step(
     run: Run, stage: Stage, record: dict[str, Any], completions: list[dict[str, Any]], *, stopping: bool
 ) -> None:
-    """Write the step to both files and the console, then save if that is due or the run is stopping.
+    """Evaluate, write the step to both files and the console, then save if due or the run is stopping.
 
     In this order: a run that dies while saving goes on from the checkpoint before and drops these lines.
     """
+    if run.evaluate is not None and run.accelerator.is_main_process:
+        with run.view.phase("evaluate"):
+            record |= {f"eval/{name}": value for name, value in run.evaluate(run.step, stage.model).items()}
     record |= {f"time/{name}": seconds for name, seconds in run.view.times.items()}
     record["step_time"] = run.view.step_seconds
     run.last_metrics = record

@@ -52,14 +52,25 @@ class Adversary:
         return list(zip(policy, expert, strict=True))
 
     def learn(
-        self, accelerator: Accelerator, groups: Sequence[RolloutGroup], config: Config, step: int
+        self,
+        accelerator: Accelerator,
+        groups: Sequence[RolloutGroup],
+        config: Config,
+        step: int,
+        stage_step: int,
     ) -> dict[str, Any]:
-        """Its updates of one step: fresh comparisons and a share of older ones, unless it is paused."""
+        """Its updates of one step: fresh comparisons and a share of older ones, unless paused or frozen.
+
+        Args:
+            step: Of the run; seeds the draw of older comparisons.
+            stage_step: Of the stage; freezing is counted in these.
+        """
         settings = config.discriminator
         fresh = [Comparison.of(g) for g in groups if g.example.demonstration_ids is not None]
         losses: list[float] = []
         skipped = 0
-        if not self.state.paused:
+        frozen = settings.freeze_step is not None and stage_step >= settings.freeze_step
+        if not (self.state.paused or frozen):
             replayed = round(len(fresh) * settings.replay_share / (1 - settings.replay_share))
             for update in range(settings.updates_per_step):
                 seed = derive_seed(config.seed, "replay", step, update)
@@ -101,6 +112,12 @@ class Stage:
     step: int = 0
     """Steps of this stage that are done."""
 
+    @property
+    def lambda_adv(self) -> float:
+        """The adversary's weight at the current step: none while the discriminator warms up."""
+        warm = self.adversary is not None and self.step >= self.config.discriminator.warmup_steps
+        return self.config.objective.lambda_adv if warm else 0.0
+
     def weights(self) -> dict[str, float]:
         """The weight of each component at the current step."""
         objective = self.config.objective
@@ -111,11 +128,10 @@ class Stage:
             peak=objective.mu_peak,
             valley=objective.mu_valley,
         )
-        warm = self.adversary is not None and self.step >= self.config.discriminator.warmup_steps
         return {
             "sft": mu,
             "rl": (1 - mu) * objective.reward_weight,
-            "adv": objective.lambda_adv if warm else 0.0,
+            "adv": self.lambda_adv if objective.adversarial_placement == "loss" else 0.0,
             "kl": objective.beta,
         }
 

@@ -1,0 +1,133 @@
+"""The verb: parse, run the parts that are asked for, write results.json and compare.html."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from uniapl.compare import plan, results
+from uniapl.compare.plan import PIPELINES, Cell
+from uniapl.compare.runner import Outcome, run_cells, search
+from uniapl.errors import UsageError
+
+PARTS = ("search", "table", "fronts", "ablations")
+
+
+def compare(arguments: Sequence[str]) -> dict[str, Any]:
+    """`uniapl compare`: what results.json holds.
+
+    Raises:
+        UsageError: A method or a part that is none, or matplotlib is not installed.
+        UniAPLError: Some cells failed.
+    """
+    options = _parse(arguments)
+    directory, methods, seeds, jobs = options.output_dir, options.methods, options.seeds, options.jobs
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("uniapl compare draws with matplotlib: pip install 'uniapl[report]'")
+    summary: dict[str, Any] = {
+        "versions": {name: importlib.metadata.version(name) for name in ("uniapl", "torch", "transformers")},
+        "seeds": list(range(seeds)),
+        "budget": {"steps": plan.STEPS, "rollouts": 9600, "demonstrations": 3200},
+        "settings": {method: plan.SETTINGS[method] for method in methods},
+    }
+
+    def run(cells: Sequence[Cell]) -> list[Outcome]:
+        return run_cells(cells, directory, jobs=jobs)
+
+    if "search" in options.parts:
+        summary["search"] = search(methods, directory, jobs=jobs)
+    base = run([Cell(method="base", settings={}, seed=seed) for seed in range(seeds)])
+    if "table" in options.parts:
+        run(plan.table_cells(methods, seeds))
+        by_method = {"base": base} | {m: run(plan.table_cells([m], seeds)) for m in methods}
+        summary["table"] = results.table(by_method)
+        summary["curves"] = {m: results.mean_curve(by_method[m], base) for m in methods}
+    if "fronts" in options.parts:
+        with_front = [method for method in methods if method in plan.FRONTS]
+        run(plan.front_cells(with_front, seeds))
+        swept = {m: [run(plan.front_of(m, seed)) for seed in range(seeds)] for m in with_front}
+        summary["fronts"] = results.fronts(swept, base)
+    if "ablations" in options.parts:
+        variants = plan.ablation_cells(seeds)
+        run([cell for cells in variants.values() for cell in cells])
+        uniapl = run(plan.table_cells(["uniapl"], seeds))
+        summary["ablations"] = results.ablations({n: run(cells) for n, cells in variants.items()}, uniapl)
+    _write(directory / "results.json", json.dumps(summary, indent=1))
+    from uniapl.compare.report import render
+
+    _write(directory / "compare.html", render(summary))
+    _show(summary, directory)
+    return summary
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="uniapl compare",
+        description="Methods side by side on the embedded task, at equal budget. Finished cells are files in "
+        "the output directory: started again, it goes on where it was stopped.",
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--methods", type=_list_of(tuple(PIPELINES), "method"), default=list(PIPELINES))
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--parts", type=_list_of(PARTS, "part"), default=["table"], help=f"of {', '.join(PARTS)}"
+    )
+    options = parser.parse_args(arguments)
+    if options.seeds < 1 or options.jobs < 1:
+        raise UsageError("--seeds and --jobs must be at least 1")
+    return options
+
+
+def _list_of(known: Sequence[str], what: str) -> Any:
+    def parse(text: str) -> list[str]:
+        items = [item.strip() for item in text.split(",")]
+        for item in items:
+            if item not in known:
+                raise UsageError(f"unknown {what} '{item}': choose among {', '.join(known)}")
+        return items
+
+    return parse
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _show(summary: dict[str, Any], directory: Path) -> None:
+    console = Console(highlight=False)
+    if "table" in summary:
+        best = summary["table"]["best_baseline"]
+        shown = Table("method", "good", f"minus {best}", "new combinations", "nll of expert", title="5")
+        for method, row in summary["table"]["methods"].items():
+            shown.add_row(method, *cells_of(row))
+        shown.title = f"means over {len(summary['seeds'])} seeds, 95 % intervals"
+        console.print(shown)
+    for method, settings in summary.get("search", {}).items():
+        console.print(f"search: {method}: {settings}", markup=False)
+    console.print(f"{directory / 'compare.html'}  {directory / 'results.json'}", markup=False)
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A method's row of the table, as text."""
+    held_out, combinations = (row[split] for split in results.SPLITS)
+    difference = row.get("minus_best_baseline", {}).get("held_out")
+    return [
+        f"{held_out['good']['mean']:.3f}",
+        f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+        if difference
+        else "",
+        f"{combinations['good']['mean']:.3f}",
+        f"{held_out['expert_nll']['mean']:.3f}",
+    ]

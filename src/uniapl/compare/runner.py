@@ -1,0 +1,119 @@
+"""Runs cells in parallel processes, one thread each; every finished cell is a file, never run again."""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from uniapl.compare.plan import Cell, search_cells
+from uniapl.errors import UniAPLError
+
+Outcome = dict[str, Any]
+"""What `uniapl.compare.cell.run_cell` returns."""
+
+
+def run_cells(
+    cells: Sequence[Cell], directory: Path, *, jobs: int, run: Callable[[Cell, Path], Outcome] | None = None
+) -> list[Outcome]:
+    """The outcomes of all cells, in their order; those that are on disk already are read from there.
+
+    Args:
+        run: What runs a cell, given the reference model's place, in a process of its own.
+
+    Raises:
+        UniAPLError: Some cells failed; the others ran to their end and are on disk.
+    """
+    console = Console(highlight=False)
+    reference = directory / "reference"
+    distinct = {cell.name: cell for cell in cells}.values()
+    missing = [cell for cell in distinct if not _file(directory, cell).exists()]
+    if missing:
+        console.print(f"{len(distinct)} cells, {len(missing)} to run, {jobs} at a time", markup=False)
+        (directory / "cells").mkdir(parents=True, exist_ok=True)
+        failures: list[str] = []
+        context = multiprocessing.get_context("spawn")
+        # A fresh process per cell: what one leaves behind cannot change the next.
+        with concurrent.futures.ProcessPoolExecutor(
+            jobs, mp_context=context, initializer=_begin, max_tasks_per_child=1
+        ) as pool:
+            if not reference.exists():
+                pool.submit(_make_reference, reference).result()
+            started = time.monotonic()
+            running = {pool.submit(run or _run_cell, cell, reference): cell for cell in missing}
+            for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
+                cell = running[future]
+                try:
+                    outcome = future.result()
+                except Exception as error:  # a cell may fail in any way; the others go on
+                    failures.append(f"{cell.name}: {type(error).__name__}: {error}")
+                    console.print(f"failed: {failures[-1]}", markup=False)
+                    continue
+                _write(_file(directory, cell), outcome)
+                good = outcome["final"]["held_out"]["good"]
+                left = (time.monotonic() - started) / number * (len(missing) - number) / 60
+                console.print(
+                    f"{number}/{len(missing)} {cell.name}: good {good:.3f}, "
+                    f"{outcome['cost']['seconds']:.0f} s; about {left:.0f} min left",
+                    markup=False,
+                )
+        if failures:
+            raise UniAPLError(f"{len(failures)} cells failed; what they said:\n" + "\n".join(failures))
+    return [json.loads(_file(directory, cell).read_text(encoding="utf-8")) for cell in cells]
+
+
+def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, dict[str, Any]]:
+    """Both rounds of the search for every method; the settings with the highest `good`."""
+    first = {method: search_cells(method, None) for method in methods}
+    run_cells([cell for cells in first.values() for cell in cells], directory, jobs=jobs)
+    rates = {method: _best(cells, directory, jobs)["optim.learning_rate"] for method, cells in first.items()}
+    second = {method: search_cells(method, rate) for method, rate in rates.items()}
+    run_cells([cell for cells in second.values() for cell in cells], directory, jobs=jobs)
+    return {method: _best([*first[method], *second[method]], directory, jobs) for method in methods}
+
+
+def _best(cells: Sequence[Cell], directory: Path, jobs: int) -> dict[str, Any]:
+    """The settings of the best cell: by `good`, held-out prompts and held-out combinations together."""
+    outcomes = run_cells(cells, directory, jobs=jobs)
+    best = max(outcomes, key=lambda o: sum(split["good"] for split in o["final"].values()))
+    return best["cell"]["settings"]
+
+
+def _file(directory: Path, cell: Cell) -> Path:
+    return directory / "cells" / f"{cell.name}.json"
+
+
+def _write(path: Path, outcome: Outcome) -> None:
+    """All or nothing: a file that is there is whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(outcome), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _begin() -> None:
+    """One thread per process, and no output but the runner's."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+def _run_cell(cell: Cell, reference: Path) -> Outcome:
+    from uniapl.compare.cell import run_cell
+
+    return run_cell(cell, reference)
+
+
+def _make_reference(path: Path) -> None:
+    from uniapl.compare.cell import make_reference
+
+    make_reference(path)

@@ -1,0 +1,81 @@
+"""The plan: equal budgets, settings that arrive, and tests on what the search never saw."""
+
+import pytest
+
+from uniapl.compare import plan
+from uniapl.compare.cell import task_of
+from uniapl.compare.plan import PIPELINES, SEARCH_SEED, SETTINGS, Cell
+from uniapl.config import Config
+from uniapl.embedded.task import make_task
+from uniapl.resolve import resolve, stages_of
+
+
+def stages(method: str, **settings: float | int | str) -> list[Config]:
+    cell = Cell(method=method, settings={**SETTINGS[method], **settings}, seed=3)
+    recipe = cell.recipe | {"model": {"model_name_or_path": "base"}}
+    return [stage.config for stage in stages_of(resolve(recipe))]
+
+
+@pytest.mark.parametrize("method", PIPELINES)
+def test_every_method_has_the_same_budget(method: str) -> None:
+    default = {"batching.demonstrations_per_step": 128} if method == "sft" else {}
+    rollouts = demonstrations = 0
+    for stage in stages(method, **default):
+        if stage.objective.uses_rollouts:
+            per_step = stage.batching.prompts_per_step * stage.rollout.num_generations
+            rollouts += stage.max_steps * per_step
+        if stage.objective.learns_from_demonstrations:
+            demonstrations += stage.max_steps * stage.batching.demonstrations_per_step
+    if method == "sft":
+        assert (rollouts, demonstrations) == (0, 9_600 + 3_200)
+    else:
+        assert rollouts == 9_600
+        assert demonstrations == (0 if method in ("grpo", "a-grpo", "gad") else 3_200)
+
+
+@pytest.mark.parametrize("method", PIPELINES)
+def test_settings_reach_every_stage_and_the_method_keeps_what_it_is(method: str) -> None:
+    knob, values = plan.KNOBS[method]
+    section, key = knob.split(".")
+    for stage in stages(method, **{"optim.learning_rate": 0.125, knob: values[-1]}):
+        assert stage.optim.learning_rate == 0.125
+        assert stage.seed == 3
+        fixed_by_sft = stage.method == "sft" and section == "objective"
+        assert fixed_by_sft or getattr(getattr(stage, section), key) == values[-1]
+    assert "->" not in method or len(stages(method)) == 2
+
+
+def test_the_demo_does_not_tell_a_peer_what_its_mu_is() -> None:
+    (chord,) = stages("chord-mu")
+    assert chord.objective.mu_peak == 0.9
+    (phi,) = stages("chord-phi", **{"objective.mu_valley": 0.3})
+    assert (phi.objective.mu_peak, phi.objective.mu_valley) == (0.3, 0.3)
+
+
+def test_cells_have_names_of_their_own() -> None:
+    cells = [
+        *(cell for method in PIPELINES for cell in plan.search_cells(method, None)),
+        *(cell for method in PIPELINES for cell in plan.search_cells(method, 0.25)),
+        *plan.table_cells(list(PIPELINES), 3),
+        *(cell for cells in plan.ablation_cells(3).values() for cell in cells),
+    ]
+    different = {repr(cell) for cell in cells}
+    assert len({cell.name for cell in cells}) == len(different)
+
+
+def test_a_front_shares_its_cell_with_the_table() -> None:
+    for method, (knob, values) in plan.FRONTS.items():
+        assert SETTINGS[method][knob] in values
+        (ours,) = plan.table_cells([method], 1)
+        assert ours.name in {cell.name for cell in plan.front_of(method, 0)}
+    assert plan.front_of("gad", 0) == []
+
+
+def test_a_test_uses_no_prompt_of_the_search() -> None:
+    searched = task_of(Cell(method="sft", settings={}, seed=SEARCH_SEED)).texts
+    assert searched == make_task(seed=SEARCH_SEED).texts
+    for seed in (0, 1):
+        task = task_of(Cell(method="sft", settings={"demonstrations": 64}, seed=seed))
+        assert not task.texts & searched
+        assert len(task.demonstrations) == 64
+        assert len(task.texts) == 1024 + 256 + 256

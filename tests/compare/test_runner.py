@@ -1,0 +1,138 @@
+"""Running cells: in parallel, resumable, and a failure that does not take the others along."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uniapl.compare import cell as cell_module
+from uniapl.compare import plan
+from uniapl.compare.cell import run_cell
+from uniapl.compare.plan import Cell
+from uniapl.compare.runner import run_cells, search
+from uniapl.embedded.task import Task, make_task
+from uniapl.errors import UniAPLError
+
+
+def fake_cell(cell: Cell, reference: Path) -> dict[str, Any]:
+    """Stands in for training: leaves a mark that it was run."""
+    if cell.settings.get("fails"):
+        raise RuntimeError("as told")
+    time.sleep(float(cell.settings.get("seconds", 0)))
+    with (reference.parent / "runs.txt").open("a") as file:
+        file.write(f"{cell.name}\n")
+    # An optimum that the search has to find in both of its rounds.
+    rate, beta = cell.settings.get("optim.learning_rate", 0), cell.settings.get("objective.beta", 0)
+    good = 1 - abs(float(rate) - 5e-4) * 100 - abs(float(beta) - 0.02)
+    final = {split: {"good": good} for split in ("held_out", "held_out_combinations")}
+    return {
+        "cell": {"method": cell.method, "settings": cell.settings, "seed": cell.seed},
+        "final": final,
+        "cost": {"seconds": 0.0},
+        "curve": [],
+    }
+
+
+def cells(count: int, **settings: float) -> list[Cell]:
+    return [Cell(method="grpo", settings=settings, seed=seed) for seed in range(count)]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "reference").mkdir()
+    return tmp_path
+
+
+def runs(directory: Path) -> list[str]:
+    return (directory / "runs.txt").read_text().split()
+
+
+def test_outcomes_come_in_the_cells_order_and_nothing_runs_twice(directory: Path) -> None:
+    three = cells(3)
+    first = run_cells([*three, three[0]], directory, jobs=2, run=fake_cell)
+    assert [outcome["cell"]["seed"] for outcome in first] == [0, 1, 2, 0]
+    again = run_cells(cells(4), directory, jobs=2, run=fake_cell)
+    assert again[:3] == first[:3]
+    assert sorted(runs(directory)) == sorted(cell.name for cell in cells(4))
+
+
+def test_a_failure_is_named_and_the_others_are_kept(directory: Path) -> None:
+    bad = Cell(method="grpo", settings={"fails": 1}, seed=9)
+    with pytest.raises(UniAPLError, match=rf"1 cells failed.*\n{bad.name}: RuntimeError: as told"):
+        run_cells([bad, *cells(2)], directory, jobs=1, run=fake_cell)
+    assert len(runs(directory)) == 2
+    assert len(list((directory / "cells").glob("*.json"))) == 2
+
+
+def test_the_search_finds_the_rate_first_and_then_the_knob(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uniapl.compare.runner._run_cell", fake_cell)
+    found = search(["grpo"], directory, jobs=2)
+    assert found == {"grpo": {"optim.learning_rate": 5e-4, "objective.beta": 0.02}}
+    assert len(runs(directory)) == 5, "three rates, then two further values of the knob"
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from compare.test_runner import cells, fake_cell
+from uniapl.compare.runner import run_cells
+if __name__ == "__main__":
+    run_cells(cells(6, seconds=0.5), Path(sys.argv[1]), jobs=1, run=fake_cell)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(directory: Path) -> None:
+    script = directory / "script.py"
+    script.write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, str(script), str(directory)], env=environment)
+    done = directory / "cells"
+    while not done.exists() or len(list(done.glob("*.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.stem: path.read_text() for path in done.glob("*.json")}
+    assert 2 <= len(finished) < 6
+    outcomes = run_cells(cells(6, seconds=0.5), directory, jobs=1, run=fake_cell)
+    assert len(outcomes) == 6
+    ran = runs(directory)
+    assert all(ran.count(name) == 1 for name in finished), "a finished cell is never run again"
+    assert all(json.loads(text) in outcomes for text in finished.values())
+
+
+@pytest.mark.parametrize("method", ["uniapl", "sft -> grpo"])
+def test_a_cell_that_is_run_again_gives_the_same_numbers(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(cell: Cell) -> Task:
+        return make_task(seed=cell.seed, prompts=24, demonstrations=12, held_out=8)
+
+    monkeypatch.setattr(plan, "STEPS", 2)
+    monkeypatch.setattr(cell_module, "EVAL_STEPS", 1)
+    monkeypatch.setattr(cell_module, "task_of", small)
+    settings = {**plan.SETTINGS[method], "batching.prompts_per_step": 2}
+    monkeypatch.setitem(
+        plan.PIPELINES, "sft -> grpo", ({"method": "sft", "max_steps": 1}, {"method": "grpo"})
+    )
+    base = Path(cell_module.__file__).parents[1] / "embedded" / "base"
+    cell = Cell(method=method, settings=settings, seed=5)
+    first, second = run_cell(cell, base), run_cell(cell, base)
+    for outcome in (first, second):
+        assert outcome["cost"].pop("seconds") > 0
+        for point in outcome["curve"]:
+            point.pop("seconds")
+    assert first == second
+    steps = [point["step"] for point in first["curve"]]
+    assert steps == ([1, 2] if method == "uniapl" else [1, 2, 3])
+    assert first["cost"]["rollout_tokens"] == first["curve"][-1]["rollout_tokens"] > 0
+    other = run_cell(Cell(method=method, settings=settings, seed=6), base)
+    assert other["final"] != first["final"]
