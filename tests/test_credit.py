@@ -53,6 +53,26 @@ def test_by_hand() -> None:
     assert got.adversarial_advantages == pytest.approx([u - sum(wins) / 3 for u in wins])
 
 
+def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() -> None:
+    item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
+    apart = credit(item)
+    (inside,) = assign_credit(
+        [item], scale_rewards="none", assignment="win_probability", expert_mean=None, bonus=0.25
+    )
+    # The group's mean of u is over all three, also over the one whose reward is not known.
+    wins = [reference.sigmoid(x - 1.0) for x in (0.0, 1.0, 2.0)]
+    mean = sum(wins) / 3
+    assert inside.advantages[0] == pytest.approx(0.5 + 0.25 * (wins[0] - mean))
+    assert inside.advantages[1] == pytest.approx(-0.5 + 0.25 * (wins[1] - mean))
+    assert inside.advantages[2] is None
+    assert inside.adversarial_advantages == apart.adversarial_advantages
+    unjudged = group((1.0, 0.0))
+    (inside,) = assign_credit(
+        [unjudged], scale_rewards="none", assignment="win_probability", expert_mean=None, bonus=0.25
+    )
+    assert inside.advantages == (0.5, -0.5)
+
+
 def test_a_prompt_without_demonstration_uses_the_running_mean() -> None:
     assert credit(group((None, None), (0.0, 0.0)), expert_mean=2.0).win_rates == pytest.approx(
         [reference.sigmoid(-2.0)] * 2

@@ -54,8 +54,8 @@ def test_the_demo_does_not_tell_a_peer_what_its_mu_is() -> None:
 
 def test_cells_have_names_of_their_own() -> None:
     cells = [
-        *(cell for method in PIPELINES for cell in plan.search_cells(method, None)),
-        *(cell for method in PIPELINES for cell in plan.search_cells(method, 0.25)),
+        *(cell for method in PIPELINES for cell in plan.search_cells(method, [0.5, 1.0])),
+        *(cell for method in PIPELINES for cell in plan.search_cells(method, [0.5], [0.0, 1.0])),
         *plan.table_cells(list(PIPELINES), 3),
         *(cell for cells in plan.ablation_cells(3).values() for cell in cells),
     ]

@@ -79,6 +79,13 @@ def test_the_search_finds_the_rate_first_and_then_the_knob(
     assert len(runs(directory)) == 5, "three rates, then two further values of the knob"
 
 
+def test_a_rate_at_the_edge_brings_in_the_next_one(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uniapl.compare.runner._run_cell", fake_cell)
+    monkeypatch.setattr("uniapl.compare.runner.LEARNING_RATES", (1e-3, 2e-3))
+    found = search(["grpo"], directory, jobs=2)
+    assert found["grpo"]["optim.learning_rate"] == 5e-4
+
+
 KILLED = """
 import sys
 from pathlib import Path

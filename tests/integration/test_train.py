@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import uniapl
 from runs import has_letter, lines, recipe, run_until, timeless, train, write_recipe
@@ -445,3 +445,49 @@ def test_the_same_prompt_is_answered_anew_in_every_step(model_dir: Path, tmp_pat
     first, _, _, second, *_ = lines(tmp_path / "run" / "completions.jsonl")
     assert first["row"] == second["row"]
     assert [c["text"] for c in first["completions"]] != [c["text"] for c in second["completions"]]
+
+
+def test_in_the_reward_the_adversary_has_no_term_of_its_own(model_dir: Path, tmp_path: Path) -> None:
+    objective = {"beta": 0.0, "adversarial_placement": "reward", "lambda_adv": 0.5}
+    train(recipe(model_dir, tmp_path / "run", method="a-grpo", objective=objective))
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["weight/lambda_adv"] for record in records] == [0.0, 0.5, 0.5, 0.5]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["loss/rl"], abs=1e-6), "mu is 0: nothing else acts"
+    for line in lines(tmp_path / "run" / "completions.jsonl"):
+        group = line["completions"]
+        bonus = 0.0 if line["step"] == 1 else 0.5
+        rewards_mean = sum(c["reward"] for c in group) / len(group)
+        known = all(c["win_rate"] is not None for c in group)
+        wins_mean = sum(c["win_rate"] for c in group) / len(group) if known else 0.0
+        for c in group:
+            extra = bonus * (c["win_rate"] - wins_mean) if known else 0.0
+            assert c["advantage"] == pytest.approx(c["reward"] - rewards_mean + extra, abs=1e-9)
+
+
+def test_a_frozen_discriminator_learns_no_more(model_dir: Path, tmp_path: Path) -> None:
+    settings = {"discriminator": {"freeze_step": 2, "accuracy_band": (1.0, 1.0)}}
+    train(recipe(model_dir, tmp_path / "run", method="a-grpo", save_steps=1, save_total_limit=4, **settings))
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["discriminator/updates"] for record in records[1:]] == [2, 0, 0]
+    weights = [
+        load_file(tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "discriminator.safetensors")
+        for step in (1, 2, 4)
+    ]
+    assert all(weights[1][name].equal(weights[2][name]) for name in weights[1])
+    assert not all(weights[0][name].equal(weights[1][name]) for name in weights[1])
+
+
+def test_an_evaluation_is_logged_and_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
+    def look(step: int, model: PreTrainedModel) -> dict[str, float]:
+        return {"norm": float(model.get_input_embeddings().weight.norm())} if step % 2 == 0 else {}
+
+    train(recipe(model_dir, tmp_path / "looked"), evaluate=look)
+    train(recipe(model_dir, tmp_path / "blind"))
+    looked, blind = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("looked", "blind"))
+    norms = [record.pop("eval/norm", None) for record in looked]
+    assert looked == blind
+    assert norms[0] is norms[2] is None
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "looked" / "final")
+    assert norms[3] == pytest.approx(float(final.get_input_embeddings().weight.norm()))
+    assert norms[1] != norms[3]

@@ -44,7 +44,7 @@ BASELINES = ("sft", "grpo", "sft -> grpo", "chord-mu", "chord-phi")
 """What exists elsewhere, without an adversary and with rewards or demonstrations."""
 
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
-"""First round of the search, for every method."""
+"""First round of the search, for every method; the best one at an edge brings in the next one beyond."""
 
 KNOBS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "sft": ("batching.demonstrations_per_step", (128, 64, 32)),
@@ -132,17 +132,13 @@ class Cell:
         return merge(common, settings) | {"stages": stages}
 
 
-def search_cells(method: str, chosen_rate: float | None) -> list[Cell]:
-    """First round (`chosen_rate` None): the learning rates; second round: the own knob's other values."""
-    knob, values = KNOBS[method]
-    pairs = (
-        [(rate, values[0]) for rate in LEARNING_RATES]
-        if chosen_rate is None
-        else [(chosen_rate, value) for value in values]
-    )
+def search_cells(method: str, rates: Sequence[float], values: Sequence[Value] | None = None) -> list[Cell]:
+    """Cells of the search: every learning rate with every value of the method's knob, or its usual one."""
+    knob, usual = KNOBS[method]
     return [
         Cell(method=method, settings={"optim.learning_rate": rate, knob: value}, seed=SEARCH_SEED)
-        for rate, value in pairs
+        for rate in rates
+        for value in values or usual[:1]
     ]
 
 

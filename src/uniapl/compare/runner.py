@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from uniapl.compare.plan import Cell, search_cells
+from uniapl.compare.plan import KNOBS, LEARNING_RATES, Cell, search_cells
 from uniapl.errors import UniAPLError
 
 Outcome = dict[str, Any]
@@ -69,18 +69,29 @@ def run_cells(
 
 
 def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, dict[str, Any]]:
-    """Both rounds of the search for every method; the settings with the highest `good`."""
-    first = {method: search_cells(method, None) for method in methods}
-    run_cells([cell for cells in first.values() for cell in cells], directory, jobs=jobs)
-    rates = {method: _best(cells, directory, jobs)["optim.learning_rate"] for method, cells in first.items()}
-    second = {method: search_cells(method, rate) for method, rate in rates.items()}
-    run_cells([cell for cells in second.values() for cell in cells], directory, jobs=jobs)
-    return {method: _best([*first[method], *second[method]], directory, jobs) for method in methods}
+    """The same search for every method, on validation prompts: the learning rate, then the method's own knob.
+
+    Returns:
+        Per method the settings with the highest `good`, held-out prompts and combinations together.
+    """
+    low, *_, high = LEARNING_RATES
+    beyond = {low: low / 2, high: high * 2}
+    tried = {method: search_cells(method, LEARNING_RATES) for method in methods}
+
+    def best() -> dict[str, dict[str, Any]]:
+        run_cells([cell for cells in tried.values() for cell in cells], directory, jobs=jobs)
+        return {method: _best(run_cells(cells, directory, jobs=jobs)) for method, cells in tried.items()}
+
+    for method, settings in best().items():
+        if (rate := settings["optim.learning_rate"]) in beyond:
+            tried[method] += search_cells(method, [beyond[rate]])
+    for method, settings in best().items():
+        tried[method] += search_cells(method, [settings["optim.learning_rate"]], KNOBS[method][1])
+    return best()
 
 
-def _best(cells: Sequence[Cell], directory: Path, jobs: int) -> dict[str, Any]:
-    """The settings of the best cell: by `good`, held-out prompts and held-out combinations together."""
-    outcomes = run_cells(cells, directory, jobs=jobs)
+def _best(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The settings of the best outcome."""
     best = max(outcomes, key=lambda o: sum(split["good"] for split in o["final"].values()))
     return best["cell"]["settings"]
 
