@@ -108,26 +108,11 @@ def _write(path: Path, text: str) -> None:
 def _show(summary: dict[str, Any], directory: Path) -> None:
     console = Console(highlight=False)
     if "table" in summary:
-        best = summary["table"]["best_baseline"]
-        shown = Table("method", "good", f"minus {best}", "new combinations", "nll of expert", title="5")
-        for method, row in summary["table"]["methods"].items():
-            shown.add_row(method, *cells_of(row))
-        shown.title = f"means over {len(summary['seeds'])} seeds, 95 % intervals"
+        header, *rows = results.short_table(summary["table"])
+        shown = Table(*header, title=f"means over {len(summary['seeds'])} seeds, 95 % intervals")
+        for row in rows:
+            shown.add_row(*row)
         console.print(shown)
     for method, settings in summary.get("search", {}).items():
         console.print(f"search: {method}: {settings}", markup=False)
     console.print(f"{directory / 'compare.html'}  {directory / 'results.json'}", markup=False)
-
-
-def cells_of(row: dict[str, Any]) -> list[str]:
-    """A method's row of the table, as text."""
-    held_out, combinations = (row[split] for split in results.SPLITS)
-    difference = row.get("minus_best_baseline", {}).get("held_out")
-    return [
-        f"{held_out['good']['mean']:.3f}",
-        f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-        if difference
-        else "",
-        f"{combinations['good']['mean']:.3f}",
-        f"{held_out['expert_nll']['mean']:.3f}",
-    ]

@@ -57,6 +57,35 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
     return {"best_baseline": best, "levels": levels, "methods": rows}
 
 
+def short_table(table: Mapping[str, Any]) -> list[list[str]]:
+    """The header and a row of text per method: what fits a terminal and the README."""
+    best = table["best_baseline"]
+    rows = [
+        ["method", "good", f"minus {best}", "new combinations", "expert nll", "length distance", "tokens"]
+    ]
+    for method, row in table["methods"].items():
+        here, there = (row[split] for split in SPLITS)
+        difference = row["minus_best_baseline"]["held_out"] if best and method != best else None
+        rows.append(
+            [
+                method,
+                f"{here['good']['mean']:.3f}",
+                "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) if difference else "",
+                f"{there['good']['mean']:.3f}",
+                f"{here['expert_nll']['mean']:.3f}",
+                f"{here['length_distance']['mean']:.2f}",
+                f"{row['cost']['rollout_tokens']:,.0f}",
+            ]
+        )
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the header first, as a table for a document."""
+    header, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([header, "|---" * len(rows[0]) + "|", *body])
+
+
 def mean_curve(runs: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, list[float]]:
     """The mean over seeds of `good` and of the cost at each point of the curve, from the base on."""
     curve: dict[str, list[float]] = {name: [0.0] for name in COSTS}
