@@ -109,13 +109,13 @@ class ObjectiveConfig(_Section):
     mu_peak: float = Field(
         default=0.5, ge=0, le=1, description="Weight of the demonstrations after the warm-up."
     )
-    mu_valley: float = Field(default=0.1, ge=0, le=1, description="... after the cosine decay.")
+    mu_valley: float = Field(default=0.02, ge=0, le=1, description="... after the cosine decay.")
     mu_warmup_steps: int = Field(default=0, ge=0, description="Steps from 0 to the peak.")
-    mu_decay_steps: int = Field(default=100, ge=0, description="Steps of the cosine from peak to valley.")
+    mu_decay_steps: int = Field(default=50, ge=0, description="Steps of the cosine from peak to valley.")
     reward_weight: float = Field(
         default=1.0, ge=0, description="Factor of the rewards' term, beside 1 - mu; 0 watches rewards only."
     )
-    lambda_adv: float = Field(default=0.5, ge=0, description="Weight of the adversarial term.")
+    lambda_adv: float = Field(default=2.0, ge=0, description="Weight of the adversarial term.")
     beta: float = Field(
         default=0.0, ge=0, description="Weight of the KL to the stage's start (TRL's default)."
     )
@@ -125,7 +125,8 @@ class ObjectiveConfig(_Section):
     )
     num_iterations: int = Field(default=1, ge=1, description="Policy updates per sampled batch.")
     scale_rewards: Literal["none", "group"] = Field(
-        default="none", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
+        default="group",
+        description="Divide advantages by the group's standard deviation (TRL's default), or not (Dr. GRPO).",
     )
     sft_token_weight: Literal["none", "is", "phi", "luffy"] = Field(
         default="none",

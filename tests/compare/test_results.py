@@ -41,7 +41,7 @@ def test_the_table_by_hand() -> None:
     )
     assert table["methods"]["uniapl"]["held_out"]["good"]["mean"] == pytest.approx(0.7)
     assert table["methods"]["grpo"]["cost"]["rollout_tokens"] == 200
-    # grpo ends at 0.6: its curve (0.2, 0.4, 0.6) gets there at its end, uniapl (0.2, 0.7) at 4/5 of 100 tokens.
+    # grpo ends at 0.6: its curve (0.2, 0.4, 0.6) gets there at the end, uniapl (0.2, 0.7) at 4/5.
     assert table["levels"] == pytest.approx([0.3, 0.4, 0.5, 0.6])
     reached = {m: list(table["methods"][m]["rollout_tokens_to_reach"].values()) for m in ("grpo", "uniapl")}
     assert reached["grpo"] == pytest.approx([50, 100, 150, 200])

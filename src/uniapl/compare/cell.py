@@ -25,6 +25,9 @@ EVAL_STEPS = 10
 CURVE_PROMPTS = 128
 """Held-out prompts that a point is measured on; the end of a run is measured on all of them."""
 
+WATCHED = ("reward", "entropy", "discriminator/win_rate", "discriminator/accuracy", "discriminator/paused")
+"""Metrics of the training step that a curve keeps beside the measurements."""
+
 REFERENCE_ROWS, REFERENCE_STEPS = 4096, 192
 """Expert texts, and steps of 64, that make the reference model of the expert: three passes."""
 
@@ -112,5 +115,6 @@ def _costs(records: list[dict[str, Any]]) -> dict[str, Any]:
         cost["seconds"] += record["step_time"] - record["time/evaluate"]
         point = {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/")}
         if point:
-            curve.append({"step": record["step"], **cost, **point})
+            seen = {name: record[name] for name in WATCHED if record.get(name) is not None}
+            curve.append({"step": record["step"], **cost, **point, **seen})
     return {"curve": curve, "cost": cost}

@@ -50,33 +50,44 @@ KNOBS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "sft": ("batching.demonstrations_per_step", (128, 64, 32)),
     "grpo": ("objective.beta", (0.0, 0.02, 0.1)),
     "sft -> grpo": ("objective.beta", (0.0, 0.02, 0.1)),
-    "chord-mu": ("objective.mu_valley", (0.05, 0.2, 0.5)),
+    "chord-mu": ("objective.mu_decay_steps", (100, 50, 25)),
     "chord-phi": ("objective.mu_valley", (0.1, 0.3, 0.03)),
-    "a-sft": ("objective.lambda_adv", (0.5, 0.25, 1.0)),
-    "a-grpo": ("objective.lambda_adv", (0.5, 0.25, 1.0)),
-    "sft -> a-grpo": ("objective.lambda_adv", (0.5, 0.25, 1.0)),
-    "a-sft -> a-grpo": ("objective.lambda_adv", (0.5, 0.25, 1.0)),
+    "a-sft": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
+    "a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
+    "sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
+    "a-sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
     "gad": ("objective.adversarial_assignment", ("standardized", "win_probability", "logit")),
-    "uniapl": ("objective.lambda_adv", (0.5, 0.25, 1.0)),
+    "uniapl": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
 }
 """Second round of the search: each method's own knob, its usual value first."""
 
 FRONTS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
     "sft -> grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
-    "chord-mu": ("objective.mu_valley", (0.05, 0.2, 0.5, 0.8)),
-    "uniapl": ("objective.lambda_adv", (0.25, 0.5, 1.0, 2.0)),
+    "chord-mu": ("objective.mu_valley", (0.02, 0.05, 0.2, 0.5)),
+    "uniapl": ("objective.lambda_adv", (0.5, 1.0, 2.0, 4.0)),
 }
 """The knob along which each method trades `good` against closeness to the expert."""
 
 SETTINGS: dict[str, dict[str, Value]] = {
     method: {"optim.learning_rate": 5e-4, knob: values[0]} for method, (knob, values) in KNOBS.items()
+} | {
+    "chord-mu": {
+        "optim.learning_rate": 5e-4,
+        "objective.mu_decay_steps": 100,
+        "objective.mu_valley": 0.05,
+    }
 }
 """What the search found (docs/log.md)."""
 
 ABLATIONS: dict[str, dict[str, Value]] = {
+    "no adversary": {"objective.lambda_adv": 0.0},
     "frozen discriminator": {"discriminator.freeze_step": 10, "discriminator.updates_per_step": 10},
     "adversary in the reward": {"objective.adversarial_placement": "reward"},
+    "standardized adversary": {
+        "objective.adversarial_assignment": "standardized",
+        "objective.lambda_adv": 0.25,
+    },
     "64 demonstrations": {"demonstrations": 64},
     "1,024 demonstrations": {"demonstrations": 1024},
 }
