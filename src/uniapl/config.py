@@ -185,6 +185,12 @@ class DiscriminatorConfig(_Section):
     freeze_step: int | None = Field(
         default=None, ge=1, description="From this step of the stage on it learns no more; None: always."
     )
+    min_accuracy: float = Field(
+        default=0.55,
+        ge=0,
+        le=1,
+        description="While its accuracy on fresh pairs is below, the policy does not feel it: it only guesses.",
+    )
     accuracy_band: tuple[float, float] = Field(
         default=(0.85, 0.95),
         description="Paused when its accuracy on fresh pairs passes the upper end, until the lower.",

@@ -448,15 +448,15 @@ def test_the_same_prompt_is_answered_anew_in_every_step(model_dir: Path, tmp_pat
 
 
 def test_in_the_reward_the_adversary_has_no_term_of_its_own(model_dir: Path, tmp_path: Path) -> None:
-    objective = {"beta": 0.0, "adversarial_placement": "reward", "lambda_adv": 0.5}
+    objective = {"beta": 0.0, "adversarial_placement": "reward", "scale_rewards": "none"}
     train(recipe(model_dir, tmp_path / "run", method="a-grpo", objective=objective))
     records = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [record["weight/lambda_adv"] for record in records] == [0.0, 0.5, 0.5, 0.5]
+    assert [record["weight/lambda_adv"] for record in records] == [0.0, 2.0, 2.0, 2.0]
     for record in records:
         assert record["loss"] == pytest.approx(record["loss/rl"], abs=1e-6), "mu is 0: nothing else acts"
     for line in lines(tmp_path / "run" / "completions.jsonl"):
         group = line["completions"]
-        bonus = 0.0 if line["step"] == 1 else 0.5
+        bonus = 0.0 if line["step"] == 1 else 2.0
         rewards_mean = sum(c["reward"] for c in group) / len(group)
         known = all(c["win_rate"] is not None for c in group)
         wins_mean = sum(c["win_rate"] for c in group) / len(group) if known else 0.0
@@ -491,3 +491,13 @@ def test_an_evaluation_is_logged_and_changes_nothing(model_dir: Path, tmp_path: 
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "looked" / "final")
     assert norms[3] == pytest.approx(float(final.get_input_embeddings().weight.norm()))
     assert norms[1] != norms[3]
+
+
+@pytest.mark.parametrize(("min_accuracy", "felt"), [(0.0, 0.5), (1.0, 0.0)])
+def test_a_discriminator_that_guesses_is_not_felt(
+    min_accuracy: float, felt: float, model_dir: Path, tmp_path: Path
+) -> None:
+    settings = {"discriminator": {"min_accuracy": min_accuracy}, "objective": {"lambda_adv": 0.5}}
+    train(recipe(model_dir, tmp_path / "run", method="a-grpo", **settings))
+    weights = [record["weight/lambda_adv"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert weights == [0.0, felt, felt, felt]

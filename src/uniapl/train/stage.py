@@ -114,9 +114,12 @@ class Stage:
 
     @property
     def lambda_adv(self) -> float:
-        """The adversary's weight at the current step: none while the discriminator warms up."""
-        warm = self.adversary is not None and self.step >= self.config.discriminator.warmup_steps
-        return self.config.objective.lambda_adv if warm else 0.0
+        """The adversary's weight at the current step: none before it is warm, or while it only guesses."""
+        settings = self.config.discriminator
+        if self.adversary is None or self.step < settings.warmup_steps:
+            return 0.0
+        informed = self.adversary.state.accuracy >= settings.min_accuracy
+        return self.config.objective.lambda_adv if informed else 0.0
 
     def weights(self) -> dict[str, float]:
         """The weight of each component at the current step."""
