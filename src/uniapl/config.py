@@ -189,7 +189,7 @@ class DiscriminatorConfig(_Section):
         default=0.55,
         ge=0,
         le=1,
-        description="While its accuracy on fresh pairs is below, the policy does not feel it: it only guesses.",
+        description="While its accuracy on fresh pairs is below, lambda is 0: it only guesses.",
     )
     accuracy_band: tuple[float, float] = Field(
         default=(0.85, 0.95),

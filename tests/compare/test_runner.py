@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from fakes import cells, fake_cell
 from uniapl.compare import cell as cell_module
 from uniapl.compare import plan
 from uniapl.compare.cell import run_cell
@@ -18,29 +18,6 @@ from uniapl.compare.plan import Cell
 from uniapl.compare.runner import run_cells, search
 from uniapl.embedded.task import Task, make_task
 from uniapl.errors import UniAPLError
-
-
-def fake_cell(cell: Cell, reference: Path) -> dict[str, Any]:
-    """Stands in for training: leaves a mark that it was run."""
-    if cell.settings.get("fails"):
-        raise RuntimeError("as told")
-    time.sleep(float(cell.settings.get("seconds", 0)))
-    with (reference.parent / "runs.txt").open("a") as file:
-        file.write(f"{cell.name}\n")
-    # An optimum that the search has to find in both of its rounds.
-    rate, beta = cell.settings.get("optim.learning_rate", 0), cell.settings.get("objective.beta", 0)
-    good = 1 - abs(float(rate) - 5e-4) * 100 - abs(float(beta) - 0.02)
-    final = {split: {"good": good} for split in ("held_out", "held_out_combinations")}
-    return {
-        "cell": {"method": cell.method, "settings": cell.settings, "seed": cell.seed},
-        "final": final,
-        "cost": {"seconds": 0.0},
-        "curve": [],
-    }
-
-
-def cells(count: int, **settings: float) -> list[Cell]:
-    return [Cell(method="grpo", settings=settings, seed=seed) for seed in range(count)]
 
 
 @pytest.fixture
@@ -89,14 +66,15 @@ def test_a_rate_at_the_edge_brings_in_the_next_one(directory: Path, monkeypatch:
 KILLED = """
 import sys
 from pathlib import Path
-from compare.test_runner import cells, fake_cell
+from fakes import cells, fake_cell
 from uniapl.compare.runner import run_cells
 if __name__ == "__main__":
     run_cells(cells(6, seconds=0.5), Path(sys.argv[1]), jobs=1, run=fake_cell)
 """
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_was(directory: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_any_moment_it_goes_on_where_it_was(how: signal.Signals, directory: Path) -> None:
     script = directory / "script.py"
     script.write_text(KILLED)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -105,8 +83,8 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(directory: Path) -> None:
     while not done.exists() or len(list(done.glob("*.json"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    process.wait(timeout=30)
     finished = {path.stem: path.read_text() for path in done.glob("*.json")}
     assert 2 <= len(finished) < 6
     outcomes = run_cells(cells(6, seconds=0.5), directory, jobs=1, run=fake_cell)

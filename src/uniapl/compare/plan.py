@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from uniapl.embedded.demo import RECIPE
+from uniapl.embedded.recipe import RECIPE
 from uniapl.resolve import merge
 
 Value = float | int | str

@@ -30,42 +30,58 @@ def run_cells(
     Raises:
         UniAPLError: Some cells failed; the others ran to their end and are on disk.
     """
-    console = Console(highlight=False)
-    reference = directory / "reference"
     distinct = {cell.name: cell for cell in cells}.values()
     missing = [cell for cell in distinct if not _file(directory, cell).exists()]
     if missing:
+        console = Console(highlight=False)
         console.print(f"{len(distinct)} cells, {len(missing)} to run, {jobs} at a time", markup=False)
         (directory / "cells").mkdir(parents=True, exist_ok=True)
-        failures: list[str] = []
-        context = multiprocessing.get_context("spawn")
         # A fresh process per cell: what one leaves behind cannot change the next.
-        with concurrent.futures.ProcessPoolExecutor(
-            jobs, mp_context=context, initializer=_begin, max_tasks_per_child=1
-        ) as pool:
-            if not reference.exists():
-                pool.submit(_make_reference, reference).result()
-            started = time.monotonic()
-            running = {pool.submit(run or _run_cell, cell, reference): cell for cell in missing}
-            for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
-                cell = running[future]
-                try:
-                    outcome = future.result()
-                except Exception as error:  # a cell may fail in any way; the others go on
-                    failures.append(f"{cell.name}: {type(error).__name__}: {error}")
-                    console.print(f"failed: {failures[-1]}", markup=False)
-                    continue
-                _write(_file(directory, cell), outcome)
-                good = outcome["final"]["held_out"]["good"]
-                left = (time.monotonic() - started) / number * (len(missing) - number) / 60
-                console.print(
-                    f"{number}/{len(missing)} {cell.name}: good {good:.3f}, "
-                    f"{outcome['cost']['seconds']:.0f} s; about {left:.0f} min left",
-                    markup=False,
-                )
-        if failures:
-            raise UniAPLError(f"{len(failures)} cells failed; what they said:\n" + "\n".join(failures))
+        pool = concurrent.futures.ProcessPoolExecutor(
+            jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            max_tasks_per_child=1,
+        )
+        try:
+            _run_missing(missing, directory, pool, run or _run_cell, console)
+        finally:
+            # Interrupted: the cells that wait are not started.
+            pool.shutdown(wait=False, cancel_futures=True)
     return [json.loads(_file(directory, cell).read_text(encoding="utf-8")) for cell in cells]
+
+
+def _run_missing(
+    cells: Sequence[Cell],
+    directory: Path,
+    pool: concurrent.futures.Executor,
+    run: Callable[[Cell, Path], Outcome],
+    console: Console,
+) -> None:
+    reference = directory / "reference"
+    if not reference.exists():
+        pool.submit(_make_reference, reference).result()
+    started = time.monotonic()
+    failures: list[str] = []
+    running = {pool.submit(run, cell, reference): cell for cell in cells}
+    for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
+        cell = running[future]
+        try:
+            outcome = future.result()
+        except Exception as error:  # a cell may fail in any way; the others go on
+            failures.append(f"{cell.name}: {type(error).__name__}: {error}")
+            console.print(f"failed: {failures[-1]}", markup=False)
+            continue
+        _write(_file(directory, cell), outcome)
+        good = outcome["final"]["held_out"]["good"]
+        left = (time.monotonic() - started) / number * (len(cells) - number) / 60
+        console.print(
+            f"{number}/{len(cells)} {cell.name}: good {good:.3f}, "
+            f"{outcome['cost']['seconds']:.0f} s; about {left:.0f} min left",
+            markup=False,
+        )
+    if failures:
+        raise UniAPLError(f"{len(failures)} cells failed; what they said:\n" + "\n".join(failures))
 
 
 def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, dict[str, Any]]:
@@ -111,16 +127,14 @@ def _begin() -> None:
     """One thread per process, and no output but the runner's."""
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
 
 
 def _run_cell(cell: Cell, reference: Path) -> Outcome:
+    from transformers.utils import logging
+
     from uniapl.compare.cell import run_cell
 
+    logging.disable_progress_bar()
     return run_cell(cell, reference)
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
 from uniapl.config import ModelConfig
-from uniapl.embedded.measure import MAX_COMPLETION_LENGTH, Measurement, measure
+from uniapl.embedded.measure import Measurement, measure
+from uniapl.embedded.recipe import RECIPE
 from uniapl.embedded.task import Task, make_task
 from uniapl.resolve import merge, resolve
 from uniapl.train.api import train_resolved
@@ -25,20 +25,6 @@ SHOWN = (
     ("expert_nll", "{:.3f}", "nats per token of the expert's texts"),
     ("distinct", "{:.2f}", "share of distinct texts"),
 )
-
-RECIPE: dict[str, Any] = {
-    "method": "uniapl",
-    "output_dir": "runs/demo",
-    "max_steps": 100,
-    "save_steps": 100,
-    "logging_steps": 10,
-    "rollout": {"num_generations": 8, "max_completion_length": MAX_COMPLETION_LENGTH},
-    "rewards": {"functions": ["uniapl.embedded.task:embedded_constraints"]},
-    "discriminator": {"learning_rate": 3e-4, "warmup_steps": 10},
-    "optim": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"},
-    # Small micro-batches: on a CPU less padding is worth more than more rows at a time.
-    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32, "max_tokens": 1024},
-}
 
 
 def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measurement, Measurement]:

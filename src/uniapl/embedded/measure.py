@@ -13,12 +13,11 @@ from uniapl.config import DataConfig
 from uniapl.data import prepare
 from uniapl.embedded.constraints import Prompt
 from uniapl.embedded.language import PLACES, fluency
+from uniapl.embedded.recipe import MAX_COMPLETION_LENGTH
 from uniapl.embedded.task import as_row
 from uniapl.rollout.local import LocalSampler
 from uniapl.train.policy import Policy
 from uniapl.types import derive_seed
-
-MAX_COMPLETION_LENGTH = 48
 
 
 @dataclass(frozen=True, kw_only=True)
