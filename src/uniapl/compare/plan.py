@@ -65,9 +65,10 @@ FRONTS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
     "sft -> grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
     "chord-mu": ("objective.mu_valley", (0.02, 0.05, 0.2, 0.5)),
-    "uniapl": ("objective.lambda_adv", (0.5, 1.0, 2.0, 4.0)),
+    "uniapl": ("objective.mu_valley", (0.02, 0.05, 0.15, 0.4)),
 }
-"""The knob along which each method trades `good` against closeness to the expert."""
+"""The knob along which each method trades `good` against closeness to the expert. For uniapl not lambda_adv,
+which trades nothing here (its sweep is among the variants), but where mu ends."""
 
 SETTINGS: dict[str, dict[str, Value]] = {
     method: {"optim.learning_rate": 5e-4, knob: values[0]} for method, (knob, values) in KNOBS.items()
@@ -81,17 +82,18 @@ SETTINGS: dict[str, dict[str, Value]] = {
 """What the search found (docs/log.md)."""
 
 ABLATIONS: dict[str, dict[str, Value]] = {
-    "no adversary": {"objective.lambda_adv": 0.0},
-    "frozen discriminator": {"discriminator.freeze_step": 10, "discriminator.updates_per_step": 10},
-    "adversary in the reward": {"objective.adversarial_placement": "reward"},
-    "standardized adversary": {
-        "objective.adversarial_assignment": "standardized",
-        "objective.lambda_adv": 0.25,
-    },
+    "lambda_adv = 0: no adversary": {"objective.lambda_adv": 0.0},
+    "lambda_adv = 0.5": {"objective.lambda_adv": 0.5},
+    "lambda_adv = 8": {"objective.lambda_adv": 8.0},
+    "felt also while it guesses": {"discriminator.min_accuracy": 0.0},
+    "frozen after its warm-up": {"discriminator.freeze_step": 10, "discriminator.updates_per_step": 10},
+    "in the reward": {"objective.adversarial_placement": "reward"},
     "64 demonstrations": {"demonstrations": 64},
     "1,024 demonstrations": {"demonstrations": 1024},
+    "64, no adversary": {"demonstrations": 64, "objective.lambda_adv": 0.0},
+    "1,024, no adversary": {"demonstrations": 1024, "objective.lambda_adv": 0.0},
 }
-"""Changes to `uniapl`; the sweep of lambda_adv is its front."""
+"""Changes to `uniapl`, by name."""
 
 SEARCH_SEED = 1000
 """Seeds of the search begin here, those of the other parts at 0: no prompt and no draw is shared."""
