@@ -1,8 +1,12 @@
 """The plan: equal budgets, settings that arrive, and tests on what the search never saw."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from uniapl.compare import plan
+from uniapl.compare import plan, results
 from uniapl.compare.cell import task_of
 from uniapl.compare.plan import PIPELINES, SEARCH_SEED, SETTINGS, Cell
 from uniapl.config import Config
@@ -79,3 +83,21 @@ def test_a_test_uses_no_prompt_of_the_search() -> None:
         assert not task.texts & searched
         assert len(task.demonstrations) == 64
         assert len(task.texts) == 1024 + 256 + 256
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "compare" / "results.json"
+
+
+def published() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def test_settings_are_what_the_search_found() -> None:
+    found = published()["search"]
+    for method, settings in found.items():
+        assert settings.items() <= SETTINGS[method].items(), method
+
+
+def test_the_readme_s_table_is_the_results() -> None:
+    text = results.markdown(results.short_table(published()["table"]))
+    assert text in (RESULTS.parents[2] / "README.md").read_text(encoding="utf-8")

@@ -57,7 +57,7 @@ KNOBS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
     "a-sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
     "gad": ("objective.adversarial_assignment", ("standardized", "win_probability", "logit")),
-    "uniapl": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
+    "uniapl": ("objective.mu_decay_steps", (50, 25, 100)),
 }
 """Second round of the search: each method's own knob, its usual value first."""
 
@@ -71,13 +71,20 @@ FRONTS: dict[str, tuple[str, tuple[Value, ...]]] = {
 which trades nothing here (its sweep is among the variants), but where mu ends."""
 
 SETTINGS: dict[str, dict[str, Value]] = {
-    method: {"optim.learning_rate": 5e-4, knob: values[0]} for method, (knob, values) in KNOBS.items()
-} | {
-    "chord-mu": {
-        "optim.learning_rate": 5e-4,
-        "objective.mu_decay_steps": 100,
-        "objective.mu_valley": 0.05,
-    }
+    method: {"optim.learning_rate": rate, **own}
+    for method, rate, own in (
+        ("sft", 2.5e-4, {"batching.demonstrations_per_step": 128}),
+        ("grpo", 1e-3, {"objective.beta": 0.02}),
+        ("sft -> grpo", 1e-3, {"objective.beta": 0.02}),
+        ("chord-mu", 1e-3, {"objective.mu_decay_steps": 25, "objective.mu_valley": 0.05}),
+        ("chord-phi", 5e-4, {"objective.mu_valley": 0.3}),
+        ("a-sft", 5e-4, {"objective.lambda_adv": 2.0}),
+        ("a-grpo", 5e-4, {"objective.lambda_adv": 2.0}),
+        ("sft -> a-grpo", 5e-4, {"objective.lambda_adv": 2.0}),
+        ("a-sft -> a-grpo", 5e-4, {"objective.lambda_adv": 2.0}),
+        ("gad", 5e-4, {"objective.adversarial_assignment": "standardized"}),
+        ("uniapl", 5e-4, {"objective.mu_decay_steps": 50, "objective.mu_valley": 0.02}),
+    )
 }
 """What the search found (docs/log.md)."""
 
