@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from uniapl.config import ModelConfig
 from uniapl.embedded.constraints import (
     HELD_OUT_COMBINATIONS,
     Constraint,
@@ -30,9 +32,13 @@ from uniapl.embedded.language import (
     fluency,
     parse,
 )
-from uniapl.embedded.measure import judge
+from uniapl.embedded.measure import judge, measure
+from uniapl.embedded.recipe import MAX_COMPLETION_LENGTH
 from uniapl.embedded.task import as_row, embedded_constraints, make_task, make_tokenizer
 from uniapl.embedded.writers import EXPERT, SLOPPY, write
+from uniapl.rollout.local import LocalSampler
+from uniapl.train.setup import load_model
+from uniapl.types import derive_seed
 
 PLAIN = "the king lost a ring ."
 
@@ -223,6 +229,45 @@ def test_measurements_by_hand() -> None:
     # Lengths 3 and 6 beside 9 and 10.
     assert got.length_distance == 5.0
     assert got.place_habit == 0.0, "of the first text alone: the second prompt asks for a place"
+
+
+def test_distinct_pairs_of_words_by_hand() -> None:
+    prompts = [Prompt(sentences=1, topic="farmer", extras=(Constraint("include", "dark"),))] * 2
+    got = judge(prompts, ["a b a b", "a b c"], ["x", "y"], expert_nll=0.0)
+    # a b, b a, a b; a b, b c: three distinct ones of five.
+    assert got.distinct_2 == pytest.approx(3 / 5)
+    assert judge(prompts, ["a", "b"], ["x", "y"], expert_nll=0.0).distinct_2 == 0
+
+
+def test_a_model_s_own_texts_are_as_likely_to_it_as_its_sampler_said() -> None:
+    task = make_task(prompts=1, demonstrations=0, held_out=6)
+    base = Path(str(files("uniapl.embedded") / "base"))
+    model = load_model(ModelConfig(model_name_or_path=str(base)))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    got = measure(model, tokenizer, task.held_out, seed=3, reference=model)
+    chats = [[{"role": "user", "content": prompt.text}] for prompt in task.held_out]
+    prompts = [
+        tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        for chat in chats
+    ]
+    sampler = LocalSampler(
+        model=model,
+        stop_ids={tokenizer.eos_token_id},
+        pad_id=tokenizer.pad_token_id,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+    seeds = [derive_seed(3, "measure", index) for index in range(len(prompts))]
+    groups = sampler.sample(prompts, seeds=seeds, num_generations=1, policy_version=0)
+    logprobs = [value for (rollout,) in groups for value in rollout.sampling_logprobs]
+    assert got.reference_nll == pytest.approx(-sum(logprobs) / len(logprobs), abs=1e-4)
+    assert measure(model, tokenizer, task.held_out, seed=3).reference_nll is None
+
+
+def test_a_task_leaves_out_what_it_is_told_to() -> None:
+    first = make_task(prompts=60, demonstrations=5, held_out=20)
+    again = make_task(prompts=60, demonstrations=5, held_out=20, without=first.texts)
+    assert len(again.texts) == len(first.texts) == 100
+    assert not again.texts & first.texts
 
 
 def test_the_demo_runs_from_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

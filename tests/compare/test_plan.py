@@ -31,10 +31,10 @@ def test_every_method_has_the_same_budget(method: str) -> None:
         if stage.objective.learns_from_demonstrations:
             demonstrations += stage.max_steps * stage.batching.demonstrations_per_step
     if method == "sft":
-        assert (rollouts, demonstrations) == (0, 9_600 + 3_200)
+        assert (rollouts, demonstrations) == (0, plan.ROLLOUTS + plan.DEMONSTRATIONS)
     else:
-        assert rollouts == 9_600
-        assert demonstrations == (0 if method in ("grpo", "a-grpo", "gad") else 3_200)
+        assert rollouts == plan.ROLLOUTS == 9_600
+        assert demonstrations == (0 if method in ("grpo", "a-grpo", "gad") else plan.DEMONSTRATIONS)
 
 
 @pytest.mark.parametrize("method", PIPELINES)

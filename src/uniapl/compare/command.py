@@ -34,7 +34,7 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "versions": {name: importlib.metadata.version(name) for name in ("uniapl", "torch", "transformers")},
         "seeds": list(range(seeds)),
-        "budget": {"steps": plan.STEPS, "rollouts": 9600, "demonstrations": 3200},
+        "budget": {"rollouts": plan.ROLLOUTS, "demonstrations": plan.DEMONSTRATIONS},
         "settings": {method: plan.SETTINGS[method] for method in methods},
     }
 

@@ -18,7 +18,9 @@ Value = float | int | str
 Split = Literal["validation", "test"]
 
 STEPS = 100
-"""Of a stage with rollouts, 96 in each (the demo's recipe: 12 prompts, 8 rollouts, 32 demonstrations)."""
+"""Of a stage with rollouts, each with the batch of the demo's recipe."""
+ROLLOUTS = STEPS * RECIPE["batching"]["prompts_per_step"] * RECIPE["rollout"]["num_generations"]
+DEMONSTRATIONS = STEPS * RECIPE["batching"]["demonstrations_per_step"]
 
 _SFT_FIRST = {"method": "sft", "max_steps": 25, "batching": {"demonstrations_per_step": 128}}
 

@@ -88,7 +88,8 @@ def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, d
     """The same search for every method, on validation prompts: the learning rate, then the method's own knob.
 
     Returns:
-        Per method the settings with the highest `good`, held-out prompts and combinations together.
+        Per method the settings with the highest `good`, held-out prompts and combinations together; of equals
+        those that were tried first.
     """
     low, *_, high = LEARNING_RATES
     beyond = {low: low / 2, high: high * 2}
