@@ -86,5 +86,5 @@ def test_another_model_never_lowers_a_front(
 ) -> None:
     before = [Point(good=g, distance=d) for g, d in models]
     after = [*before, Point(good=new[0], distance=new[1])]
-    assert good_at_equal_closeness(after, (0, 1)) >= good_at_equal_closeness(before, (0, 1))
-    assert distance_at_equal_good(after, (0, 1), 1) <= distance_at_equal_good(before, (0, 1), 1)
+    assert good_at_equal_closeness(after, (0.0, 1.0)) >= good_at_equal_closeness(before, (0.0, 1.0))
+    assert distance_at_equal_good(after, (0.0, 1.0), 1.0) <= distance_at_equal_good(before, (0.0, 1.0), 1.0)
