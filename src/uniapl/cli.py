@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from uniapl.errors import UniAPLError, UsageError
+from uniapl.errors import Interrupted, UniAPLError, UsageError
 
 if TYPE_CHECKING:
     from uniapl.resolve import Resolved
@@ -70,7 +71,11 @@ def compare(arguments: list[str]) -> int:
     """`uniapl compare [--output-dir ...] [--methods a,b] [--seeds 5] [--jobs 2] [--parts table,fronts]`."""
     from uniapl.compare.command import compare as run_compare
 
-    run_compare(arguments)
+    try:
+        run_compare(arguments)
+    except KeyboardInterrupt:
+        said = "interrupted; finished cells are kept, the same command goes on with the others"
+        raise Interrupted(said, signal.SIGINT) from None
     return 0
 
 

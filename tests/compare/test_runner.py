@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fakes import cells, fake_cell
+from uniapl import cli
 from uniapl.compare import cell as cell_module
 from uniapl.compare import plan
 from uniapl.compare.cell import run_cell
@@ -121,3 +123,58 @@ def test_a_cell_that_is_run_again_gives_the_same_numbers(
     assert first["cost"]["rollout_tokens"] == first["curve"][-1]["rollout_tokens"] > 0
     other = run_cell(Cell(method=method, settings=settings, seed=6), base)
     assert other["final"] != first["final"]
+
+
+def test_costs_by_hand() -> None:
+    """Stages follow each other, measuring is not counted, and a curve has the steps that were looked at."""
+
+    def record(step: int, rollout: int, trained: int, **others: float) -> dict[str, Any]:
+        times = {"step_time": 3.0, "time/evaluate": 1.0}
+        return {"step": step, "tokens/rollout": rollout, "num_tokens": trained, **times, **others}
+
+    records = [
+        record(1, 0, 50),
+        record(2, 40, 120, **{"eval/good": 0.5, "reward": 0.25}),
+        record(3, 60, 200, **{"eval/good": 0.75}),
+    ]
+    got = cell_module._costs(records)
+    assert got["cost"] == {"rollout_tokens": 100, "trained_tokens": 200, "seconds": 6.0}
+    assert got["curve"] == [
+        {"step": 2, "rollout_tokens": 40, "trained_tokens": 120, "seconds": 4.0, "good": 0.5, "reward": 0.25},
+        {"step": 3, "rollout_tokens": 100, "trained_tokens": 200, "seconds": 6.0, "good": 0.75},
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "NOT JSON"])
+def test_a_damaged_cell_is_named(text: str, directory: Path) -> None:
+    (one,) = cells(1)
+    run_cells([one], directory, jobs=1, run=fake_cell)
+    (directory / "cells" / f"{one.name}.json").write_text(text)
+    with pytest.raises(UniAPLError, match=rf"{one.name}.json' cannot be read .*: delete it"):
+        run_cells([one], directory, jobs=1, run=fake_cell)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sft,grop"], "unknown method 'grop': choose among sft, grpo"),
+        (["--parts", ""], "unknown part ''"),
+        (["--seeds", "0"], "at least 1"),
+        (["--seeds", "1000"], "below 1000"),
+        (["--jobs", "-1"], "at least 1"),
+    ],
+)
+def test_bad_flags_of_compare(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_comparison_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uniapl.compare.command.compare", interrupted)
+    assert cli.run(["compare"]) == 130
+    assert "finished cells are kept" in capsys.readouterr().err

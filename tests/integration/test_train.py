@@ -505,3 +505,23 @@ def test_a_discriminator_that_guesses_is_not_felt(
     train(recipe(model_dir, tmp_path / "run", method="a-grpo", **settings))
     weights = [record["weight/lambda_adv"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
     assert weights == [0.0, felt, felt, felt]
+
+
+def test_an_adversary_that_is_the_only_force_is_felt_in_any_case(model_dir: Path, tmp_path: Path) -> None:
+    train(recipe(model_dir, tmp_path / "run", method="gad", discriminator={"min_accuracy": 1.0}))
+    weights = [record["weight/lambda_adv"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert weights == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_rollout_tokens_are_counted(model_dir: Path, tmp_path: Path) -> None:
+    def half_known(completions: list[str]) -> list[float | None]:
+        return [None if n % 2 else 1.0 for n in range(len(completions))]
+
+    train(recipe(model_dir, tmp_path / "run", method="uniapl"), reward_functions=[half_known])
+    completions = lines(tmp_path / "run" / "completions.jsonl")
+    for record in lines(tmp_path / "run" / "metrics.jsonl"):
+        here = [c for line in completions if line["step"] == record["step"] for c in line["completions"]]
+        assert record["tokens/rollout"] == sum(c["tokens"] for c in here), (
+            "whether its reward is known or not"
+        )
+        assert record["tokens/rl"] == sum(c["tokens"] for c in here if c["reward"] is not None)

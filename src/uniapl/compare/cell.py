@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.compare.plan import SEARCH_SEED, Cell
 from uniapl.config import ModelConfig
@@ -47,7 +47,7 @@ def run_cell(cell: Cell, reference: Path) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(base)
         trained, records = base, []
         if cell.method != "base":
-            trained, records = _train(cell, task, base, Path(work))
+            trained, records = _train(cell, task, base, tokenizer, Path(work))
         model = load_model(ModelConfig(model_name_or_path=str(trained)))
     splits = {"held_out": task.held_out, "held_out_combinations": task.held_out_combinations}
     final = {
@@ -56,9 +56,10 @@ def run_cell(cell: Cell, reference: Path) -> dict[str, Any]:
     return {"cell": asdict(cell), "final": final, **_costs(records)}
 
 
-def _train(cell: Cell, task: Task, base: Path, work: Path) -> tuple[Path, list[dict[str, Any]]]:
+def _train(
+    cell: Cell, task: Task, base: Path, tokenizer: PreTrainedTokenizerBase, work: Path
+) -> tuple[Path, list[dict[str, Any]]]:
     """The trained model and the metrics of its steps."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
     seen = dict(list(task.held_out.items())[:CURVE_PROMPTS])
 
     def look(step: int, model: PreTrainedModel) -> Mapping[str, Any]:
@@ -82,7 +83,7 @@ def task_of(cell: Cell) -> Task:
 
 
 def make_reference(path: Path) -> None:
-    """A model of the expert: the base, fine-tuned on thousands of its texts that no cell trains on."""
+    """A model of the expert: the base, fine-tuned on thousands of its texts, a draw of their own."""
     task = make_task(seed=SEARCH_SEED - 1, prompts=REFERENCE_ROWS, demonstrations=REFERENCE_ROWS, held_out=0)
     with as_file(files("uniapl.embedded") / "base") as base, tempfile.TemporaryDirectory() as work:
         recipe = {

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from uniapl.compare import plan, results
-from uniapl.compare.plan import PIPELINES, Cell
-from uniapl.compare.runner import Outcome, run_cells, search
+from uniapl.compare.plan import PIPELINES, SEARCH_SEED, Cell
+from uniapl.compare.runner import run_cells, search, write_text
 from uniapl.errors import UsageError
 
 PARTS = ("search", "table", "fronts", "ablations")
@@ -38,7 +38,7 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         "settings": {method: plan.SETTINGS[method] for method in methods},
     }
 
-    def run(cells: Sequence[Cell]) -> list[Outcome]:
+    def run(cells: Sequence[Cell]) -> list[results.Outcome]:
         return run_cells(cells, directory, jobs=jobs)
 
     if "search" in options.parts:
@@ -59,10 +59,10 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         run([cell for cells in variants.values() for cell in cells])
         uniapl = run(plan.table_cells(["uniapl"], seeds))
         summary["ablations"] = results.ablations({n: run(cells) for n, cells in variants.items()}, uniapl)
-    _write(directory / "results.json", json.dumps(summary, indent=1))
+    write_text(directory / "results.json", json.dumps(summary, indent=1))
     from uniapl.compare.report import render
 
-    _write(directory / "compare.html", render(summary))
+    write_text(directory / "compare.html", render(summary))
     _show(summary, directory)
     return summary
 
@@ -85,6 +85,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.jobs < 1:
         raise UsageError("--seeds and --jobs must be at least 1")
+    if options.seeds >= SEARCH_SEED:
+        raise UsageError(f"--seeds must be below {SEARCH_SEED}: from there on seeds belong to the search")
     return options
 
 
@@ -97,12 +99,6 @@ def _list_of(known: Sequence[str], what: str) -> Any:
         return items
 
     return parse
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _show(summary: dict[str, Any], directory: Path) -> None:

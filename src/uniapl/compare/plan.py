@@ -69,8 +69,8 @@ FRONTS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "chord-mu": ("objective.mu_valley", (0.02, 0.05, 0.2, 0.5)),
     "uniapl": ("objective.mu_valley", (0.02, 0.05, 0.15, 0.4)),
 }
-"""The knob along which each method trades `good` against closeness to the expert. For uniapl not lambda_adv,
-which trades nothing here (its sweep is among the variants), but where mu ends."""
+"""The knob along which each method trades `good` against closeness to the expert. For uniapl that is
+where mu ends; the sweep of lambda_adv is among the variants."""
 
 SETTINGS: dict[str, dict[str, Value]] = {
     method: {"optim.learning_rate": rate, **own}

@@ -16,6 +16,8 @@ from uniapl.compare.statistics import (
 )
 
 Outcome = dict[str, Any]
+"""What `uniapl.compare.cell.run_cell` returns."""
+
 SPLITS = ("held_out", "held_out_combinations")
 MEASURES = (
     "good", "passed", "fluency", "expert_nll", "length_distance", "place_habit", "reference_nll",
@@ -26,6 +28,8 @@ COSTS = ("rollout_tokens", "trained_tokens", "seconds")
 
 def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
     """Every method's means, its difference to the best baseline, and its cost to reach levels of `good`.
+
+    The best baseline is picked by these very figures: chance helps it, never us.
 
     Args:
         outcomes: Per method (and "base"), one outcome per seed, the seeds in the same order.

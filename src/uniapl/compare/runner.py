@@ -13,10 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from uniapl.compare.plan import KNOBS, LEARNING_RATES, Cell, search_cells
+from uniapl.compare.results import Outcome
 from uniapl.errors import UniAPLError
-
-Outcome = dict[str, Any]
-"""What `uniapl.compare.cell.run_cell` returns."""
 
 
 def run_cells(
@@ -48,7 +46,7 @@ def run_cells(
         finally:
             # Interrupted: the cells that wait are not started.
             pool.shutdown(wait=False, cancel_futures=True)
-    return [json.loads(_file(directory, cell).read_text(encoding="utf-8")) for cell in cells]
+    return [_read(_file(directory, cell)) for cell in cells]
 
 
 def _run_missing(
@@ -72,7 +70,7 @@ def _run_missing(
             failures.append(f"{cell.name}: {type(error).__name__}: {error}")
             console.print(f"failed: {failures[-1]}", markup=False)
             continue
-        _write(_file(directory, cell), outcome)
+        write_text(_file(directory, cell), json.dumps(outcome))
         good = outcome["final"]["held_out"]["good"]
         left = (time.monotonic() - started) / number * (len(cells) - number) / 60
         console.print(
@@ -117,10 +115,19 @@ def _file(directory: Path, cell: Cell) -> Path:
     return directory / "cells" / f"{cell.name}.json"
 
 
-def _write(path: Path, outcome: Outcome) -> None:
+def _read(path: Path) -> Outcome:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UniAPLError(
+            f"the cell '{path}' cannot be read ({error}): delete it, and it is run again"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
     """All or nothing: a file that is there is whole."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(outcome), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -118,8 +118,11 @@ class Stage:
         settings = self.config.discriminator
         if self.adversary is None or self.step < settings.warmup_steps:
             return 0.0
+        objective = self.config.objective
+        # gad: nothing else would move the policy.
+        alone = not (objective.learns_from_rewards or objective.learns_from_demonstrations)
         informed = self.adversary.state.accuracy >= settings.min_accuracy
-        return self.config.objective.lambda_adv if informed else 0.0
+        return objective.lambda_adv if informed or alone else 0.0
 
     def weights(self) -> dict[str, float]:
         """The weight of each component at the current step."""
