@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from uniapl.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "uniapl"
@@ -131,6 +134,19 @@ def test_method_md_names_functions_and_tests_that_exist() -> None:
     assert len(references) > 20
     for path, name in references:
         assert name in set(names_defined(ROOT / path)), f"{path}:{name}"
+
+
+def test_method_md_tells_the_defaults() -> None:
+    """Every `name: value` in its fourth column is a key of the configuration with that default."""
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "method.md").read_text().splitlines()]
+    cells = [row[4] for row in rows if len(row) == 6]
+    told = re.findall(r"`(\w+): ([^`]+)`", " ".join(cells))
+    assert len(told) > 15
+    defaults = resolve({}).config.model_dump(mode="json")
+    sections = [section for section in defaults.values() if isinstance(section, dict)]
+    for name, value in told:
+        found = [section[name] for section in (defaults, *sections) if name in section]
+        assert yaml.safe_load(value) in found, f"{name}: {value}, but the default is {found}"
 
 
 def names_defined(path: Path) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """From rewards and logits to advantages and rows: what is not known stays out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 import reference
 from uniapl.batching import component_counts
 from uniapl.train.credit import assign_credit, rollout_rows
-from uniapl.train.metrics import pair_metrics
+from uniapl.train.metrics import length_metrics, pair_metrics
 from uniapl.types import Example, Rollout, RolloutGroup
 
 
@@ -112,4 +113,24 @@ def test_rows_teach_only_what_is_known() -> None:
 def test_accuracy_counts_a_tie_as_half() -> None:
     """A discriminator that says nothing has accuracy 0.5, not 0."""
     pairs = pair_metrics([group((None, None, None), (0.0, 1.0, 2.0), 1.0), group((None,), (5.0,))])
-    assert pairs == {"discriminator/accuracy": 0.5, "discriminator/margin": 0.0}
+    wins = [reference.sigmoid(-1.0), 0.5, reference.sigmoid(1.0)]
+    assert pairs == {
+        "discriminator/accuracy": 0.5,
+        "discriminator/margin": 0.0,
+        "discriminator/pair_win_rate": pytest.approx(sum(wins) / 3),
+    }
+
+
+def test_lengths_beside_the_demonstrations() -> None:
+    """Rollouts of 1, 2 and 3 tokens; one demonstration of 2 tokens, one of 4, and a prompt without."""
+
+    def beside(tokens: int) -> RolloutGroup:
+        item = group((None, None, None))
+        return replace(item, example=replace(item.example, demonstration_ids=(9,) * tokens))
+
+    lengths = length_metrics([beside(2), beside(4), group((None,))])
+    assert lengths == {
+        "completions/length_ratio": pytest.approx(12 / 18),
+        "completions/length_auc": pytest.approx((1 + 0.5) / 6),
+    }
+    assert length_metrics([group((None,))]) == {}

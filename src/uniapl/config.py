@@ -115,7 +115,27 @@ class ObjectiveConfig(_Section):
     reward_weight: float = Field(
         default=1.0, ge=0, description="Factor of the rewards' term, beside 1 - mu; 0 watches rewards only."
     )
-    lambda_adv: float = Field(default=2.0, ge=0, description="Weight of the adversarial term.")
+    lambda_adv: float = Field(
+        default=2.0, ge=0, description="Weight of the adversarial term; where it begins, if it is learned."
+    )
+    lambda_controller: Literal["fixed", "dual", "pid"] = Field(
+        default="fixed",
+        description="lambda_adv stays, or is learned so that the expert gap stays below max_expert_gap: by "
+        "dual ascent on its logarithm (Safe RLHF), or as a PID controller (arXiv 2007.03964).",
+    )
+    max_expert_gap: float = Field(
+        default=0.1,
+        gt=0,
+        lt=0.5,
+        description="How far the win rate may stay below 0.5, where nobody can tell policy from expert.",
+    )
+    lambda_learning_rate: float = Field(default=0.5, gt=0, description="Of the dual ascent.")
+    lambda_gains: tuple[float, float, float] = Field(
+        default=(10.0, 0.5, 0.0), description="Kp, Ki and Kd of the PID controller."
+    )
+    lambda_bounds: tuple[float, float] = Field(
+        default=(0.05, 20.0), description="A learned lambda stays within."
+    )
     beta: float = Field(
         default=0.0, ge=0, description="Weight of the KL to the stage's start (TRL's default)."
     )
@@ -140,6 +160,20 @@ class ObjectiveConfig(_Section):
         default="loss",
         description="A term of its own, or lambda_adv times the credit is added to the reward's advantage.",
     )
+
+    @field_validator("lambda_gains")
+    @classmethod
+    def _no_negative_gain(cls, gains: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(gains) < 0:
+            raise ValueError("must not be negative")
+        return gains
+
+    @field_validator("lambda_bounds")
+    @classmethod
+    def _positive_bounds(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < bounds[0] <= bounds[1]:
+            raise ValueError("must be two numbers low <= high above 0")
+        return bounds
 
     @property
     def learns_from_demonstrations(self) -> bool:
@@ -182,6 +216,13 @@ class DiscriminatorConfig(_Section):
         default=0.5, ge=0, lt=1, description="Share of older groups in each of its updates."
     )
     replay_size: int = Field(default=256, ge=0, description="Groups that are kept for replay.")
+    held_out_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the demonstrations that it never learns from, to see whether it knows the "
+        "expert or only the demonstrations.",
+    )
     freeze_step: int | None = Field(
         default=None, ge=1, description="From this step of the stage on it learns no more; None: always."
     )
@@ -233,12 +274,15 @@ class BatchingConfig(_Section):
 
 
 class HealthConfig(_Section):
-    """When a run stops by itself (exit code 3)."""
+    """When a run warns, and when it stops by itself (exit code 3)."""
 
     max_skipped_steps: int = Field(
         default=5,
         ge=1,
         description="Steps in a row with a non-finite gradient, or with a reward that failed every call.",
+    )
+    window: int = Field(
+        default=10, ge=2, description="Steps whose means are compared with as many before, for warnings."
     )
 
 
@@ -264,6 +308,12 @@ class Config(_Section):
     save_total_limit: int = Field(default=2, ge=1, description="Checkpoints that are kept.")
     logging_steps: int = Field(
         default=1, ge=1, description="Steps between lines on the console; files get every step."
+    )
+    gradient_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps between measurements of each force's own gradient, which cost a forward and a "
+        "backward pass per force; 0: never.",
     )
     stages: tuple[dict[str, Any], ...] = Field(
         default=(), description="A pipeline: each with its `method`, `max_steps` and changes to any section."
@@ -301,7 +351,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "uniapl": {"fixed": {}, "proposed": {}},
     # arXiv 2511.10643: GRPO on the discriminator's logit alone. Rewards are watched, not learnt from.
     "gad": {
-        "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "reward_weight": 0.0},
+        "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "lambda_controller": "fixed", "reward_weight": 0.0},
         "proposed": {"adversarial_assignment": "standardized"},
     },
 }

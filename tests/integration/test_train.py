@@ -21,6 +21,7 @@ from tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import METHODS
 from uniapl.train import checkpoint
+from uniapl.train.step import discriminator_step
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,8 @@ def assert_same_run(got: Path, expected: Path, step: int) -> None:
 @pytest.mark.parametrize("killed_at", [6, 8])
 def test_twelve_steps_equal_six_and_six(killed_at: int, model_dir: Path, tmp_path: Path) -> None:
     """Killed at the checkpoint, and two steps after it: resumed runs equal the one that was never stopped."""
-    values = {"max_steps": 12, "save_steps": 6, "objective": {"num_iterations": 2}}
+    objective = {"num_iterations": 2, "lambda_controller": "pid"}
+    values = {"max_steps": 12, "save_steps": 6, "objective": objective}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(recipe(model_dir, whole, **values))
     run_until(killed_at, recipe(model_dir, broken, **values))
@@ -511,6 +513,57 @@ def test_an_adversary_that_is_the_only_force_is_felt_in_any_case(model_dir: Path
     train(recipe(model_dir, tmp_path / "run", method="gad", discriminator={"min_accuracy": 1.0}))
     weights = [record["weight/lambda_adv"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
     assert weights == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[int] = []
+    original = discriminator_step
+
+    def watched(*arguments: Any, **settings: Any) -> tuple[float, bool]:
+        learned.append(len(arguments[-1]))
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr("uniapl.train.stage.discriminator_step", watched)
+    seen: dict[float, list[dict[str, Any]]] = {}
+    for share in (0.0, 0.4, 0.99):
+        changes = {"discriminator": {"held_out_share": share, "replay_share": 0.0, "updates_per_step": 1}}
+        learned.clear()
+        train(recipe(model_dir, tmp_path / str(share), method="a-grpo", **changes))
+        seen[share] = lines(tmp_path / str(share) / "metrics.jsonl")
+        completions = lines(tmp_path / str(share) / "completions.jsonl")
+        with_demonstration = sum(line["demonstration"] is not None for line in completions)
+        if share == 0.0:
+            assert sum(learned) == with_demonstration
+            assert not any("discriminator/held_out_accuracy" in record for record in seen[share])
+        elif share == 0.4:
+            assert 0 < sum(learned) < with_demonstration
+        else:
+            assert not learned
+    margins = [record.get("discriminator/margin") for record in seen[0.99]]
+    assert margins == [record.get("discriminator/held_out_margin") for record in seen[0.99]]
+    assert any(margin is not None for margin in margins)
+
+
+def test_a_learned_lambda_answers_to_the_pairs(model_dir: Path, tmp_path: Path) -> None:
+    """Recomputed from what the run wrote: not before the warm-up, then by dual ascent, and in force."""
+    learned = {"lambda_controller": "dual", "max_expert_gap": 0.01, "lambda_learning_rate": 3.0}
+    changes = {"objective": {"lambda_adv": 0.5, **learned}}
+    train(recipe(model_dir, tmp_path / "run", method="a-grpo", max_steps=6, **changes))
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    value = 0.5
+    for record in records:
+        win_rate = record.get("discriminator/pair_win_rate")
+        if win_rate is None:
+            assert "constraint/multiplier" not in record
+        else:
+            violation = max(0.0, 0.5 - win_rate) - 0.01
+            value *= math.exp(3.0 * violation) if record["step"] > 1 else 1
+            assert record["constraint/violation"] == pytest.approx(violation)
+            assert record["constraint/multiplier"] == pytest.approx(value)
+        assert record["weight/lambda_adv"] == pytest.approx(value if record["step"] > 1 else 0.0)
+    assert value != 0.5
 
 
 def test_rollout_tokens_are_counted(model_dir: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from tiny import make_model, random_rows
 from uniapl.batching import Row, collate, component_counts, micro_batches
 from uniapl.train.policy import Policy
-from uniapl.train.step import PolicyStep, policy_step
+from uniapl.train.step import PolicyStep, measure_forces, policy_step
 from uniapl.types import MicroBatch
 
 WEIGHTS = {"sft": 0.3, "rl": 0.7, "adv": 0.5, "kl": 0.2}
@@ -72,6 +72,50 @@ def assert_same(
         assert got[0].sums[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     for mine, theirs in zip(got[1], expected[1], strict=True):
         assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_forces_are_the_gradients_of_their_terms(parts: int) -> None:
+    """Each force alone, through the same step; an optimizer that steps after the look sees nothing of it."""
+    rows = random_rows()
+    policy = Policy(make_model())
+    forces = measure_forces(
+        Accelerator(cpu=True),
+        policy,
+        [collate(rows[i::parts], pad_id=0) for i in range(parts)],
+        component_counts(rows),
+        WEIGHTS,
+        token_weight="phi",
+    )
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    names = ("sft", "rl", "adv")
+    alone: dict[str, torch.Tensor] = {}
+    for name in names:
+        only = {other: WEIGHTS[name] if other == name else 0.0 for other in WEIGHTS}
+        _, gradients = step([collate(rows, pad_id=0)], rows, weights=only)
+        alone[name] = torch.cat([gradient.flatten() for gradient in gradients]).double()
+    expected = {f"grad_norm/{name}": float(alone[name].norm()) for name in names}
+    for one, other in (("sft", "rl"), ("sft", "adv"), ("rl", "adv")):
+        cosine = torch.cosine_similarity(alone[one], alone[other], dim=0)
+        expected[f"grad_cosine/{one}_{other}"] = float(cosine)
+    assert forces == pytest.approx(expected, rel=1e-3)
+    assert max(abs(forces[f"grad_cosine/{pair}"]) for pair in ("sft_rl", "sft_adv", "rl_adv")) < 0.99
+
+
+def test_a_force_that_does_not_act_is_not_measured() -> None:
+    rows = random_rows()
+    weights = {"sft": 0.0, "rl": 1.0, "adv": 0.5, "kl": 0.0}
+    silent = [replace(row, adversarial_advantage=0.0) for row in rows]
+    forces = measure_forces(
+        Accelerator(cpu=True),
+        Policy(make_model()),
+        [collate(silent, pad_id=0)],
+        component_counts(silent),
+        weights,
+        token_weight="none",
+    )
+    assert forces.keys() == {"grad_norm/rl", "grad_norm/adv"}
+    assert forces["grad_norm/adv"] == 0.0
 
 
 @pytest.mark.parametrize("parts", [2, 5])

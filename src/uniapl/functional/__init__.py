@@ -13,6 +13,7 @@ from uniapl.functional.adversarial import (
     bradley_terry_loss,
     win_probability,
 )
+from uniapl.functional.controllers import Multiplier, dual_ascent, expert_gap, pid
 from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
 from uniapl.functional.losses import (
     clip_fractions,
@@ -24,15 +25,19 @@ from uniapl.functional.losses import (
 from uniapl.functional.schedules import learning_rate_factor, warmup_cosine
 
 __all__ = [
+    "Multiplier",
     "adversarial_advantages",
     "bradley_terry_loss",
     "clip_fractions",
     "clipped_surrogate",
+    "dual_ascent",
+    "expert_gap",
     "group_advantages",
     "k3_kl",
     "learning_rate_factor",
     "logprobs_from_logits",
     "objective",
+    "pid",
     "selected_logprobs",
     "sft_loss",
     "warmup_cosine",

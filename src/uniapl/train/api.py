@@ -122,7 +122,7 @@ def train_resolved(
         output_dir=directory,
         final_dir=directory / "final",
         steps=run.step,
-        metrics=run.last_metrics or run.metrics_log.last,
+        metrics=dict(run.history[-1]) if run.history else {},
     )
 
 

@@ -17,9 +17,9 @@ from uniapl.errors import HealthStop
 from uniapl.rewards import RewardOutcome
 from uniapl.train import metrics, setup
 from uniapl.train.credit import Credit, assign_credit, rollout_rows
-from uniapl.train.run import Run, check_health, finish_step
+from uniapl.train.run import Run, check_health, finish_step, warn
 from uniapl.train.stage import Stage
-from uniapl.train.step import PolicyStep, policy_step
+from uniapl.train.step import PolicyStep, measure_forces, policy_step
 from uniapl.types import MicroBatch, RolloutGroup, derive_seed
 
 
@@ -57,8 +57,11 @@ def run_stage(run: Run, stage: Stage) -> None:
             groups, outcomes = reward(run, groups)
         with phase("score"):
             groups = judge(run, stage, groups)
+            pairs = stage.pair_metrics(groups)
+            constraint = stage.control(pairs.get("discriminator/pair_win_rate"))
         with phase("update"):
             batch = mix(run, stage, groups, demonstrations)
+            forces = look_at_forces(run, stage, batch)
             update = update_policy(run, stage, batch)
         with phase("discriminator"):
             learnt = update_discriminator(run, stage, groups)
@@ -71,8 +74,11 @@ def run_stage(run: Run, stage: Stage) -> None:
             "stage": stage.index,
             **metrics.update_metrics(update, batch.counts, batch.weights),
             "weight/lambda_adv": batch.lambda_adv,
+            **forces,
             **metrics.rollout_metrics(groups, batch.credits),
-            **metrics.pair_metrics(groups),
+            **metrics.length_metrics(groups),
+            **pairs,
+            **constraint,
             **learnt,
             **metrics.reward_health(outcomes),
             "learning_rate": learning_rate,
@@ -80,6 +86,7 @@ def run_stage(run: Run, stage: Stage) -> None:
             "num_tokens": run.num_tokens,
             "skipped": int(not update.applied),
         }
+        record |= warn(run, stage, record)
         complaint = check_health(run, stage, update, outcomes)
         completions = metrics.completion_records(run.step, groups, batch.credits)
         # Looked at once: a signal that comes after the save waits for the next step's.
@@ -185,6 +192,21 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         lambda_adv=stage.lambda_adv,
         credits=credits,
         tokens=sum(len(row.completion_ids) for row in rows),
+    )
+
+
+def look_at_forces(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float]:
+    """Norms of the three forces' gradients and the cosines between them, in the steps that are looked at."""
+    every = stage.config.gradient_steps
+    if not every or stage.step % every:
+        return {}
+    return measure_forces(
+        run.accelerator,
+        stage.policy,
+        batch.batches,
+        batch.counts,
+        batch.weights,
+        token_weight=stage.config.objective.sft_token_weight,
     )
 
 

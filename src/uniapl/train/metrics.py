@@ -101,7 +101,7 @@ def reward_health(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, 
 
 
 def pair_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
-    """Accuracy and margin of the discriminator on fresh pairs, before it has learnt from them."""
+    """Accuracy, margin and mean win probability of fresh pairs, before the discriminator learns from them."""
     margins = [
         group.expert_logit - logit
         for group in groups
@@ -115,6 +115,30 @@ def pair_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
     return {
         "discriminator/accuracy": right / len(margins),
         "discriminator/margin": statistics.fmean(margins),
+        "discriminator/pair_win_rate": statistics.fmean(0.5 - 0.5 * math.tanh(m / 2) for m in margins),
+    }
+
+
+def length_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
+    """How the rollouts' lengths compare with those of the demonstrations of the same prompts.
+
+    Returns:
+        "completions/length_ratio", policy over expert; and "completions/length_auc", the share of pairs in
+        which the rollout is longer, a tie counting half: how well length alone tells the two apart (0.5: not
+        at all). A discriminator whose accuracy is no further from 0.5 may have learned nothing but length.
+    """
+    pairs = [
+        (len(group.example.demonstration_ids), len(rollout.completion_ids))
+        for group in groups
+        if group.example.demonstration_ids is not None
+        for rollout in group.rollouts
+    ]
+    if not pairs:
+        return {}
+    longer = sum(1.0 if policy > expert else 0.5 if policy == expert else 0.0 for expert, policy in pairs)
+    return {
+        "completions/length_ratio": sum(policy for _, policy in pairs) / sum(expert for expert, _ in pairs),
+        "completions/length_auc": longer / len(pairs),
     }
 
 
@@ -156,15 +180,16 @@ class JsonlLog:
 
     def __init__(self, path: Path, *, last_step: int, enabled: bool = True) -> None:
         self.path, self.enabled = path, enabled
-        self.last: dict[str, Any] = {}
-        """The last record that was there when it was opened."""
         if not enabled:
             return
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
-        self.last = json.loads(kept[-1]) if kept else {}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
+
+    def tail(self, count: int) -> list[dict[str, Any]]:
+        """The last `count` records, oldest first."""
+        return [json.loads(line) for line in _whole_lines(self.path)[-count:]] if self.enabled else []
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append; a number that is not finite becomes null, which every JSON reader understands."""

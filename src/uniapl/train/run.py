@@ -18,7 +18,7 @@ from uniapl.data import Stream
 from uniapl.errors import Interrupted
 from uniapl.resolve import Resolved
 from uniapl.rewards import RewardOutcome
-from uniapl.train import checkpoint, metrics, setup
+from uniapl.train import checkpoint, health, metrics, setup
 from uniapl.train.console import RunView
 from uniapl.train.setup import Materials
 from uniapl.train.stage import Stage
@@ -50,7 +50,10 @@ class Run:
     """Updates in a row that were not applied."""
     failed_rewards: dict[str, int] = field(default_factory=dict)
     """Reward function -> steps in a row in which every one of its calls failed."""
-    last_metrics: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of the last steps, oldest first: what the health rules look at."""
+    warned: set[str] = field(default_factory=set)
+    """Rules that fired in the step before: each is said when it begins, not in every step."""
     evaluate: Evaluate | None = None
     """Looks at the model after each step, in the first process."""
     signal_number: int = 0
@@ -110,6 +113,7 @@ def start_run(
             directory / name, last_step=state["step"], enabled=accelerator.is_main_process
         )
 
+    metrics_log = log("metrics.jsonl")
     return Run(
         config=config,
         accelerator=accelerator,
@@ -121,8 +125,9 @@ def start_run(
             name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
             for name in ("prompts", "demonstrations")
         },
-        metrics_log=log("metrics.jsonl"),
+        metrics_log=metrics_log,
         completions_log=log("completions.jsonl"),
+        history=metrics_log.tail(2 * config.health.window),
         step=state["step"],
         num_tokens=state.get("num_tokens", 0),
         skipped_steps=state.get("skipped_steps", 0),
@@ -142,7 +147,6 @@ def finish_step(
             record |= {f"eval/{name}": value for name, value in run.evaluate(run.step, stage.model).items()}
     record |= {f"time/{name}": seconds for name, seconds in run.view.times.items()}
     record["step_time"] = run.view.step_seconds
-    run.last_metrics = record
     run.metrics_log.write([record])
     run.completions_log.write(completions)
     if run.step % run.config.logging_steps == 0 or stage.step == stage.config.max_steps:
@@ -187,6 +191,18 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
     if run.accelerator.is_main_process:
         checkpoint.write_directory(path, fill)
     run.accelerator.wait_for_everyone()
+
+
+def warn(run: Run, stage: Stage, record: dict[str, Any]) -> dict[str, int]:
+    """Say which health rules begin to fire in this step; return them as metrics."""
+    window = run.config.health.window
+    run.history = [*run.history[1 - 2 * window :], record]
+    bounds = stage.config.objective.lambda_bounds
+    found = health.warnings(run.history, window=window, bounds=bounds)
+    for name in sorted(found.keys() - run.warned):
+        run.view.say(f"step {run.step}: warning: {found[name]}")
+    run.warned = set(found)
+    return {f"health/{name}": 1 for name in found}
 
 
 def check_health(

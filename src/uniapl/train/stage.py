@@ -20,14 +20,21 @@ from uniapl.discriminator.bradley_terry import (
     Replay,
 )
 from uniapl.errors import UsageError
-from uniapl.functional import learning_rate_factor, warmup_cosine
+from uniapl.functional import (
+    Multiplier,
+    dual_ascent,
+    expert_gap,
+    learning_rate_factor,
+    pid,
+    warmup_cosine,
+)
 from uniapl.rollout import Sampler
 from uniapl.rollout.local import LocalSampler
-from uniapl.train import checkpoint
+from uniapl.train import checkpoint, metrics
 from uniapl.train.policy import Policy
 from uniapl.train.setup import Materials, load_model
 from uniapl.train.step import discriminator_step
-from uniapl.types import RolloutGroup, derive_seed
+from uniapl.types import Example, RolloutGroup, derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,11 @@ class Adversary:
             stage_step: Of the stage; freezing is counted in these.
         """
         settings = config.discriminator
-        fresh = [Comparison.of(g) for g in groups if g.example.demonstration_ids is not None]
+        fresh = [
+            Comparison.of(g)
+            for g in groups
+            if g.example.demonstration_ids is not None and not is_held_out(g.example, config)
+        ]
         losses: list[float] = []
         skipped = 0
         frozen = settings.freeze_step is not None and stage_step >= settings.freeze_step
@@ -109,6 +120,8 @@ class Stage:
     reference: Policy | None
     adversary: Adversary | None
     sampler: Sampler
+    multiplier: Multiplier
+    """lambda_adv, learned or not."""
     step: int = 0
     """Steps of this stage that are done."""
 
@@ -122,7 +135,36 @@ class Stage:
         # gad: nothing else would move the policy.
         alone = not (objective.learns_from_rewards or objective.learns_from_demonstrations)
         informed = self.adversary.state.accuracy >= settings.min_accuracy
-        return objective.lambda_adv if informed or alone else 0.0
+        return self.multiplier.value if informed or alone else 0.0
+
+    def pair_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Of all fresh pairs, and of those whose demonstrations the discriminator never learns from."""
+        unseen = [group for group in groups if is_held_out(group.example, self.config)]
+        held_out = {k.replace("/", "/held_out_"): v for k, v in metrics.pair_metrics(unseen).items()}
+        return metrics.pair_metrics(groups) | held_out
+
+    def control(self, win_rate: float | None) -> dict[str, float]:
+        """Let the multiplier answer to the fresh pairs' mean win rate, and say what it saw; None: no pairs.
+
+        The constraint is on pairs alone: without a demonstration there is no calibrated zero.
+        """
+        objective = self.config.objective
+        if win_rate is None or objective.lambda_controller == "fixed":
+            return {}
+        gap = expert_gap(win_rate)
+        violation = gap - objective.max_expert_gap
+        if self.step >= self.config.discriminator.warmup_steps:
+            bounds = objective.lambda_bounds
+            if objective.lambda_controller == "dual":
+                rate = objective.lambda_learning_rate
+                self.multiplier = dual_ascent(self.multiplier, violation, learning_rate=rate, bounds=bounds)
+            else:
+                self.multiplier = pid(self.multiplier, violation, gains=objective.lambda_gains, bounds=bounds)
+        return {
+            "constraint/expert_gap": gap,
+            "constraint/violation": violation,
+            "constraint/multiplier": self.multiplier.value,
+        }
 
     def weights(self) -> dict[str, float]:
         """The weight of each component at the current step."""
@@ -168,6 +210,7 @@ class Stage:
             checkpoint.save_optimizer(self.adversary.optimizer, directory / "discriminator_optimizer")
             state["adversary"] = asdict(self.adversary.state)
             state["replay"] = self.adversary.replay.state()
+            state["multiplier"] = asdict(self.multiplier)
         return state
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -181,6 +224,12 @@ class Stage:
             checkpoint.load_optimizer(self.adversary.optimizer, directory / "discriminator_optimizer")
             vars(self.adversary.state).update(state["adversary"])
             self.adversary.replay.load(state["replay"])
+            self.multiplier = Multiplier(**state["multiplier"])
+
+
+def is_held_out(example: Example, config: Config) -> bool:
+    """Whether the discriminator never learns from this row: drawn by the row's number."""
+    return derive_seed(config.seed, "held out", example.row) < config.discriminator.held_out_share * 2**63
 
 
 def build_stage(
@@ -234,6 +283,7 @@ def build_stage(
         reference=reference,
         adversary=adversary,
         sampler=sampler,
+        multiplier=Multiplier(value=objective.lambda_adv),
     )
 
 

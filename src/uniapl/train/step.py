@@ -1,5 +1,6 @@
 """One update of the policy and one of the discriminator."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -57,20 +58,15 @@ def policy_step(
     """
     measured: dict[str, Tensor] = {}
     kept: list[Tensor] = []
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
 
     def loss_of(number: int, batch: MicroBatch) -> Tensor:
-        inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
-        mask = batch.sft_mask | batch.rollout_mask
-        logprobs, entropy = policy(*inputs, mask, batch.temperature)
+        logprobs, entropy = _forward(policy, batch)
         old = logprobs.detach() if old_logprobs is None else old_logprobs[number]
         kept.append(old)
-        clip = {"clip_low": clip_low, "clip_high": clip_high}
-        sums = {
-            "sft": sft_loss(logprobs, batch.sft_mask, token_weight=token_weight),
-            "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, **clip),
-            "adv": clipped_surrogate(logprobs, old, batch.adversarial_advantages, batch.adv_mask, **clip),
-        }
+        sums = _component_sums(logprobs, old, batch, clip, token_weight)
         if reference is not None:
+            inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
             with torch.no_grad(), accelerator.autocast():
                 ref_logprobs, _ = reference(*inputs, batch.rollout_mask, batch.temperature)
             sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
@@ -89,6 +85,52 @@ def policy_step(
         optimizer.step()
     optimizer.zero_grad()
     return PolicyStep(applied=applied, grad_norm=grad_norm, sums=sums, old_logprobs=kept)
+
+
+def measure_forces(
+    accelerator: Accelerator,
+    policy: nn.Module,
+    batches: Sequence[MicroBatch],
+    counts: dict[str, int],
+    weights: dict[str, float],
+    *,
+    token_weight: TokenWeight,
+) -> dict[str, float]:
+    """How strongly each force pulls at the weights, and whether they pull the same way.
+
+    Before the first update on a batch: on-policy, so that no clip is active. It costs a forward and a
+    backward pass per force, memory for one gradient per force, and changes nothing.
+
+    Args:
+        policy: A (wrapped) :class:`Policy`.
+        batches: This process's micro-batches, at least one.
+        counts: Tokens per component over all micro-batches and processes.
+        weights: Of the components; a force's gradient is that of its weighted term.
+
+    Returns:
+        "grad_norm/<force>" for "sft", "rl" and "adv" where they act, and "grad_cosine/<one>_<other>" for
+        every two of them that have a gradient.
+    """
+    gradients: dict[str, Tensor] = {}
+    for name in [force for force in ("sft", "rl", "adv") if weights[force] and counts[force]]:
+
+        def loss_of(batch: MicroBatch, name: str = name) -> Tensor:
+            logprobs, _ = _forward(policy, batch)
+            clip = {"clip_low": 1.0, "clip_high": 1.0}
+            sums = _component_sums(logprobs, logprobs.detach(), batch, clip, token_weight)
+            return objective({name: sums[name]}, weights, counts)
+
+        accumulate_gradients(accelerator, policy, (lambda b=b: loss_of(b) for b in batches))
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+        gradients[name] = torch.cat([part.flatten().float() for part in parts])
+        policy.zero_grad()
+    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+    measured = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+    for one, other in itertools.combinations(gradients, 2):
+        if norms[one] and norms[other]:
+            product = float(gradients[one] @ gradients[other])
+            measured[f"grad_cosine/{one}_{other}"] = product / (norms[one] * norms[other])
+    return measured
 
 
 def discriminator_step(
@@ -154,6 +196,23 @@ def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[s
     return {
         name: float(everywhere[:, i].max() if name.endswith("_max") else everywhere[:, i].sum())
         for i, name in enumerate(names)
+    }
+
+
+def _forward(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, T] of what is learnt from."""
+    mask = batch.sft_mask | batch.rollout_mask
+    return policy(batch.input_ids, batch.attention_mask, batch.position_ids, mask, batch.temperature)
+
+
+def _component_sums(
+    logprobs: Tensor, old: Tensor, batch: MicroBatch, clip: dict[str, float], token_weight: TokenWeight
+) -> dict[str, Tensor]:
+    """The sum of each of the three forces."""
+    return {
+        "sft": sft_loss(logprobs, batch.sft_mask, token_weight=token_weight),
+        "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, **clip),
+        "adv": clipped_surrogate(logprobs, old, batch.adversarial_advantages, batch.adv_mask, **clip),
     }
 
 
