@@ -7,7 +7,7 @@ import pytest
 
 import reference
 from uniapl.batching import component_counts
-from uniapl.train.credit import assign_credit, rollout_rows
+from uniapl.train.credit import assign_credit, failed_prompts, rollout_rows
 from uniapl.train.metrics import length_metrics, pair_metrics
 from uniapl.types import Example, Rollout, RolloutGroup
 
@@ -134,3 +134,19 @@ def test_lengths_beside_the_demonstrations() -> None:
         "completions/length_auc": pytest.approx((1 + 0.5) / 6),
     }
     assert length_metrics([group((None,))]) == {}
+
+
+def test_a_prompt_fails_when_no_known_reward_is_above_the_threshold() -> None:
+    def of(rewards: tuple[float | None, ...], *, demonstration: bool = True) -> RolloutGroup:
+        item = group(rewards)
+        return replace(item, example=replace(item.example, demonstration_ids=(9,) if demonstration else None))
+
+    groups = [
+        of((0.0, 0.0)),
+        of((0.0, 0.5)),
+        of((None, 0.0)),
+        of((None, None)),
+        of((0.0, 0.0), demonstration=False),
+    ]
+    assert failed_prompts(groups, 0.0) == [groups[0], groups[2]]
+    assert failed_prompts(groups, 0.5) == [groups[0], groups[1], groups[2]]

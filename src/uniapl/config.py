@@ -112,6 +112,16 @@ class ObjectiveConfig(_Section):
     mu_valley: float = Field(default=0.02, ge=0, le=1, description="... after the cosine decay.")
     mu_warmup_steps: int = Field(default=0, ge=0, description="Steps from 0 to the peak.")
     mu_decay_steps: int = Field(default=50, ge=0, description="Steps of the cosine from peak to valley.")
+    mu_controller: Literal["schedule", "reward", "gate"] = Field(
+        default="schedule",
+        description="mu by the step; mu_threshold minus the mean reward, between mu_valley and mu_peak "
+        "(CHORD, appendix B.1); or per prompt: one whose rollouts all fail is learnt from its demonstration "
+        "in that step (HPT), and mu is the share of such prompts.",
+    )
+    mu_threshold: float = Field(
+        default=0.5, description="The mean reward from which on `reward` needs no demonstrations."
+    )
+    gate_reward: float = Field(default=0.0, description="For `gate`, a rollout fails unless above.")
     reward_weight: float = Field(
         default=1.0, ge=0, description="Factor of the rewards' term, beside 1 - mu; 0 watches rewards only."
     )
@@ -178,11 +188,15 @@ class ObjectiveConfig(_Section):
     @property
     def learns_from_demonstrations(self) -> bool:
         """Some step learns from demonstrations."""
+        if self.mu_controller != "schedule":
+            return self.mu_controller == "gate" or self.mu_peak > 0
         return self.mu_valley > 0 or (self.mu_peak > 0 and self.mu_warmup_steps + self.mu_decay_steps > 0)
 
     @property
     def learns_from_rewards(self) -> bool:
         """Some step learns from rewards."""
+        if self.mu_controller != "schedule":
+            return self.reward_weight > 0
         constant = self.mu_warmup_steps + self.mu_decay_steps == 0
         below_one = self.mu_valley < 1 or (not constant and (self.mu_peak < 1 or self.mu_warmup_steps > 0))
         return below_one and self.reward_weight > 0
@@ -190,7 +204,8 @@ class ObjectiveConfig(_Section):
     @property
     def uses_rollouts(self) -> bool:
         """Some step needs sampled answers."""
-        return self.learns_from_rewards or self.lambda_adv > 0 or self.beta > 0
+        acting = self.learns_from_rewards or self.lambda_adv > 0 or self.beta > 0
+        return acting or self.mu_controller != "schedule"
 
     @property
     def clip_high(self) -> float:
@@ -330,7 +345,8 @@ class Config(_Section):
 
 
 def _constant_mu(value: float) -> dict[str, Any]:
-    return {"mu_peak": value, "mu_valley": value, "mu_warmup_steps": 0, "mu_decay_steps": 0}
+    steps = {"mu_warmup_steps": 0, "mu_decay_steps": 0}
+    return {"mu_controller": "schedule", "mu_peak": value, "mu_valley": value, **steps}
 
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from uniapl.functional import learning_rate_factor, warmup_cosine
+from uniapl.functional import learning_rate_factor, reward_threshold, warmup_cosine
 
 
 def test_by_hand() -> None:
@@ -38,3 +38,8 @@ def test_learning_rate_equals_transformers(kind: str, warmup_steps: int) -> None
         if step <= 10:
             assert ours == pytest.approx(scheduler.lr_lambdas[0](step))
         assert ours >= 0
+
+
+def test_reward_threshold_by_hand() -> None:
+    mus = [reward_threshold(r, threshold=0.5, peak=0.4, valley=0.05) for r in (0.0, 0.2, 0.48, 0.9)]
+    assert mus == pytest.approx([0.4, 0.3, 0.05, 0.05])

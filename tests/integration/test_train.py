@@ -515,6 +515,33 @@ def test_an_adversary_that_is_the_only_force_is_felt_in_any_case(model_dir: Path
     assert weights == [0.0, 1.0, 1.0, 1.0]
 
 
+def test_mu_answers_to_the_rewards(model_dir: Path, tmp_path: Path) -> None:
+    """Recomputed from the completions that the runs wrote; the threshold lies among the rewards."""
+    settings = {"mu_threshold": 0.3, "mu_peak": 0.29, "mu_valley": 0.25, "gate_reward": 0.0}
+    for controller in ("reward", "gate"):
+        run = tmp_path / controller
+        train(recipe(model_dir, run, max_steps=6, objective={"mu_controller": controller, **settings}))
+        completions = lines(run / "completions.jsonl")
+        mus: list[float] = []
+        for record in lines(run / "metrics.jsonl"):
+            prompts = [line for line in completions if line["step"] == record["step"]]
+            failed = [
+                line
+                for line in prompts
+                if line["demonstration"] and not any(c["reward"] for c in line["completions"])
+            ]
+            rewards = [c["reward"] for line in prompts for c in line["completions"]]
+            if controller == "reward":
+                mus.append(min(0.29, max(0.25, 0.3 - sum(rewards) / len(rewards))))
+                assert record["tokens/sft"] > 0
+            else:
+                mus.append(len(failed) / len(prompts))
+                # One letter and the end token each.
+                assert record["tokens/sft"] == sum(len(line["demonstration"]) + 1 for line in failed)
+            assert record["weight/mu"] == pytest.approx(mus[-1])
+        assert len(set(mus)) > 1, "or the rewards moved nothing"
+
+
 def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from uniapl.functional.losses import (
     objective,
     sft_loss,
 )
-from uniapl.functional.schedules import learning_rate_factor, warmup_cosine
+from uniapl.functional.schedules import learning_rate_factor, reward_threshold, warmup_cosine
 
 __all__ = [
     "Multiplier",
@@ -38,6 +38,7 @@ __all__ = [
     "logprobs_from_logits",
     "objective",
     "pid",
+    "reward_threshold",
     "selected_logprobs",
     "sft_loss",
     "warmup_cosine",

@@ -27,6 +27,19 @@ def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float
     return valley + (peak - valley) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def reward_threshold(mean_reward: float, *, threshold: float, peak: float, valley: float) -> float:
+    r""":math:`\max(0, \tau - \bar r)`, between ``valley`` and ``peak``: mu falls as the policy gets better.
+
+    Source: CHORD (arXiv 2508.11408, appendix B.1); the limits are our choice.
+
+    Args:
+        mean_reward: Of the step's rollouts whose reward is known.
+        threshold: tau, the reward from which on demonstrations are not needed.
+        peak, valley: mu's limits.
+    """
+    return min(peak, max(valley, threshold - mean_reward))
+
+
 def learning_rate_factor(
     step: int, kind: Literal["constant", "linear", "cosine"], *, warmup_steps: int, total_steps: int
 ) -> float:

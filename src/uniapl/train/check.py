@@ -72,7 +72,9 @@ def _stage_report(config: Config, materials: setup.Materials) -> dict[str, Any]:
         report["prompts"] = len(prompts)
         report["rollouts per step"] = batching.prompts_per_step * config.rollout.num_generations
         report["passes over the prompts"] = round(drawn / len(prompts), 2)
-    if objective.learns_from_demonstrations:
+    if objective.mu_controller == "gate":
+        report["prompts with a demonstration"] = sum(e.demonstration_ids is not None for e in prompts)
+    elif objective.learns_from_demonstrations:
         drawn = batching.demonstrations_per_step * config.max_steps
         report["demonstrations"] = len(demonstrations)
         report["demonstrations per step"] = batching.demonstrations_per_step

@@ -62,6 +62,20 @@ def assign_credit(
     return credits
 
 
+def failed_prompts(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
+    """Groups with a demonstration and known rewards, none of them above the threshold.
+
+    Source: the gate of HPT (arXiv 2509.04419): such a prompt is learnt from its demonstration.
+    """
+    return [
+        group
+        for group in groups
+        if group.example.demonstration_ids is not None
+        and (known := [reward for reward in group.rewards if reward is not None])
+        and max(known) <= threshold
+    ]
+
+
 def rollout_rows(
     groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, temperature: float
 ) -> list[Row]:

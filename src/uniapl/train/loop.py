@@ -16,7 +16,7 @@ from uniapl.data import Stream
 from uniapl.errors import HealthStop
 from uniapl.rewards import RewardOutcome
 from uniapl.train import metrics, setup
-from uniapl.train.credit import Credit, assign_credit, rollout_rows
+from uniapl.train.credit import Credit, assign_credit, failed_prompts, rollout_rows
 from uniapl.train.run import Run, check_health, finish_step, warn
 from uniapl.train.stage import Stage
 from uniapl.train.step import PolicyStep, measure_forces, policy_step
@@ -176,7 +176,10 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         bonus=stage.lambda_adv if in_reward else 0.0,
     )
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
-    if config.objective.learns_from_demonstrations:
+    if config.objective.mu_controller == "gate":
+        failed = failed_prompts(groups, config.objective.gate_reward)
+        rows += [demonstration_row(group.example) for group in failed]
+    elif config.objective.learns_from_demonstrations:
         rows += map(demonstration_row, stream.take(config.batching.demonstrations_per_step))
     batches = micro_batches(
         rows[accelerator.process_index :: accelerator.num_processes],
@@ -188,7 +191,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     return MixedBatch(
         batches=batches,
         counts=component_counts(rows),
-        weights=stage.weights(),
+        weights=stage.weights(stage.mu(groups)),
         lambda_adv=stage.lambda_adv,
         credits=credits,
         tokens=sum(len(row.completion_ids) for row in rows),

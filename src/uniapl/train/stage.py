@@ -26,11 +26,13 @@ from uniapl.functional import (
     expert_gap,
     learning_rate_factor,
     pid,
+    reward_threshold,
     warmup_cosine,
 )
 from uniapl.rollout import Sampler
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint, metrics
+from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
 from uniapl.train.setup import Materials, load_model
 from uniapl.train.step import discriminator_step
@@ -166,16 +168,31 @@ class Stage:
             "constraint/multiplier": self.multiplier.value,
         }
 
-    def weights(self) -> dict[str, float]:
-        """The weight of each component at the current step."""
+    def mu(self, groups: Sequence[RolloutGroup]) -> float:
+        """The demonstrations' weight at the current step, which may depend on how its rollouts fared."""
         objective = self.config.objective
-        mu = warmup_cosine(
+        if objective.mu_controller == "gate":
+            return len(failed_prompts(groups, objective.gate_reward)) / len(groups)
+        if objective.mu_controller == "reward":
+            rewards = [reward for group in groups for reward in group.rewards if reward is not None]
+            mean = sum(rewards) / len(rewards) if rewards else objective.mu_threshold
+            return reward_threshold(
+                mean,
+                threshold=objective.mu_threshold,
+                peak=objective.mu_peak,
+                valley=objective.mu_valley,
+            )
+        return warmup_cosine(
             self.step,
             warmup_steps=objective.mu_warmup_steps,
             decay_steps=objective.mu_decay_steps,
             peak=objective.mu_peak,
             valley=objective.mu_valley,
         )
+
+    def weights(self, mu: float) -> dict[str, float]:
+        """The weight of each component at the current step."""
+        objective = self.config.objective
         return {
             "sft": mu,
             "rl": (1 - mu) * objective.reward_weight,
