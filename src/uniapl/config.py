@@ -301,6 +301,22 @@ class HealthConfig(_Section):
     )
 
 
+class StopConfig(_Section):
+    """When a stage ends before its last step; the reason stands in the metrics as `stop/reason`."""
+
+    metric: str = Field(
+        default="reward", description="What `target` and `patience` watch: any key of metrics.jsonl."
+    )
+    greater_is_better: bool = Field(default=True, description="Whether more of it is better.")
+    target: float | None = Field(default=None, description="End once the metric is at least as good.")
+    patience: int | None = Field(
+        default=None, ge=1, description="End after so many values in a row that are no better than the best."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="End once the stage has learnt from so many tokens of completions."
+    )
+
+
 Method = Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"]
 
 
@@ -342,6 +358,7 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     batching: BatchingConfig = BatchingConfig()
     health: HealthConfig = HealthConfig()
+    stop: StopConfig = StopConfig()
 
 
 def _constant_mu(value: float) -> dict[str, Any]:

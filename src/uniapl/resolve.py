@@ -49,7 +49,17 @@ PLAIN_MESSAGES = {
 }
 
 # What a stage of a pipeline may change; model, data and rewards belong to the whole run.
-STAGE_KEYS = ("method", "max_steps", "rollout", "objective", "discriminator", "optim", "batching", "health")
+STAGE_KEYS = (
+    "method",
+    "max_steps",
+    "rollout",
+    "objective",
+    "discriminator",
+    "optim",
+    "batching",
+    "health",
+    "stop",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

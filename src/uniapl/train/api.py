@@ -179,6 +179,10 @@ def _resume_state(
         )
     if state["step"] >= sum(stage.config.max_steps for stage in stages):
         view.say("note: this run is complete; a larger --max-steps goes on with it")
+    elif state["stopping"]["reason"] is not None and state["stage"] == len(stages) - 1:
+        view.say(
+            f"note: this run has ended ({state['stopping']['reason']}); another stop rule goes on with it"
+        )
     for change in setup.changed_values(resolved, stages):
         view.say(f"note: since the run was last started, {change}")
     if state["data_sha256"] != materials.data_sha256:

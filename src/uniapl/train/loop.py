@@ -48,7 +48,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     """
     phase = run.view.phase
     prompts, demonstrations = _streams(run, stage)
-    while stage.step < stage.config.max_steps:
+    while not stage.ended:
         run.view.start_step(run.step)
         learning_rate = stage.set_learning_rate()
         with phase("rollout"):
@@ -69,6 +69,7 @@ def run_stage(run: Run, stage: Stage) -> None:
         stage.step += 1
         run.step += 1
         run.num_tokens += batch.tokens
+        stage.tokens += batch.tokens
         record = {
             "step": run.step,
             "stage": stage.index,

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
@@ -145,13 +146,19 @@ def finish_step(
     if run.evaluate is not None and run.accelerator.is_main_process:
         with run.view.phase("evaluate"):
             record |= {f"eval/{name}": value for name, value in run.evaluate(run.step, stage.model).items()}
+    stage.stopping.look(stage.config.stop, record, stage.tokens)
+    # Only the first process evaluates: what it decides holds for all.
+    (stage.stopping,) = broadcast_object_list([stage.stopping])
+    if stage.stopping.reason is not None:
+        record["stop/reason"] = stage.stopping.reason
+        run.view.say(f"step {run.step}: stage {stage.index + 1} ends: {stage.stopping.reason}")
     record |= {f"time/{name}": seconds for name, seconds in run.view.times.items()}
     record["step_time"] = run.view.step_seconds
     run.metrics_log.write([record])
     run.completions_log.write(completions)
-    if run.step % run.config.logging_steps == 0 or stage.step == stage.config.max_steps:
+    if run.step % run.config.logging_steps == 0 or stage.ended:
         run.view.step_line(run.step, record)
-    if run.step % run.config.save_steps == 0 or stage.step == stage.config.max_steps or stopping:
+    if run.step % run.config.save_steps == 0 or stage.ended or stopping:
         with run.view.phase("save"):
             save_checkpoint(run, stage)
 

@@ -1,7 +1,7 @@
 """What one stage trains: the policy with its optimizer, a reference, an adversary; and how it is saved."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
 from uniapl.train.setup import Materials, load_model
 from uniapl.train.step import discriminator_step
+from uniapl.train.stopping import Stopping
 from uniapl.types import Example, RolloutGroup, derive_seed
 
 
@@ -126,6 +127,14 @@ class Stage:
     """lambda_adv, learned or not."""
     step: int = 0
     """Steps of this stage that are done."""
+    tokens: int = 0
+    """Tokens of completions that this stage has learnt from."""
+    stopping: Stopping = field(default_factory=Stopping)
+
+    @property
+    def ended(self) -> bool:
+        """Its last step is done, or a rule ended it."""
+        return self.step >= self.config.max_steps or self.stopping.reason is not None
 
     @property
     def lambda_adv(self) -> float:
@@ -219,6 +228,9 @@ class Stage:
         state: dict[str, Any] = {
             "stage": self.index,
             "stage_step": self.step,
+            "stage_tokens": self.tokens,
+            "stopping": asdict(self.stopping),
+            "stop_rule": self.config.stop.model_dump(),
         }
         if self.adversary is not None:
             checkpoint.save_module(
@@ -233,6 +245,10 @@ class Stage:
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """The inverse of :meth:`save`; the policy's weights are loaded with the model."""
         self.step = state["stage_step"]
+        self.tokens = state["stage_tokens"]
+        # A stage that a rule ended goes on under another rule.
+        if state["stop_rule"] == self.config.stop.model_dump():
+            self.stopping = Stopping(**state["stopping"])
         checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
         if self.adversary is not None:
             checkpoint.load_module(
