@@ -552,7 +552,7 @@ def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
         learned.append(len(arguments[-1]))
         return original(*arguments, **settings)
 
-    monkeypatch.setattr("uniapl.train.stage.discriminator_step", watched)
+    monkeypatch.setattr("uniapl.train.adversary.discriminator_step", watched)
     seen: dict[float, list[dict[str, Any]]] = {}
     for share in (0.0, 0.4, 0.99):
         changes = {"discriminator": {"held_out_share": share, "replay_share": 0.0, "updates_per_step": 1}}
