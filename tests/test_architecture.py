@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"functional"},
     {"types"},
-    {"config", "data", "batching", "rollout", "rewards", "discriminator", "resolve"},
+    {"config", "methods", "data", "batching", "rollout", "rewards", "discriminator", "resolve"},
     {"train"},
     {"embedded"},
     {"compare"},

@@ -38,13 +38,13 @@ def sequences() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def test_a_fresh_one_finds_everything_indistinguishable() -> None:
     fresh = BradleyTerryDiscriminator(module=BradleyTerry.copy_of(make_model()), pad_id=0, max_tokens=100)
-    assert fresh.score(sequences()) == [0.0] * 9
+    assert fresh.logits(sequences()) == [0.0] * 9
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_a_logit_is_the_head_on_the_last_token_s_hidden_state(family: str) -> None:
     subject = discriminator(family=family)
-    for (prompt, completion), logit in zip(sequences(), subject.score(sequences()), strict=True):
+    for (prompt, completion), logit in zip(sequences(), subject.logits(sequences()), strict=True):
         with torch.no_grad():
             hidden = subject.module.trunk(torch.tensor([prompt + completion])).last_hidden_state
             expected = float(subject.module.head(hidden[0, -1]))
@@ -53,8 +53,8 @@ def test_a_logit_is_the_head_on_the_last_token_s_hidden_state(family: str) -> No
 
 @pytest.mark.parametrize("max_tokens", [1, 12, 30])
 def test_logits_do_not_depend_on_the_batch(max_tokens: int) -> None:
-    assert discriminator(max_tokens).score(sequences()) == pytest.approx(
-        discriminator().score(sequences()), abs=1e-4
+    assert discriminator(max_tokens).logits(sequences()) == pytest.approx(
+        discriminator().logits(sequences()), abs=1e-4
     )
 
 
@@ -62,15 +62,15 @@ def test_the_pad_token_is_not_looked_at() -> None:
     """An answer may end with the pad token (often it is the end token): lengths decide."""
     subject = discriminator()
     ends_with_pad = [((5, 6), (7, 0)), ((5, 6), (7, 8, 9))]
-    alone = [subject.score([sequence])[0] for sequence in ends_with_pad]
-    assert subject.score(ends_with_pad) == pytest.approx(alone, abs=1e-4)
+    alone = [subject.logits([sequence])[0] for sequence in ends_with_pad]
+    assert subject.logits(ends_with_pad) == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 25, 10_000])
 def test_the_loss_is_bradley_terry_over_all_pairs(max_tokens: int) -> None:
     subject = discriminator(max_tokens)
     total = sum(loss().item() for loss in subject.losses(COMPARISONS))
-    logits = iter(discriminator().score(sequences()))
+    logits = iter(discriminator().logits(sequences()))
     expected = 0.0
     for comparison in COMPARISONS:
         expert = next(logits)
@@ -140,7 +140,7 @@ def test_it_learns_to_tell_two_habits_apart() -> None:
     held_out = draw(50)
 
     def accuracy() -> float:
-        logits = subject.score([s for c in held_out for s in c.sequences])
+        logits = subject.logits([s for c in held_out for s in c.sequences])
         expert, policy = logits[0::3], zip(logits[1::3], logits[2::3], strict=True)
         wins = [e > p for e, pair in zip(expert, policy, strict=True) for p in pair]
         return sum(wins) / len(wins)

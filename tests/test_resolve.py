@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from uniapl.config import METHODS, Config
+from uniapl.config import Config
 from uniapl.errors import UsageError
+from uniapl.methods import METHODS
 from uniapl.resolve import flatten, load_recipe, resolve, stages_of
 
 

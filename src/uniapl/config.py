@@ -1,7 +1,7 @@
 """The whole configuration: strict, frozen, the same keys in YAML, on the command line and from Python.
 
-Keys are TRL's wherever TRL has one. A method is a setting of numbers, never a branch: `METHODS` says which
-values a method fixes and which it only proposes.
+Keys are TRL's wherever TRL has one. A method is a setting of numbers, never a branch: `uniapl.methods` says
+which values a method fixes and which it only proposes.
 """
 
 from typing import Any, Literal
@@ -214,11 +214,23 @@ class ObjectiveConfig(_Section):
 
 
 class DiscriminatorConfig(_Section):
-    """The co-trained Bradley-Terry discriminator."""
+    """What tells the expert's answers from the policy's."""
 
+    kind: Literal["bradley-terry", "polar", "density-ratio"] = Field(
+        default="bradley-terry",
+        description="Co-trained on pairs; or frozen: a POLAR reward model, or the log-likelihood ratio of a "
+        "model that was fine-tuned on the demonstrations.",
+    )
     model_name_or_path: str | None = Field(
         default=None,
-        description="Backbone with the policy's vocabulary; by default a copy of the policy's start.",
+        description="bradley-terry: a backbone with the policy's vocabulary, by default a copy of the "
+        "policy's start; polar: the reward model; density-ratio: the model fine-tuned on the demonstrations.",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with it, as POLAR's own models need."
+    )
+    against: Literal["start", "policy"] = Field(
+        default="start", description="Of density-ratio: the stage's start, or the policy as it is now."
     )
     learning_rate: float = Field(default=1e-5, gt=0, description="Of its own AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="Of its own AdamW.")
@@ -359,32 +371,3 @@ class Config(_Section):
     batching: BatchingConfig = BatchingConfig()
     health: HealthConfig = HealthConfig()
     stop: StopConfig = StopConfig()
-
-
-def _constant_mu(value: float) -> dict[str, Any]:
-    steps = {"mu_warmup_steps": 0, "mu_decay_steps": 0}
-    return {"mu_controller": "schedule", "mu_peak": value, "mu_valley": value, **steps}
-
-
-METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    # method: {"fixed": what makes it this method, "proposed": values where the user gives none}
-    "sft": {"fixed": _constant_mu(1.0) | {"lambda_adv": 0.0, "beta": 0.0}, "proposed": {}},
-    "a-sft": {"fixed": _constant_mu(1.0), "proposed": {}},
-    "grpo": {"fixed": _constant_mu(0.0) | {"lambda_adv": 0.0}, "proposed": {}},
-    "a-grpo": {"fixed": _constant_mu(0.0), "proposed": {}},
-    # arXiv 2508.11408, section 4.3: warm-up 0, decay 200, 0.9 -> 0.05; phi with a constant 0.1.
-    "chord-mu": {
-        "fixed": {"lambda_adv": 0.0, "sft_token_weight": "none"},
-        "proposed": {"mu_peak": 0.9, "mu_valley": 0.05, "mu_warmup_steps": 0, "mu_decay_steps": 200},
-    },
-    "chord-phi": {
-        "fixed": {"lambda_adv": 0.0, "sft_token_weight": "phi"},
-        "proposed": _constant_mu(0.1),
-    },
-    "uniapl": {"fixed": {}, "proposed": {}},
-    # arXiv 2511.10643: GRPO on the discriminator's logit alone. Rewards are watched, not learnt from.
-    "gad": {
-        "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "lambda_controller": "fixed", "reward_weight": 0.0},
-        "proposed": {"adversarial_assignment": "standardized"},
-    },
-}

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from uniapl.config import METHODS, Config
+from uniapl.config import Config
 from uniapl.errors import UsageError
+from uniapl.methods import METHODS
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -19,7 +19,7 @@ import uniapl
 from runs import has_letter, lines, recipe, run_until, timeless, train, write_recipe
 from tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
-from uniapl.config import METHODS
+from uniapl.methods import METHODS
 from uniapl.train import checkpoint
 from uniapl.train.step import discriminator_step
 

@@ -5,12 +5,13 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uniapl.discriminator import Candidate
 from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss
 from uniapl.types import RolloutGroup, TokenIds
@@ -96,14 +97,19 @@ class BradleyTerry(nn.Module):
 class BradleyTerryDiscriminator:
     """Scoring and the training loss on top of a :class:`BradleyTerry` module."""
 
+    needs_reference: ClassVar[bool] = False
     module: BradleyTerry
     pad_id: int
     max_tokens: int
     """Padded tokens of one batch at most, one row (or one comparison) at least."""
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
-    def score(self, sequences: Sequence[Scored]) -> list[float]:
-        """The logit of each (prompt ids, completion ids). See :class:`Discriminator`."""
+    def score(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The logit of each candidate. See :class:`Discriminator`."""
+        return self.logits([(c.example.prompt_ids, c.completion_ids) for c in candidates])
+
+    def logits(self, sequences: Sequence[Scored]) -> list[float]:
+        """The logit of each (prompt ids, completion ids)."""
         self.module.eval()
         order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
         logits = [0.0] * len(sequences)

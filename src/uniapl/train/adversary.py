@@ -1,7 +1,8 @@
 """The discriminator of a stage with everything that its training needs: optimizer, replay, cadence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModel, PreTrainedModel
 
-from uniapl.config import Config
+from uniapl.config import Config, ModelConfig
+from uniapl.discriminator import Discriminator, candidates_of
 from uniapl.discriminator.bradley_terry import (
     AdversaryState,
     BradleyTerry,
@@ -18,32 +20,49 @@ from uniapl.discriminator.bradley_terry import (
     Comparison,
     Replay,
 )
+from uniapl.discriminator.density_ratio import DensityRatio
+from uniapl.discriminator.polar import Polar
 from uniapl.errors import UsageError
-from uniapl.train.setup import Materials
+from uniapl.train import checkpoint
+from uniapl.train.policy import Policy
+from uniapl.train.setup import Materials, check_vocabulary, load_model
 from uniapl.train.step import discriminator_step
 from uniapl.types import Example, RolloutGroup, derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversary:
-    """The discriminator with everything that its own training needs."""
+class Learner:
+    """What the co-trained discriminator learns with."""
 
     discriminator: BradleyTerryDiscriminator
     module: nn.Module
     """The discriminator's module, wrapped for several processes."""
     optimizer: Optimizer
     replay: Replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """The discriminator, and what its training needs where it is trained."""
+
+    discriminator: Discriminator
+    learner: Learner | None
+    """None: it is frozen."""
     state: AdversaryState
 
-    def judge(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...], float | None]]:
-        """(logits of the rollouts, logit of the demonstration) of each group."""
-        sequences = [(g.example.prompt_ids, r.completion_ids) for g in groups for r in g.rollouts]
-        experts = [g.example for g in groups if g.example.demonstration_ids is not None]
-        sequences += [(e.prompt_ids, e.demonstration_ids or ()) for e in experts]
-        logits = iter(self.discriminator.score(sequences))
-        policy = [tuple(next(logits) for _ in g.rollouts) for g in groups]
-        expert = [next(logits) if g.example.demonstration_ids is not None else None for g in groups]
-        return list(zip(policy, expert, strict=True))
+    def judge(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
+        """(logits of the rollouts, logit of the demonstration) of each group; None for what has none."""
+        parts = [candidates_of(group) for group in groups]
+        if self.discriminator.needs_reference:
+            parts = [(rollouts if expert else [], expert) for rollouts, expert in parts]
+        candidates = [candidate for rollouts, _ in parts for candidate in rollouts]
+        candidates += [expert for _, expert in parts if expert]
+        logits = iter(self.discriminator.score(candidates))
+        policy = [tuple(next(logits) for _ in rollouts) or None for rollouts, _ in parts]
+        return [
+            (scores, next(logits) if expert else None)
+            for scores, (_, expert) in zip(policy, parts, strict=True)
+        ]
 
     def learn(
         self,
@@ -59,7 +78,9 @@ class Adversary:
             step: Of the run; seeds the draw of older comparisons.
             stage_step: Of the stage; freezing is counted in these.
         """
-        settings = config.discriminator
+        learner, settings = self.learner, config.discriminator
+        if learner is None:
+            return {}
         fresh = [
             Comparison.of(g)
             for g in groups
@@ -72,26 +93,42 @@ class Adversary:
             replayed = round(len(fresh) * settings.replay_share / (1 - settings.replay_share))
             for update in range(settings.updates_per_step):
                 seed = derive_seed(config.seed, "replay", step, update)
-                comparisons = fresh + self.replay.draw(replayed, seed=seed)
+                comparisons = fresh + learner.replay.draw(replayed, seed=seed)
                 if not comparisons:
                     break
                 loss, applied = discriminator_step(
                     accelerator,
-                    self.discriminator,
-                    self.module,
-                    self.optimizer,
+                    learner.discriminator,
+                    learner.module,
+                    learner.optimizer,
                     comparisons,
                     max_grad_norm=settings.max_grad_norm,
                 )
                 losses.append(loss)
                 skipped += not applied
-        self.replay.add(fresh)
+        learner.replay.add(fresh)
         return {
             "discriminator/loss": sum(losses) / len(losses) if losses else None,
             "discriminator/updates": len(losses) - skipped,
             "discriminator/skipped": skipped,
             "discriminator/paused": int(self.state.paused),
         }
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Write its tensors below `directory`; return the rest, as JSON values."""
+        if self.learner is None:
+            return {"adversary": asdict(self.state)}
+        checkpoint.save_module(self.learner.discriminator.module, directory / "discriminator.safetensors")
+        checkpoint.save_optimizer(self.learner.optimizer, directory / "discriminator_optimizer")
+        return {"adversary": asdict(self.state), "replay": self.learner.replay.state()}
+
+    def load(self, directory: Path, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`save`."""
+        vars(self.state).update(state["adversary"])
+        if self.learner is not None:
+            checkpoint.load_module(self.learner.discriminator.module, directory / "discriminator.safetensors")
+            checkpoint.load_optimizer(self.learner.optimizer, directory / "discriminator_optimizer")
+            self.learner.replay.load(state["replay"])
 
 
 def is_held_out(example: Example, config: Config) -> bool:
@@ -100,20 +137,67 @@ def is_held_out(example: Example, config: Config) -> bool:
 
 
 def build_adversary(
-    config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
+    config: Config,
+    model: PreTrainedModel,
+    policy: Policy,
+    materials: Materials,
+    accelerator: Accelerator,
+    *,
+    start: Path | None,
 ) -> Adversary:
     """An adversary that has learnt nothing yet.
 
     Args:
-        model: The policy, whose copy is the discriminator's trunk unless the configuration names another.
+        model: The policy's language model, whose copy is the trunk unless the configuration names another.
+        policy: The policy itself.
+        start: Directory with the weights that the stage started from; None for the run's own start.
     """
+    settings = config.discriminator
+    if settings.kind == "bradley-terry":
+        learner = _build_learner(config, model, materials, accelerator)
+        return Adversary(discriminator=learner.discriminator, learner=learner, state=AdversaryState())
+    name = settings.model_name_or_path
+    if name is None:
+        raise UsageError(f"discriminator.kind '{settings.kind}' needs discriminator.model_name_or_path")
+    max_tokens = config.batching.max_tokens
+    if settings.kind == "polar":
+        discriminator: Discriminator = Polar.load(
+            name,
+            trust_remote_code=settings.trust_remote_code,
+            max_tokens=max_tokens,
+            device=accelerator.device,
+        )
+    else:
+
+        def frozen(where: ModelConfig, weights: Path | None) -> Policy:
+            loaded = load_model(where, weights).to(accelerator.device)
+            check_vocabulary(loaded, materials.tokenizer)
+            return Policy(loaded, accelerator.autocast).requires_grad_(False)
+
+        expert = ModelConfig(model_name_or_path=name, trust_remote_code=settings.trust_remote_code)
+        discriminator = DensityRatio(
+            expert=frozen(expert, None),
+            against=policy if settings.against == "policy" else frozen(config.model, start),
+            pad_id=materials.pad_id,
+            max_tokens=max_tokens,
+            device=accelerator.device,
+        )
+    return Adversary(discriminator=discriminator, learner=None, state=AdversaryState())
+
+
+def _build_learner(
+    config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
+) -> Learner:
     settings = config.discriminator
     if settings.model_name_or_path is None:
         module = BradleyTerry.copy_of(model)
     else:
         try:
             trunk = AutoModel.from_pretrained(
-                settings.model_name_or_path, dtype=torch.float32, use_safetensors=True
+                settings.model_name_or_path,
+                trust_remote_code=settings.trust_remote_code,
+                dtype=torch.float32,
+                use_safetensors=True,
             )
         except Exception as error:  # transformers and the Hub client raise many kinds
             raise UsageError(
@@ -130,7 +214,7 @@ def build_adversary(
     module.eval()
     optimizer = AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     wrapped, prepared = accelerator.prepare(module, optimizer)
-    return Adversary(
+    return Learner(
         discriminator=BradleyTerryDiscriminator(
             module=module,
             pad_id=materials.pad_id,
@@ -140,5 +224,4 @@ def build_adversary(
         module=wrapped,
         optimizer=prepared,
         replay=Replay(settings.replay_size),
-        state=AdversaryState(),
     )

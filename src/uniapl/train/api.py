@@ -177,6 +177,12 @@ def _resume_state(
             f"checkpoint '{found}' has no discriminator (it was made with lambda_adv 0): set "
             "objective.lambda_adv to 0, or start anew from its weights by model.model_name_or_path"
         )
+    kind = stage.discriminator.kind
+    if stage.objective.lambda_adv > 0 and ("replay" in state) != (kind == "bradley-terry"):
+        raise UsageError(
+            f"checkpoint '{found}' was made with another discriminator.kind than '{kind}': change it back, "
+            "or start anew from its weights by model.model_name_or_path"
+        )
     if state["step"] >= sum(stage.config.max_steps for stage in stages):
         view.say("note: this run is complete; a larger --max-steps goes on with it")
     elif state["stopping"]["reason"] is not None and state["stage"] == len(stages) - 1:

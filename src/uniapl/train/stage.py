@@ -61,7 +61,7 @@ class Stage:
     def lambda_adv(self) -> float:
         """The adversary's weight at the current step: none before it is warm, or while it only guesses."""
         settings = self.config.discriminator
-        if self.adversary is None or self.step < settings.warmup_steps:
+        if self.adversary is None or (self.adversary.learner and self.step < settings.warmup_steps):
             return 0.0
         objective = self.config.objective
         # gad: nothing else would move the policy.
@@ -154,12 +154,7 @@ class Stage:
             "stop_rule": self.config.stop.model_dump(),
         }
         if self.adversary is not None:
-            checkpoint.save_module(
-                self.adversary.discriminator.module, directory / "discriminator.safetensors"
-            )
-            checkpoint.save_optimizer(self.adversary.optimizer, directory / "discriminator_optimizer")
-            state["adversary"] = asdict(self.adversary.state)
-            state["replay"] = self.adversary.replay.state()
+            state |= self.adversary.save(directory)
             state["multiplier"] = asdict(self.multiplier)
         return state
 
@@ -172,12 +167,7 @@ class Stage:
             self.stopping = Stopping(**state["stopping"])
         checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
         if self.adversary is not None:
-            checkpoint.load_module(
-                self.adversary.discriminator.module, directory / "discriminator.safetensors"
-            )
-            checkpoint.load_optimizer(self.adversary.optimizer, directory / "discriminator_optimizer")
-            vars(self.adversary.state).update(state["adversary"])
-            self.adversary.replay.load(state["replay"])
+            self.adversary.load(directory, state)
             self.multiplier = Multiplier(**state["multiplier"])
 
 
@@ -207,8 +197,11 @@ def build_stage(
     if objective.beta > 0:
         start_model = load_model(config.model, start).to(accelerator.device)
         reference = Policy(start_model, accelerator.autocast).requires_grad_(False)
-    adversary = build_adversary(config, model, materials, accelerator) if objective.lambda_adv > 0 else None
-    policy, prepared = accelerator.prepare(Policy(model, accelerator.autocast), optimizer)
+    inner = Policy(model, accelerator.autocast)
+    adversary = None
+    if objective.lambda_adv > 0:
+        adversary = build_adversary(config, model, inner, materials, accelerator, start=start)
+    policy, prepared = accelerator.prepare(inner, optimizer)
     rollout = config.rollout
     sampler = LocalSampler(
         model=model,

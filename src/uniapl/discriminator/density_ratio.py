@@ -1,0 +1,56 @@
+"""No classifier: how much likelier an answer is to a copy of the policy that has learnt from the expert."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from uniapl.batching import Row, micro_batches
+from uniapl.discriminator import Candidate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensityRatio:
+    r"""d(x, y) is the mean over tokens of :math:`\log p_{expert}(y_t) - \log p_{against}(y_t)`, in nats.
+
+    The best discriminator's logit is the log density ratio. Here a copy that was fine-tuned on the
+    demonstrations stands for the expert, and the start or the current policy for the other side. A mean,
+    because a sum pays for length. Source: our choice; cheap, and what a classifier has to beat.
+    """
+
+    needs_reference: ClassVar[bool] = False
+    expert: nn.Module
+    """Called as the policy is: (input_ids, attention_mask, position_ids, mask, temperature)."""
+    against: nn.Module
+    pad_id: int
+    max_tokens: int
+    """Padded tokens of one batch at most, one row at least."""
+    device: torch.device
+
+    @torch.no_grad()
+    def score(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The logit of each candidate. See :class:`Discriminator`."""
+        rows = [
+            Row(
+                prompt_ids=c.example.prompt_ids,
+                completion_ids=c.completion_ids,
+                components=frozenset({"sft"}),
+            )
+            for c in candidates
+        ]
+        if not rows:
+            return []
+        means: list[float] = []
+        for batch in micro_batches(rows, pad_id=self.pad_id, max_tokens=self.max_tokens, device=self.device):
+            inputs = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.sft_mask)
+            expert, against = (m(*inputs, batch.temperature)[0] for m in (self.expert, self.against))
+            ratio = torch.where(batch.sft_mask, expert - against, 0.0)
+            means += (ratio.sum(-1) / batch.sft_mask.sum(-1)).tolist()
+        # micro_batches puts the longest rows first.
+        order = sorted(range(len(rows)), key=lambda index: rows[index].length, reverse=True)
+        logits = [0.0] * len(rows)
+        for index, mean in zip(order, means, strict=True):
+            logits[index] = mean
+        return logits

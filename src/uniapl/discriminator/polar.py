@@ -1,0 +1,123 @@
+"""A frozen discriminator in POLAR's format: is the candidate by the same policy as the reference?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from uniapl.discriminator import Candidate
+from uniapl.errors import UniAPLError, UsageError
+from uniapl.types import Prompt
+
+SEPARATOR, END = "<|reward|>", "[UNUSED_TOKEN_130]"
+"""Between the two trajectories, and after the second: the score is read at the end token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarFormat:
+    """The text that a POLAR model reads.
+
+        prompt \\n reference <|reward|> prompt \\n candidate [UNUSED_TOKEN_130]
+
+    Source: POLAR (arXiv 2507.05197) and its client, whose order of truncation this follows: answers keep
+    their last `max_response_length` tokens, then the prompt its last ones, so that all fits `max_length`.
+    """
+
+    tokenizer: Any
+    max_length: int = 16384
+    max_response_length: int = 4096
+
+    def text(self, prompt: Prompt, reference: str, candidate: str) -> str:
+        """What is encoded; messages of a prompt are joined by line breaks."""
+        asked = prompt if isinstance(prompt, str) else "\n".join(str(turn["content"]) for turn in prompt)
+        ids = [self.tokenizer.encode(part) for part in (asked, reference, candidate)]
+        answers = [part[-self.max_response_length :] for part in ids[1:]]
+        # The end token, the separator and two line breaks take four.
+        room = max(0, (self.max_length - 4 - sum(map(len, answers))) // 2)
+        kept = (ids[0][len(ids[0]) - room :] if len(ids[0]) > room else ids[0], *answers)
+        before, first, second = (self.tokenizer.decode(part, skip_special_tokens=True) for part in kept)
+        return f"{before}\n{first}{SEPARATOR}{before}\n{second}{END}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polar:
+    """A POLAR model on this device."""
+
+    needs_reference: ClassVar[bool] = True
+    model: Any
+    format: PolarFormat
+    max_tokens: int
+    """Padded tokens of one batch at most, one row at least."""
+
+    @staticmethod
+    def load(name: str, *, trust_remote_code: bool, max_tokens: int, device: torch.device) -> "Polar":
+        """From a directory or the Hub: a reward model with its own code, or a sequence classifier.
+
+        Raises:
+            UsageError: It cannot be loaded, or its tokenizer does not know POLAR's two tokens.
+        """
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+            family: Any = AutoModelForSequenceClassification if classifier else AutoModel
+            model = family.from_pretrained(
+                name, trust_remote_code=trust_remote_code, dtype=torch.float32, use_safetensors=True
+            )
+        except Exception as error:  # transformers and the Hub client raise many kinds
+            raise UsageError(
+                f"discriminator.model_name_or_path '{name}' cannot be loaded: {error}"
+            ) from error
+        for token in (SEPARATOR, END):
+            if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+                raise UsageError(
+                    f"the tokenizer of '{name}' does not know '{token}' as one token: this is no POLAR model"
+                )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END)):
+            raise UsageError(f"the tokenizer of '{name}' needs a pad token that is not '{END}'")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.eval().requires_grad_(False).to(device)
+        return Polar(model=model, format=PolarFormat(tokenizer=tokenizer), max_tokens=max_tokens)
+
+    def score(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The logit of each candidate, its prompt's demonstration being the reference."""
+        tokenizer = self.format.tokenizer
+        texts = [self.format.text(c.example.prompt, reference_of(c), c.text) for c in candidates]
+        rows: list[list[int]] = [tokenizer.encode(text) for text in texts]
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        logits = [0.0] * len(rows)
+        while order:
+            count = max(1, self.max_tokens // len(rows[order[0]]))
+            part, order = order[:count], order[count:]
+            scores = self._score([rows[index] for index in part])
+            for index, score in zip(part, scores.tolist(), strict=True):
+                logits[index] = score
+        return logits
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        width = max(map(len, rows))
+        pad = self.format.tokenizer.pad_token_id
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device).unsqueeze(-1)
+        mask = (torch.arange(width, device=device) < lengths).long()
+        return self.model(input_ids=ids, attention_mask=mask)[0].reshape(len(rows)).float()
+
+
+def reference_of(candidate: Candidate) -> str:
+    """The demonstration of the candidate's prompt.
+
+    Raises:
+        UniAPLError: There is none.
+    """
+    if candidate.example.demonstration is None:
+        raise UniAPLError(
+            f"row {candidate.example.row} has no demonstration, which this discriminator reads as a reference"
+        )
+    return candidate.example.demonstration
