@@ -10,7 +10,7 @@ DEMO ?= runs/demo
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report]" --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report,remote]" --group dev
 	touch $@
 
 demo: $(VENV)/.installed

@@ -216,19 +216,24 @@ class ObjectiveConfig(_Section):
 class DiscriminatorConfig(_Section):
     """What tells the expert's answers from the policy's."""
 
-    kind: Literal["bradley-terry", "polar", "density-ratio"] = Field(
+    kind: Literal["bradley-terry", "polar", "remote", "density-ratio"] = Field(
         default="bradley-terry",
-        description="Co-trained on pairs; or frozen: a POLAR reward model, or the log-likelihood ratio of a "
-        "model that was fine-tuned on the demonstrations.",
+        description="Co-trained on pairs; or frozen: a POLAR reward model, the same behind a server, or the "
+        "log-likelihood ratio of a model that was fine-tuned on the demonstrations.",
     )
     model_name_or_path: str | None = Field(
         default=None,
         description="bradley-terry: a backbone with the policy's vocabulary, by default a copy of the "
-        "policy's start; polar: the reward model; density-ratio: the model fine-tuned on the demonstrations.",
+        "policy's start; polar and remote: the reward model; density-ratio: the model that was fine-tuned on "
+        "the demonstrations.",
     )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with it, as POLAR's own models need."
     )
+    url: str | None = Field(default=None, description="Of remote: the server, http://host:port.")
+    server: Literal["vllm", "sglang"] = Field(default="vllm", description="Of remote: what runs there.")
+    timeout: float = Field(default=60.0, gt=0, description="Of remote: seconds for one try of a request.")
+    max_retries: int = Field(default=3, ge=0, description="Of remote: further tries, then the run ends.")
     against: Literal["start", "policy"] = Field(
         default="start", description="Of density-ratio: the stage's start, or the policy as it is now."
     )

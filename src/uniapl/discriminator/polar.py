@@ -30,6 +30,24 @@ class PolarFormat:
     max_length: int = 16384
     max_response_length: int = 4096
 
+    @staticmethod
+    def load(name: str, *, trust_remote_code: bool) -> "PolarFormat":
+        """With the tokenizer of a POLAR model, from a directory or the Hub.
+
+        Raises:
+            UsageError: It cannot be loaded, or does not know POLAR's two tokens.
+        """
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except Exception as error:  # transformers and the Hub client raise many kinds
+            raise UsageError(f"the tokenizer of '{name}' cannot be loaded: {error}") from error
+        for token in (SEPARATOR, END):
+            if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+                raise UsageError(
+                    f"the tokenizer of '{name}' does not know '{token}' as one token: this is no POLAR model"
+                )
+        return PolarFormat(tokenizer=tokenizer)
+
     def text(self, prompt: Prompt, reference: str, candidate: str) -> str:
         """What is encoded; messages of a prompt are joined by line breaks."""
         asked = prompt if isinstance(prompt, str) else "\n".join(str(turn["content"]) for turn in prompt)
@@ -57,10 +75,11 @@ class Polar:
         """From a directory or the Hub: a reward model with its own code, or a sequence classifier.
 
         Raises:
-            UsageError: It cannot be loaded, or its tokenizer does not know POLAR's two tokens.
+            UsageError: It cannot be loaded, or has no pad token.
         """
+        form = PolarFormat.load(name, trust_remote_code=trust_remote_code)
+        tokenizer = form.tokenizer
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
             family: Any = AutoModelForSequenceClassification if classifier else AutoModel
@@ -71,18 +90,13 @@ class Polar:
             raise UsageError(
                 f"discriminator.model_name_or_path '{name}' cannot be loaded: {error}"
             ) from error
-        for token in (SEPARATOR, END):
-            if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
-                raise UsageError(
-                    f"the tokenizer of '{name}' does not know '{token}' as one token: this is no POLAR model"
-                )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END)):
             raise UsageError(f"the tokenizer of '{name}' needs a pad token that is not '{END}'")
         model.config.pad_token_id = tokenizer.pad_token_id
         model.eval().requires_grad_(False).to(device)
-        return Polar(model=model, format=PolarFormat(tokenizer=tokenizer), max_tokens=max_tokens)
+        return Polar(model=model, format=form, max_tokens=max_tokens)
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """The logit of each candidate, its prompt's demonstration being the reference."""

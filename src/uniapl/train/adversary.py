@@ -21,7 +21,8 @@ from uniapl.discriminator.bradley_terry import (
     Replay,
 )
 from uniapl.discriminator.density_ratio import DensityRatio
-from uniapl.discriminator.polar import Polar
+from uniapl.discriminator.polar import Polar, PolarFormat
+from uniapl.discriminator.remote import Remote, check_httpx
 from uniapl.errors import UsageError
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
@@ -160,8 +161,20 @@ def build_adversary(
     if name is None:
         raise UsageError(f"discriminator.kind '{settings.kind}' needs discriminator.model_name_or_path")
     max_tokens = config.batching.max_tokens
-    if settings.kind == "polar":
-        discriminator: Discriminator = Polar.load(
+    if settings.kind == "remote":
+        if settings.url is None:
+            raise UsageError("discriminator.kind 'remote' needs discriminator.url")
+        check_httpx()
+        discriminator: Discriminator = Remote(
+            url=settings.url,
+            server=settings.server,
+            model=name,
+            format=PolarFormat.load(name, trust_remote_code=settings.trust_remote_code),
+            timeout=settings.timeout,
+            max_retries=settings.max_retries,
+        )
+    elif settings.kind == "polar":
+        discriminator = Polar.load(
             name,
             trust_remote_code=settings.trust_remote_code,
             max_tokens=max_tokens,
