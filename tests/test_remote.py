@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 import uniapl
-from runs import lines, recipe, train
+from runs import lines, recipe, timeless, train
 from test_frozen_discriminators import CANDIDATES, candidate, polar_tokenizer
 from tiny import save_model
 from uniapl.discriminator.polar import PolarFormat
