@@ -121,6 +121,16 @@ def test_accuracy_counts_a_tie_as_half() -> None:
     }
 
 
+def test_a_logit_that_is_not_finite_says_nothing() -> None:
+    nan = float("nan")
+    pairs = pair_metrics([group((None, None), (0.0, nan), 1.0), group((None,), (5.0,), nan)])
+    assert pairs == {
+        "discriminator/accuracy": 1.0,
+        "discriminator/margin": 1.0,
+        "discriminator/pair_win_rate": pytest.approx(reference.sigmoid(-1.0)),
+    }
+
+
 def test_lengths_beside_the_demonstrations() -> None:
     """Rollouts of 1, 2 and 3 tokens; one demonstration of 2 tokens, one of 4, and a prompt without."""
 

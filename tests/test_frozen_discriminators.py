@@ -55,7 +55,7 @@ def candidate(text: str, *, prompt: str = "say a.", demonstration: str | None = 
         demonstration_ids=(*encode(demonstration), 1) if demonstration is not None else None,
         columns={},
     )
-    return Candidate(example=example, completion_ids=(*encode(text), 1), text=text)
+    return Candidate(example=example, completion_ids=(*encode(text), 1), text=text, reference=demonstration)
 
 
 CANDIDATES = [candidate("aaa"), candidate("b"), candidate("cacbacab"), candidate("a", prompt="x, y and z.")]

@@ -29,6 +29,16 @@ from uniapl.resolve import flatten, load_recipe, resolve, stages_of
         ({"rollout": {"temperature": 0}}, r"rollout.temperature"),
         ({"objective": {"mu_peak": 1.5}}, r"objective.mu_peak"),
         ({"discriminator": {"accuracy_band": [0.9, 0.1]}}, r"discriminator.accuracy_band: .*low <= high"),
+        ({"objective": {"lambda_bounds": [3, 1]}}, r"objective.lambda_bounds: .*low <= high"),
+        ({"objective": {"lambda_gains": [1, -1, 0]}}, r"objective.lambda_gains: .*not be negative"),
+        (
+            {"objective": {"lambda_controller": "pid", "lambda_adv": 50}},
+            r"objective: .*begins within lambda_bounds, 0.05 to 20",
+        ),
+        (
+            {"method": "chord-phi", "objective": {"mu_controller": "reward"}},
+            r"objective: .*'reward' needs mu_valley below mu_peak",
+        ),
         ({"method": "ppo"}, r"unknown method 'ppo': choose one of sft, a-sft"),
         ({"rewards": {"functions": [{"weight": 1}]}}, r"rewards.functions.0.name: .*required"),
         ({"stages": [{"max_steps": 3}]}, "stage 1 needs a method"),

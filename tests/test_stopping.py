@@ -57,9 +57,26 @@ def test_a_stage_that_ends_early_gives_way_to_the_next_and_resumes(model_dir: Pa
     assert learnt[-2] < 100 <= learnt[-1]
     assert result.steps == len(records) < 12
 
+    # Killed in the second stage: the first one's patience is behind, the second one's tokens are not.
     run_until(1, recipe(model_dir, broken, **values))
     train(recipe(model_dir, broken, resume="auto", **values))
     assert timeless(lines(broken / "metrics.jsonl")) == timeless(records)
+
+
+def test_patience_goes_on_where_it_was(model_dir: Path, tmp_path: Path) -> None:
+    """The metric never moves: four steps wait three times, whether in one run or in two."""
+    values = {"max_steps": 9, "save_steps": 2, "stop": {"metric": "skipped", "patience": 3}}
+    assert train(recipe(model_dir, tmp_path / "whole", **values)).steps == 4
+    run_until(2, recipe(model_dir, tmp_path / "broken", **values))
+    assert train(recipe(model_dir, tmp_path / "broken", resume="auto", **values)).steps == 4
+
+
+def test_a_metric_that_is_not_there_is_said(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"max_steps": 2, "stop": {"metric": "rewrad", "patience": 1}}
+    assert train(recipe(model_dir, tmp_path / "run", **values)).steps == 2
+    assert "warning: stop.metric 'rewrad' is not among the metrics" in capsys.readouterr().out
 
 
 def test_another_rule_goes_on_with_a_stage_that_had_ended(
@@ -67,6 +84,8 @@ def test_another_rule_goes_on_with_a_stage_that_had_ended(
 ) -> None:
     values = recipe(model_dir, tmp_path / "run", stop={"metric": "skipped", "target": 0.0})
     assert train(values).steps == 1
-    assert train(values | {"resume": "auto"}).steps == 1
-    assert "this run has ended (target: skipped is 0, the target 0)" in capsys.readouterr().out
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert train(values | {"resume": "auto", "save_total_limit": 7}).steps == 1
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written, "it says how the run was made"
+    assert "this run is complete (target: skipped is 0, the target 0); another" in capsys.readouterr().out
     assert train(values | {"resume": "auto", "stop": {}}).steps == 4

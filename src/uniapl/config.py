@@ -6,7 +6,7 @@ which values a method fixes and which it only proposes.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Section(BaseModel):
@@ -185,6 +185,16 @@ class ObjectiveConfig(_Section):
             raise ValueError("must be two numbers low <= high above 0")
         return bounds
 
+    @model_validator(mode="after")
+    def _controllers_have_room(self) -> "ObjectiveConfig":
+        if self.mu_controller == "reward" and self.mu_valley >= self.mu_peak:
+            raise ValueError("mu_controller 'reward' needs mu_valley below mu_peak")
+        low, high = self.lambda_bounds
+        learned = self.lambda_controller != "fixed" and self.lambda_adv > 0
+        if learned and not low <= self.lambda_adv <= high:
+            raise ValueError(f"a learned lambda_adv begins within lambda_bounds, {low:g} to {high:g}")
+        return self
+
     @property
     def learns_from_demonstrations(self) -> bool:
         """Some step learns from demonstrations."""
@@ -322,7 +332,8 @@ class StopConfig(_Section):
     """When a stage ends before its last step; the reason stands in the metrics as `stop/reason`."""
 
     metric: str = Field(
-        default="reward", description="What `target` and `patience` watch: any key of metrics.jsonl."
+        default="reward",
+        description="What `target` and `patience` watch: any number in metrics.jsonl but times.",
     )
     greater_is_better: bool = Field(default=True, description="Whether more of it is better.")
     target: float | None = Field(default=None, description="End once the metric is at least as good.")

@@ -28,10 +28,12 @@ def test_pid_by_hand() -> None:
     settings = {"gains": (10.0, 2.0, 4.0), "bounds": WIDE, "decay": 0.5}
     first = pid(Multiplier(value=1.0), 0.2, **settings)
     assert (first.average, first.integral) == pytest.approx((0.1, 1.4))
-    assert first.value == pytest.approx(10 * 0.1 + 1.4 + 4 * 0.1)
+    assert first.value == pytest.approx(10 * 0.1 + 1.4), "nothing was there to rise from"
     second = pid(first, -0.4, **settings)
     assert (second.average, second.integral) == pytest.approx((-0.15, 0.6))
     assert second.value == pytest.approx(WIDE[0]), "10 * -0.15 + 0.6 is below; a falling average has no D"
+    third = pid(first, 0.4, **settings)
+    assert third.value == pytest.approx(10 * 0.25 + 2.2 + 4 * 0.15)
 
 
 def test_the_integral_does_not_wind_up() -> None:

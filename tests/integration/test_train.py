@@ -22,6 +22,7 @@ from uniapl import cli
 from uniapl.methods import METHODS
 from uniapl.train import checkpoint
 from uniapl.train.step import discriminator_step
+from uniapl.types import derive_seed
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +281,38 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "there is no such directory"),
         ({"data": {"path": "nowhere.jsonl"}}, None, "there is no file 'nowhere.jsonl'"),
         ({"resume": "{tmp}/nowhere"}, None, "cannot be used"),
+        ({"discriminator": {"kind": "polar"}}, None, "'polar' needs discriminator.model_name_or_path"),
+        (
+            {"discriminator": {"kind": "remote", "model_name_or_path": "x"}},
+            None,
+            "'remote' needs discriminator.url",
+        ),
+        (
+            {"discriminator": {"kind": "remote", "model_name_or_path": "x", "url": "host:80"}},
+            None,
+            "it should be as http://host:port",
+        ),
+        ({"discriminator": {"held_out_share": 0.999999}}, None, "no demonstration to learn from"),
+        (
+            {"method": "gad", "objective": {"adversarial_placement": "reward"}},
+            None,
+            "set objective.adversarial_placement to loss",
+        ),
+        (
+            {"objective": {"mu_controller": "gate", "reward_weight": 0.0}, "rewards": {}},
+            None,
+            "'gate' reads rewards: name at least one",
+        ),
+        (
+            {
+                "method": "chord-mu",
+                "objective": {"mu_controller": "gate"},
+                "rewards": {"functions": ["{tmp}/reward.py:f"]},
+                "_file": NEEDS_COLUMN,
+            },
+            [{"prompt": "a", "answer": "a"}, {"prompt": "b", "completion": "b"}],
+            "but none of them has one",
+        ),
     ],
 )
 @pytest.mark.parametrize("verb", ["train", "check"])
@@ -361,7 +394,8 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
 
 def test_a_run_on_two_processes_equals_one_on_one(model_dir: Path, tmp_path: Path) -> None:
     """Rollouts, rewards and both models' updates are shared out; 3 prompts do not divide by 2 processes."""
-    path = write_recipe(tmp_path, model_dir)
+    changes = {"objective": {"lambda_controller": "dual"}, "gradient_steps": 2}
+    path = write_recipe(tmp_path, model_dir, **changes)
     arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous]
@@ -536,10 +570,38 @@ def test_mu_answers_to_the_rewards(model_dir: Path, tmp_path: Path) -> None:
                 assert record["tokens/sft"] > 0
             else:
                 mus.append(len(failed) / len(prompts))
-                # One letter and the end token each.
+                passed = [line for line in prompts if line not in failed]
+                learnt = sum(c["tokens"] for line in passed for c in line["completions"])
+                assert record["tokens/rl"] == learnt, "a prompt teaches by one of the two"
+                # The letters and the end token.
                 assert record["tokens/sft"] == sum(len(line["demonstration"]) + 1 for line in failed)
             assert record["weight/mu"] == pytest.approx(mus[-1])
         assert len(set(mus)) > 1, "or the rewards moved nothing"
+
+
+def test_looking_at_the_forces_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
+    train(recipe(model_dir, tmp_path / "looked", gradient_steps=2))
+    train(recipe(model_dir, tmp_path / "blind"))
+    looked, blind = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("looked", "blind"))
+    forces = [{k: r.pop(k) for k in list(r) if k.startswith(("grad_norm/", "grad_cosine/"))} for r in looked]
+    assert looked == blind
+    norms = [{k for k in found if k.startswith("grad_norm")} for found in forces]
+    both, all_three = {"grad_norm/sft", "grad_norm/rl"}, {"grad_norm/sft", "grad_norm/rl", "grad_norm/adv"}
+    assert norms == [both, set(), all_three, set()], "the adversary is warm from the second step on"
+    assert -1 < forces[0]["grad_cosine/sft_rl"] < 1
+
+
+@pytest.mark.parametrize(("controller", "expected"), [("fixed", 4.0), ("dual", 2.0)])
+def test_a_fixed_lambda_is_the_recipe_s_a_learned_one_the_run_s(
+    controller: str, expected: float, model_dir: Path, tmp_path: Path
+) -> None:
+    """Resumed with another lambda_adv; a learned one that hardly moves shows which of the two goes on."""
+    objective = {"lambda_controller": controller, "lambda_learning_rate": 1e-6}
+    for value, resume in ((2.0, "never"), (4.0, "auto")):
+        changes = {"objective": {"lambda_adv": value, **objective}, "max_steps": int(value)}
+        train(recipe(model_dir, tmp_path / "run", method="a-grpo", resume=resume, **changes))
+    weights = [record["weight/lambda_adv"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert weights == pytest.approx([0.0, 2.0, expected, expected], rel=1e-4)
 
 
 def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
@@ -553,24 +615,21 @@ def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
         return original(*arguments, **settings)
 
     monkeypatch.setattr("uniapl.train.adversary.discriminator_step", watched)
-    seen: dict[float, list[dict[str, Any]]] = {}
-    for share in (0.0, 0.4, 0.99):
-        changes = {"discriminator": {"held_out_share": share, "replay_share": 0.0, "updates_per_step": 1}}
-        learned.clear()
-        train(recipe(model_dir, tmp_path / str(share), method="a-grpo", **changes))
-        seen[share] = lines(tmp_path / str(share) / "metrics.jsonl")
-        completions = lines(tmp_path / str(share) / "completions.jsonl")
-        with_demonstration = sum(line["demonstration"] is not None for line in completions)
-        if share == 0.0:
-            assert sum(learned) == with_demonstration
-            assert not any("discriminator/held_out_accuracy" in record for record in seen[share])
-        elif share == 0.4:
-            assert 0 < sum(learned) < with_demonstration
-        else:
-            assert not learned
-    margins = [record.get("discriminator/margin") for record in seen[0.99]]
-    assert margins == [record.get("discriminator/held_out_margin") for record in seen[0.99]]
-    assert any(margin is not None for margin in margins)
+    changes = {"discriminator": {"held_out_share": 0.4, "replay_share": 0.0, "updates_per_step": 1}}
+    train(recipe(model_dir, tmp_path / "run", method="a-grpo", max_steps=6, **changes))
+    completions = lines(tmp_path / "run" / "completions.jsonl")
+    encode = make_tokenizer().encode
+    split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for line in completions:
+        if line["demonstration"]:
+            drawn = derive_seed(0, "held out", *encode(line["prompt"]))
+            split[drawn < 0.4 * 2**63].append(line)
+    assert sum(learned) == len(split[False]) > 0
+    for record in lines(tmp_path / "run" / "metrics.jsonl"):
+        wins = [c["win_rate"] for x in split[True] if x["step"] == record["step"] for c in x["completions"]]
+        expected = pytest.approx(sum(wins) / len(wins)) if wins else None
+        assert record.get("discriminator/held_out_pair_win_rate") == expected
+    assert split[True]
 
 
 def test_a_learned_lambda_answers_to_the_pairs(model_dir: Path, tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ SETTINGS: dict[str, dict[str, Value]] = {
         ("chord-mu", 1e-3, {"objective.mu_decay_steps": 25, "objective.mu_valley": 0.05}),
         ("chord-phi", 5e-4, {"objective.mu_valley": 0.3}),
         ("a-sft", 5e-4, {"objective.lambda_adv": 2.0}),
-        ("a-grpo", 5e-4, {"objective.lambda_adv": 2.0}),
-        ("sft -> a-grpo", 5e-4, {"objective.lambda_adv": 2.0}),
-        ("a-sft -> a-grpo", 5e-4, {"objective.lambda_adv": 2.0}),
+        ("a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
+        ("sft -> a-grpo", 1e-3, {"objective.lambda_adv": 1.0}),
+        ("a-sft -> a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
         ("gad", 5e-4, {"objective.adversarial_assignment": "standardized"}),
         ("uniapl", 5e-4, {"objective.mu_decay_steps": 50, "objective.mu_valley": 0.02}),
     )

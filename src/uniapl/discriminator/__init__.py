@@ -1,6 +1,6 @@
 """Telling the expert's answers from the policy's: the protocol, and the discriminators that fulfil it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -14,6 +14,8 @@ class Candidate:
     example: Example
     completion_ids: TokenIds
     text: str
+    reference: str | None
+    """The demonstration of its prompt, decoded as rollouts are; None where there is none."""
 
 
 @runtime_checkable
@@ -35,14 +37,23 @@ class Discriminator(Protocol):
         ...
 
 
-def candidates_of(group: RolloutGroup) -> tuple[list[Candidate], Candidate | None]:
-    """The rollouts of a group, and the demonstration, if there is one."""
-    example = group.example
+def candidates_of(
+    group: RolloutGroup, decode: Callable[[TokenIds], str]
+) -> tuple[list[Candidate], Candidate | None]:
+    """The rollouts of a group, and the demonstration, if there is one.
+
+    Args:
+        decode: Makes text of the demonstration's ids as it was made of the rollouts'. The data's own text
+            lacks what a chat template writes around it: whoever reads text could tell the two apart by that.
+    """
+    ids = group.example.demonstration_ids
+    reference = decode(ids) if ids is not None else None
     rollouts = [
-        Candidate(example=example, completion_ids=rollout.completion_ids, text=text)
+        Candidate(
+            example=group.example, completion_ids=rollout.completion_ids, text=text, reference=reference
+        )
         for rollout, text in zip(group.rollouts, group.texts, strict=True)
     ]
-    if example.demonstration is None or example.demonstration_ids is None:
+    if ids is None or reference is None:
         return rollouts, None
-    expert = Candidate(example=example, completion_ids=example.demonstration_ids, text=example.demonstration)
-    return rollouts, expert
+    return rollouts, Candidate(example=group.example, completion_ids=ids, text=reference, reference=reference)

@@ -1,8 +1,9 @@
 """No classifier: how much likelier an answer is to a copy of the policy that has learnt from the expert."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,28 +29,30 @@ class DensityRatio:
     max_tokens: int
     """Padded tokens of one batch at most, one row at least."""
     device: torch.device
+    autocast: Callable[..., AbstractContextManager[Any]] = nullcontext
 
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """The logit of each candidate. See :class:`Discriminator`."""
+        if not candidates:
+            return []
+        spoken = frozenset({"sft"})
         rows = [
-            Row(
-                prompt_ids=c.example.prompt_ids,
-                completion_ids=c.completion_ids,
-                components=frozenset({"sft"}),
-            )
+            Row(prompt_ids=c.example.prompt_ids, completion_ids=c.completion_ids, components=spoken)
             for c in candidates
         ]
-        if not rows:
-            return []
+        # The longest first, as micro_batches puts them; rows of one length keep their order.
+        order = sorted(range(len(rows)), key=lambda index: rows[index].length, reverse=True)
+        sorted_rows = [rows[index] for index in order]
         means: list[float] = []
-        for batch in micro_batches(rows, pad_id=self.pad_id, max_tokens=self.max_tokens, device=self.device):
+        for batch in micro_batches(
+            sorted_rows, pad_id=self.pad_id, max_tokens=self.max_tokens, device=self.device
+        ):
             inputs = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.sft_mask)
-            expert, against = (m(*inputs, batch.temperature)[0] for m in (self.expert, self.against))
+            with self.autocast():
+                expert, against = (m(*inputs, batch.temperature)[0] for m in (self.expert, self.against))
             ratio = torch.where(batch.sft_mask, expert - against, 0.0)
             means += (ratio.sum(-1) / batch.sft_mask.sum(-1)).tolist()
-        # micro_batches puts the longest rows first.
-        order = sorted(range(len(rows)), key=lambda index: rows[index].length, reverse=True)
         logits = [0.0] * len(rows)
         for index, mean in zip(order, means, strict=True):
             logits[index] = mean

@@ -42,7 +42,8 @@ class PolarFormat:
         except Exception as error:  # transformers and the Hub client raise many kinds
             raise UsageError(f"the tokenizer of '{name}' cannot be loaded: {error}") from error
         for token in (SEPARATOR, END):
-            if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+            ids = tokenizer.encode(token, add_special_tokens=False)
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 raise UsageError(
                     f"the tokenizer of '{name}' does not know '{token}' as one token: this is no POLAR model"
                 )
@@ -130,8 +131,8 @@ def reference_of(candidate: Candidate) -> str:
     Raises:
         UniAPLError: There is none.
     """
-    if candidate.example.demonstration is None:
+    if candidate.reference is None:
         raise UniAPLError(
             f"row {candidate.example.row} has no demonstration, which this discriminator reads as a reference"
         )
-    return candidate.example.demonstration
+    return candidate.reference

@@ -26,10 +26,10 @@ class Remote:
     """Of the server, without a path: http://host:port."""
     server: Literal["vllm", "sglang"]
     model: str
-    """The name under which it serves the model."""
+    """What SGLang is told to be asked; vLLM scores with the model that it serves."""
     format: PolarFormat
     timeout: float
-    """Seconds for one try, from the connection to the last byte."""
+    """Seconds for one try: to connect, between two bytes, and until the last byte."""
     max_retries: int
     """Further tries after a failed one."""
     batch_size: int = 16
@@ -73,7 +73,7 @@ class Remote:
         import httpx
 
         path, body = {
-            "vllm": ("/pooling", {"model": self.model, "input": list(texts)}),
+            "vllm": ("/pooling", {"input": list(texts)}),
             "sglang": ("/classify", {"model": self.model, "text": list(texts)}),
         }[self.server]
         deadline = time.monotonic() + self.timeout
@@ -85,7 +85,7 @@ class Remote:
                     # httpx's own limit is between two bytes: a server that drips would hold it for ever.
                     if time.monotonic() > deadline:
                         raise _Failed(f"no whole answer within {self.timeout:g} s")
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _Failed(f"{type(error).__name__}: {error}") from error
         shown = received[:200].decode(errors="replace")
         if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
@@ -122,9 +122,19 @@ class _Failed(Exception):
         self.for_good = for_good
 
 
-def check_httpx() -> None:
-    """Raises: UsageError: httpx is not installed."""
+def check_remote(url: str) -> None:
+    """Whether a server can be asked at all.
+
+    Raises:
+        UsageError: httpx is not installed, or the address is none.
+    """
     try:
-        import httpx  # noqa: F401  (an extra)
+        import httpx
     except ImportError as error:
         raise UsageError("discriminator.kind 'remote' needs httpx: pip install 'uniapl[remote]'") from error
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"discriminator.url '{url}' is no address: {error}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise UsageError(f"discriminator.url '{url}' is no address: it should be as http://host:port")

@@ -54,8 +54,8 @@ def pid(
     r""":math:`\lambda = K_p P + I + K_d D`, within bounds.
 
     P is a moving average of the violation, I its sum times Ki, never negative, and D the rise of P since the
-    last step. Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average and its decay as in
-    OmniSafe's code, and an integral that begins at the first value of lambda, are our choice.
+    last step, none in the first. Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average and its
+    decay as in OmniSafe's code, and an integral that begins at the first value of lambda, are our choice.
 
     Args:
         violation: g - epsilon; positive when the constraint is violated.
@@ -67,7 +67,7 @@ def pid(
     average = decay * multiplier.average + (1 - decay) * violation
     total = (multiplier.value if multiplier.integral is None else multiplier.integral) + integral * violation
     total = _clamp(total, (0.0, bounds[1]))
-    rise = max(0.0, average - multiplier.average)
+    rise = 0.0 if multiplier.integral is None else max(0.0, average - multiplier.average)
     value = proportional * average + total + derivative * rise
     return Multiplier(value=_clamp(value, bounds), average=average, integral=total)
 

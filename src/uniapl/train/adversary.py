@@ -1,6 +1,6 @@
 """The discriminator of a stage with everything that its training needs: optimizer, replay, cadence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from uniapl.discriminator.bradley_terry import (
 )
 from uniapl.discriminator.density_ratio import DensityRatio
 from uniapl.discriminator.polar import Polar, PolarFormat
-from uniapl.discriminator.remote import Remote, check_httpx
+from uniapl.discriminator.remote import Remote
 from uniapl.errors import UsageError
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
-from uniapl.train.setup import Materials, check_vocabulary, load_model
+from uniapl.train.setup import Materials, check_vocabulary, is_held_out, load_model
 from uniapl.train.step import discriminator_step
-from uniapl.types import Example, RolloutGroup, derive_seed
+from uniapl.types import RolloutGroup, TokenIds, derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,12 @@ class Adversary:
     learner: Learner | None
     """None: it is frozen."""
     state: AdversaryState
+    decode: Callable[[TokenIds], str]
+    """As rollouts are decoded."""
 
     def judge(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
         """(logits of the rollouts, logit of the demonstration) of each group; None for what has none."""
-        parts = [candidates_of(group) for group in groups]
+        parts = [candidates_of(group, self.decode) for group in groups]
         if self.discriminator.needs_reference:
             parts = [(rollouts if expert else [], expert) for rollouts, expert in parts]
         candidates = [candidate for rollouts, _ in parts for candidate in rollouts]
@@ -132,11 +134,6 @@ class Adversary:
             self.learner.replay.load(state["replay"])
 
 
-def is_held_out(example: Example, config: Config) -> bool:
-    """Whether the discriminator never learns from this row: drawn by the row's number."""
-    return derive_seed(config.seed, "held out", example.row) < config.discriminator.held_out_share * 2**63
-
-
 def build_adversary(
     config: Config,
     model: PreTrainedModel,
@@ -154,21 +151,24 @@ def build_adversary(
         start: Directory with the weights that the stage started from; None for the run's own start.
     """
     settings = config.discriminator
+
+    def decode(ids: TokenIds) -> str:
+        return str(materials.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     if settings.kind == "bradley-terry":
         learner = _build_learner(config, model, materials, accelerator)
-        return Adversary(discriminator=learner.discriminator, learner=learner, state=AdversaryState())
+        return Adversary(
+            discriminator=learner.discriminator, learner=learner, state=AdversaryState(), decode=decode
+        )
     name = settings.model_name_or_path
-    if name is None:
-        raise UsageError(f"discriminator.kind '{settings.kind}' needs discriminator.model_name_or_path")
+    assert name is not None, "check_stage asks for it"
     max_tokens = config.batching.max_tokens
     if settings.kind == "remote":
-        if settings.url is None:
-            raise UsageError("discriminator.kind 'remote' needs discriminator.url")
-        check_httpx()
+        assert settings.url is not None
         discriminator: Discriminator = Remote(
             url=settings.url,
             server=settings.server,
-            model=name,
+            model=name.rstrip("/").split("/")[-1],
             format=PolarFormat.load(name, trust_remote_code=settings.trust_remote_code),
             timeout=settings.timeout,
             max_retries=settings.max_retries,
@@ -194,8 +194,9 @@ def build_adversary(
             pad_id=materials.pad_id,
             max_tokens=max_tokens,
             device=accelerator.device,
+            autocast=accelerator.autocast,
         )
-    return Adversary(discriminator=discriminator, learner=None, state=AdversaryState())
+    return Adversary(discriminator=discriminator, learner=None, state=AdversaryState(), decode=decode)
 
 
 def _build_learner(

@@ -178,17 +178,18 @@ def _resume_state(
             "objective.lambda_adv to 0, or start anew from its weights by model.model_name_or_path"
         )
     kind = stage.discriminator.kind
-    if stage.objective.lambda_adv > 0 and ("replay" in state) != (kind == "bradley-terry"):
+    same = {state["kind"], kind} in ({kind}, {"polar", "remote"})
+    if stage.objective.lambda_adv > 0 and not same:
         raise UsageError(
             f"checkpoint '{found}' was made with another discriminator.kind than '{kind}': change it back, "
             "or start anew from its weights by model.model_name_or_path"
         )
-    if state["step"] >= sum(stage.config.max_steps for stage in stages):
-        view.say("note: this run is complete; a larger --max-steps goes on with it")
-    elif state["stopping"]["reason"] is not None and state["stage"] == len(stages) - 1:
-        view.say(
-            f"note: this run has ended ({state['stopping']['reason']}); another stop rule goes on with it"
-        )
+    reason = state["stopping"]["reason"] if state["stop_rule"] == stage.stop.model_dump() else None
+    complete = state["stage_step"] >= stage.max_steps
+    state["finished"] = reached == len(stages) and (complete or reason is not None)
+    if state["finished"]:
+        remedy = "a larger --max-steps" if complete else "another stop rule"
+        view.say(f"note: this run is complete{f' ({reason})' if reason else ''}; {remedy} goes on with it")
     for change in setup.changed_values(resolved, stages):
         view.say(f"note: since the run was last started, {change}")
     if state["data_sha256"] != materials.data_sha256:

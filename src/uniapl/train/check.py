@@ -79,8 +79,11 @@ def _stage_report(config: Config, materials: setup.Materials) -> dict[str, Any]:
         report["demonstrations"] = len(demonstrations)
         report["demonstrations per step"] = batching.demonstrations_per_step
         report["passes over the demonstrations"] = round(drawn / len(demonstrations), 2)
-    if objective.lambda_adv > 0:
-        paired = sum(example.demonstration_ids is not None for example in prompts)
+    if objective.lambda_adv > 0 and config.discriminator.kind == "bradley-terry":
+        paired = sum(
+            example.demonstration_ids is not None and not setup.is_held_out(example, config)
+            for example in prompts
+        )
         report["prompts that the discriminator can learn from"] = paired
     return report
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,10 @@ class Credit:
     adversarial_advantages: tuple[float | None, ...]
     win_rates: tuple[float | None, ...]
     """u_i, the probability that the rollout passes for the expert's answer."""
+
+    def without_rewards(self) -> "Credit":
+        """The same, but nothing is learnt from the rewards."""
+        return replace(self, advantages=(None,) * len(self.advantages))
 
 
 def assign_credit(

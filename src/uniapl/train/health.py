@@ -8,8 +8,8 @@ from typing import Any
 Records = Sequence[Mapping[str, Any]]
 
 SIGNIFICANT = 2.0
-"""Standard errors by which the means of two windows must differ. Our choice: one false alarm in twenty looks
-that have nothing to see, before the other conditions of a rule."""
+"""Standard errors by which the means of two windows must differ. Our choice: by chance alone one look in
+thirty finds such a rise with the usual window, before the other conditions of a rule."""
 
 
 def warnings(records: Records, *, window: int, bounds: tuple[float, float]) -> dict[str, str]:
@@ -44,8 +44,8 @@ def _divergence(before: Records, last: Records) -> str | None:
         return None
     return (
         f"the win rate rose to {statistics.fmean(wins):.2f} while {what}: the discriminator is being hacked. "
-        "Raise discriminator.updates_per_step or its learning_rate, or lower objective.lambda_adv; "
-        "discriminator.min_accuracy keeps lambda at 0 until it has caught up"
+        "Lower objective.lambda_adv, or let the discriminator keep up (no freeze_step, more "
+        "updates_per_step, a higher learning_rate); min_accuracy keeps lambda at 0 until it has"
     )
 
 
@@ -56,7 +56,7 @@ def _multiplier_pinned(before: Records, last: Records, highest: float) -> str | 
         return None
     return (
         f"lambda_adv stays at its upper bound {highest:g} while the reward falls: the constraint cannot be "
-        "held. Raise objective.max_expert_gap or objective.mu_valley, or lower objective.lambda_bounds"
+        "held. Raise objective.max_expert_gap, give demonstrations more weight, or lower lambda_bounds"
     )
 
 

@@ -4,6 +4,7 @@
 a batch without demonstrations, a run without a discriminator. There is no branch on a method's name.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,7 +157,7 @@ def judge(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Rollou
         replace(group, policy_logits=policy, expert_logit=expert)
         for group, (policy, expert) in zip(groups, logits, strict=True)
     ]
-    experts = [expert for _, expert in logits if expert is not None]
+    experts = [expert for _, expert in logits if expert is not None and math.isfinite(expert)]
     stage.adversary.state.observe(
         accuracy=metrics.pair_metrics(judged).get("discriminator/accuracy"),
         expert_logit=sum(experts) / len(experts) if experts else None,
@@ -176,12 +177,16 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
         bonus=stage.lambda_adv if in_reward else 0.0,
     )
-    rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
     if config.objective.mu_controller == "gate":
         failed = failed_prompts(groups, config.objective.gate_reward)
-        rows += [demonstration_row(group.example) for group in failed]
+        credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
+        demonstrated = [demonstration_row(group.example) for group in failed]
     elif config.objective.learns_from_demonstrations:
-        rows += map(demonstration_row, stream.take(config.batching.demonstrations_per_step))
+        taken = stream.take(config.batching.demonstrations_per_step)
+        demonstrated = [demonstration_row(example) for example in taken]
+    else:
+        demonstrated = []
+    rows = rollout_rows(groups, credits, temperature=config.rollout.temperature) + demonstrated
     batches = micro_batches(
         rows[accelerator.process_index :: accelerator.num_processes],
         pad_id=run.materials.pad_id,

@@ -107,6 +107,7 @@ def pair_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
         for group in groups
         if group.expert_logit is not None and group.policy_logits is not None
         for logit in group.policy_logits
+        if math.isfinite(group.expert_logit - logit)
     ]
     if not margins:
         return {}

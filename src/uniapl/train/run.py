@@ -53,6 +53,8 @@ class Run:
     """Reward function -> steps in a row in which every one of its calls failed."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of the last steps, oldest first: what the health rules look at."""
+    longest_window: int = 1
+    """Of the health rules, over all stages."""
     warned: set[str] = field(default_factory=set)
     """Rules that fired in the step before: each is said when it begins, not in every step."""
     evaluate: Evaluate | None = None
@@ -104,7 +106,7 @@ def start_run(
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
         # A finished run is left as it is; config.yaml keeps saying how it was made.
-        if state["step"] < sum(stage.config.max_steps for stage in stages):
+        if not state.get("finished"):
             setup.prepare_run_directory(resolved, stages, materials)
         checkpoint.forget_after(directory, state["step"])
     accelerator.wait_for_everyone()
@@ -115,6 +117,7 @@ def start_run(
         )
 
     metrics_log = log("metrics.jsonl")
+    longest_window = max(stage.config.health.window for stage in stages)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -128,7 +131,8 @@ def start_run(
         },
         metrics_log=metrics_log,
         completions_log=log("completions.jsonl"),
-        history=metrics_log.tail(2 * config.health.window),
+        history=metrics_log.tail(2 * longest_window),
+        longest_window=longest_window,
         step=state["step"],
         num_tokens=state.get("num_tokens", 0),
         skipped_steps=state.get("skipped_steps", 0),
@@ -146,7 +150,14 @@ def finish_step(
     if run.evaluate is not None and run.accelerator.is_main_process:
         with run.view.phase("evaluate"):
             record |= {f"eval/{name}": value for name, value in run.evaluate(run.step, stage.model).items()}
-    stage.stopping.look(stage.config.stop, record, stage.tokens)
+    rule = stage.config.stop
+    watching = rule.target is not None or rule.patience is not None
+    # What is evaluated comes in some steps only; whatever else a stage has, it has in its first step.
+    if watching and stage.step == 1 and rule.metric not in record and not rule.metric.startswith("eval/"):
+        run.view.say(
+            f"warning: stop.metric '{rule.metric}' is not among the metrics of the stage's first step"
+        )
+    stage.stopping.look(rule, record, stage.tokens)
     # Only the first process evaluates: what it decides holds for all.
     (stage.stopping,) = broadcast_object_list([stage.stopping])
     if stage.stopping.reason is not None:
@@ -178,6 +189,7 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             "seed": run.config.seed,
             "data_sha256": run.materials.data_sha256,
             **{name: stream.position for name, stream in run.streams.items()},
+            "kind": stage.config.discriminator.kind,
             **stage.save(directory),
         }
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -202,10 +214,11 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
 
 def warn(run: Run, stage: Stage, record: dict[str, Any]) -> dict[str, int]:
     """Say which health rules begin to fire in this step; return them as metrics."""
-    window = run.config.health.window
-    run.history = [*run.history[1 - 2 * window :], record]
+    run.history = [*run.history[1 - 2 * run.longest_window :], record]
+    # Another stage's discriminator and weights are another matter.
+    here = [record for record in run.history if record["stage"] == stage.index]
     bounds = stage.config.objective.lambda_bounds
-    found = health.warnings(run.history, window=window, bounds=bounds)
+    found = health.warnings(here, window=stage.config.health.window, bounds=bounds)
     for name in sorted(found.keys() - run.warned):
         run.view.say(f"step {run.step}: warning: {found[name]}")
     run.warned = set(found)

@@ -26,11 +26,12 @@ from transformers import (
 from uniapl import data
 from uniapl.config import Config, ModelConfig
 from uniapl.data import Dataset
+from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import find_function, named_reward
-from uniapl.types import Example
+from uniapl.types import Example, derive_seed
 
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl")
 RUN_DIRECTORIES = ("checkpoints", "stages", "final")
@@ -202,10 +203,51 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder) -> None:
             f"method '{method}' compares answers with demonstrations, but no row has a 'completion'; "
             "set objective.lambda_adv to 0, or add them"
         )
+    in_reward = objective.adversarial_placement == "reward" and objective.lambda_adv > 0
+    if in_reward and not objective.learns_from_rewards:
+        raise UsageError(
+            f"method '{method}' does not learn from rewards: an adversary in the reward would not act; "
+            "set objective.adversarial_placement to loss"
+        )
+    if objective.mu_controller != "schedule" and not rewarder.rewards:
+        raise UsageError(
+            f"objective.mu_controller '{objective.mu_controller}' reads rewards: name at least one in "
+            "rewards.functions"
+        )
+    if objective.mu_controller == "gate" and not any(e.demonstration_ids for e in prompts):
+        raise UsageError(
+            "objective.mu_controller 'gate' learns from demonstrations of prompts that it samples for, "
+            "but none of them has one"
+        )
+    if objective.lambda_adv > 0:
+        _check_discriminator(config, prompts)
     if objective.learns_from_rewards and not any(map(rewarder.applies_to, dataset.examples)):
         raise UsageError(f"method '{method}' learns from rewards, but no reward function applies to any row")
     if objective.uses_rollouts and not prompts:
         raise UsageError(f"method '{method}' samples answers, but no row is worth sampling for")
+
+
+def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
+    settings = config.discriminator
+    if settings.kind == "bradley-terry":
+        paired = [example for example in prompts if example.demonstration_ids]
+        if paired and all(is_held_out(example, config) for example in paired):
+            raise UsageError(
+                "discriminator.held_out_share leaves the discriminator no demonstration to learn from"
+            )
+        return
+    if settings.model_name_or_path is None:
+        raise UsageError(f"discriminator.kind '{settings.kind}' needs discriminator.model_name_or_path")
+    if settings.kind == "remote":
+        if settings.url is None:
+            raise UsageError("discriminator.kind 'remote' needs discriminator.url")
+        check_remote(settings.url)
+
+
+def is_held_out(example: Example, config: Config) -> bool:
+    """Whether the discriminator never learns from this prompt: drawn by its ids, alike for its copies."""
+    drawn = derive_seed(config.seed, "held out", *example.prompt_ids)
+    return drawn < config.discriminator.held_out_share * 2**63
 
 
 def streams(config: Config, dataset: Dataset, rewarder: Rewarder) -> tuple[list[Example], list[Example]]:

@@ -23,10 +23,10 @@ from uniapl.functional import (
 from uniapl.rollout import Sampler
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint, metrics
-from uniapl.train.adversary import Adversary, build_adversary, is_held_out
+from uniapl.train.adversary import Adversary, build_adversary
 from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
-from uniapl.train.setup import Materials, load_model
+from uniapl.train.setup import Materials, is_held_out, load_model
 from uniapl.train.stopping import Stopping
 from uniapl.types import RolloutGroup
 
@@ -78,14 +78,15 @@ class Stage:
     def control(self, win_rate: float | None) -> dict[str, float]:
         """Let the multiplier answer to the fresh pairs' mean win rate, and say what it saw; None: no pairs.
 
-        The constraint is on pairs alone: without a demonstration there is no calibrated zero.
+        The constraint is on pairs alone: without a demonstration there is no calibrated zero. While the
+        adversary is not felt the multiplier waits: a discriminator that only guesses sees no gap.
         """
         objective = self.config.objective
         if win_rate is None or objective.lambda_controller == "fixed":
             return {}
         gap = expert_gap(win_rate)
         violation = gap - objective.max_expert_gap
-        if self.step >= self.config.discriminator.warmup_steps:
+        if self.lambda_adv > 0:
             bounds = objective.lambda_bounds
             if objective.lambda_controller == "dual":
                 rate = objective.lambda_learning_rate
@@ -105,7 +106,9 @@ class Stage:
             return len(failed_prompts(groups, objective.gate_reward)) / len(groups)
         if objective.mu_controller == "reward":
             rewards = [reward for group in groups for reward in group.rewards if reward is not None]
-            mean = sum(rewards) / len(rewards) if rewards else objective.mu_threshold
+            if not rewards:
+                return objective.mu_peak
+            mean = sum(rewards) / len(rewards)
             return reward_threshold(
                 mean,
                 threshold=objective.mu_threshold,
@@ -168,7 +171,9 @@ class Stage:
         checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
         if self.adversary is not None:
             self.adversary.load(directory, state)
-            self.multiplier = Multiplier(**state["multiplier"])
+            # A fixed lambda is the recipe's, whatever it was before.
+            if self.config.objective.lambda_controller != "fixed":
+                self.multiplier = Multiplier(**state["multiplier"])
 
 
 def build_stage(

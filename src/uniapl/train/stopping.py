@@ -26,7 +26,7 @@ class Stopping:
             stage_tokens: Tokens of completions that the stage has learnt from.
         """
         value = record.get(rule.metric)
-        if value is not None and math.isfinite(value):
+        if isinstance(value, (int, float)) and math.isfinite(value):
             sign = 1 if rule.greater_is_better else -1
             better = self.best is None or sign * (value - self.best) > 0
             self.best = float(value) if better else self.best
