@@ -77,6 +77,27 @@ def test_string_prompts_as_chat_and_system_prompt() -> None:
     assert text(one({"prompt": own}, TEMPLATE, system_prompt="be").prompt_ids).startswith("<turn>smine")
 
 
+def test_preferences() -> None:
+    """TRL's two forms: with a prompt of its own, and with whole conversations that share their beginning."""
+    example = one({"prompt": "say a", "chosen": "aaa", "rejected": "bb", "score": 3})
+    assert (text(example.demonstration_ids), text(example.rejected_ids)) == ("aaa<eos>", "bb<eos>")
+    assert example.demonstration == "aaa"
+    user, good, bad = (
+        {"role": role, "content": content}
+        for role, content in (("user", "hi"), ("assistant", "yo"), ("assistant", "no"))
+    )
+    explicit = one({"prompt": [user], "chosen": [good], "rejected": [bad]}, TEMPLATE)
+    implicit = one({"chosen": [user, good], "rejected": [user, bad]}, TEMPLATE)
+    for chat in (explicit, implicit):
+        assert chat.prompt_ids == one({"prompt": [user]}, TEMPLATE).prompt_ids
+        assert (
+            chat.demonstration_ids == one({"prompt": [user], "completion": "yo"}, TEMPLATE).demonstration_ids
+        )
+        assert chat.rejected_ids == one({"prompt": [user], "completion": "no"}, TEMPLATE).demonstration_ids
+    assert one({"prompt": "a", "completion": "x", "rejected": "y"}).rejected_ids is not None
+    assert one({"prompt": "a", "completion": "x"}).rejected_ids is None
+
+
 def test_columns_are_renamed() -> None:
     example = one(
         {"question": "hi", "solution": "yo"}, columns={"question": "prompt", "solution": "completion"}
@@ -102,6 +123,11 @@ def test_columns_are_renamed() -> None:
             "row 7: 'messages' holds an answer but no prompt",
         ),
         (["a"], "row 7 is not a mapping"),
+        ({"prompt": "a", "completion": "x", "chosen": "y"}, "row 7 has both 'completion' and 'chosen'"),
+        ({"prompt": "a", "rejected": "y"}, "row 7 has 'rejected' but no 'chosen'"),
+        ({"prompt": "a", "chosen": ""}, "row 7: the demonstration is empty"),
+        ({"prompt": "a", "chosen": "x", "rejected": 3}, "row 7: 'rejected' must be"),
+        ({"chosen": "x", "rejected": "y"}, "row 7 has no 'prompt'"),
     ],
 )
 def test_bad_rows_are_refused_by_number(row: Any, message: str) -> None:
@@ -133,6 +159,9 @@ def test_long_rows_are_left_out_and_listed() -> None:
     dataset = prepare(rows, tokenizer, DataConfig(max_prompt_length=8, max_demonstration_length=8))
     assert [example.row for example in dataset.examples] == [3]
     assert dataset.left_out == {"prompt longer than 8 tokens": (1,), "demonstration too long": (2,)}
+    disliked = (4, {"prompt": "a", "chosen": "b", "rejected": "c" * 9})
+    kept = prepare([*rows[2:], disliked], tokenizer, DataConfig(max_demonstration_length=8))
+    assert kept.left_out == {"rejected answer too long": (4,)}
     windowed = prepare(rows, tokenizer, DataConfig(), context_length=10, max_completion_length=2)
     assert [example.row for example in windowed.examples] == [3]
     with pytest.raises(UsageError, match="no usable row: prompt longer than 1 tokens: 1 rows"):

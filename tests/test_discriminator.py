@@ -16,6 +16,7 @@ from uniapl.discriminator.bradley_terry import (
     Replay,
 )
 from uniapl.train.step import discriminator_step
+from uniapl.types import Example, Rollout, RolloutGroup
 
 COMPARISONS = [
     Comparison(prompt_ids=(5, 6), demonstration_ids=(7, 8, 1), completions=((9, 9), (10, 11, 12, 13))),
@@ -178,3 +179,14 @@ def test_the_accuracy_band_pauses_and_goes_on() -> None:
     for _ in range(40):
         state.observe(accuracy=0.5, expert_logit=None, band=(0.6, 0.9))
     assert not state.paused
+
+
+def test_a_rejected_answer_loses_too() -> None:
+    rollout = Rollout(
+        completion_ids=(9, 9), sampling_logprobs=(-1.0, -1.0), finish_reason="stop", policy_version=0
+    )
+    settings = {"row": 1, "prompt": "p", "prompt_ids": (5,), "demonstration": "d", "columns": {}}
+    for rejected, completions in ((None, ((9, 9),)), ((3, 1), ((9, 9), (3, 1)))):
+        example = Example(**settings, demonstration_ids=(7, 1), rejected_ids=rejected)
+        group = RolloutGroup(example=example, rollouts=(rollout,), reward_parts={})
+        assert Comparison.of(group).completions == completions

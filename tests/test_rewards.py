@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, Qwen3Config
 
+from tiny import SMALL, make_tokenizer
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import find_function, named_reward
@@ -216,3 +219,34 @@ def test_a_column_that_no_row_has_is_refused() -> None:
 def test_builtin_rewards_by_hand() -> None:
     assert find_function("lowercase")(["abc 1.", "Abc", "12", ""]) == [1.0, 0.0, 0.0, 0.0]
     assert find_function("no_comma")([[{"role": "assistant", "content": "a, b"}]]) == [0.0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, batch_size: int) -> None:
+    """One sequence at a time, without padding, gives the same logits."""
+    config = Qwen3Config(**SMALL, num_labels=1)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.save_pretrained(tmp_path)
+    user = [{"role": "user", "content": "hi"}]
+    prompts = ["say a", "b", user]
+    completions = ["aaa", "abcabcabc", [{"role": "assistant", "content": "yo"}]]
+    got = find_function("reward_model")(prompts, completions, model=str(tmp_path), batch_size=batch_size)
+    for text, logit in zip(("say aaaa", "babcabcabc", "<turn>hi<turn>yo"), got, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits
+        assert logit == pytest.approx(float(expected), abs=1e-5)
+    assert len(set(got)) == 3
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        find_function("reward_model")(["a"], ["b"], model=str(tmp_path / "nowhere"))
+    config = Qwen3Config(**SMALL, num_labels=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has 2 outputs, a reward model has one"):
+        find_function("reward_model")(["a"], ["b"], model=str(tmp_path))

@@ -250,6 +250,9 @@ class DiscriminatorConfig(_Section):
     learning_rate: float = Field(default=1e-5, gt=0, description="Of its own AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="Of its own AdamW.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Its gradient is clipped to this norm.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round."
+    )
     warmup_steps: int = Field(
         default=10, ge=0, description="First steps: it learns, the policy does not feel it."
     )

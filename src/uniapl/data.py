@@ -14,6 +14,8 @@ from uniapl.errors import UsageError
 from uniapl.types import Example, Prompt, TokenIds, derive_seed
 
 Row = Mapping[str, Any]
+Answer = str | list[dict[str, Any]] | None
+"""As the data has it: text, one assistant message, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +135,11 @@ def prepare(
         if len(example.prompt_ids) > longest_prompt:
             left_out.setdefault(f"prompt longer than {longest_prompt} tokens", []).append(number)
             continue
-        answer = len(example.demonstration_ids or ())
-        if answer > longest_demonstration or len(example.prompt_ids) + answer > (context_length or 2**62):
-            left_out.setdefault("demonstration too long", []).append(number)
+        answers = {"demonstration": example.demonstration_ids, "rejected answer": example.rejected_ids}
+        room = min(longest_demonstration, (context_length or 2**62) - len(example.prompt_ids))
+        too_long = [name for name, ids in answers.items() if len(ids or ()) > room]
+        if too_long:
+            left_out.setdefault(f"{too_long[0]} too long", []).append(number)
             continue
         examples.append(example)
     if not examples:
@@ -163,7 +167,8 @@ def tokenize_row(
             )
     row = {config.columns.get(column, column): value for column, value in row.items() if value is not None}
     prompt, completion = _prompt_and_completion(number, row)
-    plain = completion if isinstance(completion, str) or completion is None else _content(number, completion)
+    rejected = _answer(number, row, "rejected", prompt)
+    plain = _plain(number, completion)
     columns = {key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")}
     if isinstance(prompt, str) and config.string_prompts == "text":
         if config.system_prompt is not None:
@@ -171,11 +176,12 @@ def tokenize_row(
                 f"row {number} is plain text, which has no place for data.system_prompt; "
                 "set data.string_prompts: chat, or leave the system prompt out"
             )
-        demonstration = plain
+        demonstration, disliked = plain, _plain(number, rejected)
         prompt_ids = _encode_prompt(prompt, tokenizer)
     else:
         messages = _as_messages(prompt, config.system_prompt)
         prompt_text, demonstration = _render_chat(number, messages, completion, tokenizer, config)
+        _, disliked = _render_chat(number, messages, rejected, tokenizer, config)
         prompt_ids = tuple(tokenizer(prompt_text, add_special_tokens=False).input_ids)
     if not prompt_ids:
         raise UsageError(f"row {number}: the prompt is empty")
@@ -186,17 +192,20 @@ def tokenize_row(
         demonstration_ids = _encode_completion(demonstration, tokenizer, stop_ids)
         if not (plain or "").strip() or all(token in stop_ids for token in demonstration_ids):
             raise UsageError(f"row {number}: the demonstration is empty, no token could be learnt from it")
+    elif disliked is not None:
+        raise UsageError(f"row {number} has 'rejected' but no 'chosen' and no 'completion' to prefer to it")
     return Example(
         row=number,
         prompt=prompt,
         prompt_ids=prompt_ids,
         demonstration=plain,
         demonstration_ids=demonstration_ids,
+        rejected_ids=None if disliked is None else _encode_completion(disliked, tokenizer, stop_ids),
         columns=columns,
     )
 
 
-def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, str | list[dict[str, Any]] | None]:
+def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, Answer]:
     if row.get("messages") is not None:
         messages = _checked_messages(number, "messages", row["messages"])
         if messages[-1]["role"] == "assistant":
@@ -204,7 +213,14 @@ def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, str | list[di
                 raise UsageError(f"row {number}: 'messages' holds an answer but no prompt")
             return messages[:-1], messages[-1:]
         return messages, None
-    prompt, completion = row.get("prompt"), row.get("completion")
+    prompt = row.get("prompt")
+    if row.get("completion") is not None and row.get("chosen") is not None:
+        raise UsageError(f"row {number} has both 'completion' and 'chosen': which one is the demonstration?")
+    column = "completion" if row.get("chosen") is None else "chosen"
+    if prompt is None and column == "chosen" and not isinstance(row["chosen"], str):
+        # TRL's implicit prompt: both answers are whole conversations.
+        conversation = _checked_messages(number, "chosen", row["chosen"])
+        prompt = conversation[:-1] or None
     if prompt is None:
         known = ", ".join(sorted(str(column) for column in row)) or "none"
         raise UsageError(
@@ -213,11 +229,20 @@ def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, str | list[di
         )
     if not isinstance(prompt, str):
         prompt = _checked_messages(number, "prompt", prompt)
-    if completion is not None and not isinstance(completion, str):
-        completion = _checked_messages(number, "completion", completion)
-        if len(completion) != 1 or completion[0]["role"] != "assistant":
-            raise UsageError(f"row {number}: 'completion' must be a string or one assistant message")
-    return prompt, completion
+    return prompt, _answer(number, row, column, prompt)
+
+
+def _answer(number: int, row: Row, column: str, prompt: Prompt) -> Answer:
+    """A string, or one assistant message; a conversation that begins with the prompt is cut to its answer."""
+    value = row.get(column)
+    if value is None or isinstance(value, str):
+        return value
+    messages = _checked_messages(number, column, value)
+    if not isinstance(prompt, str) and messages[: len(prompt)] == prompt:
+        messages = messages[len(prompt) :]
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise UsageError(f"row {number}: '{column}' must be a string or one assistant message")
+    return messages
 
 
 def _checked_messages(number: int, column: str, value: Any) -> list[dict[str, Any]]:
@@ -244,7 +269,7 @@ def _as_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, An
 def _render_chat(
     number: int,
     messages: list[dict[str, Any]],
-    completion: str | list[dict[str, Any]] | None,
+    completion: Answer,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
 ) -> tuple[str, str | None]:
@@ -281,7 +306,9 @@ def _render_chat(
     return prompt_text, whole[len(prompt_text) :]
 
 
-def _content(number: int, completion: list[dict[str, Any]]) -> str:
+def _plain(number: int, completion: Answer) -> str | None:
+    if completion is None or isinstance(completion, str):
+        return completion
     content = completion[0]["content"]
     if not isinstance(content, str):
         raise UsageError(f"row {number}: the demonstration's content must be text, got {content!r:.80}")

@@ -44,6 +44,8 @@ class Example:
     demonstration: str | None
     demonstration_ids: TokenIds | None
     """The expert's completion, its end token included."""
+    rejected_ids: TokenIds | None = None
+    """An answer that somebody liked less than the demonstration: the discriminator learns from it too."""
     columns: dict[str, Any]
     """Every other column of the row: what reward functions receive by name."""
 

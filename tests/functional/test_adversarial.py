@@ -46,6 +46,16 @@ def test_bradley_terry_stays_finite_when_it_is_certain_and_wrong() -> None:
     assert float(expert.grad) == -1.0  # type: ignore[arg-type]
 
 
+def test_label_smoothing_by_hand_and_where_it_is_least() -> None:
+    expert, policy = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    expected = sum(0.9 * math.log1p(math.exp(-m)) + 0.1 * math.log1p(math.exp(m)) for m in (1.0, -2.0))
+    assert float(bradley_terry_loss(expert, policy, label_smoothing=0.1)) == pytest.approx(expected)
+    margin = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)
+    bradley_terry_loss(margin, torch.zeros(1), label_smoothing=0.1).backward()
+    assert margin.grad is not None
+    assert float(margin.grad) == pytest.approx(0.0, abs=1e-6)
+
+
 def test_win_probability_by_hand() -> None:
     expected = [
         [reference.sigmoid(x - e) for x in row]

@@ -629,6 +629,12 @@ def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
         wins = [c["win_rate"] for x in split[True] if x["step"] == record["step"] for c in x["completions"]]
         expected = pytest.approx(sum(wins) / len(wins)) if wins else None
         assert record.get("discriminator/held_out_pair_win_rate") == expected
+    accuracy = 0.5
+    for record in lines(tmp_path / "run" / "metrics.jsonl"):
+        seen = record.get("discriminator/held_out_accuracy")
+        accuracy += 0.1 * (seen - accuracy) if seen is not None else 0.0
+    state = json.loads((checkpoint.checkpoint_path(tmp_path / "run", 6) / "state.json").read_text())
+    assert state["adversary"]["accuracy"] == pytest.approx(accuracy), "the band looks at the held-out pairs"
     assert split[True]
 
 

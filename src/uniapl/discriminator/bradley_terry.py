@@ -33,12 +33,14 @@ class Comparison:
 
     @staticmethod
     def of(group: RolloutGroup) -> "Comparison":
-        """The comparison that a group with a demonstration allows."""
-        assert group.example.demonstration_ids is not None
+        """The comparison that a group with a demonstration allows; a rejected answer loses too."""
+        example = group.example
+        assert example.demonstration_ids is not None
+        rejected = () if example.rejected_ids is None else (example.rejected_ids,)
         return Comparison(
-            prompt_ids=group.example.prompt_ids,
-            demonstration_ids=group.example.demonstration_ids,
-            completions=tuple(rollout.completion_ids for rollout in group.rollouts),
+            prompt_ids=example.prompt_ids,
+            demonstration_ids=example.demonstration_ids,
+            completions=(*(rollout.completion_ids for rollout in group.rollouts), *rejected),
         )
 
     @property
@@ -102,6 +104,7 @@ class BradleyTerryDiscriminator:
     pad_id: int
     max_tokens: int
     """Padded tokens of one batch at most, one row (or one comparison) at least."""
+    label_smoothing: float = 0.0
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -145,7 +148,7 @@ class BradleyTerryDiscriminator:
         groups = logits.split(sizes)
         expert = torch.cat([group[:1].expand(len(group) - 1) for group in groups])
         policy = torch.cat([group[1:] for group in groups])
-        return bradley_terry_loss(expert, policy)
+        return bradley_terry_loss(expert, policy, label_smoothing=self.label_smoothing)
 
     def _pad(self, sequences: Sequence[Scored]) -> tuple[Tensor, Tensor]:
         rows = [prompt + completion for prompt, completion in sequences]

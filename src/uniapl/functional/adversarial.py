@@ -16,7 +16,10 @@ Assignment = Literal["win_probability", "logit", "log_sigmoid", "standardized"]
 
 
 def bradley_terry_loss(
-    expert_logits: Float[Tensor, " P"], policy_logits: Float[Tensor, " P"]
+    expert_logits: Float[Tensor, " P"],
+    policy_logits: Float[Tensor, " P"],
+    *,
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     r"""Sum of :math:`-\log \sigma(d(x, y^*) - d(x, y))` over pairs: the expert's answer should win.
 
@@ -25,8 +28,13 @@ def bradley_terry_loss(
     Args:
         expert_logits: d of the demonstration of each pair. Carries the gradient.
         policy_logits: d of the rollout of the same pair, for the same prompt. Carries the gradient.
+        label_smoothing: The share s of pairs that are taken to be the wrong way round: the loss is
+            :math:`-(1 - s) \log \sigma(m) - s \log \sigma(-m)` of the margin m, least at
+            :math:`\log((1 - s) / s)` instead of infinity (as in cDPO; Mitchell 2023).
     """
-    return -logsigmoid(expert_logits - policy_logits).sum()
+    margin = expert_logits - policy_logits
+    right, wrong = logsigmoid(margin).sum(), logsigmoid(-margin).sum()
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
 def win_probability(

@@ -12,8 +12,9 @@ have NO reward, they are left out of their group's mean and of the loss, and the
 ``rewards/<name>/error_rate`` or ``timeout_rate``. It is never turned into a 0, which would be a judgement.
 """
 
-from uniapl.rewards import builtin as _builtin  # registers the functions that come with the package
+from uniapl.rewards import builtin as _builtin  # these register the functions that come with the package
+from uniapl.rewards import model as _model
 from uniapl.rewards.base import Rewarder, RewardFunction, RewardOutcome, register
 
 __all__ = ["RewardFunction", "RewardOutcome", "Rewarder", "register"]
-del _builtin
+del _builtin, _model

@@ -233,6 +233,7 @@ def _build_learner(
             module=module,
             pad_id=materials.pad_id,
             max_tokens=config.batching.max_tokens,
+            label_smoothing=settings.label_smoothing,
             autocast=accelerator.autocast,
         ),
         module=wrapped,

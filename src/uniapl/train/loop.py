@@ -158,8 +158,10 @@ def judge(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Rollou
         for group, (policy, expert) in zip(groups, logits, strict=True)
     ]
     experts = [expert for _, expert in logits if expert is not None and math.isfinite(expert)]
+    # Where some demonstrations are kept from it, those say what it knows of the expert.
+    watched = "held_out_accuracy" if stage.config.discriminator.held_out_share else "accuracy"
     stage.adversary.state.observe(
-        accuracy=metrics.pair_metrics(judged).get("discriminator/accuracy"),
+        accuracy=stage.pair_metrics(judged).get(f"discriminator/{watched}"),
         expert_logit=sum(experts) / len(experts) if experts else None,
         band=stage.config.discriminator.accuracy_band,
     )

@@ -1,0 +1,68 @@
+"""A reward model as a reward function: a sequence classifier with one output (TRL's RewardTrainer)."""
+
+import functools
+from typing import Any
+
+from uniapl.errors import UsageError
+from uniapl.rewards.base import register
+
+
+@register("reward_model")
+def reward_model(
+    prompts: list[Any], completions: list[Any], *, model: str, batch_size: int = 16
+) -> list[float]:
+    """The logit that a reward model gives to prompt and completion.
+
+    Its text is made as TRL's GRPOTrainer makes it: a chat by the reward model's own template, plain strings
+    as they are. A logit has no fixed range: weigh it against other rewards.
+
+    Args:
+        model: Directory or Hub id of a sequence classifier with one output and its tokenizer.
+        batch_size: Answers scored at a time.
+    """
+    import torch
+
+    classifier, tokenizer = _load(model)
+    texts = [
+        prompt + completion
+        if isinstance(completion, str)
+        else tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    logits: list[float] = []
+    for start in range(0, len(texts), batch_size):
+        inputs = tokenizer(
+            texts[start : start + batch_size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+        ).to(classifier.device)
+        with torch.no_grad():
+            logits += classifier(**inputs).logits[:, 0].tolist()
+    return logits
+
+
+@functools.cache
+def _load(name: str) -> tuple[Any, Any]:
+    """The classifier on the accelerator, if there is one, and its tokenizer.
+
+    Raises:
+        UsageError: It cannot be loaded, or has another number of outputs.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True
+        )
+    except Exception as error:  # transformers and the Hub client raise many kinds
+        raise UsageError(f"the reward model '{name}' cannot be loaded: {error}") from error
+    if model.config.num_labels != 1:
+        raise UsageError(f"'{name}' has {model.config.num_labels} outputs, a reward model has one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval().requires_grad_(False).to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
