@@ -22,6 +22,7 @@ verbs:
   compare [--methods a,b] [--seeds 5]   methods side by side on that task, at equal budget, with intervals
   train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
   check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
+  pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
 
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
 `uniapl train RECIPE.yaml --help` lists them all with their values.
@@ -40,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a verb; the exit code."""
-    verbs = {"demo": demo, "compare": compare, "train": train, "check": check}
+    verbs = {
+        "demo": demo,
+        "compare": compare,
+        "train": train,
+        "check": check,
+        "pretrain-discriminator": pretrain_discriminator,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
@@ -103,6 +110,17 @@ def check(arguments: list[str]) -> int:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
         print_report(report)
+    return 0
+
+
+def pretrain_discriminator(arguments: list[str]) -> int:
+    """`uniapl pretrain-discriminator DATA --policies DIR DIR --model-name-or-path DIR [--output-dir ...]`."""
+    from transformers.utils import logging
+
+    from uniapl.train.pretrain_discriminator import pretrain_discriminator as run_pretraining
+
+    logging.disable_progress_bar()
+    run_pretraining(arguments)
     return 0
 
 

@@ -99,23 +99,29 @@ class Polar:
         model.eval().requires_grad_(False).to(device)
         return Polar(model=model, format=form, max_tokens=max_tokens)
 
+    @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """The logit of each candidate, its prompt's demonstration being the reference."""
-        tokenizer = self.format.tokenizer
-        texts = [self.format.text(c.example.prompt, reference_of(c), c.text) for c in candidates]
-        rows: list[list[int]] = [tokenizer.encode(text) for text in texts]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        logits = [0.0] * len(rows)
-        while order:
-            count = max(1, self.max_tokens // len(rows[order[0]]))
-            part, order = order[:count], order[count:]
-            scores = self._score([rows[index] for index in part])
-            for index, score in zip(part, scores.tolist(), strict=True):
-                logits[index] = score
-        return logits
+        return self.logits(
+            [self.format.text(c.example.prompt, reference_of(c), c.text) for c in candidates]
+        ).tolist()
 
-    @torch.no_grad()
-    def _score(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def logits(self, texts: Sequence[str]) -> Tensor:
+        """[N], of texts in POLAR's format; carries the gradient, if the model's weights want one."""
+        rows: list[list[int]] = [self.format.tokenizer.encode(text) for text in texts]
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(order):
+            count = max(1, self.max_tokens // len(rows[order[start]]))
+            parts.append(self._forward([rows[index] for index in order[start : start + count]]))
+            start += count
+        if not parts:
+            return torch.zeros(0)
+        places = torch.tensor(order).argsort().to(parts[0].device)
+        return torch.cat(parts)[places]
+
+    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
         width = max(map(len, rows))
         pad = self.format.tokenizer.pad_token_id
         device = next(self.model.parameters()).device

@@ -1,0 +1,267 @@
+"""`uniapl pretrain-discriminator`: a POLAR-style discriminator on a backbone of yours."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.optim import AdamW
+from transformers import AutoModelForSequenceClassification
+
+from uniapl import data
+from uniapl.config import DataConfig, ModelConfig
+from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
+from uniapl.errors import UsageError
+from uniapl.functional import bradley_terry_loss, learning_rate_factor
+from uniapl.rollout.local import LocalSampler
+from uniapl.train import checkpoint, setup
+from uniapl.types import Example, TokenIds, derive_seed
+
+HELD_OUT_SHARE = 0.1
+"""Of the prompts; the accuracy on them says whether it learned to tell policies or only their texts."""
+
+Texts = list[list[str]]
+"""Of one policy: per prompt, its answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triple:
+    """Two answers by one policy and one by another, all to the same prompt."""
+
+    example: Example
+    reference: str
+    same: str
+    other: str
+
+
+def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
+    """Sample from every policy, then learn which answers are by the same one.
+
+    Bradley-Terry over (reference and candidate by one policy) against (the candidate by another). Source:
+    POLAR (arXiv 2507.05197), pre-training, on a backbone and a pool of policies of any size.
+
+    Returns:
+        What `training.json` in the output directory holds.
+
+    Raises:
+        UsageError: Fewer than two policies, models or data that cannot be used, an occupied output directory.
+    """
+    options = _parse(arguments)
+    if options.output_dir.exists():
+        raise UsageError(f"'{options.output_dir}' is already there: choose another --output-dir")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    console = Console(highlight=False)
+    examples, texts = _write_all(options, device, console)
+    held_out = {
+        index
+        for index, example in enumerate(examples)
+        if derive_seed(options.seed, "held out", *example.prompt_ids) < HELD_OUT_SHARE * 2**63
+    }
+    polar = _fresh(options.model_name_or_path, options.max_tokens, device)
+    learnt = _triples(examples, texts, set(range(len(examples))) - held_out, options.seed, "train")
+    optimizer = AdamW(polar.model.parameters(), lr=options.learning_rate, weight_decay=0.0)
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            factor = learning_rate_factor(step, "linear", warmup_steps=0, total_steps=options.steps)
+            group["lr"] = options.learning_rate * factor
+        batch = [next(learnt) for _ in range(options.batch_size)]
+        same, other = _logits(polar, batch)
+        loss = bradley_terry_loss(same, other) / len(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(polar.model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % max(1, options.steps // 10) == 0:
+            console.print(f"{step + 1}/{options.steps} loss {float(loss):.3f}")
+    result: dict[str, Any] = {
+        "policies": options.policies,
+        "prompts": len(examples),
+        "held_out_prompts": len(held_out),
+        "held_out_accuracy": _accuracy(polar, examples, texts, held_out, options),
+        "steps": options.steps,
+        "seed": options.seed,
+    }
+
+    def fill(directory: Path) -> None:
+        polar.model.save_pretrained(directory)
+        polar.format.tokenizer.save_pretrained(directory)
+        (directory / "training.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+    checkpoint.write_directory(options.output_dir, fill)
+    accuracy = result["held_out_accuracy"]
+    known = "no prompt was held out" if accuracy is None else f"accuracy on held-out prompts {accuracy:.3f}"
+    console.print(f"{known}; use it as discriminator.kind: polar, model_name_or_path: {options.output_dir}")
+    return result
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="uniapl pretrain-discriminator",
+        description="A frozen discriminator in POLAR's format, on a backbone of yours: it learns which "
+        "answers are by the same policy, from what several policies (checkpoints, say) write. The expert's "
+        "answers in the data are one more policy.",
+    )
+    add = parser.add_argument
+    add("data", help="prompts, and the expert's answers where there are some; as for train")
+    add("--policies", nargs="+", required=True, help="directories or Hub ids of language models")
+    add("--model-name-or-path", required=True, help="the backbone it starts from")
+    add("--output-dir", type=Path, default=Path("runs/discriminator"))
+    add("--samples", type=int, default=2, help="answers of each policy to each prompt")
+    add("--max-completion-length", type=int, default=256)
+    add("--string-prompts", choices=("text", "chat"), default="text", help="as data.string_prompts")
+    add("--steps", type=int, default=500)
+    add("--batch-size", type=int, default=32, help="triples of a step")
+    add("--learning-rate", type=float, default=1e-5, help="falls to 0 by the last step")
+    add("--max-tokens", type=int, default=16384, help="padded tokens that are scored at a time")
+    add("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.samples < 2:
+        raise UsageError("--samples must be at least 2: two answers of each policy are compared")
+    if min(options.steps, options.batch_size) < 1:
+        raise UsageError("--steps and --batch-size must be at least 1")
+    return options
+
+
+def _write_all(
+    options: argparse.Namespace, device: torch.device, console: Console
+) -> tuple[list[Example], list[Texts]]:
+    """The prompts, and what every policy writes to them; the expert last, if the data has answers of it."""
+    config = DataConfig(path=options.data, string_prompts=options.string_prompts)
+    rows = data.read_rows(config)
+    everything: tuple[Example, ...] = ()
+    written: list[Texts] = []
+    for name in options.policies:
+        found, answers = _write(name, rows, config, options, device)
+        everything = everything or found
+        if [example.row for example in found] != [example.row for example in everything]:
+            raise UsageError(
+                f"'{name}' cannot use the same rows as '{options.policies[0]}' (window, template)"
+            )
+        written.append(answers)
+        console.print(f"{name}: {options.samples} answers to each of {len(answers)} prompts", markup=False)
+    examples = _distinct(everything)
+    expert: dict[TokenIds, list[str]] = {example.prompt_ids: [] for example in examples}
+    for example in everything:
+        if example.demonstration is not None:
+            expert[example.prompt_ids].append(example.demonstration)
+    written.append([expert[example.prompt_ids] for example in examples])
+    if sum(any(answers) for answers in written) < 2:
+        raise UsageError("two policies at least: name more in --policies, or give data with expert's answers")
+    return examples, written
+
+
+def _write(
+    name: str,
+    rows: Sequence[tuple[int, Any]],
+    config: DataConfig,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> tuple[tuple[Example, ...], Texts]:
+    """The rows as one policy reads them, and its answers to the distinct prompts among them."""
+    where = ModelConfig(model_name_or_path=name)
+    tokenizer: Any = setup.load_tokenizer(where)
+    model: Any = setup.load_model(where)
+    setup.check_vocabulary(model, tokenizer)
+    stop_ids = setup.load_stop_ids(where, model.config, tokenizer)
+    examples = data.prepare(rows, tokenizer, config, stop_ids=stop_ids).examples
+    prompts = _distinct(examples)
+    sampler = LocalSampler(
+        model=model.to(device),
+        stop_ids=stop_ids,
+        pad_id=tokenizer.pad_token_id,
+        max_completion_length=options.max_completion_length,
+    )
+    groups = sampler.sample(
+        [example.prompt_ids for example in prompts],
+        seeds=[derive_seed(options.seed, "sample", name, example.row) for example in prompts],
+        num_generations=options.samples,
+        policy_version=0,
+    )
+    return examples, [
+        [tokenizer.decode(list(r.completion_ids), skip_special_tokens=True) for r in group]
+        for group in groups
+    ]
+
+
+def _distinct(examples: Sequence[Example]) -> list[Example]:
+    """One example per prompt."""
+    return list({example.prompt_ids: example for example in reversed(examples)}.values())[::-1]
+
+
+def _fresh(backbone: str, max_tokens: int, device: torch.device) -> Polar:
+    """A classifier with a new head on the backbone, whose tokenizer knows POLAR's two tokens."""
+    tokenizer: Any = setup.load_tokenizer(ModelConfig(model_name_or_path=backbone))
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [SEPARATOR, END]}, replace_extra_special_tokens=False
+    )
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            backbone, num_labels=1, dtype=torch.float32, use_safetensors=True
+        )
+    except Exception as error:  # transformers and the Hub client raise many kinds
+        raise UsageError(f"the backbone '{backbone}' cannot be loaded as a classifier: {error}") from error
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 16384
+    form = PolarFormat(tokenizer=tokenizer, max_length=window, max_response_length=window // 4)
+    return Polar(model=model.eval().to(device), format=form, max_tokens=max_tokens)
+
+
+def _triples(
+    examples: Sequence[Example], texts: Sequence[Texts], prompts: set[int], seed: int, name: str
+) -> Iterator[Triple]:
+    """An endless draw: a prompt, a policy with two answers to it, and another one with at least one."""
+    pairs = [
+        (prompt, policy)
+        for prompt in sorted(prompts)
+        for policy, answers in enumerate(texts)
+        if len(answers[prompt]) > 1 and any(o[prompt] for n, o in enumerate(texts) if n != policy)
+    ]
+    generator = torch.Generator().manual_seed(derive_seed(seed, "triples", name))
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (1,), generator=generator))
+
+    while pairs:
+        prompt, policy = pairs[draw(len(pairs))]
+        own = texts[policy][prompt]
+        first, second = torch.randperm(len(own), generator=generator)[:2].tolist()
+        others = [answers[prompt] for n, answers in enumerate(texts) if n != policy and answers[prompt]]
+        chosen = others[draw(len(others))]
+        yield Triple(
+            example=examples[prompt], reference=own[first], same=own[second], other=chosen[draw(len(chosen))]
+        )
+
+
+def _logits(polar: Polar, batch: Sequence[Triple]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the candidates by the reference's policy, and of those by the other one."""
+    logits = polar.logits(
+        [
+            polar.format.text(triple.example.prompt, triple.reference, candidate)
+            for triple in batch
+            for candidate in (triple.same, triple.other)
+        ]
+    )
+    return logits[::2], logits[1::2]
+
+
+@torch.no_grad()
+def _accuracy(
+    polar: Polar,
+    examples: Sequence[Example],
+    texts: Sequence[Texts],
+    prompts: set[int],
+    options: argparse.Namespace,
+) -> float | None:
+    """On held-out prompts: how often the candidate by the same policy has the higher logit; a tie is half."""
+    draw = _triples(examples, texts, prompts, options.seed, "held out")
+    batch = [triple for triple, _ in zip(draw, range(8 * options.batch_size), strict=False)]
+    if not batch:
+        return None
+    same, other = _logits(polar, batch)
+    return float(torch.where(same == other, 0.5, (same > other).float()).mean())

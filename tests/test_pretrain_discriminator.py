@@ -1,0 +1,87 @@
+"""A discriminator learns whose answer it reads, and a run uses it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from runs import lines, recipe, train
+from tiny import make_model, make_tokenizer, save_model
+from uniapl import cli
+from uniapl.discriminator.polar import END, SEPARATOR
+
+
+def save_policy(path: Path, favourite: int) -> str:
+    """A model that mostly writes one letter: its head leans towards that token."""
+    model = make_model(scale=1.0)
+    untied = AutoModelForCausalLM.from_config(
+        type(model.config)(**{**model.config.to_dict(), "tie_word_embeddings": False})
+    )
+    with torch.no_grad():
+        for parameter in untied.parameters():
+            parameter.mul_(0.1)
+        norm = untied.base_model.norm.weight
+        norm.fill_(1.0)
+        untied.lm_head.weight.zero_()
+        untied.base_model.embed_tokens.weight.fill_(1.0)
+        untied.lm_head.weight[favourite] = 0.12
+        untied.lm_head.weight[1] = 0.06
+    untied.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("policies")
+    return [save_policy(path / str(favourite), favourite) for favourite in (5, 9, 20)]
+
+
+def write_data(path: Path, *, demonstrations: bool) -> Path:
+    rows = [
+        {"prompt": f"say {letter}."} | ({"completion": "zzz"} if demonstrations else {})
+        for letter in "abcdefghijklmnopqrstuvwxyz"
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_it_learns_whose_answer_it_reads_and_a_run_uses_it(policies: list[str], tmp_path: Path) -> None:
+    backbone = save_model(tmp_path / "backbone")
+    data = write_data(tmp_path / "data.jsonl", demonstrations=True)
+    output = tmp_path / "discriminator"
+    command = ["pretrain-discriminator", str(data), "--policies", *policies, "--output-dir", str(output)]
+    settings = ["--steps", "100", "--learning-rate", "3e-3", "--max-completion-length", "6", "--samples", "3"]
+    assert cli.run([*command, "--model-name-or-path", str(backbone), *settings]) == 0
+    result = json.loads((output / "training.json").read_text())
+    assert 0 < result["held_out_prompts"] < 13
+    assert result["held_out_accuracy"] > 0.8
+    tokens = json.loads((output / "tokenizer.json").read_text())["added_tokens"]
+    assert {SEPARATOR, END} <= {token["content"] for token in tokens}
+
+    adversary = {"kind": "polar", "model_name_or_path": str(output)}
+    train(recipe(backbone, tmp_path / "run", method="a-grpo", discriminator=adversary))
+    assert "discriminator/accuracy" in lines(tmp_path / "run" / "metrics.jsonl")[-1]
+
+
+def test_what_cannot_be_learned_from_is_refused(
+    policies: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data.jsonl", demonstrations=False)
+    backbone = ["--model-name-or-path", policies[0], "--max-completion-length", "2"]
+
+    def refused(*arguments: str) -> str:
+        command = ["pretrain-discriminator", str(data), *backbone, *arguments]
+        assert cli.run([*command, "--output-dir", str(tmp_path / "output")]) == 2
+        assert not (tmp_path / "output").exists()
+        return capsys.readouterr().err
+
+    assert "two policies at least" in refused("--policies", policies[0])
+    assert "--samples must be at least 2" in refused("--policies", *policies, "--samples", "1")
+    assert "no such directory" in refused("--policies", str(tmp_path / "nowhere"))
+    assert (
+        cli.run(["pretrain-discriminator", str(data), *backbone, "--policies", "x", "--output-dir", "."]) == 2
+    )
+    assert "is already there" in capsys.readouterr().err
