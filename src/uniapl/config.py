@@ -237,6 +237,12 @@ class DiscriminatorConfig(_Section):
         "policy's start; polar and remote: the reward model; density-ratio: the model that was fine-tuned on "
         "the demonstrations.",
     )
+    lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of bradley-terry: no copy, but adapters of this rank on the policy's own weights; one "
+        "backbone in memory.",
+    )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with it, as POLAR's own models need."
     )

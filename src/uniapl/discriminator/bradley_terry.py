@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from uniapl.discriminator import Candidate
+from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss
 from uniapl.types import RolloutGroup, TokenIds
@@ -62,7 +63,7 @@ class BradleyTerry(nn.Module):
     every answer begins with win probability 0.5; it has no bias, since only differences count.
     """
 
-    def __init__(self, trunk: PreTrainedModel) -> None:
+    def __init__(self, trunk: PreTrainedModel | LoraTrunk) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(trunk.config.get_text_config().hidden_size, 1, bias=False)

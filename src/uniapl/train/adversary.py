@@ -21,6 +21,7 @@ from uniapl.discriminator.bradley_terry import (
     Replay,
 )
 from uniapl.discriminator.density_ratio import DensityRatio
+from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UsageError
@@ -203,7 +204,9 @@ def _build_learner(
     config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
 ) -> Learner:
     settings = config.discriminator
-    if settings.model_name_or_path is None:
+    if settings.lora_rank is not None:
+        module = BradleyTerry(LoraTrunk(model, settings.lora_rank)).to(accelerator.device)
+    elif settings.model_name_or_path is None:
         module = BradleyTerry.copy_of(model)
     else:
         try:

@@ -17,7 +17,7 @@ from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup
 from uniapl.train.console import RunView
 from uniapl.train.loop import run_stage
-from uniapl.train.run import Evaluate, save_model, start_run
+from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
 
 
@@ -177,11 +177,11 @@ def _resume_state(
             f"checkpoint '{found}' has no discriminator (it was made with lambda_adv 0): set "
             "objective.lambda_adv to 0, or start anew from its weights by model.model_name_or_path"
         )
-    kind = stage.discriminator.kind
+    kind = discriminator_kind(stage)
     same = {state["kind"], kind} in ({kind}, {"polar", "remote"})
     if stage.objective.lambda_adv > 0 and not same:
         raise UsageError(
-            f"checkpoint '{found}' was made with another discriminator.kind than '{kind}': change it back, "
+            f"checkpoint '{found}' was made with another discriminator than '{kind}': change it back, "
             "or start anew from its weights by model.model_name_or_path"
         )
     reason = state["stopping"]["reason"] if state["stop_rule"] == stage.stop.model_dump() else None

@@ -189,7 +189,7 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             "seed": run.config.seed,
             "data_sha256": run.materials.data_sha256,
             **{name: stream.position for name, stream in run.streams.items()},
-            "kind": stage.config.discriminator.kind,
+            "kind": discriminator_kind(stage.config),
             **stage.save(directory),
         }
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -198,6 +198,12 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         checkpoint.write_directory(checkpoint.checkpoint_path(run.directory, run.step), fill)
         checkpoint.prune(run.directory, run.config.save_total_limit)
     run.accelerator.wait_for_everyone()
+
+
+def discriminator_kind(config: Config) -> str:
+    """What a checkpoint's discriminator must be for a run to go on with it."""
+    rank = config.discriminator.lora_rank
+    return config.discriminator.kind + (f", lora_rank {rank}" if rank is not None else "")
 
 
 def save_model(run: Run, stage: Stage, path: Path) -> None:

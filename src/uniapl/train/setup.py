@@ -229,6 +229,10 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder) -> None:
 
 def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
     settings = config.discriminator
+    if settings.lora_rank is not None and (settings.kind != "bradley-terry" or settings.model_name_or_path):
+        raise UsageError(
+            "discriminator.lora_rank adapts the policy's own weights: leave out model_name_or_path, and kind"
+        )
     if settings.kind == "bradley-terry":
         paired = [example for example in prompts if example.demonstration_ids]
         if paired and all(is_held_out(example, config) for example in paired):
