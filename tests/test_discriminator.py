@@ -1,6 +1,7 @@
 """The Bradley-Terry discriminator: scoring, its loss, replay, the accuracy band; and that it learns."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,17 @@ from accelerate import Accelerator
 from torch.testing import assert_close
 
 from tiny import make_model
+from uniapl.discriminator import Candidate
 from uniapl.discriminator.bradley_terry import (
     AdversaryState,
     BradleyTerry,
     BradleyTerryDiscriminator,
     Comparison,
     Replay,
+    another_example,
+    no_context,
 )
+from uniapl.errors import UsageError
 from uniapl.train.step import discriminator_step
 from uniapl.types import Example, Rollout, RolloutGroup
 
@@ -189,4 +194,32 @@ def test_a_rejected_answer_loses_too() -> None:
     for rejected, completions in ((None, ((9, 9),)), ((3, 1), ((9, 9), (3, 1)))):
         example = Example(**settings, demonstration_ids=(7, 1), rejected_ids=rejected)
         group = RolloutGroup(example=example, rollouts=(rollout,), reward_parts={})
-        assert Comparison.of(group).completions == completions
+        assert Comparison.of(group, no_context).completions == completions
+
+
+def test_another_example_shows_the_expert_and_never_the_answer_itself() -> None:
+    def example(prompt: int, demonstration: int | None) -> Example:
+        ids = None if demonstration is None else (demonstration, 1)
+        return Example(
+            row=1, prompt="p", prompt_ids=(prompt,), demonstration="d", demonstration_ids=ids, columns={}
+        )
+
+    examples = [example(5, 10), example(6, 11), example(7, 12), example(8, None)]
+    context = another_example(examples, seed=0)
+    shown = {(5, 10, 1), (6, 11, 1), (7, 12, 1)}
+    for one in [*examples, *(example(n, 20) for n in range(9, 30))]:
+        assert context(one) in shown
+        assert context(one)[0] != one.prompt_ids[0]
+        assert context(one) == another_example(examples, seed=0)(one)
+    assert {context(example(n, None)) for n in range(9, 30)} == shown
+    with pytest.raises(UsageError, match="two different prompts"):
+        another_example(examples[:1] * 2, seed=0)
+
+    subject = replace(discriminator(), context=context)
+    candidate = Candidate(example=examples[0], completion_ids=(9, 9), text="", reference=None)
+    assert subject.score([candidate]) == subject.logits([((*context(examples[0]), 5), (9, 9))])
+    rollout = Rollout(
+        completion_ids=(9, 9), sampling_logprobs=(-1.0, -1.0), finish_reason="stop", policy_version=0
+    )
+    group = RolloutGroup(example=examples[0], rollouts=(rollout,), reward_parts={})
+    assert Comparison.of(group, context).prompt_ids == (*context(examples[0]), 5)

@@ -96,7 +96,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_with_adapters_resumes_exactly(model_dir: Path, tmp_path: Path) -> None:
-    adversary = {"lora_rank": 2, "learning_rate": 1e-2}
+    adversary = {"lora_rank": 2, "learning_rate": 1e-2, "reads_example": True}
     values: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "discriminator": adversary}
     train(recipe(model_dir, tmp_path / "whole", **values))
     run_until(4, recipe(model_dir, tmp_path / "broken", **values))

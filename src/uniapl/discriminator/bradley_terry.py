@@ -15,10 +15,43 @@ from uniapl.discriminator import Candidate
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss
-from uniapl.types import RolloutGroup, TokenIds
+from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
 
 Scored = tuple[TokenIds, TokenIds]
 """Prompt ids and completion ids of what is given a logit."""
+
+Context = Callable[[Example], TokenIds]
+"""What is read before an example's prompt."""
+
+
+def no_context(example: Example) -> TokenIds:
+    """Nothing: the prompt comes first."""
+    return ()
+
+
+def another_example(examples: Sequence[Example], seed: int) -> Context:
+    """Another prompt with its demonstration, always the same one for a prompt: what the expert is like.
+
+    Not the prompt's own demonstration: the expert's answer would then be known by being read twice. Source:
+    our choice, for a discriminator that has one answer of the expert per prompt.
+
+    Raises:
+        UsageError: Fewer than two prompts have a demonstration.
+    """
+    shown = {e.prompt_ids: e.demonstration_ids for e in examples if e.demonstration_ids is not None}
+    if len(shown) < 2:
+        raise UsageError("discriminator.reads_example needs demonstrations of at least two different prompts")
+    prompts = list(shown)
+
+    def context(example: Example) -> TokenIds:
+        drawn = derive_seed(seed, "context", *example.prompt_ids)
+        chosen = prompts[drawn % len(prompts)]
+        if chosen == example.prompt_ids:
+            chosen = prompts[(drawn + 1) % len(prompts)]
+        return chosen + (shown[chosen] or ())
+
+    return context
+
 
 ACCURACY_DECAY = 0.9
 """Of the moving average that the accuracy band looks at: about the last ten steps. Our choice."""
@@ -33,13 +66,13 @@ class Comparison:
     completions: tuple[TokenIds, ...]
 
     @staticmethod
-    def of(group: RolloutGroup) -> "Comparison":
+    def of(group: RolloutGroup, context: Context) -> "Comparison":
         """The comparison that a group with a demonstration allows; a rejected answer loses too."""
         example = group.example
         assert example.demonstration_ids is not None
         rejected = () if example.rejected_ids is None else (example.rejected_ids,)
         return Comparison(
-            prompt_ids=example.prompt_ids,
+            prompt_ids=context(example) + example.prompt_ids,
             demonstration_ids=example.demonstration_ids,
             completions=(*(rollout.completion_ids for rollout in group.rollouts), *rejected),
         )
@@ -106,11 +139,14 @@ class BradleyTerryDiscriminator:
     max_tokens: int
     """Padded tokens of one batch at most, one row (or one comparison) at least."""
     label_smoothing: float = 0.0
+    context: Context = no_context
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """The logit of each candidate. See :class:`Discriminator`."""
-        return self.logits([(c.example.prompt_ids, c.completion_ids) for c in candidates])
+        return self.logits(
+            [(self.context(c.example) + c.example.prompt_ids, c.completion_ids) for c in candidates]
+        )
 
     def logits(self, sequences: Sequence[Scored]) -> list[float]:
         """The logit of each (prompt ids, completion ids)."""

@@ -19,6 +19,8 @@ from uniapl.discriminator.bradley_terry import (
     BradleyTerryDiscriminator,
     Comparison,
     Replay,
+    another_example,
+    no_context,
 )
 from uniapl.discriminator.density_ratio import DensityRatio
 from uniapl.discriminator.lora import LoraTrunk
@@ -86,7 +88,7 @@ class Adversary:
         if learner is None:
             return {}
         fresh = [
-            Comparison.of(g)
+            Comparison.of(g, learner.discriminator.context)
             for g in groups
             if g.example.demonstration_ids is not None and not is_held_out(g.example, config)
         ]
@@ -228,6 +230,9 @@ def _build_learner(
             f"the discriminator knows {rows} tokens, the policy's tokenizer has {len(materials.tokenizer)}: "
             "its backbone must share the policy's vocabulary"
         )
+    context = no_context
+    if settings.reads_example:
+        context = another_example(materials.dataset.examples, config.seed)
     module.eval()
     optimizer = AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     wrapped, prepared = accelerator.prepare(module, optimizer)
@@ -237,6 +242,7 @@ def _build_learner(
             pad_id=materials.pad_id,
             max_tokens=config.batching.max_tokens,
             label_smoothing=settings.label_smoothing,
+            context=context,
             autocast=accelerator.autocast,
         ),
         module=wrapped,

@@ -1,0 +1,204 @@
+"""The whole configuration: strict, frozen, the same keys in YAML, on the command line and from Python.
+
+Keys are TRL's wherever TRL has one. A method is a setting of numbers, never a branch: `uniapl.methods` says
+which values a method fixes and which it only proposes.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from uniapl.config.forces import DiscriminatorConfig, ObjectiveConfig
+from uniapl.config.section import Section
+
+
+class ModelConfig(Section):
+    """The policy's start."""
+
+    model_name_or_path: str | None = Field(
+        default=None, description="Directory or Hub id of a causal language model."
+    )
+    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
+    attn_implementation: str | None = Field(default=None, description="As in transformers: sdpa, eager, ...")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+
+
+class DataConfig(Section):
+    """Rows with `prompt` and optionally `completion`, or with `messages`; other columns go to the rewards."""
+
+    path: str | None = Field(
+        default=None, description="A .jsonl, .json, .csv or .parquet file, or a Hub data set id."
+    )
+    split: str = Field(default="train", description="Split of a Hub data set.")
+    columns: dict[str, str] = Field(
+        default={}, description="Renames columns: {theirs: ours}, e.g. {problem: prompt}."
+    )
+    string_prompts: Literal["text", "chat"] = Field(
+        default="text", description="A prompt that is a string is used as it is, or as a user's chat message."
+    )
+    system_prompt: str | None = Field(
+        default=None, description="System message for chat prompts that have none."
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        default={}, description="Arguments of the chat template, e.g. {enable_thinking: false} for Qwen3."
+    )
+    max_prompt_length: int | None = Field(
+        default=None, gt=0, description="Rows with a longer prompt are left out."
+    )
+    max_demonstration_length: int | None = Field(
+        default=None,
+        gt=1,
+        description="Longer demonstrations are left out: half an answer teaches never to stop.",
+    )
+
+
+class RolloutConfig(Section):
+    """How answers are sampled."""
+
+    num_generations: int = Field(default=8, ge=2, description="Rollouts per prompt (TRL's default).")
+    max_completion_length: int = Field(default=256, ge=1, description="New tokens per rollout at most.")
+    temperature: float = Field(default=1.0, gt=0, description="Of sampling, and of the loss on rollouts.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling; log-probs stay those of the whole distribution.",
+    )
+    top_k: int = Field(
+        default=0, ge=0, description="Sample among the k likeliest tokens, 0: all; log-probs as for top_p."
+    )
+    max_rows: int = Field(default=256, ge=1, description="Rows that are decoded at the same time.")
+
+
+class RewardFunctionConfig(Section):
+    """One reward function."""
+
+    name: str = Field(description="Registry name, `module:function` or `path.py:function`.")
+    weight: float = Field(default=1.0, description="Factor in the sum over functions.")
+    args: dict[str, bool | int | float | str] = Field(
+        default={}, description="Keyword arguments bound to it."
+    )
+
+
+class RewardsConfig(Section):
+    """How answers are scored."""
+
+    functions: tuple[RewardFunctionConfig, ...] = Field(
+        default=(), description="Names, or {name, weight, args}."
+    )
+    timeout: float | None = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds for one call of one function; None calls it in the main thread.",
+    )
+
+    @field_validator("functions", mode="before")
+    @classmethod
+    def _names_are_enough(cls, value: Any) -> Any:
+        if isinstance(value, (str, dict)):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return tuple({"name": item} if isinstance(item, str) else item for item in value)
+        return value
+
+
+class OptimConfig(Section):
+    """The policy's AdamW."""
+
+    learning_rate: float = Field(default=1e-6, gt=0, description="TRL's default for GRPO.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, as in AdamW.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's average.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of its square's average.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient is clipped to this norm.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="After the warm-up: stay, or fall to 0 by the last step."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate.")
+    bf16: bool | None = Field(default=None, description="bf16 autocast; by default on GPUs, not on CPUs.")
+
+
+class BatchingConfig(Section):
+    """What one step holds and how it is cut; the loss does not depend on the cut."""
+
+    prompts_per_step: int = Field(default=8, ge=1, description="Prompts that are sampled in each step.")
+    demonstrations_per_step: int = Field(default=8, ge=1, description="Demonstrations in each step.")
+    per_device_train_batch_size: int | None = Field(
+        default=None, ge=1, description="Rows of a micro-batch at most; by default only the tokens count."
+    )
+    max_tokens: int = Field(
+        default=16384, ge=1, description="Padded tokens of a micro-batch at most, one row at least."
+    )
+
+
+class HealthConfig(Section):
+    """When a run warns, and when it stops by itself (exit code 3)."""
+
+    max_skipped_steps: int = Field(
+        default=5,
+        ge=1,
+        description="Steps in a row with a non-finite gradient, or with a reward that failed every call.",
+    )
+    window: int = Field(
+        default=10, ge=2, description="Steps whose means are compared with as many before, for warnings."
+    )
+
+
+class StopConfig(Section):
+    """When a stage ends before its last step; the reason stands in the metrics as `stop/reason`."""
+
+    metric: str = Field(
+        default="reward",
+        description="What `target` and `patience` watch: any number in metrics.jsonl but times.",
+    )
+    greater_is_better: bool = Field(default=True, description="Whether more of it is better.")
+    target: float | None = Field(default=None, description="End once the metric is at least as good.")
+    patience: int | None = Field(
+        default=None, ge=1, description="End after so many values in a row that are no better than the best."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="End once the stage has learnt from so many tokens of completions."
+    )
+
+
+Method = Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"]
+
+
+class Config(Section):
+    """A run of UniAPL."""
+
+    method: Method = Field(
+        default="uniapl", description="Which forces act; fixes or proposes values of `objective`."
+    )
+    output_dir: str = Field(default="runs/uniapl", description="The run directory.")
+    overwrite: bool = Field(default=False, description="Replace a run that is already in output_dir.")
+    resume: str = Field(
+        default="never", description="never, auto (newest whole checkpoint), or a checkpoint's path."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Of every random draw.")
+    max_steps: int = Field(default=100, ge=1, description="Steps; with stages, each stage's own count holds.")
+    save_steps: int = Field(
+        default=50, ge=1, description="Steps between checkpoints; the last step is always saved."
+    )
+    save_total_limit: int = Field(default=2, ge=1, description="Checkpoints that are kept.")
+    logging_steps: int = Field(
+        default=1, ge=1, description="Steps between lines on the console; files get every step."
+    )
+    gradient_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps between measurements of each force's own gradient, which cost a forward and a "
+        "backward pass per force; 0: never.",
+    )
+    stages: tuple[dict[str, Any], ...] = Field(
+        default=(), description="A pipeline: each with its `method`, `max_steps` and changes to any section."
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    optim: OptimConfig = OptimConfig()
+    batching: BatchingConfig = BatchingConfig()
+    health: HealthConfig = HealthConfig()
+    stop: StopConfig = StopConfig()
