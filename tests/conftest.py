@@ -1,6 +1,11 @@
 """Settings for all tests."""
 
+import os
+
 from hypothesis import settings
+
+# Before torch is loaded: on a busy machine, threads that wait for each other make a test ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Machines are shared and noisy: how long an example takes proves nothing.
 settings.register_profile("untimed", deadline=None)
