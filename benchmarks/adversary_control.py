@@ -1,0 +1,196 @@
+"""What the adversary does on the embedded task: held by a constraint, frozen, and beside the other forces.
+
+    python benchmarks/adversary_control.py [--output docs/adversary] [--seed 0] [--only fixed-2,gap-0.05]
+
+Every run keeps its metrics as OUTPUT/NAME.jsonl; those that are there are not run again. At the end a table
+and one figure per question are made of them: does a learned lambda hold the gap where a fixed one needs
+tuning, is a frozen discriminator hacked and who says so, and do the three gradients pull the same way.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+STEPS = 100
+
+
+# A rate that does not fall: towards its end the policy must still be able to answer.
+STEADY = {"learning_rate": 2.5e-4, "lr_scheduler_type": "constant"}
+UNGATED = {"min_accuracy": 0.0}
+
+
+def dual(gap: float) -> dict[str, Any]:
+    """lambda learned by dual ascent so that the expert gap stays below `gap`."""
+    return {
+        "method": "a-grpo",
+        "objective": {"lambda_controller": "dual", "max_expert_gap": gap, "lambda_learning_rate": 0.5},
+        "discriminator": UNGATED,
+        "optim": STEADY,
+    }
+
+
+def fixed(value: float) -> dict[str, Any]:
+    """The same with a fixed lambda."""
+    return {
+        "method": "a-grpo",
+        "objective": {"lambda_adv": value},
+        "discriminator": UNGATED,
+        "optim": STEADY,
+    }
+
+
+LONG: dict[str, Any] = {
+    "method": "a-grpo",
+    "max_steps": 3 * STEPS,
+    "objective": {"lambda_adv": 4.0},
+    "optim": STEADY,
+}
+FROZEN = {"freeze_step": 20, "updates_per_step": 10, **UNGATED}
+RUNS: dict[str, dict[str, Any]] = {
+    "fixed-0.5": fixed(0.5),
+    "fixed-2": fixed(2.0),
+    "fixed-8": fixed(8.0),
+    "gap-0.05": dual(0.05),
+    "gap-0.15": dual(0.15),
+    "long-frozen": {
+        **LONG,
+        "discriminator": {"freeze_step": 20, "updates_per_step": 10, "min_accuracy": 0.0},
+    },
+    "long-co-trained": {**LONG, "discriminator": UNGATED},
+    "forces-uniapl": {"method": "uniapl", "gradient_steps": 2},
+    "forces-no-gate": {"method": "uniapl", "gradient_steps": 2, "discriminator": UNGATED},
+}
+
+
+def run(name: str, output: Path, seed: int) -> None:
+    """Train, and keep the metrics of every step."""
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    from uniapl.embedded.measure import measure
+    from uniapl.embedded.recipe import RECIPE
+    from uniapl.embedded.task import make_task
+    from uniapl.resolve import merge, resolve
+    from uniapl.train.api import train_resolved
+
+    task = make_task(seed=seed)
+    held_out = dict(list(task.held_out.items())[:128])
+    with as_file(files("uniapl.embedded") / "base") as base, tempfile.TemporaryDirectory() as work:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+
+        def look(step: int, model: PreTrainedModel) -> Mapping[str, Any]:
+            if step % 10:
+                return {}
+            found = measure(model, tokenizer, held_out)
+            return {key: getattr(found, key) for key in ("good", "passed", "fluency", "expert_nll")}
+
+        changes = {
+            "seed": seed,
+            "output_dir": f"{work}/run",
+            "max_steps": STEPS,
+            "save_steps": 10**6,
+            "model": {"model_name_or_path": str(base)},
+        }
+        recipe = merge(merge(RECIPE, changes), RUNS[name])
+        result = train_resolved(resolve(recipe), train_dataset=task.rows, evaluate=look)
+        lines = (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    temporary = output / f"{name}.tmp"
+    temporary.write_text(lines, encoding="utf-8")
+    temporary.rename(output / f"{name}.jsonl")
+
+
+def row(records: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What the table says of a run; means over its last third."""
+    last = records[-len(records) // 3 :]
+
+    def mean(key: str, part: list[dict[str, Any]] = last) -> float | None:
+        values = [record[key] for record in part if record.get(key) is not None]
+        return statistics.fmean(values) if values else None
+
+    win_rate = mean("discriminator/pair_win_rate")
+    alarms = [record["step"] for record in records if record.get("health/divergence")]
+    return {
+        "gap": None if win_rate is None else max(0.0, 0.5 - win_rate),
+        "lambda": mean("weight/lambda_adv"),
+        "reward": mean("reward"),
+        "good": mean("eval/good"),
+        "fluency": mean("eval/fluency"),
+        "expert nll": mean("eval/expert_nll"),
+        "length ratio": mean("completions/length_ratio"),
+        "first alarm": float(alarms[0]) if alarms else None,
+        "cos sft rl": mean("grad_cosine/sft_rl"),
+        "cos sft adv": mean("grad_cosine/sft_adv"),
+        "cos rl adv": mean("grad_cosine/rl_adv"),
+    }
+
+
+FIGURES = {
+    "constraint": (
+        ("fixed-0.5", "fixed-2", "fixed-8", "gap-0.05", "gap-0.15"),
+        ("discriminator/pair_win_rate", "weight/lambda_adv", "eval/good"),
+    ),
+    "frozen": (
+        ("long-frozen", "long-co-trained"),
+        ("discriminator/win_rate", "reward", "eval/fluency", "eval/expert_nll"),
+    ),
+    "forces": (
+        ("forces-uniapl", "forces-no-gate"),
+        ("grad_cosine/sft_rl", "grad_cosine/sft_adv", "grad_cosine/rl_adv", "grad_norm/adv"),
+    ),
+}
+
+
+def draw(name: str, runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """One panel per metric, one line per run, smoothed over about ten steps."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    shown, keys = FIGURES[name]
+    figure, panels = pyplot.subplots(1, len(keys), figsize=(4 * len(keys), 3.2), layout="constrained")
+    for key, panel in zip(keys, panels, strict=True):
+        for label in shown:
+            points = [(r["step"], r[key]) for r in runs.get(label, []) if r.get(key) is not None]
+            smooth: list[float] = []
+            for _, value in points:
+                smooth.append(value if not smooth else smooth[-1] + 0.2 * (value - smooth[-1]))
+            panel.plot([step for step, _ in points], smooth, label=label)
+        panel.set(title=key, xlabel="step")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Run what is missing, then print the table and draw the figures."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--output", type=Path, default=Path("docs/adversary"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default=",".join(RUNS))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.only.split(","):
+        if not (options.output / f"{name}.jsonl").exists():
+            run(name, options.output, options.seed)
+    runs = {
+        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted(options.output.glob("*.jsonl"))
+    }
+    rows = {name: row(records) for name, records in runs.items()}
+    columns = list(next(iter(rows.values())))
+    print(f"| run | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, values in rows.items():
+        cells = ["" if values[column] is None else f"{values[column]:.3f}" for column in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
+    for name in FIGURES:
+        draw(name, runs, options.output / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
