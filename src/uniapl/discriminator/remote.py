@@ -86,7 +86,7 @@ class Remote:
                     if time.monotonic() > deadline:
                         raise _Failed(f"no whole answer within {self.timeout:g} s")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Failed(f"{type(error).__name__}: {error}") from error
+            raise _Failed(f"{type(error).__name__}: {str(error).rstrip('.')}") from error
         shown = received[:200].decode(errors="replace")
         if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
             raise _Failed(f"status {answer.status_code}: {shown}", for_good=True)

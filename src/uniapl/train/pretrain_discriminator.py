@@ -76,7 +76,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(polar.model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % max(1, options.steps // 10) == 0:
-            console.print(f"{step + 1}/{options.steps} loss {float(loss):.3f}")
+            console.print(f"{step + 1}/{options.steps} loss {loss.item():.3f}")
     result: dict[str, Any] = {
         "policies": options.policies,
         "prompts": len(examples),
