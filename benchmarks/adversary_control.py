@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "gap-0.15": dual(0.15),
     "long-frozen": {
         **LONG,
-        "discriminator": {"freeze_step": 20, "updates_per_step": 10, "min_accuracy": 0.0},
+        "discriminator": FROZEN,
     },
     "long-co-trained": {**LONG, "discriminator": UNGATED},
     "forces-uniapl": {"method": "uniapl", "gradient_steps": 2},

@@ -24,7 +24,7 @@ from uniapl.train.step import discriminator_step
 def on(model: PreTrainedModel, *, trained: bool) -> BradleyTerryDiscriminator:
     """A discriminator with a random head; its adapters random too, or as they begin."""
     torch.manual_seed(3)
-    module = BradleyTerry(LoraTrunk(model, rank=2))
+    module = BradleyTerry(LoraTrunk(model, rank=2, seed=0))
     with torch.no_grad():
         module.head.weight.normal_()
         for up in module.trunk.up.values() if trained else ():

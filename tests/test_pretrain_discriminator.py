@@ -1,5 +1,6 @@
 """A discriminator learns whose answer it reads, and a run uses it."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from runs import lines, recipe, train
 from tiny import make_model, make_tokenizer, save_model
 from uniapl import cli
-from uniapl.discriminator.polar import END, SEPARATOR
+from uniapl.discriminator.polar import END, SEPARATOR, Polar
+from uniapl.train.pretrain_discriminator import _triples
+from uniapl.types import Example
 
 
 def save_policy(path: Path, favourite: int) -> str:
@@ -26,8 +29,8 @@ def save_policy(path: Path, favourite: int) -> str:
         norm.fill_(1.0)
         untied.lm_head.weight.zero_()
         untied.base_model.embed_tokens.weight.fill_(1.0)
-        untied.lm_head.weight[favourite] = 0.12
-        untied.lm_head.weight[1] = 0.06
+        untied.lm_head.weight[favourite] = 0.2
+        untied.lm_head.weight[1] = 0.12
     untied.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return str(path)
@@ -58,6 +61,12 @@ def test_it_learns_whose_answer_it_reads_and_a_run_uses_it(policies: list[str], 
     result = json.loads((output / "training.json").read_text())
     assert 0 < result["held_out_prompts"] < 13
     assert result["held_out_accuracy"] > 0.8
+    # Whoever writes the reference is preferred, whichever policy it is.
+    polar = Polar.load(str(output), trust_remote_code=False, max_tokens=10_000, device=torch.device("cpu"))
+    for own, other in (("bbbb", "ffff"), ("ffff", "bbbb")):
+        texts = [polar.format.text("say a.", own, candidate) for candidate in (own, other)]
+        same, different = polar.logits(texts).tolist()
+        assert same > different
     tokens = json.loads((output / "tokenizer.json").read_text())["added_tokens"]
     assert {SEPARATOR, END} <= {token["content"] for token in tokens}
 
@@ -78,10 +87,26 @@ def test_what_cannot_be_learned_from_is_refused(
         assert not (tmp_path / "output").exists()
         return capsys.readouterr().err
 
-    assert "two policies at least" in refused("--policies", policies[0])
+    assert "two policies with two answers" in refused("--policies", policies[0])
     assert "--samples must be at least 2" in refused("--policies", *policies, "--samples", "1")
     assert "no such directory" in refused("--policies", str(tmp_path / "nowhere"))
     assert (
         cli.run(["pretrain-discriminator", str(data), *backbone, "--policies", "x", "--output-dir", "."]) == 2
     )
     assert "is already there" in capsys.readouterr().err
+
+
+def test_every_policy_is_as_often_the_other_one_as_the_reference() -> None:
+    """The expert, with one answer, takes no part: it could only lose."""
+    texts = [[["a", "A"]], [["b", "B"]], [["c", "C"]], [["expert"]]]
+    example = Example(
+        row=1, prompt="p", prompt_ids=(5,), demonstration=None, demonstration_ids=None, columns={}
+    )
+    draw = itertools.islice(_triples([example], texts, {0}, 0, "test"), 3000)
+    counts: dict[str, list[int]] = {letter: [0, 0] for letter in "abc"}
+    for triple in draw:
+        assert triple.reference.lower() == triple.same.lower() != triple.other.lower()
+        assert triple.reference != triple.same
+        counts[triple.same.lower()][0] += 1
+        counts[triple.other.lower()][1] += 1
+    assert all(900 < count < 1100 for pair in counts.values() for count in pair)

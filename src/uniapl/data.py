@@ -206,6 +206,10 @@ def tokenize_row(
 
 
 def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, Answer]:
+    if row.get("messages") is not None and (row.get("chosen") is not None or row.get("rejected") is not None):
+        raise UsageError(
+            f"row {number}: preferences need 'prompt' beside 'chosen' and 'rejected', not 'messages'"
+        )
     if row.get("messages") is not None:
         messages = _checked_messages(number, "messages", row["messages"])
         if messages[-1]["role"] == "assistant":
@@ -241,7 +245,10 @@ def _answer(number: int, row: Row, column: str, prompt: Prompt) -> Answer:
     if not isinstance(prompt, str) and messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise UsageError(f"row {number}: '{column}' must be a string or one assistant message")
+        raise UsageError(
+            f"row {number}: '{column}' must be a string, one assistant message, or a conversation that "
+            "begins with the row's prompt"
+        )
     return messages
 
 

@@ -292,7 +292,13 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             None,
             "it should be as http://host:port",
         ),
-        ({"discriminator": {"held_out_share": 0.999999}}, None, "no demonstration to learn from"),
+        (
+            {"discriminator": {"held_out_share": 0.999999}},
+            None,
+            "some must be held out, and some learnt from",
+        ),
+        ({"discriminator": {"held_out_share": 1e-9}}, None, "holds out 0 of"),
+        ({"discriminator": {"lora_rank": 2, "freeze_step": 2}}, None, "cannot freeze adapters"),
         (
             {"method": "gad", "objective": {"adversarial_placement": "reward"}},
             None,
@@ -394,7 +400,8 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
 
 def test_a_run_on_two_processes_equals_one_on_one(model_dir: Path, tmp_path: Path) -> None:
     """Rollouts, rewards and both models' updates are shared out; 3 prompts do not divide by 2 processes."""
-    changes = {"objective": {"lambda_controller": "dual"}, "gradient_steps": 2}
+    objective = {"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 4}
+    changes = {"objective": objective, "gradient_steps": 2}
     path = write_recipe(tmp_path, model_dir, **changes)
     arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]

@@ -32,7 +32,7 @@ def no_context(example: Example) -> TokenIds:
 def another_example(examples: Sequence[Example], seed: int) -> Context:
     """Another prompt with its demonstration, always the same one for a prompt: what the expert is like.
 
-    Not the prompt's own demonstration: the expert's answer would then be known by being read twice. Source:
+    Not the prompt's own answer: the expert's would then be known by being read twice. Source:
     our choice, for a discriminator that has one answer of the expert per prompt.
 
     Raises:
@@ -46,9 +46,12 @@ def another_example(examples: Sequence[Example], seed: int) -> Context:
     def context(example: Example) -> TokenIds:
         drawn = derive_seed(seed, "context", *example.prompt_ids)
         chosen = prompts[drawn % len(prompts)]
-        if chosen == example.prompt_ids:
-            chosen = prompts[(drawn + 1) % len(prompts)]
-        return chosen + (shown[chosen] or ())
+        # The same answer to another prompt would give the expert's away just as well.
+        for offset in range(len(prompts)):
+            chosen = prompts[(drawn + offset) % len(prompts)]
+            if chosen != example.prompt_ids and shown[chosen] != example.demonstration_ids:
+                return chosen + (shown[chosen] or ())
+        return ()
 
     return context
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from uniapl.errors import UsageError
+from uniapl.types import derive_seed
 
 SCALE = 2.0
 """alpha / rank of LoRA (arXiv 2106.09685), the usual choice."""
@@ -22,8 +23,8 @@ class LoraTrunk(nn.Module):
     and at no other time: the policy samples, learns and is saved as if they did not exist.
     """
 
-    def __init__(self, model: PreTrainedModel, rank: int) -> None:
-        """Adapters of `rank` for every linear layer of the policy's trunk."""
+    def __init__(self, model: PreTrainedModel, rank: int, *, seed: int) -> None:
+        """Adapters of `rank` for every linear layer of the policy's trunk, drawn from the seed."""
         super().__init__()
         trunk: Any = model.base_model
         if trunk is model:
@@ -37,8 +38,10 @@ class LoraTrunk(nn.Module):
         for name, layer in trunk.named_modules():
             if isinstance(layer, nn.Linear):
                 key = name.replace(".", "/")
-                down = torch.empty(rank, layer.in_features, device=layer.weight.device)
-                self.down[key] = nn.Parameter(nn.init.kaiming_uniform_(down, a=5**0.5))
+                generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
+                down = torch.empty(rank, layer.in_features)
+                nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
+                self.down[key] = nn.Parameter(down.to(layer.weight.device))
                 self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
         if not self.down:
             raise UsageError(
@@ -91,7 +94,8 @@ class LoraTrunk(nn.Module):
 
 def _adapter(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        change = nn.functional.linear(nn.functional.linear(inputs[0].to(down.dtype), down), up)
-        return output + SCALE * change.to(output.dtype)
+        change = nn.functional.linear(SCALE * nn.functional.linear(inputs[0], down), up)
+        # In place: nothing that a linear layer needs for its gradient is in its output.
+        return output.add_(change.to(output.dtype))
 
     return add

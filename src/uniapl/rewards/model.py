@@ -1,6 +1,7 @@
 """A reward model as a reward function: a sequence classifier with one output (TRL's RewardTrainer)."""
 
 import functools
+import os
 from typing import Any
 
 from uniapl.errors import UsageError
@@ -65,4 +66,7 @@ def _load(name: str) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval().requires_grad_(False).to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
+    # By number: a thread of its own would otherwise take the first one in every process.
+    found = torch.accelerator.current_accelerator()
+    device = "cpu" if found is None else f"{found.type}:{os.environ.get('LOCAL_RANK', 0)}"
+    return model.eval().requires_grad_(False).to(device), tokenizer

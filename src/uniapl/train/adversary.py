@@ -207,7 +207,7 @@ def _build_learner(
 ) -> Learner:
     settings = config.discriminator
     if settings.lora_rank is not None:
-        module = BradleyTerry(LoraTrunk(model, settings.lora_rank)).to(accelerator.device)
+        module = BradleyTerry(LoraTrunk(model, settings.lora_rank, seed=config.seed)).to(accelerator.device)
     elif settings.model_name_or_path is None:
         module = BradleyTerry.copy_of(model)
     else:
@@ -232,7 +232,8 @@ def _build_learner(
         )
     context = no_context
     if settings.reads_example:
-        context = another_example(materials.dataset.examples, config.seed)
+        known = [example for example in materials.dataset.examples if not is_held_out(example, config)]
+        context = another_example(known, config.seed)
     module.eval()
     optimizer = AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     wrapped, prepared = accelerator.prepare(module, optimizer)

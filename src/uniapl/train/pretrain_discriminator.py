@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from rich.console import Console
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification
@@ -53,7 +54,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     options = _parse(arguments)
     if options.output_dir.exists():
         raise UsageError(f"'{options.output_dir}' is already there: choose another --output-dir")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = _device()
     console = Console(highlight=False)
     examples, texts = _write_all(options, device, console)
     held_out = {
@@ -61,8 +62,11 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
         for index, example in enumerate(examples)
         if derive_seed(options.seed, "held out", *example.prompt_ids) < HELD_OUT_SHARE * 2**63
     }
+    set_seed(options.seed)
     polar = _fresh(options.model_name_or_path, options.max_tokens, device)
     learnt = _triples(examples, texts, set(range(len(examples))) - held_out, options.seed, "train")
+    if next(learnt, None) is None:
+        raise UsageError("no prompt is left to learn from beside the held-out tenth: give more prompts")
     optimizer = AdamW(polar.model.parameters(), lr=options.learning_rate, weight_decay=0.0)
     for step in range(options.steps):
         for group in optimizer.param_groups:
@@ -98,12 +102,21 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+def _device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator()
+    # The sampler sums probabilities in fp64, which Apple's GPUs do not have.
+    if found is None or found.type == "mps":
+        return torch.device("cpu")
+    return found
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl pretrain-discriminator",
         description="A frozen discriminator in POLAR's format, on a backbone of yours: it learns which "
         "answers are by the same policy, from what several policies (checkpoints, say) write. The expert's "
-        "answers in the data are one more policy.",
+        "answers in the data are one more policy where a prompt has two of them.",
     )
     add = parser.add_argument
     add("data", help="prompts, and the expert's answers where there are some; as for train")
@@ -144,13 +157,19 @@ def _write_all(
         written.append(answers)
         console.print(f"{name}: {options.samples} answers to each of {len(answers)} prompts", markup=False)
     examples = _distinct(everything)
+    # As policies' answers are decoded: the data's own text lacks what a chat template writes around it.
+    decode: Any = setup.load_tokenizer(ModelConfig(model_name_or_path=options.policies[0])).decode
     expert: dict[TokenIds, list[str]] = {example.prompt_ids: [] for example in examples}
     for example in everything:
         if example.demonstration is not None:
-            expert[example.prompt_ids].append(example.demonstration)
+            text: Any = decode(list(example.demonstration_ids or ()), skip_special_tokens=True)
+            expert[example.prompt_ids].append(text)
     written.append([expert[example.prompt_ids] for example in examples])
-    if sum(any(answers) for answers in written) < 2:
-        raise UsageError("two policies at least: name more in --policies, or give data with expert's answers")
+    if not any(sum(len(answers[n]) > 1 for answers in written) > 1 for n in range(len(examples))):
+        raise UsageError(
+            "two policies with two answers to the same prompt at least: name more in --policies, or give "
+            "data with several answers of the expert's to a prompt"
+        )
     return examples, written
 
 
@@ -167,7 +186,14 @@ def _write(
     model: Any = setup.load_model(where)
     setup.check_vocabulary(model, tokenizer)
     stop_ids = setup.load_stop_ids(where, model.config, tokenizer)
-    examples = data.prepare(rows, tokenizer, config, stop_ids=stop_ids).examples
+    examples = data.prepare(
+        rows,
+        tokenizer,
+        config,
+        stop_ids=stop_ids,
+        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        max_completion_length=options.max_completion_length,
+    ).examples
     prompts = _distinct(examples)
     sampler = LocalSampler(
         model=model.to(device),
@@ -215,12 +241,16 @@ def _fresh(backbone: str, max_tokens: int, device: torch.device) -> Polar:
 def _triples(
     examples: Sequence[Example], texts: Sequence[Texts], prompts: set[int], seed: int, name: str
 ) -> Iterator[Triple]:
-    """An endless draw: a prompt, a policy with two answers to it, and another one with at least one."""
+    """An endless draw: a prompt, and two policies with two answers to it at least.
+
+    A policy with one answer, as the expert mostly is, takes no part: it could only ever be the other one, and
+    what would be learned is that it loses.
+    """
     pairs = [
         (prompt, policy)
         for prompt in sorted(prompts)
         for policy, answers in enumerate(texts)
-        if len(answers[prompt]) > 1 and any(o[prompt] for n, o in enumerate(texts) if n != policy)
+        if len(answers[prompt]) > 1 and any(len(o[prompt]) > 1 for n, o in enumerate(texts) if n != policy)
     ]
     generator = torch.Generator().manual_seed(derive_seed(seed, "triples", name))
 
@@ -231,7 +261,9 @@ def _triples(
         prompt, policy = pairs[draw(len(pairs))]
         own = texts[policy][prompt]
         first, second = torch.randperm(len(own), generator=generator)[:2].tolist()
-        others = [answers[prompt] for n, answers in enumerate(texts) if n != policy and answers[prompt]]
+        others = [
+            answers[prompt] for n, answers in enumerate(texts) if n != policy and len(answers[prompt]) > 1
+        ]
         chosen = others[draw(len(others))]
         yield Triple(
             example=examples[prompt], reference=own[first], same=own[second], other=chosen[draw(len(chosen))]

@@ -202,8 +202,9 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
 
 def discriminator_kind(config: Config) -> str:
     """What a checkpoint's discriminator must be for a run to go on with it."""
-    rank = config.discriminator.lora_rank
-    return config.discriminator.kind + (f", lora_rank {rank}" if rank is not None else "")
+    settings = config.discriminator
+    rank = f", lora_rank {settings.lora_rank}" if settings.lora_rank is not None else ""
+    return settings.kind + rank + (", reads_example" if settings.reads_example else "")
 
 
 def save_model(run: Run, stage: Stage, path: Path) -> None:

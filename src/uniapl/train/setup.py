@@ -233,12 +233,22 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         raise UsageError(
             "discriminator.lora_rank adapts the policy's own weights: leave out model_name_or_path, and kind"
         )
+    paired = [example for example in prompts if example.demonstration_ids]
+    held_out = [example for example in paired if is_held_out(example, config)]
+    if settings.held_out_share and not 0 < len(held_out) < len(paired):
+        raise UsageError(
+            f"discriminator.held_out_share {settings.held_out_share} holds out {len(held_out)} of "
+            f"{len(paired)} prompts with a demonstration: some must be held out, and some learnt from"
+        )
+    if settings.lora_rank is not None and settings.freeze_step is not None:
+        raise UsageError(
+            "discriminator.freeze_step cannot freeze adapters (lora_rank) on a policy that goes on learning"
+        )
+    if settings.reads_example and settings.kind != "bradley-terry":
+        raise UsageError("discriminator.reads_example is for kind bradley-terry alone")
+    if settings.reads_example and len({e.prompt_ids for e in paired} - {e.prompt_ids for e in held_out}) < 2:
+        raise UsageError("discriminator.reads_example needs demonstrations of at least two different prompts")
     if settings.kind == "bradley-terry":
-        paired = [example for example in prompts if example.demonstration_ids]
-        if paired and all(is_held_out(example, config) for example in paired):
-            raise UsageError(
-                "discriminator.held_out_share leaves the discriminator no demonstration to learn from"
-            )
         return
     if settings.model_name_or_path is None:
         raise UsageError(f"discriminator.kind '{settings.kind}' needs discriminator.model_name_or_path")
