@@ -22,7 +22,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far, and not, as getrusage has it, of its parent before."""
+    """The largest resident size of this process so far; getrusage would begin at its parent's."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
