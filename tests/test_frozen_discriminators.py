@@ -111,7 +111,7 @@ def test_polar_needs_a_reference_and_its_own_tokens(polar_dir: Path, tmp_path: P
     save_model(tmp_path / "policy")
     with pytest.raises(uniapl.UsageError, match=r"does not know '<\|reward\|>'"):
         load(tmp_path / "policy")
-    with pytest.raises(uniapl.UsageError, match="cannot be loaded"):
+    with pytest.raises(uniapl.UsageError, match="cannot load the tokenizer"):
         load(tmp_path / "nowhere")
 
 

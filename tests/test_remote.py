@@ -123,9 +123,16 @@ TROUBLES: dict[str, tuple[Reply, str]] = {
     "status 500": (lambda h, a: send(h, b"boom", 500), "status 500: boom"),
     "no JSON": (lambda h, a: send(h, b"<html>"), "no JSON: <html>"),
     "another form": (lambda h, a: send(h, {"error": "x"}), "another form: KeyError"),
-    "too few": (lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}]}), "1 finite scores among 1 for"),
+    "too few": (lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}]}), "not one score for each of"),
     "NaN": (nan_answer, "0 finite scores among"),
-    "a string": (lambda h, a: send(h, {"data": [{"index": 0, "data": ["x"]}]}), "another form: ValueError"),
+    "one twice": (
+        lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}] * len(a["input"])}),
+        "not one score for each of",
+    ),
+    "a string": (
+        lambda h, a: send(h, {"data": [{"index": i, "data": ["x"]} for i in range(len(a["input"]))]}),
+        "another form: ValueError",
+    ),
     "hangs": (hangs, "ReadTimeout|within 0.4 s"),
     "drips": (drips, "no whole answer within 0.4 s"),
     "cuts": (cuts, "RemoteProtocolError|ReadError"),

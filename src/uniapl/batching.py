@@ -48,6 +48,35 @@ def component_counts(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
+def by_length(lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
+    """Indices of sequences in batches of like length, the longest first and equals in their order.
+
+    A batch, padded to its longest, holds at most `max_tokens` (or one sequence) and `max_rows`.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
+        current = batches[-1] if batches else None
+        if (
+            current is None
+            or (len(current) + 1) * lengths[current[0]] > max_tokens
+            or (max_rows is not None and len(current) >= max_rows)
+        ):
+            batches.append([index])
+        else:
+            current.append(index)
+    return batches
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, T] of the rows."""
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return input_ids, attention_mask
+
+
 def micro_batches(
     rows: Sequence[Row],
     *,
@@ -62,18 +91,8 @@ def micro_batches(
     Rows of like length share a micro-batch, whatever their kind. No rows at all give one micro-batch that
     teaches nothing, so that every process has a backward pass to take part in.
     """
-    ordered = sorted(rows, key=lambda row: row.length, reverse=True)
-    batches: list[list[Row]] = []
-    for row in ordered:
-        current = batches[-1] if batches else None
-        if (
-            current is None
-            or (len(current) + 1) * current[0].length > max_tokens
-            or (max_rows is not None and len(current) >= max_rows)
-        ):
-            batches.append([row])
-        else:
-            current.append(row)
+    parts = by_length([row.length for row in rows], max_tokens=max_tokens, max_rows=max_rows)
+    batches = [[rows[index] for index in part] for part in parts]
     if not batches:
         batches = [[Row(prompt_ids=(pad_id, pad_id), completion_ids=(), components=frozenset())]]
     return [collate(batch, pad_id=pad_id, padding_side=padding_side, device=device) for batch in batches]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uniapl.batching import by_length, pad_right
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
@@ -140,7 +141,8 @@ class BradleyTerryDiscriminator:
     module: BradleyTerry
     pad_id: int
     max_tokens: int
-    """Padded tokens of one batch at most, one row (or one comparison) at least."""
+    """Padded tokens of one batch at most when scoring, one row at least. In the loss, of comparisons each
+    padded by itself, one at least: a batch of unlike lengths takes more."""
     label_smoothing: float = 0.0
     context: Context = no_context
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -154,11 +156,10 @@ class BradleyTerryDiscriminator:
     def logits(self, sequences: Sequence[Scored]) -> list[float]:
         """The logit of each (prompt ids, completion ids)."""
         self.module.eval()
-        order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
         logits = [0.0] * len(sequences)
-        widths = [sum(map(len, sequences[i])) for i in order]
+        lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         with torch.no_grad(), self.autocast():
-            for part in _cut(order, widths, self.max_tokens):
+            for part in by_length(lengths, max_tokens=self.max_tokens):
                 batch = self._pad([sequences[i] for i in part])
                 for index, logit in zip(part, self.module(*batch).tolist(), strict=True):
                     logits[index] = logit
@@ -177,9 +178,7 @@ class BradleyTerryDiscriminator:
         if not comparisons:
             nothing = Comparison(prompt_ids=(self.pad_id,), demonstration_ids=(self.pad_id,), completions=())
             comparisons = [nothing]
-        for part in _cut(
-            list(comparisons), [c.padded_tokens for c in comparisons], self.max_tokens, rows=False
-        ):
+        for part in _cut(comparisons, self.max_tokens):
             yield lambda part=part: self._loss(part, run)
 
     def _loss(self, comparisons: list[Comparison], module: nn.Module) -> Tensor:
@@ -192,28 +191,20 @@ class BradleyTerryDiscriminator:
 
     def _pad(self, sequences: Sequence[Scored]) -> tuple[Tensor, Tensor]:
         rows = [prompt + completion for prompt, completion in sequences]
-        width = max(map(len, rows))
-        device = self.module.head.weight.device
-        input_ids = torch.tensor([row + (self.pad_id,) * (width - len(row)) for row in rows], device=device)
-        attention_mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
-        )
-        return input_ids, attention_mask
+        return pad_right(rows, self.pad_id, self.module.head.weight.device)
 
 
-def _cut(items: list[Any], sizes: list[int], limit: int, *, rows: bool = True) -> list[list[Any]]:
-    """Consecutive parts: with `rows`, (rows x widest) within the limit; else the sum of sizes within it."""
-    parts: list[list[Any]] = []
+def _cut(comparisons: Sequence[Comparison], limit: int) -> list[list[Comparison]]:
+    """Consecutive parts, the sum of what each comparison would take within the limit."""
+    parts: list[list[Comparison]] = []
     used = 0
-    for item, size in zip(items, sizes, strict=True):
-        widest = max(used, size)
-        grown = widest * (len(parts[-1]) + 1) if rows and parts else used + size
-        if not parts or grown > limit:
-            parts.append([item])
-            used = size
-        else:
-            parts[-1].append(item)
-            used = widest if rows else grown
+    for comparison in comparisons:
+        size = comparison.padded_tokens
+        if not parts or used + size > limit:
+            parts.append([])
+            used = 0
+        parts[-1].append(comparison)
+        used += size
     return parts
 
 

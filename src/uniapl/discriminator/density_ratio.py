@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from uniapl.batching import Row, micro_batches
+from uniapl.batching import Row, by_length, collate
 from uniapl.discriminator import Candidate
 
 
@@ -34,26 +34,19 @@ class DensityRatio:
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """The logit of each candidate. See :class:`Discriminator`."""
-        if not candidates:
-            return []
         spoken = frozenset({"sft"})
         rows = [
             Row(prompt_ids=c.example.prompt_ids, completion_ids=c.completion_ids, components=spoken)
             for c in candidates
         ]
-        # The longest first, as micro_batches puts them; rows of one length keep their order.
-        order = sorted(range(len(rows)), key=lambda index: rows[index].length, reverse=True)
-        sorted_rows = [rows[index] for index in order]
-        means: list[float] = []
-        for batch in micro_batches(
-            sorted_rows, pad_id=self.pad_id, max_tokens=self.max_tokens, device=self.device
-        ):
+        logits = [0.0] * len(rows)
+        for part in by_length([row.length for row in rows], max_tokens=self.max_tokens):
+            batch = collate([rows[index] for index in part], pad_id=self.pad_id, device=self.device)
             inputs = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.sft_mask)
             with self.autocast():
                 expert, against = (m(*inputs, batch.temperature)[0] for m in (self.expert, self.against))
             ratio = torch.where(batch.sft_mask, expert - against, 0.0)
-            means += (ratio.sum(-1) / batch.sft_mask.sum(-1)).tolist()
-        logits = [0.0] * len(rows)
-        for index, mean in zip(order, means, strict=True):
-            logits[index] = mean
+            means = ratio.sum(-1) / batch.sft_mask.sum(-1)
+            for index, mean in zip(part, means.tolist(), strict=True):
+                logits[index] = mean
         return logits

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from uniapl.batching import by_length, pad_right
 from uniapl.discriminator import Candidate
 from uniapl.errors import UniAPLError, UsageError
+from uniapl.loading import from_pretrained
 from uniapl.types import Prompt
 
 SEPARATOR, END = "<|reward|>", "[UNUSED_TOKEN_130]"
 """Between the two trajectories, and after the second: the score is read at the end token."""
+MAX_LENGTH = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,8 @@ class PolarFormat:
     """
 
     tokenizer: Any
-    max_length: int = 16384
-    max_response_length: int = 4096
+    max_length: int = MAX_LENGTH
+    max_response_length: int = MAX_LENGTH // 4
 
     @staticmethod
     def load(name: str, *, trust_remote_code: bool) -> "PolarFormat":
@@ -37,10 +40,9 @@ class PolarFormat:
         Raises:
             UsageError: It cannot be loaded, or does not know POLAR's two tokens.
         """
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers and the Hub client raise many kinds
-            raise UsageError(f"the tokenizer of '{name}' cannot be loaded: {error}") from error
+        tokenizer: Any = from_pretrained(
+            AutoTokenizer.from_pretrained, "tokenizer", name, trust_remote_code=trust_remote_code
+        )
         for token in (SEPARATOR, END):
             ids = tokenizer.encode(token, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -48,6 +50,13 @@ class PolarFormat:
                     f"the tokenizer of '{name}' does not know '{token}' as one token: this is no POLAR model"
                 )
         return PolarFormat(tokenizer=tokenizer)
+
+    @staticmethod
+    def within(tokenizer: Any, config: Any) -> "PolarFormat":
+        """For a model whose window may be shorter; an answer takes a quarter at most, as in POLAR's own."""
+        window = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
+        length = min(MAX_LENGTH, window)
+        return PolarFormat(tokenizer=tokenizer, max_length=length, max_response_length=length // 4)
 
     def text(self, prompt: Prompt, reference: str, candidate: str) -> str:
         """What is encoded; messages of a prompt are joined by line breaks."""
@@ -78,26 +87,20 @@ class Polar:
         Raises:
             UsageError: It cannot be loaded, or has no pad token.
         """
-        form = PolarFormat.load(name, trust_remote_code=trust_remote_code)
-        tokenizer = form.tokenizer
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-            family: Any = AutoModelForSequenceClassification if classifier else AutoModel
-            model = family.from_pretrained(
-                name, trust_remote_code=trust_remote_code, dtype=torch.float32, use_safetensors=True
-            )
-        except Exception as error:  # transformers and the Hub client raise many kinds
-            raise UsageError(
-                f"discriminator.model_name_or_path '{name}' cannot be loaded: {error}"
-            ) from error
+        tokenizer = PolarFormat.load(name, trust_remote_code=trust_remote_code).tokenizer
+        trusted = {"trust_remote_code": trust_remote_code}
+        config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
+        classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+        family: Any = AutoModelForSequenceClassification if classifier else AutoModel
+        weights = {"dtype": torch.float32, "use_safetensors": True}
+        model = from_pretrained(family.from_pretrained, "discriminator", name, **weights, **trusted)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END)):
             raise UsageError(f"the tokenizer of '{name}' needs a pad token that is not '{END}'")
         model.config.pad_token_id = tokenizer.pad_token_id
         model.eval().requires_grad_(False).to(device)
-        return Polar(model=model, format=form, max_tokens=max_tokens)
+        return Polar(model=model, format=PolarFormat.within(tokenizer, config), max_tokens=max_tokens)
 
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -109,26 +112,17 @@ class Polar:
     def logits(self, texts: Sequence[str]) -> Tensor:
         """[N], of texts in POLAR's format; carries the gradient, if the model's weights want one."""
         rows: list[list[int]] = [self.format.tokenizer.encode(text) for text in texts]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        parts: list[Tensor] = []
-        start = 0
-        while start < len(order):
-            count = max(1, self.max_tokens // len(rows[order[start]]))
-            parts.append(self._forward([rows[index] for index in order[start : start + count]]))
-            start += count
-        if not parts:
-            return torch.zeros(0)
-        places = torch.tensor(order).argsort().to(parts[0].device)
-        return torch.cat(parts)[places]
-
-    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        width = max(map(len, rows))
-        pad = self.format.tokenizer.pad_token_id
+        parts = by_length([len(row) for row in rows], max_tokens=self.max_tokens)
         device = next(self.model.parameters()).device
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device).unsqueeze(-1)
-        mask = (torch.arange(width, device=device) < lengths).long()
-        return self.model(input_ids=ids, attention_mask=mask)[0].reshape(len(rows)).float()
+        logits: list[Tensor] = []
+        for part in parts:
+            batch = [rows[index] for index in part]
+            ids, mask = pad_right(batch, self.format.tokenizer.pad_token_id, device)
+            logits.append(self.model(input_ids=ids, attention_mask=mask)[0].reshape(len(batch)).float())
+        if not logits:
+            return torch.zeros(0)
+        places = torch.tensor([index for part in parts for index in part], device=device).argsort()
+        return torch.cat(logits)[places]
 
 
 def reference_of(candidate: Candidate) -> str:

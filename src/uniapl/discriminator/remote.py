@@ -104,7 +104,10 @@ class Remote:
                 scores = [item["embedding"][0] for item in answer]
             else:
                 # One value per sequence, or one per token of which the last one counts.
-                data = [item["data"] for item in sorted(answer["data"], key=lambda item: item["index"])]
+                items = sorted(answer["data"], key=lambda item: item["index"])
+                if [item["index"] for item in items] != list(range(count)):
+                    raise _Failed(f"not one score for each of {count} texts")
+                data = [item["data"] for item in items]
                 scores = [row[-1][0] if isinstance(row[-1], list) else row[-1] for row in data]
             logits = [float(score) for score in scores]
         except (LookupError, TypeError, ValueError) as error:

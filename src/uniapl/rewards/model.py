@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from uniapl.errors import UsageError
+from uniapl.loading import from_pretrained
 from uniapl.rewards.base import register
 
 
@@ -54,13 +55,14 @@ def _load(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True
-        )
-    except Exception as error:  # transformers and the Hub client raise many kinds
-        raise UsageError(f"the reward model '{name}' cannot be loaded: {error}") from error
+    tokenizer: Any = from_pretrained(AutoTokenizer.from_pretrained, "reward model's tokenizer", name)
+    model: Any = from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained,
+        "reward model",
+        name,
+        dtype=torch.float32,
+        use_safetensors=True,
+    )
     if model.config.num_labels != 1:
         raise UsageError(f"'{name}' has {model.config.num_labels} outputs, a reward model has one")
     if tokenizer.pad_token_id is None:

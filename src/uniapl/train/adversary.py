@@ -27,6 +27,7 @@ from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UsageError
+from uniapl.loading import from_pretrained
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
 from uniapl.train.setup import Materials, check_vocabulary, is_held_out, load_model
@@ -211,17 +212,14 @@ def _build_learner(
     elif settings.model_name_or_path is None:
         module = BradleyTerry.copy_of(model)
     else:
-        try:
-            trunk = AutoModel.from_pretrained(
-                settings.model_name_or_path,
-                trust_remote_code=settings.trust_remote_code,
-                dtype=torch.float32,
-                use_safetensors=True,
-            )
-        except Exception as error:  # transformers and the Hub client raise many kinds
-            raise UsageError(
-                f"discriminator.model_name_or_path '{settings.model_name_or_path}' cannot be loaded: {error}"
-            ) from error
+        trunk = from_pretrained(
+            AutoModel.from_pretrained,
+            "discriminator",
+            settings.model_name_or_path,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=torch.float32,
+            use_safetensors=True,
+        )
         module = BradleyTerry(trunk).to(accelerator.device)
     embeddings: Any = module.trunk.get_input_embeddings()
     rows = embeddings.weight.shape[0]

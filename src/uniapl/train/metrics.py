@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
 from uniapl.train.credit import Credit
 from uniapl.train.step import PolicyStep
@@ -77,7 +78,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], credits: Sequence[Credit]) -
     if wins:
         win_rate = statistics.fmean(wins)
         metrics["discriminator/win_rate"] = win_rate
-        metrics["discriminator/expert_gap"] = max(0.0, 0.5 - win_rate)
+        metrics["discriminator/expert_gap"] = expert_gap(win_rate)
     for name in groups[0].reward_parts:
         values = [v for group in groups for v in group.reward_parts[name] if v is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from rich.console import Console
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification
 
 from uniapl import data
-from uniapl.config import DataConfig, ModelConfig
+from uniapl.config import Config, DataConfig, ModelConfig
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss, learning_rate_factor
+from uniapl.loading import from_pretrained
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint, setup
+from uniapl.train.api import make_accelerator
 from uniapl.types import Example, TokenIds, derive_seed
 
 HELD_OUT_SHARE = 0.1
@@ -54,7 +55,8 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     options = _parse(arguments)
     if options.output_dir.exists():
         raise UsageError(f"'{options.output_dir}' is already there: choose another --output-dir")
-    device = _device()
+    # It seeds the global generator too, which the new head is drawn from.
+    device = make_accelerator(Config(seed=options.seed)).device
     console = Console(highlight=False)
     examples, texts = _write_all(options, device, console)
     held_out = {
@@ -62,7 +64,6 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
         for index, example in enumerate(examples)
         if derive_seed(options.seed, "held out", *example.prompt_ids) < HELD_OUT_SHARE * 2**63
     }
-    set_seed(options.seed)
     polar = _fresh(options.model_name_or_path, options.max_tokens, device)
     learnt = _triples(examples, texts, set(range(len(examples))) - held_out, options.seed, "train")
     if next(learnt, None) is None:
@@ -102,15 +103,6 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _device() -> torch.device:
-    """This process's accelerator, or the CPU."""
-    found = torch.accelerator.current_accelerator()
-    # The sampler sums probabilities in fp64, which Apple's GPUs do not have.
-    if found is None or found.type == "mps":
-        return torch.device("cpu")
-    return found
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl pretrain-discriminator",
@@ -129,7 +121,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=500)
     add("--batch-size", type=int, default=32, help="triples of a step")
     add("--learning-rate", type=float, default=1e-5, help="falls to 0 by the last step")
-    add("--max-tokens", type=int, default=16384, help="padded tokens that are scored at a time")
+    add("--max-tokens", type=int, default=16384, help="padded tokens of one forward pass")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.samples < 2:
@@ -224,17 +216,18 @@ def _fresh(backbone: str, max_tokens: int, device: torch.device) -> Polar:
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [SEPARATOR, END]}, replace_extra_special_tokens=False
     )
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            backbone, num_labels=1, dtype=torch.float32, use_safetensors=True
-        )
-    except Exception as error:  # transformers and the Hub client raise many kinds
-        raise UsageError(f"the backbone '{backbone}' cannot be loaded as a classifier: {error}") from error
+    model = from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained,
+        "backbone",
+        backbone,
+        num_labels=1,
+        dtype=torch.float32,
+        use_safetensors=True,
+    )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 16384
-    form = PolarFormat(tokenizer=tokenizer, max_length=window, max_response_length=window // 4)
+    form = PolarFormat.within(tokenizer, model.config)
     return Polar(model=model.eval().to(device), format=form, max_tokens=max_tokens)
 
 

@@ -28,6 +28,7 @@ from uniapl.config import Config, ModelConfig
 from uniapl.data import Dataset
 from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
+from uniapl.loading import from_pretrained
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import find_function, named_reward
@@ -141,16 +142,14 @@ def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, *
     name = config.model_name_or_path
     if name is None:
         raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
-    # A Hub id has one slash at most; asking the Hub for a path would only cost the user minutes of retries.
-    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise UsageError(f"cannot load the {what} '{name}': there is no such directory")
-    try:
-        return load(
-            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code, **arguments
-        )
-    except Exception as error:  # transformers and the Hub client raise many kinds
-        hint = "" if Path(name).exists() else " (there is no such directory here)"
-        raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
+    return from_pretrained(
+        load,
+        what,
+        name,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        **arguments,
+    )
 
 
 def load_stop_ids(
