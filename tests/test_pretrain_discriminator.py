@@ -89,7 +89,18 @@ def test_what_cannot_be_learned_from_is_refused(
 
     assert "two policies with two answers" in refused("--policies", policies[0])
     assert "--samples must be at least 2" in refused("--policies", *policies, "--samples", "1")
+    for name in ("--steps", "--batch-size", "--max-tokens", "--max-completion-length"):
+        assert f"{name} must be at least 1" in refused("--policies", *policies, name, "0")
+    for rate in ("0", "nan", "inf"):
+        assert "--learning-rate must be" in refused("--policies", *policies, "--learning-rate", rate)
     assert "no such directory" in refused("--policies", str(tmp_path / "nowhere"))
+    two = ("--policies", *policies)
+    assert "cannot load the tokenizer" in refused(*two, "--model-name-or-path", str(tmp_path / "nowhere"))
+    data.write_text("")
+    assert "holds no rows" in refused(*two)
+    data.write_text('{"question": "a"}\n')
+    assert "row 1" in refused(*two)
+    write_data(data, demonstrations=False)
     assert (
         cli.run(["pretrain-discriminator", str(data), *backbone, "--policies", "x", "--output-dir", "."]) == 2
     )

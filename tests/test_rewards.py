@@ -1,6 +1,7 @@
 """Reward functions: how they are found and called, and one rule for everything they can do wrong."""
 
 import asyncio
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -234,12 +235,21 @@ def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, bat
     user = [{"role": "user", "content": "hi"}]
     prompts = ["say a", "b", user]
     completions = ["aaa", "abcabcabc", [{"role": "assistant", "content": "yo"}]]
-    got = find_function("reward_model")(prompts, completions, model=str(tmp_path), batch_size=batch_size)
-    for text, logit in zip(("say aaaa", "babcabcabc", "<turn>hi<turn>yo"), got, strict=True):
-        with torch.no_grad():
-            expected = model(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits
-        assert logit == pytest.approx(float(expected), abs=1e-5)
-    assert len(set(got)) == 3
+    score = functools.partial(find_function("reward_model"), model=str(tmp_path), batch_size=batch_size)
+
+    def check(logits: list[float], *texts: str) -> None:
+        for text, logit in zip(texts, logits, strict=True):
+            with torch.no_grad():
+                expected = model(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits
+            assert logit == pytest.approx(float(expected), abs=1e-5)
+        assert len(set(logits)) == len(texts)
+
+    check(score(prompts, completions), "say aaaa", "babcabcabc", "<turn>hi<turn>yo")
+    check(
+        score(prompts[:2], completions[:2], string_prompts="chat"),
+        "<turn>say a<turn>aaa",
+        "<turn>b<turn>abcabcabc",
+    )
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any
+from typing import Any, Literal
 
 from uniapl.errors import UsageError
 from uniapl.loading import from_pretrained
@@ -11,26 +11,37 @@ from uniapl.rewards.base import register
 
 @register("reward_model")
 def reward_model(
-    prompts: list[Any], completions: list[Any], *, model: str, batch_size: int = 16
+    prompts: list[Any],
+    completions: list[Any],
+    *,
+    model: str,
+    string_prompts: Literal["text", "chat"] = "text",
+    batch_size: int = 16,
 ) -> list[float]:
     """The logit that a reward model gives to prompt and completion.
 
     Its text is made as TRL's GRPOTrainer makes it: a chat by the reward model's own template, plain strings
-    as they are. A logit has no fixed range: weigh it against other rewards.
+    as they are. A logit has no fixed range: weigh it against other rewards. The weights are loaded at the
+    first call, which `rewards.timeout` has to allow for.
 
     Args:
         model: Directory or Hub id of a sequence classifier with one output and its tokenizer.
+        string_prompts: As in the section `data`: "chat" makes plain strings a user's message and its answer.
         batch_size: Answers scored at a time.
     """
     import torch
 
     classifier, tokenizer = _load(model)
-    texts = [
-        prompt + completion
-        if isinstance(completion, str)
-        else tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+
+    def text(prompt: Any, completion: Any) -> str:
+        if isinstance(prompt, str):
+            if string_prompts == "text":
+                return prompt + completion
+            prompt = [{"role": "user", "content": prompt}]
+            completion = [{"role": "assistant", "content": completion}]
+        return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+    texts = [text(*pair) for pair in zip(prompts, completions, strict=True)]
     logits: list[float] = []
     for start in range(0, len(texts), batch_size):
         inputs = tokenizer(

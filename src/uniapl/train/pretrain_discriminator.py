@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +60,14 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     # It seeds the global generator too, which the new head is drawn from.
     device = make_accelerator(Config(seed=options.seed)).device
     console = Console(highlight=False)
+    # First, so that a backbone that cannot be loaded costs no samples.
+    polar = _fresh(options.model_name_or_path, options.max_tokens, device)
     examples, texts = _write_all(options, device, console)
     held_out = {
         index
         for index, example in enumerate(examples)
         if derive_seed(options.seed, "held out", *example.prompt_ids) < HELD_OUT_SHARE * 2**63
     }
-    polar = _fresh(options.model_name_or_path, options.max_tokens, device)
     learnt = _triples(examples, texts, set(range(len(examples))) - held_out, options.seed, "train")
     if next(learnt, None) is None:
         raise UsageError("no prompt is left to learn from beside the held-out tenth: give more prompts")
@@ -126,8 +129,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.samples < 2:
         raise UsageError("--samples must be at least 2: two answers of each policy are compared")
-    if min(options.steps, options.batch_size) < 1:
-        raise UsageError("--steps and --batch-size must be at least 1")
+    for name in ("max_completion_length", "steps", "batch_size", "max_tokens"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 < options.learning_rate < math.inf:
+        raise UsageError("--learning-rate must be a positive number")
     return options
 
 
@@ -157,11 +163,6 @@ def _write_all(
             text: Any = decode(list(example.demonstration_ids or ()), skip_special_tokens=True)
             expert[example.prompt_ids].append(text)
     written.append([expert[example.prompt_ids] for example in examples])
-    if not any(sum(len(answers[n]) > 1 for answers in written) > 1 for n in range(len(examples))):
-        raise UsageError(
-            "two policies with two answers to the same prompt at least: name more in --policies, or give "
-            "data with several answers of the expert's to a prompt"
-        )
     return examples, written
 
 
@@ -187,6 +188,12 @@ def _write(
         max_completion_length=options.max_completion_length,
     ).examples
     prompts = _distinct(examples)
+    experts = Counter(example.prompt_ids for example in examples if example.demonstration is not None)
+    if len(options.policies) == 1 and max(experts.values(), default=0) < 2:
+        raise UsageError(
+            "two policies with two answers to the same prompt at least: name more in --policies, or give "
+            "data with several answers of the expert's to a prompt"
+        )
     sampler = LocalSampler(
         model=model.to(device),
         stop_ids=stop_ids,
