@@ -116,6 +116,27 @@ def test_a_pipeline_resumes_in_its_second_stage(model_dir: Path, tmp_path: Path)
     assert lines(whole / "metrics.jsonl")[3]["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_reference_may_be_the_policy_of_a_later_step(model_dir: Path, tmp_path: Path) -> None:
+    """No KL before; none at that step, where the two are the same; and it is kept for a resumed run."""
+    values = {"max_steps": 8, "save_steps": 3, "objective": {"reference_step": 4, "beta": 0.3}}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(recipe(model_dir, whole, **values))
+    records = lines(whole / "metrics.jsonl")
+    assert [record["kl"] for record in records[:4]] == [None] * 4
+    assert records[4]["kl"] == pytest.approx(0, abs=1e-6)
+    assert all(record["kl"] > 1e-4 for record in records[5:])
+    for step, kept in ((3, False), (6, True)):
+        assert (checkpoint.checkpoint_path(whole, step) / "reference").exists() == kept
+    run_until(7, recipe(model_dir, broken, **values))
+    changed = {"objective": {"reference_step": 5, "beta": 0.3}}
+    with pytest.raises(uniapl.UsageError, match="the checkpoint, at step 6 of its stage, does not hold"):
+        train(recipe(model_dir, broken, resume="auto", **values | changed))
+    train(recipe(model_dir, broken, resume="auto", **values))
+    assert timeless(lines(broken / "metrics.jsonl")) == timeless(records)
+    ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_finished_run_resumes_to_itself(model_dir: Path, tmp_path: Path) -> None:
     values = recipe(model_dir, tmp_path / "run")
     first = train(values)
@@ -400,7 +421,7 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
 
 def test_a_run_on_two_processes_equals_one_on_one(model_dir: Path, tmp_path: Path) -> None:
     """Rollouts, rewards and both models' updates are shared out; 3 prompts do not divide by 2 processes."""
-    objective = {"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 4}
+    objective = {"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 4, "reference_step": 2}
     changes = {"objective": objective, "gradient_steps": 2}
     path = write_recipe(tmp_path, model_dir, **changes)
     arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]

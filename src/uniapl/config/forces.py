@@ -51,7 +51,13 @@ class ObjectiveConfig(Section):
         default=(0.05, 20.0), description="A learned lambda stays within."
     )
     beta: float = Field(
-        default=0.0, ge=0, description="Weight of the KL to the stage's start (TRL's default)."
+        default=0.0, ge=0, description="Weight of the KL to a reference; 0 keeps none in memory."
+    )
+    reference_step: int = Field(
+        default=0,
+        ge=0,
+        description="The KL's reference is the policy before this step of the stage: its start, or one that "
+        "has learnt from the demonstrations. Until then there is no KL.",
     )
     epsilon: float = Field(default=0.2, gt=0, lt=1, description="Lower (and, by default, upper) clip width.")
     epsilon_high: float | None = Field(

@@ -1,5 +1,6 @@
 """What one stage trains: the policy with its optimizer, a reference, an adversary; and how it is saved."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
+from uniapl.errors import UsageError
 from uniapl.functional import (
     Multiplier,
     dual_ascent,
@@ -42,6 +44,7 @@ class Stage:
     policy: nn.Module
     optimizer: Optimizer
     reference: Policy | None
+    """What the KL term stays near; None: there is none, or not yet."""
     adversary: Adversary | None
     sampler: Sampler
     multiplier: Multiplier
@@ -130,8 +133,14 @@ class Stage:
             "sft": mu,
             "rl": (1 - mu) * objective.reward_weight,
             "adv": self.lambda_adv if objective.adversarial_placement == "loss" else 0.0,
-            "kl": objective.beta,
+            "kl": objective.beta if self.reference is not None else 0.0,
         }
+
+    def set_reference(self, accelerator: Accelerator) -> None:
+        """Keep a copy of the policy as it is now, if the steps to come are to stay near it."""
+        objective = self.config.objective
+        if objective.beta > 0 and 0 < objective.reference_step == self.step:
+            self.reference = frozen(copy.deepcopy(self.model), accelerator)
 
     def set_learning_rate(self) -> float:
         """Give the optimizer the current step's learning rate."""
@@ -156,24 +165,46 @@ class Stage:
             "stopping": asdict(self.stopping),
             "stop_rule": self.config.stop.model_dump(),
         }
+        if self.reference is not None and self.config.objective.reference_step > 0:
+            self.reference.model.save_pretrained(directory / "reference")
+            state["reference_step"] = self.config.objective.reference_step
         if self.adversary is not None:
             state |= self.adversary.save(directory)
             state["multiplier"] = asdict(self.multiplier)
         return state
 
-    def load(self, directory: Path, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`save`; the policy's weights are loaded with the model."""
+    def load(self, directory: Path, state: dict[str, Any], accelerator: Accelerator) -> None:
+        """The inverse of :meth:`save`; the policy's weights are loaded with the model.
+
+        Raises:
+            UsageError: The policy that is to be the reference now was not kept.
+        """
         self.step = state["stage_step"]
         self.tokens = state["stage_tokens"]
         # A stage that a rule ended goes on under another rule.
         if state["stop_rule"] == self.config.stop.model_dump():
             self.stopping = Stopping(**state["stopping"])
         checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
+        objective = self.config.objective
+        if objective.beta > 0 and 0 < objective.reference_step < self.step:
+            if state.get("reference_step") != objective.reference_step:
+                raise UsageError(
+                    f"objective.reference_step {objective.reference_step}: the checkpoint, at step "
+                    f"{self.step} of its stage, does not hold the policy of that step; give the value that "
+                    f"the run began with, 0, or a step from {self.step} on"
+                )
+            loaded = load_model(self.config.model, directory / "reference")
+            self.reference = frozen(loaded.to(accelerator.device), accelerator)
         if self.adversary is not None:
             self.adversary.load(directory, state)
             # A fixed lambda is the recipe's, whatever it was before.
             if self.config.objective.lambda_controller != "fixed":
                 self.multiplier = Multiplier(**state["multiplier"])
+
+
+def frozen(model: PreTrainedModel, accelerator: Accelerator) -> Policy:
+    """A policy that never learns."""
+    return Policy(model, accelerator.autocast).requires_grad_(False)
 
 
 def build_stage(
@@ -199,9 +230,8 @@ def build_stage(
         weight_decay=optim.weight_decay,
     )
     reference = None
-    if objective.beta > 0:
-        start_model = load_model(config.model, start).to(accelerator.device)
-        reference = Policy(start_model, accelerator.autocast).requires_grad_(False)
+    if objective.beta > 0 and objective.reference_step == 0:
+        reference = frozen(load_model(config.model, start).to(accelerator.device), accelerator)
     inner = Policy(model, accelerator.autocast)
     adversary = None
     if objective.lambda_adv > 0:
