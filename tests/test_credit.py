@@ -108,6 +108,9 @@ def test_rows_teach_only_what_is_known() -> None:
     expected = [u - sum(wins) / 2 for u in wins]
     assert [row.adversarial_advantage for row in rows[:2]] == pytest.approx(expected)
     assert component_counts(rows) == {"sft": 0, "rl": 1 + 1 + 2, "adv": 1 + 2, "kl": 6}
+    unrewarded = [c.without_rewards() for c in credits]
+    taught = [row.components for row in rollout_rows(groups, unrewarded, temperature=0.7)]
+    assert taught == [{"kl", "adv"}, {"kl", "adv"}, {"kl"}, {"kl"}]
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:

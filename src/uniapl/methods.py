@@ -23,7 +23,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "fixed": {"lambda_adv": 0.0, "sft_token_weight": "phi"},
         "proposed": _constant_mu(0.1),
     },
-    "uniapl": {"fixed": {}, "proposed": {}},
+    # Our choice (docs/log.md): the KL holds what the first steps have learnt from the demonstrations.
+    "uniapl": {"fixed": {}, "proposed": {"beta": 0.1, "reference_step": 25}},
     # arXiv 2511.10643: GRPO on the discriminator's logit alone. Rewards are watched, not learnt from.
     "gad": {
         "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "lambda_controller": "fixed", "reward_weight": 0.0},

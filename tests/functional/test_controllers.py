@@ -31,7 +31,9 @@ def test_pid_by_hand() -> None:
     assert first.value == pytest.approx(10 * 0.1 + 1.4), "nothing was there to rise from"
     second = pid(first, -0.4, **settings)
     assert (second.average, second.integral) == pytest.approx((-0.15, 0.6))
-    assert second.value == pytest.approx(WIDE[0]), "10 * -0.15 + 0.6 is below; a falling average has no D"
+    assert second.value == pytest.approx(WIDE[0]), "10 * -0.15 + 0.6 is below"
+    falling = pid(first, 0.0, **settings)
+    assert falling.value == pytest.approx(10 * 0.05 + 1.4), "a falling average has no D"
     third = pid(first, 0.4, **settings)
     assert third.value == pytest.approx(10 * 0.25 + 2.2 + 4 * 0.15)
 

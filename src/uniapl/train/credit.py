@@ -55,7 +55,8 @@ def assign_credit(
         expert_logits = torch.tensor([expert if judged and expert is not None else 0.0], dtype=torch.float64)
         adversarial = adversarial_advantages(logits, expert_logits, usable, assignment=assignment)
         wins = win_probability(logits, expert_logits)
-        advantages = advantages + torch.where(known & usable, bonus * adversarial, 0.0)
+        # Both are 0 where they are not known.
+        advantages = advantages + bonus * adversarial
         credits.append(
             Credit(
                 advantages=_where_known(advantages, known),
