@@ -1,6 +1,6 @@
 """What the adversary does on the embedded task: held by a constraint, frozen, and beside the other forces.
 
-    python benchmarks/adversary_control.py [--output docs/adversary] [--seed 0] [--only fixed-2,gap-0.05]
+    python benchmarks/adversary_control.py [--output docs/adversary] [--seed 0] [--only fixed-2,gap-0.1]
 
 Every run keeps its metrics as OUTPUT/NAME.jsonl; those that are there are not run again. At the end a table
 and one figure per question are made of them: does a learned lambda hold the gap where a fixed one needs
@@ -22,26 +22,19 @@ STEPS = 100
 # A rate that does not fall: towards its end the policy must still be able to answer.
 STEADY = {"learning_rate": 2.5e-4, "lr_scheduler_type": "constant"}
 UNGATED = {"min_accuracy": 0.0}
+WATCHED = {"method": "a-grpo", "max_steps": 2 * STEPS, "discriminator": UNGATED, "optim": STEADY}
+"""For the constraint: every prompt has a demonstration, so that a step's win rate is a mean of 96 pairs."""
 
 
 def dual(gap: float) -> dict[str, Any]:
     """lambda learned by dual ascent so that the expert gap stays below `gap`."""
-    return {
-        "method": "a-grpo",
-        "objective": {"lambda_controller": "dual", "max_expert_gap": gap, "lambda_learning_rate": 0.5},
-        "discriminator": UNGATED,
-        "optim": STEADY,
-    }
+    learned = {"lambda_controller": "dual", "max_expert_gap": gap, "lambda_learning_rate": 0.25}
+    return {**WATCHED, "objective": learned}
 
 
 def fixed(value: float) -> dict[str, Any]:
     """The same with a fixed lambda."""
-    return {
-        "method": "a-grpo",
-        "objective": {"lambda_adv": value},
-        "discriminator": UNGATED,
-        "optim": STEADY,
-    }
+    return {**WATCHED, "objective": {"lambda_adv": value}}
 
 
 LONG: dict[str, Any] = {
@@ -55,8 +48,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fixed-0.5": fixed(0.5),
     "fixed-2": fixed(2.0),
     "fixed-8": fixed(8.0),
-    "gap-0.05": dual(0.05),
-    "gap-0.15": dual(0.15),
+    "gap-0.1": dual(0.1),
+    "gap-0.2": dual(0.2),
     "long-frozen": {
         **LONG,
         "discriminator": FROZEN,
@@ -77,7 +70,8 @@ def run(name: str, output: Path, seed: int) -> None:
     from uniapl.resolve import merge, resolve
     from uniapl.train.api import train_resolved
 
-    task = make_task(seed=seed)
+    watched = RUNS[name].get("max_steps") == WATCHED["max_steps"]
+    task = make_task(seed=seed, demonstrations=1024 if watched else 256)
     held_out = dict(list(task.held_out.items())[:128])
     with as_file(files("uniapl.embedded") / "base") as base, tempfile.TemporaryDirectory() as work:
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -114,7 +108,7 @@ def row(records: list[dict[str, Any]]) -> dict[str, float | None]:
     win_rate = mean("discriminator/pair_win_rate")
     alarms = [record["step"] for record in records if record.get("health/divergence")]
     return {
-        "gap": None if win_rate is None else max(0.0, 0.5 - win_rate),
+        "gap": None if win_rate is None else 0.5 - win_rate,
         "lambda": mean("weight/lambda_adv"),
         "reward": mean("reward"),
         "good": mean("eval/good"),
@@ -130,7 +124,7 @@ def row(records: list[dict[str, Any]]) -> dict[str, float | None]:
 
 FIGURES = {
     "constraint": (
-        ("fixed-0.5", "fixed-2", "fixed-8", "gap-0.05", "gap-0.15"),
+        ("fixed-0.5", "fixed-2", "fixed-8", "gap-0.1", "gap-0.2"),
         ("discriminator/pair_win_rate", "weight/lambda_adv", "eval/good"),
     ),
     "frozen": (

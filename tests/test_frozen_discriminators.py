@@ -1,10 +1,12 @@
 """POLAR's format and scores, the density ratio, and runs against either."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen3Config
 
 import uniapl
@@ -81,6 +83,20 @@ def test_polar_s_truncation() -> None:
     assert len(polar_tokenizer().encode(text)) == 14
     full = PolarFormat(tokenizer=polar_tokenizer(), max_length=10, max_response_length=3)
     assert full.text("abc", "xyz", "BCD") == f"\nxyz{SEPARATOR}\nBCD{END}", "no room is left for the prompt"
+
+
+def test_what_is_encoded_fits_the_model_s_window(polar_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(polar_dir, tmp_path / "begins")
+    begins = polar_tokenizer()
+    backend: Any = begins.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<turn> $A", special_tokens=[("<turn>", 3)])
+    begins.save_pretrained(tmp_path / "begins")
+    for directory, length in ((polar_dir, 128), (tmp_path / "begins", 127)):
+        shown = PolarFormat.load(str(directory), trust_remote_code=False)
+        assert (shown.max_length, shown.max_response_length) == (length, length // 4)
+        ids = shown.tokenizer.encode(shown.text("a" * 300, "b" * 300, "c" * 300))
+        assert 126 <= len(ids) <= 128
+        assert ids.count(shown.tokenizer.convert_tokens_to_ids("c")) == length // 4
 
 
 def test_polar_scores_are_the_model_s_at_the_end_token(polar_dir: Path) -> None:

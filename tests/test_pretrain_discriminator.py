@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 
 from runs import lines, recipe, train
 from tiny import make_model, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.discriminator.polar import END, SEPARATOR, Polar
-from uniapl.train.pretrain_discriminator import _triples
+from uniapl.train.pretrain_discriminator import _parse, _triples, _write_all
 from uniapl.types import Example
 
 
@@ -91,6 +95,8 @@ def test_what_cannot_be_learned_from_is_refused(
     assert "--samples must be at least 2" in refused("--policies", *policies, "--samples", "1")
     for name in ("--steps", "--batch-size", "--max-tokens", "--max-completion-length"):
         assert f"{name} must be at least 1" in refused("--policies", *policies, name, "0")
+    for seed in ("-1", str(2**32)):
+        assert "--seed must be" in refused("--policies", *policies, "--seed", seed)
     for rate in ("0", "nan", "inf"):
         assert "--learning-rate must be" in refused("--policies", *policies, "--learning-rate", rate)
     assert "no such directory" in refused("--policies", str(tmp_path / "nowhere"))
@@ -105,6 +111,31 @@ def test_what_cannot_be_learned_from_is_refused(
         cli.run(["pretrain-discriminator", str(data), *backbone, "--policies", "x", "--output-dir", "."]) == 2
     )
     assert "is already there" in capsys.readouterr().err
+
+
+def test_a_policy_that_sees_no_difference_answers_every_prompt(policies: list[str], tmp_path: Path) -> None:
+    """Its answers would otherwise stand at other prompts than the first policy's."""
+    shutil.copytree(policies[1], tmp_path / "lower")
+    lower = make_tokenizer()
+    backend: Any = lower.backend_tokenizer
+    backend.normalizer = normalizers.Lowercase()
+    lower.save_pretrained(tmp_path / "lower")
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"say {x}."}) for x in "aAbab"))
+    for pair in ([policies[0], str(tmp_path / "lower")], [str(tmp_path / "lower"), policies[0]]):
+        arguments = [
+            str(data),
+            "--policies",
+            *pair,
+            "--model-name-or-path",
+            "x",
+            "--max-completion-length",
+            "2",
+        ]
+        examples, texts = _write_all(_parse(arguments), torch.device("cpu"), Console(quiet=True))
+        first_sees_all = pair[0] == policies[0]
+        assert [example.row for example in examples] == ([1, 2, 3] if first_sees_all else [1, 3])
+        assert [len(answers) for answers in texts[:2]] == [len(examples)] * 2
 
 
 def test_every_policy_is_as_often_the_other_one_as_the_reference() -> None:

@@ -253,6 +253,8 @@ def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, bat
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="string_prompts is 'text' or 'chat', not 'Text'"):
+        find_function("reward_model")(["a"], ["b"], model="x", string_prompts="Text")
     with pytest.raises(UsageError, match="cannot load the reward model's tokenizer"):
         find_function("reward_model")(["a"], ["b"], model=str(tmp_path / "nowhere"))
     config = Qwen3Config(**SMALL, num_labels=2)

@@ -49,6 +49,13 @@ def test_a_failure_is_named_and_the_others_are_kept(directory: Path) -> None:
     assert len(list((directory / "cells").glob("*.json"))) == 2
 
 
+def test_a_cell_that_is_killed_takes_no_other_along(directory: Path) -> None:
+    bad = Cell(method="grpo", settings={"dies": 1}, seed=9)
+    with pytest.raises(UniAPLError, match=rf"1 cells failed.*\n{bad.name}: BrokenProcessPool"):
+        run_cells([*cells(2, seconds=1), bad, *cells(2)], directory, jobs=2, run=fake_cell)
+    assert len(list((directory / "cells").glob("*.json"))) == 4
+
+
 def test_the_search_finds_the_rate_first_and_then_the_knob(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,10 +128,9 @@ def test_the_reference_may_be_the_policy_of_a_later_step(model_dir: Path, tmp_pa
     for step, kept in ((3, False), (6, True)):
         assert (checkpoint.checkpoint_path(whole, step) / "reference").exists() == kept
     run_until(7, recipe(model_dir, broken, **values))
-    changed = {"objective": {"reference_step": 5, "beta": 0.3}}
-    with pytest.raises(uniapl.UsageError, match="the checkpoint, at step 6 of its stage, does not hold"):
-        train(recipe(model_dir, broken, resume="auto", **values | changed))
-    train(recipe(model_dir, broken, resume="auto", **values))
+    # What was kept holds, whatever the recipe says of it now.
+    later = {"reference_step": 7, "beta": 0.3}
+    train(recipe(model_dir, broken, resume="auto", **values | {"objective": later}))
     assert timeless(lines(broken / "metrics.jsonl")) == timeless(records)
     ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (broken, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -547,8 +546,8 @@ def test_a_frozen_discriminator_learns_no_more(model_dir: Path, tmp_path: Path) 
 
 
 def test_an_evaluation_is_logged_and_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
-    def look(step: int, model: PreTrainedModel) -> dict[str, float]:
-        return {"norm": float(model.get_input_embeddings().weight.norm())} if step % 2 == 0 else {}
+    def look(step: int, model: PreTrainedModel) -> dict[str, Any]:
+        return {"norm": model.get_input_embeddings().weight.norm().detach()} if step % 2 == 0 else {}
 
     train(recipe(model_dir, tmp_path / "looked"), evaluate=look)
     train(recipe(model_dir, tmp_path / "blind"))
@@ -678,7 +677,7 @@ def test_a_learned_lambda_answers_to_the_pairs(model_dir: Path, tmp_path: Path) 
         if win_rate is None:
             assert "constraint/multiplier" not in record
         else:
-            violation = max(0.0, 0.5 - win_rate) - 0.01
+            violation = 0.5 - win_rate - 0.01
             value *= math.exp(3.0 * violation) if record["step"] > 1 else 1
             assert record["constraint/violation"] == pytest.approx(violation)
             assert record["constraint/multiplier"] == pytest.approx(value)

@@ -53,7 +53,7 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         with_front = [method for method in methods if method in plan.FRONTS]
         run(plan.front_cells(with_front, seeds))
         swept = {m: [run(plan.front_of(m, seed)) for seed in range(seeds)] for m in with_front}
-        summary["fronts"] = results.fronts(swept, base)
+        summary["fronts"] = results.fronts(swept, base) if swept else {}
     if "ablations" in options.parts:
         variants = plan.ablation_cells(seeds)
         run([cell for cells in variants.values() for cell in cells])

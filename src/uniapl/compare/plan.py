@@ -85,7 +85,7 @@ SETTINGS: dict[str, dict[str, Value]] = {
         ("sft -> a-grpo", 1e-3, {"objective.lambda_adv": 1.0}),
         ("a-sft -> a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
         ("gad", 5e-4, {"objective.adversarial_assignment": "standardized"}),
-        ("uniapl", 1e-3, {"objective.beta": 0.1}),
+        ("uniapl", 5e-4, {"objective.beta": 0.1}),
     )
 }
 """What the search found (docs/log.md)."""

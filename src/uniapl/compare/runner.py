@@ -34,13 +34,7 @@ def run_cells(
         console = Console(highlight=False)
         console.print(f"{len(distinct)} cells, {len(missing)} to run, {jobs} at a time", markup=False)
         (directory / "cells").mkdir(parents=True, exist_ok=True)
-        # A fresh process per cell: what one leaves behind cannot change the next.
-        pool = concurrent.futures.ProcessPoolExecutor(
-            jobs,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            max_tasks_per_child=1,
-        )
+        pool = concurrent.futures.ThreadPoolExecutor(jobs)
         try:
             _run_missing(missing, directory, pool, run or _run_cell, console)
         finally:
@@ -58,10 +52,10 @@ def _run_missing(
 ) -> None:
     reference = directory / "reference"
     if not reference.exists():
-        pool.submit(_make_reference, reference).result()
+        pool.submit(_alone, _make_reference, reference).result()
     started = time.monotonic()
     failures: list[str] = []
-    running = {pool.submit(run, cell, reference): cell for cell in cells}
+    running = {pool.submit(_alone, run, cell, reference): cell for cell in cells}
     for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
         cell = running[future]
         try:
@@ -129,6 +123,13 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Called in a fresh process: what one cell leaves behind, or is killed by, concerns no other."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_begin) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _begin() -> None:

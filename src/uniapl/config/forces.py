@@ -56,8 +56,8 @@ class ObjectiveConfig(Section):
     reference_step: int = Field(
         default=0,
         ge=0,
-        description="The KL's reference is the policy before this step of the stage: its start, or one that "
-        "has learnt from the demonstrations. Until then there is no KL.",
+        description="The KL's reference is the policy after so many steps of the stage: its start, or one "
+        "that has learnt from the demonstrations. Until then there is no KL.",
     )
     epsilon: float = Field(default=0.2, gt=0, lt=1, description="Lower (and, by default, upper) clip width.")
     epsilon_high: float | None = Field(

@@ -1,7 +1,9 @@
 """A frozen discriminator in POLAR's format: is the candidate by the same policy as the reference?"""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -35,27 +37,31 @@ class PolarFormat:
 
     @staticmethod
     def load(name: str, *, trust_remote_code: bool) -> "PolarFormat":
-        """With the tokenizer of a POLAR model, from a directory or the Hub.
+        """For a POLAR model in a directory or on the Hub, with its tokenizer and its window (POLAR's, if a
+        directory holds a tokenizer alone, as for a server that runs elsewhere).
 
         Raises:
             UsageError: It cannot be loaded, or does not know POLAR's two tokens.
         """
-        tokenizer: Any = from_pretrained(
-            AutoTokenizer.from_pretrained, "tokenizer", name, trust_remote_code=trust_remote_code
-        )
+        trusted = {"trust_remote_code": trust_remote_code}
+        tokenizer: Any = from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", name, **trusted)
         for token in (SEPARATOR, END):
             ids = tokenizer.encode(token, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 raise UsageError(
                     f"the tokenizer of '{name}' does not know '{token}' as one token: this is no POLAR model"
                 )
-        return PolarFormat(tokenizer=tokenizer)
+        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            return PolarFormat(tokenizer=tokenizer)
+        config = from_pretrained(AutoConfig.from_pretrained, "discriminator's configuration", name, **trusted)
+        return PolarFormat.within(tokenizer, config)
 
     @staticmethod
     def within(tokenizer: Any, config: Any) -> "PolarFormat":
         """For a model whose window may be shorter; an answer takes a quarter at most, as in POLAR's own."""
-        window = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
-        length = min(MAX_LENGTH, window)
+        window = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+        # What the tokenizer adds at the start is not in the text.
+        length = int(min(MAX_LENGTH, window - tokenizer.num_special_tokens_to_add()))
         return PolarFormat(tokenizer=tokenizer, max_length=length, max_response_length=length // 4)
 
     def text(self, prompt: Prompt, reference: str, candidate: str) -> str:
@@ -87,7 +93,8 @@ class Polar:
         Raises:
             UsageError: It cannot be loaded, or has no pad token.
         """
-        tokenizer = PolarFormat.load(name, trust_remote_code=trust_remote_code).tokenizer
+        form = PolarFormat.load(name, trust_remote_code=trust_remote_code)
+        tokenizer = form.tokenizer
         trusted = {"trust_remote_code": trust_remote_code}
         config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
         classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
@@ -100,7 +107,7 @@ class Polar:
             raise UsageError(f"the tokenizer of '{name}' needs a pad token that is not '{END}'")
         model.config.pad_token_id = tokenizer.pad_token_id
         model.eval().requires_grad_(False).to(device)
-        return Polar(model=model, format=PolarFormat.within(tokenizer, config), max_tokens=max_tokens)
+        return Polar(model=model, format=form, max_tokens=max_tokens)
 
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:

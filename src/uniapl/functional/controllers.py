@@ -1,7 +1,8 @@
 r"""Rules that learn lambda, the multiplier of the constraint "the expert gap is at most epsilon".
 
-The Lagrangian of: maximise the reward subject to g <= epsilon. Its multiplier grows while the constraint is
-violated and falls while there is room. Both rules are functions of what they remember: nothing is hidden.
+The Lagrangian of: maximise the reward subject to c <= epsilon, where c is 0.5 minus the win rate (below
+epsilon exactly when the expert gap max(0, c) is). Its multiplier grows while the constraint is violated and
+falls while there is room. Both rules are functions of what they remember: nothing is hidden.
 """
 
 import math
@@ -31,13 +32,13 @@ def expert_gap(win_rate: float) -> float:
 def dual_ascent(
     multiplier: Multiplier, violation: float, *, learning_rate: float, bounds: tuple[float, float]
 ) -> Multiplier:
-    r"""Gradient ascent on the dual, in log space: :math:`\log\lambda` grows by :math:`\eta (g - \epsilon)`.
+    r"""Gradient ascent on the dual, in log space: :math:`\log\lambda` grows by :math:`\eta (c - \epsilon)`.
 
     Source: Safe RLHF (arXiv 2310.12773, section 3.3), which learns log lambda too. A violation is at most 0.5
     here, so the learning rate is larger than for unbounded costs.
 
     Args:
-        violation: g - epsilon; positive when the constraint is violated.
+        violation: c - epsilon, positive when the constraint is violated; c is 0.5 minus the win rate.
         bounds: lambda stays within. In log space it would never reach 0, nor come back from next to it.
     """
     return Multiplier(value=_clamp(multiplier.value * math.exp(learning_rate * violation), bounds))
@@ -58,7 +59,7 @@ def pid(
     decay as in OmniSafe's code, and an integral that begins at the first value of lambda, are our choice.
 
     Args:
-        violation: g - epsilon; positive when the constraint is violated.
+        violation: c - epsilon, positive when the constraint is violated; c is 0.5 minus the win rate.
         gains: Kp, Ki, Kd.
         bounds: Of lambda; the integral stays below the upper one, so that it does not wind up.
         decay: Of the moving average.

@@ -31,6 +31,8 @@ def reward_model(
     """
     import torch
 
+    if string_prompts not in ("text", "chat"):
+        raise UsageError(f"reward_model: string_prompts is 'text' or 'chat', not '{string_prompts}'")
     classifier, tokenizer = _load(model)
 
     def text(prompt: Any, completion: Any) -> str:

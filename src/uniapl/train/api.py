@@ -103,7 +103,7 @@ def train_resolved(
 
     stage: Stage | None = build(first)
     if found:
-        stage.load(found, state, accelerator)
+        stage.load(found, state)
     run = start_run(resolved, stages, accelerator, materials, view, state)
     run.evaluate = evaluate
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")

@@ -46,7 +46,8 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
             for file in files
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in [*files, temporary / MANIFEST, temporary]:
+        folders = [folder for folder in temporary.rglob("*") if folder.is_dir()]
+        for file in [*files, temporary / MANIFEST, *folders, temporary]:
             _fsync(file)
         if path.exists():
             replaced = path.parent / f"{TEMPORARY_PREFIX}replaced-{path.name}"

@@ -52,7 +52,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     while not stage.ended:
         run.view.start_step(run.step)
         learning_rate = stage.set_learning_rate()
-        stage.set_reference(run.accelerator)
+        stage.set_reference()
         with phase("rollout"):
             groups = sample(run, stage, prompts)
         with phase("reward"):

@@ -132,6 +132,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("max_completion_length", "steps", "batch_size", "max_tokens"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= options.seed < 2**32:
+        raise UsageError("--seed must be from 0 to 4,294,967,295")
     if not 0 < options.learning_rate < math.inf:
         raise UsageError("--learning-rate must be a positive number")
     return options
@@ -146,7 +148,8 @@ def _write_all(
     everything: tuple[Example, ...] = ()
     written: list[Texts] = []
     for name in options.policies:
-        found, answers = _write(name, rows, config, options, device)
+        asked = {example.row for example in _distinct(everything)}
+        found, answers = _write(name, rows, asked, config, options, device)
         everything = everything or found
         if [example.row for example in found] != [example.row for example in everything]:
             raise UsageError(
@@ -169,11 +172,15 @@ def _write_all(
 def _write(
     name: str,
     rows: Sequence[tuple[int, Any]],
+    asked: set[int],
     config: DataConfig,
     options: argparse.Namespace,
     device: torch.device,
 ) -> tuple[tuple[Example, ...], Texts]:
-    """The rows as one policy reads them, and its answers to the distinct prompts among them."""
+    """The rows as one policy reads them, and its answers to those that are asked; none: to distinct prompts.
+
+    Which prompts are distinct is for the first policy to say: another one's tokenizer may see no difference.
+    """
     where = ModelConfig(model_name_or_path=name)
     tokenizer: Any = setup.load_tokenizer(where)
     model: Any = setup.load_model(where)
@@ -187,7 +194,7 @@ def _write(
         context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         max_completion_length=options.max_completion_length,
     ).examples
-    prompts = _distinct(examples)
+    prompts = [example for example in examples if example.row in asked] or _distinct(examples)
     experts = Counter(example.prompt_ids for example in examples if example.demonstration is not None)
     if len(options.policies) == 1 and max(experts.values(), default=0) < 2:
         raise UsageError(
@@ -213,8 +220,11 @@ def _write(
 
 
 def _distinct(examples: Sequence[Example]) -> list[Example]:
-    """One example per prompt."""
-    return list({example.prompt_ids: example for example in reversed(examples)}.values())[::-1]
+    """The first example of each prompt, in the rows' order."""
+    found: dict[TokenIds, Example] = {}
+    for example in examples:
+        found.setdefault(example.prompt_ids, example)
+    return list(found.values())
 
 
 def _fresh(backbone: str, max_tokens: int, device: torch.device) -> Polar:

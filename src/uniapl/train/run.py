@@ -149,7 +149,9 @@ def finish_step(
     """
     if run.evaluate is not None and run.accelerator.is_main_process:
         with run.view.phase("evaluate"):
-            record |= {f"eval/{name}": value for name, value in run.evaluate(run.step, stage.model).items()}
+            found = run.evaluate(run.step, stage.model)
+            # Numbers of NumPy and torch too: rules and JSON know Python's.
+            record |= {f"eval/{k}": v.item() if hasattr(v, "item") else v for k, v in found.items()}
     rule = stage.config.stop
     watching = rule.target is not None or rule.patience is not None
     # What is evaluated comes in some steps only; whatever else a stage has, it has in its first step.

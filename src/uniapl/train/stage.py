@@ -1,6 +1,5 @@
 """What one stage trains: the policy with its optimizer, a reference, an adversary; and how it is saved."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
-from uniapl.errors import UsageError
 from uniapl.functional import (
     Multiplier,
     dual_ascent,
@@ -32,6 +30,9 @@ from uniapl.train.setup import Materials, is_held_out, load_model
 from uniapl.train.stopping import Stopping
 from uniapl.types import RolloutGroup
 
+REFERENCE = "reference"
+"""Directory of a checkpoint: the weights that the KL stays near, where they are not the stage's start."""
+
 
 @dataclass(kw_only=True)
 class Stage:
@@ -44,7 +45,9 @@ class Stage:
     policy: nn.Module
     optimizer: Optimizer
     reference: Policy | None
-    """What the KL term stays near; None: there is none, or not yet."""
+    """What the KL term stays near; None: there is no such term, or not yet."""
+    later_reference: Policy | None
+    """What is to be the reference, from `reference_step` on: a run that fits in memory now fits then too."""
     adversary: Adversary | None
     sampler: Sampler
     multiplier: Multiplier
@@ -87,8 +90,9 @@ class Stage:
         objective = self.config.objective
         if win_rate is None or objective.lambda_controller == "fixed":
             return {}
-        gap = expert_gap(win_rate)
-        violation = gap - objective.max_expert_gap
+        # Not the gap, which ends at 0: a policy that wins too often lets lambda fall as one that wins too
+        # rarely lets it grow. The constraint is the same.
+        violation = 0.5 - win_rate - objective.max_expert_gap
         if self.lambda_adv > 0:
             bounds = objective.lambda_bounds
             if objective.lambda_controller == "dual":
@@ -97,7 +101,7 @@ class Stage:
             else:
                 self.multiplier = pid(self.multiplier, violation, gains=objective.lambda_gains, bounds=bounds)
         return {
-            "constraint/expert_gap": gap,
+            "constraint/expert_gap": expert_gap(win_rate),
             "constraint/violation": violation,
             "constraint/multiplier": self.multiplier.value,
         }
@@ -136,11 +140,14 @@ class Stage:
             "kl": objective.beta if self.reference is not None else 0.0,
         }
 
-    def set_reference(self, accelerator: Accelerator) -> None:
-        """Keep a copy of the policy as it is now, if the steps to come are to stay near it."""
-        objective = self.config.objective
-        if objective.beta > 0 and 0 < objective.reference_step == self.step:
-            self.reference = frozen(copy.deepcopy(self.model), accelerator)
+    def set_reference(self, weights: PreTrainedModel | None = None) -> None:
+        """From `reference_step` on the reference is the policy as it is then, or `weights` kept of it."""
+        if self.later_reference is None:
+            return
+        if weights is not None or self.step >= self.config.objective.reference_step:
+            source = self.model if weights is None else weights
+            self.later_reference.model.load_state_dict(source.state_dict())
+            self.reference, self.later_reference = self.later_reference, None
 
     def set_learning_rate(self) -> float:
         """Give the optimizer the current step's learning rate."""
@@ -166,45 +173,27 @@ class Stage:
             "stop_rule": self.config.stop.model_dump(),
         }
         if self.reference is not None and self.config.objective.reference_step > 0:
-            self.reference.model.save_pretrained(directory / "reference")
-            state["reference_step"] = self.config.objective.reference_step
+            self.reference.model.save_pretrained(directory / REFERENCE)
         if self.adversary is not None:
             state |= self.adversary.save(directory)
             state["multiplier"] = asdict(self.multiplier)
         return state
 
-    def load(self, directory: Path, state: dict[str, Any], accelerator: Accelerator) -> None:
-        """The inverse of :meth:`save`; the policy's weights are loaded with the model.
-
-        Raises:
-            UsageError: The policy that is to be the reference now was not kept.
-        """
+    def load(self, directory: Path, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`save`; the policy's weights are loaded with the model."""
         self.step = state["stage_step"]
         self.tokens = state["stage_tokens"]
         # A stage that a rule ended goes on under another rule.
         if state["stop_rule"] == self.config.stop.model_dump():
             self.stopping = Stopping(**state["stopping"])
         checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
-        objective = self.config.objective
-        if objective.beta > 0 and 0 < objective.reference_step < self.step:
-            if state.get("reference_step") != objective.reference_step:
-                raise UsageError(
-                    f"objective.reference_step {objective.reference_step}: the checkpoint, at step "
-                    f"{self.step} of its stage, does not hold the policy of that step; give the value that "
-                    f"the run began with, 0, or a step from {self.step} on"
-                )
-            loaded = load_model(self.config.model, directory / "reference")
-            self.reference = frozen(loaded.to(accelerator.device), accelerator)
+        if self.later_reference is not None and (directory / REFERENCE).exists():
+            self.set_reference(load_model(self.config.model, directory / REFERENCE))
         if self.adversary is not None:
             self.adversary.load(directory, state)
             # A fixed lambda is the recipe's, whatever it was before.
             if self.config.objective.lambda_controller != "fixed":
                 self.multiplier = Multiplier(**state["multiplier"])
-
-
-def frozen(model: PreTrainedModel, accelerator: Accelerator) -> Policy:
-    """A policy that never learns."""
-    return Policy(model, accelerator.autocast).requires_grad_(False)
 
 
 def build_stage(
@@ -230,8 +219,9 @@ def build_stage(
         weight_decay=optim.weight_decay,
     )
     reference = None
-    if objective.beta > 0 and objective.reference_step == 0:
-        reference = frozen(load_model(config.model, start).to(accelerator.device), accelerator)
+    if objective.beta > 0:
+        start_model = load_model(config.model, start).to(accelerator.device)
+        reference = Policy(start_model, accelerator.autocast).requires_grad_(False)
     inner = Policy(model, accelerator.autocast)
     adversary = None
     if objective.lambda_adv > 0:
@@ -257,7 +247,8 @@ def build_stage(
         model=model,
         policy=policy,
         optimizer=prepared,
-        reference=reference,
+        reference=None if objective.reference_step else reference,
+        later_reference=reference if objective.reference_step else None,
         adversary=adversary,
         sampler=sampler,
         multiplier=Multiplier(value=objective.lambda_adv),
