@@ -145,7 +145,7 @@ def test_a_server_in_trouble_ends_in_bounded_time_with_its_name(trouble: str) ->
     with serving(reply) as url:
         started = time.monotonic()
         with pytest.raises(uniapl.UniAPLError, match=rf"{url} failed 3 times, at last: .*({message})"):
-            # Only who is silent needs a short deadline: on a busy machine an answer may take longer than that.
+            # Only who is silent needs a short deadline: on a busy machine an answer may take longer.
             remote(url, timeout=0.4 if "0.4 s" in message else 5.0).score(CANDIDATES)
         assert time.monotonic() - started < 20, "three tries, and pauses"
 
