@@ -28,8 +28,8 @@ WATCHED = {"method": "a-grpo", "max_steps": 150, "discriminator": UNGATED, "opti
 
 def dual(gap: float) -> dict[str, Any]:
     """lambda learned by dual ascent so that the expert gap stays below `gap`."""
-    learned = {"lambda_controller": "dual", "max_expert_gap": gap, "lambda_learning_rate": 0.25}
-    return {**WATCHED, "objective": learned, "max_steps": 3 * STEPS}
+    learned = {"lambda_controller": "dual", "max_expert_gap": gap, "lambda_learning_rate": 0.5}
+    return {**WATCHED, "objective": learned}
 
 
 def fixed(value: float) -> dict[str, Any]:

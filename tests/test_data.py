@@ -182,6 +182,21 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path: Path) -> None:
     assert [number for number, _ in read_rows(DataConfig(path=str(tmp_path / "x.jsonl")))] == [1, 3]
 
 
+def test_text_in_a_csv_file_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("question,completion,limit\n7,11,100\n8,,200\n")
+    rows = read_rows(DataConfig(path=str(tmp_path / "x.csv"), columns={"question": "prompt"}))
+    assert [dict(row) for _, row in rows] == [
+        {"question": "7", "completion": "11", "limit": 100},
+        {"question": "8", "completion": None, "limit": 200},
+    ]
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_named() -> None:
+    limits = {"context_length": 64, "max_completion_length": 64}
+    with pytest.raises(UsageError, match=r"max_completion_length 64: no prompt fits.* window of 64 tokens"):
+        prepare([(1, {"prompt": "a"})], make_tokenizer(), DataConfig(), **limits)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

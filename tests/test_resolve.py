@@ -124,6 +124,31 @@ def test_stages_keep_what_the_recipe_says_and_take_their_method_s_values() -> No
     assert (chord.objective.mu_peak, chord.objective.epsilon, chord.max_steps) == (0.9, 0.3, 100)
 
 
+def test_a_key_may_be_written_with_its_section() -> None:
+    dotted = {
+        "discriminator.lora_rank": 8,
+        "discriminator": {"replay_size": 4},
+        "data.columns": {"q": "prompt"},
+    }
+    resolved = resolve(dotted)
+    config = resolved.config
+    assert (config.discriminator.lora_rank, config.discriminator.replay_size) == (8, 4)
+    assert config.data.columns == {"q": "prompt"}
+    assert resolved.sources["discriminator.lora_rank"] == "recipe"
+    with pytest.raises(UsageError, match=r"unknown key 'discriminator\.lora_rnk'; did you mean"):
+        resolve({"discriminator.lora_rnk": 8})
+
+
+def test_a_force_that_begins_after_the_last_step_is_noted() -> None:
+    short, long = resolve({"max_steps": 10}), resolve({"max_steps": 26})
+    assert short.notes == (
+        "no KL acts: objective.reference_step 25 is not below max_steps 10",
+        "no adversary acts: discriminator.warmup_steps 10 is not below max_steps 10",
+    )
+    assert long.notes == ()
+    assert resolve({"max_steps": 10, "method": "grpo"}).notes == ()
+
+
 def test_reward_functions_may_be_names() -> None:
     functions = resolve(
         {"rewards": {"functions": ["no_comma", {"name": "x", "weight": 2}]}}
@@ -156,6 +181,8 @@ def test_help_shows_the_recipe_s_values(capsys: pytest.CaptureFixture[str]) -> N
     ("content", "message"),
     [
         (b"a: [", "not valid YAML"),
+        (b"optim: {a: 1}\nseed: 3\noptim: {b: 2}", "'optim' stands twice"),
+        (b"optim:\n  a: 1\n  a: 2", "'a' stands twice"),
         (b"- a", "must be a mapping"),
         (b"\xff\xfe\xfa", "cannot read"),
         (b"", "mapping"),

@@ -36,7 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Before torch is loaded: OpenMP threads that wait by spinning take the processor from whatever else runs,
     # which made steps of a small model more than ten times slower on a busy machine (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    try:
+        code: Any = run(sys.argv[1:] if arguments is None else list(arguments))
+    except SystemExit as end:
+        code = end.code
+    except BrokenPipeError:
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has had enough (`| head`); what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from uniapl.config import DataConfig
 from uniapl.errors import UsageError
 from uniapl.types import Example, Prompt, TokenIds, derive_seed
 
+TEXTS = ("prompt", "completion", "chosen", "rejected")
 Row = Mapping[str, Any]
 Answer = str | list[dict[str, Any]] | None
 """As the data has it: text, one assistant message, or nothing."""
@@ -84,14 +85,15 @@ def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
     try:
         if path.suffix == ".csv":
             # Only an empty cell is missing: "None" and "NA" may well be answers.
-            missing: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-            return load("csv", data_files=str(path), split="train", **missing)
+            form: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+            # Text stays text: an answer may well be 11.
+            texts = [*TEXTS, *(theirs for theirs, ours in config.columns.items() if ours in TEXTS)]
+            form["converters"] = dict.fromkeys(texts, lambda text: text or None)
+            return load("csv", data_files=str(path), split="train", **form)
         if path.suffix == ".parquet":
             return load("parquet", data_files=str(path), split="train")
         return load(config.path, split=config.split)
-    except (
-        Exception
-    ) as error:  # whatever the reader or the Hub client raises, the user must hear which source
+    except Exception as error:  # of the reader or the Hub client; the user must hear which source
         raise UsageError(f"data.path '{config.path}' cannot be loaded: {error}") from error
 
 
@@ -122,6 +124,9 @@ def prepare(
     if tokenizer.eos_token_id is None:
         raise UsageError("the tokenizer has no end token (eos_token): the model could never learn to stop")
     longest_prompt = min(config.max_prompt_length or 2**62, (context_length or 2**62) - max_completion_length)
+    if longest_prompt < 1:
+        window = f"no prompt fits beside it in the model's window of {context_length} tokens"
+        raise UsageError(f"max_completion_length {max_completion_length}: {window}; lower it")
     longest_demonstration = config.max_demonstration_length or 2**62
     examples: list[Example] = []
     left_out: dict[str, list[int]] = {}

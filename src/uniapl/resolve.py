@@ -73,6 +73,19 @@ class Resolved:
     notes: tuple[str, ...]
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Plain data only, and a key that stands twice is an error: its first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"'{key.value}' stands twice; write its values in one place"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -80,7 +93,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         UsageError: The file is missing, is not YAML, or holds something else than a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe '{path}': {error}") from error
     except yaml.YAMLError as error:
@@ -96,6 +109,7 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
     Raises:
         UsageError: An unknown key (with a suggestion), a value of the wrong type, or values that contradict.
     """
+    recipe = _nested(recipe)
     method = _method_of(recipe, flags)
     proposed = {"method": method, "objective": METHODS[method]["proposed"]}
     base = validate(Config, merge(proposed, recipe))
@@ -119,7 +133,32 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
             if before[key] != fixed[key]:
                 notes.append(f"method '{method}' sets {key} = {fixed[key]} ({sources[key]}: {before[key]})")
             sources[key] = "method"
-    return Resolved(config=config, sources=sources, notes=tuple(notes))
+    return Resolved(config=config, sources=sources, notes=(*notes, *_void_forces(config)))
+
+
+def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
+    """`discriminator.lora_rank: 8`, as flags and documents write it, as a key of its section."""
+    nested: dict[str, Any] = {}
+    for key, value in recipe.items():
+        for part in reversed(key.split(".") if isinstance(key, str) else [key]):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def _void_forces(config: Config) -> list[str]:
+    """What is switched on and begins only after the last step."""
+    if config.stages:
+        return []
+    objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"
+    notes: list[str] = []
+    if objective.beta > 0 and objective.reference_step >= config.max_steps:
+        notes.append(f"no KL acts: objective.reference_step {objective.reference_step} is not below {last}")
+    learns = objective.lambda_adv > 0 and discriminator.kind == "bradley-terry"
+    if learns and discriminator.warmup_steps >= config.max_steps:
+        warmup = discriminator.warmup_steps
+        notes.append(f"no adversary acts: discriminator.warmup_steps {warmup} is not below {last}")
+    return notes
 
 
 def stages_of(resolved: Resolved) -> list[Resolved]:

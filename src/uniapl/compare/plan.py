@@ -92,11 +92,11 @@ SETTINGS: dict[str, dict[str, Value]] = {
 
 ABLATIONS: dict[str, dict[str, Value]] = {
     "lambda_adv = 0: no adversary": {"objective.lambda_adv": 0.0},
-    "lambda_adv = 8": {"objective.lambda_adv": 8.0},
     "frozen after its warm-up": {"discriminator.freeze_step": 10, "discriminator.updates_per_step": 10},
     "in the reward": {"objective.adversarial_placement": "reward"},
     "64 demonstrations": {"demonstrations": 64},
     "1,024 demonstrations": {"demonstrations": 1024},
+    "lambda_adv = 8": {"objective.lambda_adv": 8.0},
 }
 """Changes to `uniapl`, by name."""
 

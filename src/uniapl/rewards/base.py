@@ -138,6 +138,8 @@ def named_reward(
     Raises:
         UsageError: An argument that the function does not take.
     """
+    if not callable(function):
+        raise UsageError(f"{function!r} is no reward function: names belong in rewards.functions")
     try:
         parameters = inspect.signature(function).parameters
     except ValueError as error:

@@ -82,6 +82,8 @@ def train_resolved(
     accelerator = make_accelerator(config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process)
     directory = Path(config.output_dir)
+    if train_dataset is not None and config.data.path is not None:
+        view.say("note: data.path is not read, since rows are given")
     for note in dict.fromkeys(note for part in (resolved, *stages) for note in part.notes):
         view.say(f"note: {note}")
     for reason, rows in materials.dataset.left_out.items():
@@ -188,7 +190,8 @@ def _resume_state(
     complete = state["stage_step"] >= stage.max_steps
     state["finished"] = reached == len(stages) and (complete or reason is not None)
     if state["finished"]:
-        remedy = "a larger --max-steps" if complete else "another stop rule"
+        steps = "larger max_steps of its last stage" if len(stages) > 1 else "a larger --max-steps"
+        remedy = steps if complete else "another stop rule"
         view.say(f"note: this run is complete{f' ({reason})' if reason else ''}; {remedy} goes on with it")
     for change in setup.changed_values(resolved, stages):
         view.say(f"note: since the run was last started, {change}")

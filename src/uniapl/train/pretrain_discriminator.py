@@ -60,7 +60,9 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     # It seeds the global generator too, which the new head is drawn from.
     device = make_accelerator(Config(seed=options.seed)).device
     console = Console(highlight=False)
-    # First, so that a backbone that cannot be loaded costs no samples.
+    # First, so that what cannot be loaded costs no samples.
+    for name in options.policies:
+        setup.load_tokenizer(ModelConfig(model_name_or_path=name))
     polar = _fresh(options.model_name_or_path, options.max_tokens, device)
     examples, texts = _write_all(options, device, console)
     held_out = {
@@ -102,13 +104,15 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     checkpoint.write_directory(options.output_dir, fill)
     accuracy = result["held_out_accuracy"]
     known = "no prompt was held out" if accuracy is None else f"accuracy on held-out prompts {accuracy:.3f}"
-    console.print(f"{known}; use it as discriminator.kind: polar, model_name_or_path: {options.output_dir}")
+    use = f"discriminator: {{kind: polar, model_name_or_path: {options.output_dir}}}"
+    console.print(f"{known}; in a recipe, {use}", markup=False)
     return result
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl pretrain-discriminator",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="A frozen discriminator in POLAR's format, on a backbone of yours: it learns which "
         "answers are by the same policy, from what several policies (checkpoints, say) write. The expert's "
         "answers in the data are one more policy where a prompt has two of them.",
@@ -117,15 +121,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("data", help="prompts, and the expert's answers where there are some; as for train")
     add("--policies", nargs="+", required=True, help="directories or Hub ids of language models")
     add("--model-name-or-path", required=True, help="the backbone it starts from")
-    add("--output-dir", type=Path, default=Path("runs/discriminator"))
+    add("--output-dir", type=Path, default=Path("runs/discriminator"), help="where it goes")
     add("--samples", type=int, default=2, help="answers of each policy to each prompt")
-    add("--max-completion-length", type=int, default=256)
+    add("--max-completion-length", type=int, default=256, help="tokens of an answer at most")
     add("--string-prompts", choices=("text", "chat"), default="text", help="as data.string_prompts")
-    add("--steps", type=int, default=500)
+    add("--steps", type=int, default=500, help="updates")
     add("--batch-size", type=int, default=32, help="triples of a step")
     add("--learning-rate", type=float, default=1e-5, help="falls to 0 by the last step")
     add("--max-tokens", type=int, default=16384, help="padded tokens of one forward pass")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all that is drawn")
     options = parser.parse_args(arguments)
     if options.samples < 2:
         raise UsageError("--samples must be at least 2: two answers of each policy are compared")

@@ -26,6 +26,7 @@ from transformers import (
 from uniapl import data
 from uniapl.config import Config, ModelConfig
 from uniapl.data import Dataset
+from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
 from uniapl.loading import from_pretrained
@@ -255,6 +256,11 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         if settings.url is None:
             raise UsageError("discriminator.kind 'remote' needs discriminator.url")
         check_remote(settings.url)
+    name, trusted = settings.model_name_or_path, settings.trust_remote_code
+    if settings.kind == "density-ratio":
+        load_model_config(ModelConfig(model_name_or_path=name, trust_remote_code=trusted))
+    else:
+        PolarFormat.load(name, trust_remote_code=trusted)
 
 
 def is_held_out(example: Example, config: Config) -> bool:
