@@ -38,6 +38,11 @@ def test_divergence() -> None:
     assert fired(records(discriminator__win_rate=(0.7, 0.6), reward=(0.8, 0.6))) == set(), "it wins less"
     assert fired(records(reward=(0.8, 0.6))) == set(), "there is no discriminator"
     assert fired(records(**WINS_MORE, reward=(0.8, 0.795))) == set(), "by chance"
+    for noisy in (slice(0, 5), slice(5, 10)):
+        wild = records(**WINS_MORE, reward=(0.8, 0.7))
+        for record, noise in zip(wild[noisy], (0.3, -0.3, 0.0, 0.3, -0.3), strict=True):
+            record["reward"] += noise
+        assert fired(wild) == set(), "by chance, where one window alone is noisy"
 
 
 def test_multiplier_pinned() -> None:

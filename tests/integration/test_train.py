@@ -543,6 +543,11 @@ def test_a_frozen_discriminator_learns_no_more(model_dir: Path, tmp_path: Path) 
     ]
     assert all(weights[1][name].equal(weights[2][name]) for name in weights[1])
     assert not all(weights[0][name].equal(weights[1][name]) for name in weights[1])
+    stages = [{"method": "sft", "max_steps": 2}, {"method": "a-grpo", "max_steps": 4}]
+    train(recipe(model_dir, tmp_path / "later", stages=stages, **settings))
+    records = lines(tmp_path / "later" / "metrics.jsonl")[2:]
+    updates = [record["discriminator/updates"] for record in records]
+    assert updates[1:] == [2, 0, 0], "counted in the stage's steps"
 
 
 def test_an_evaluation_is_logged_and_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
@@ -642,7 +647,8 @@ def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
         return original(*arguments, **settings)
 
     monkeypatch.setattr("uniapl.train.adversary.discriminator_step", watched)
-    changes = {"discriminator": {"held_out_share": 0.4, "replay_share": 0.0, "updates_per_step": 1}}
+    settings = {"held_out_share": 0.4, "replay_share": 0.0, "updates_per_step": 1}
+    changes = {"discriminator": settings, "batching": {"prompts_per_step": 8}}
     train(recipe(model_dir, tmp_path / "run", method="a-grpo", max_steps=6, **changes))
     completions = lines(tmp_path / "run" / "completions.jsonl")
     encode = make_tokenizer().encode
@@ -656,12 +662,15 @@ def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
         wins = [c["win_rate"] for x in split[True] if x["step"] == record["step"] for c in x["completions"]]
         expected = pytest.approx(sum(wins) / len(wins)) if wins else None
         assert record.get("discriminator/held_out_pair_win_rate") == expected
-    accuracy = 0.5
+    accuracy = {"discriminator/held_out_accuracy": 0.5, "discriminator/accuracy": 0.5}
     for record in lines(tmp_path / "run" / "metrics.jsonl"):
-        seen = record.get("discriminator/held_out_accuracy")
-        accuracy += 0.1 * (seen - accuracy) if seen is not None else 0.0
+        for name in accuracy:
+            seen = record.get(name)
+            accuracy[name] += 0.1 * (seen - accuracy[name]) if seen is not None else 0.0
+    held_out, of_all = accuracy.values()
     state = json.loads((checkpoint.checkpoint_path(tmp_path / "run", 6) / "state.json").read_text())
-    assert state["adversary"]["accuracy"] == pytest.approx(accuracy), "the band looks at the held-out pairs"
+    assert state["adversary"]["accuracy"] == pytest.approx(held_out), "the band looks at the held-out pairs"
+    assert held_out != pytest.approx(of_all)
     assert split[True]
 
 

@@ -45,8 +45,8 @@ class DensityRatio:
             inputs = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.sft_mask)
             with self.autocast():
                 expert, against = (m(*inputs, batch.temperature)[0] for m in (self.expert, self.against))
-            ratio = torch.where(batch.sft_mask, expert - against, 0.0)
-            means = ratio.sum(-1) / batch.sft_mask.sum(-1)
+            # Both are 0 where nothing is masked in.
+            means = (expert - against).sum(-1) / batch.sft_mask.sum(-1)
             for index, mean in zip(part, means.tolist(), strict=True):
                 logits[index] = mean
         return logits
