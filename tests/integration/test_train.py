@@ -561,7 +561,7 @@ def test_an_evaluation_is_logged_and_changes_nothing(model_dir: Path, tmp_path: 
     assert looked == blind
     assert norms[0] is norms[2] is None
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "looked" / "final")
-    assert norms[3] == pytest.approx(float(final.get_input_embeddings().weight.norm()))
+    assert norms[3] == pytest.approx(final.get_input_embeddings().weight.norm().item())
     assert norms[1] != norms[3]
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any, Literal
+from typing import Any
 
 from uniapl.errors import UsageError
 from uniapl.loading import from_pretrained
@@ -15,7 +15,7 @@ def reward_model(
     completions: list[Any],
     *,
     model: str,
-    string_prompts: Literal["text", "chat"] = "text",
+    string_prompts: str = "text",
     batch_size: int = 16,
 ) -> list[float]:
     """The logit that a reward model gives to prompt and completion.
