@@ -212,6 +212,9 @@ def test_another_example_shows_the_expert_and_never_the_answer_itself() -> None:
         assert context(one)[0] != one.prompt_ids[0]
         assert context(one) == another_example(examples, seed=0)(one)
     assert {context(example(n, None)) for n in range(9, 30)} == shown
+    for seed in range(8):
+        shared = another_example([example(5, 10), example(6, 10), example(7, 12)], seed=seed)
+        assert shared(example(5, 10)) == (7, 12, 1), "6 has the same answer, which would give it away"
     with pytest.raises(UsageError, match="two different prompts"):
         another_example(examples[:1] * 2, seed=0)
 
