@@ -113,6 +113,28 @@ def test_what_cannot_be_learned_from_is_refused(
     assert "is already there" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_no_number_ends_it_with_nothing_written(
+    policies: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bad(same: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (same - other).sum() * float("nan")
+
+    monkeypatch.setattr("uniapl.train.pretrain_discriminator.bradley_terry_loss", bad)
+    data = write_data(tmp_path / "data.jsonl", demonstrations=False)
+    command = ["pretrain-discriminator", str(data), "--model-name-or-path", policies[0], "--steps", "2"]
+    command += [
+        "--policies",
+        *policies[:2],
+        "--max-completion-length",
+        "2",
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
+    assert cli.run(command) == 1
+    assert "step 1: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_policy_that_sees_no_difference_answers_every_prompt(policies: list[str], tmp_path: Path) -> None:
     """Its answers would otherwise stand at other prompts than the first policy's."""
     shutil.copytree(policies[1], tmp_path / "lower")

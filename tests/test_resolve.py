@@ -1,5 +1,7 @@
 """Recipes, flags and methods become one configuration; what is wrong is named with its remedy."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,16 @@ def test_an_unknown_flag_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> 
         resolve({}, ["--max-stps", "4"])
     assert exit_.value.code == 2
     assert "--max-steps" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_had_enough_sees_no_traceback() -> None:
+    """As `uniapl train --help | head` does."""
+    command = [sys.executable, "-m", "uniapl.cli", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert "BrokenPipe" not in process.stderr.read()
 
 
 def test_help_shows_the_recipe_s_values(capsys: pytest.CaptureFixture[str]) -> None:

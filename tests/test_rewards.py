@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import inspect
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -201,6 +202,13 @@ def test_arguments_are_bound_and_checked() -> None:
     assert outcome.values == [1.0, 0.0, 0.0]
     with pytest.raises(UsageError, match="takes no argument 'maximum'"):
         named_reward("length", find_function("length"), args={"maximum": 2})
+
+
+def test_a_name_is_no_function() -> None:
+    with pytest.raises(
+        UsageError, match=r"'length' is no reward function: names belong in rewards\.functions"
+    ):
+        inspect.unwrap(named_reward)("length", "length")
 
 
 def test_the_same_function_twice_keeps_its_metrics_apart() -> None:

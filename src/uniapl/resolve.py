@@ -79,10 +79,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                problem = f"'{key.value}' stands twice; write its values in one place"
+            name = str(key.value)
+            if name in seen:
+                problem = f"'{name}' stands twice; write its values in one place"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 

@@ -303,6 +303,16 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         ({"resume": "{tmp}/nowhere"}, None, "cannot be used"),
         ({"discriminator": {"kind": "polar"}}, None, "'polar' needs discriminator.model_name_or_path"),
         (
+            {"discriminator": {"kind": "polar", "model_name_or_path": "/nowhere"}},
+            None,
+            "cannot load the tokenizer '/nowhere'",
+        ),
+        (
+            {"discriminator": {"kind": "density-ratio", "model_name_or_path": "/nowhere"}},
+            None,
+            "cannot load the model '/nowhere'",
+        ),
+        (
             {"discriminator": {"kind": "remote", "model_name_or_path": "x"}},
             None,
             "'remote' needs discriminator.url",

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from uniapl import data
 from uniapl.config import Config, DataConfig, ModelConfig
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
-from uniapl.errors import UsageError
+from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss, learning_rate_factor
 from uniapl.loading import from_pretrained
 from uniapl.rollout.local import LocalSampler
@@ -52,6 +52,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
         What `training.json` in the output directory holds.
 
     Raises:
+        UniAPLError: The loss is no number any more.
         UsageError: Fewer than two policies, models or data that cannot be used, an occupied output directory.
     """
     options = _parse(arguments)
@@ -83,7 +84,12 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
         loss = bradley_terry_loss(same, other) / len(batch)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(polar.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(polar.model.parameters(), 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise UniAPLError(
+                f"step {step + 1}: the loss or its gradient is not finite, nothing was written; try a lower "
+                "--learning-rate"
+            )
         optimizer.step()
         if (step + 1) % max(1, options.steps // 10) == 0:
             console.print(f"{step + 1}/{options.steps} loss {loss.item():.3f}")
