@@ -10,7 +10,13 @@ DEMO ?= runs/demo
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report,remote]" --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# What developers need on top: every extra, and the tools.
+$(VENV)/.developed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev \
+		--editable ".[report,remote,eval,sandbox]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -23,12 +29,12 @@ recipe: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-benchmark: $(VENV)/.installed
+benchmark: $(VENV)/.developed
 	$(BIN)/python benchmarks/logprob_memory.py
 
 clean:
