@@ -4,8 +4,12 @@ import os
 
 from hypothesis import settings
 
+from shared import NLTK
+
 # Before torch is loaded: on a busy machine, threads that wait for each other make a test ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before nltk is loaded, which looks at it once.
+os.environ.setdefault("NLTK_DATA", str(NLTK))
 
 # Machines are shared and noisy: how long an example takes proves nothing.
 settings.register_profile("untimed", deadline=None)

@@ -36,8 +36,8 @@ from uniapl.embedded.measure import judge, measure
 from uniapl.embedded.recipe import MAX_COMPLETION_LENGTH
 from uniapl.embedded.task import as_row, embedded_constraints, make_task, make_tokenizer
 from uniapl.embedded.writers import EXPERT, SLOPPY, write
+from uniapl.loading import load_model
 from uniapl.rollout.local import LocalSampler
-from uniapl.train.setup import load_model
 from uniapl.types import derive_seed
 
 PLAIN = "the king lost a ring ."

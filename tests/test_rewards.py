@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, Qwen3Config
 from tiny import SMALL, make_tokenizer
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
-from uniapl.rewards.base import find_function, named_reward
+from uniapl.rewards.base import named_reward
+from uniapl.rewards.finding import find_function
 from uniapl.types import Example
 
 

@@ -4,6 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
 
 
@@ -25,3 +36,72 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
     except Exception as error:  # transformers and the Hub client raise many kinds
         hint = "" if Path(name).exists() else " (there is no such directory here)"
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, padding on the right with its pad token or else its end token."""
+    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The architecture's description, without weights."""
+    return _from_pretrained(AutoConfig.from_pretrained, "model", config)
+
+
+def load_model(config: ModelConfig, path: str | Path | None = None) -> PreTrainedModel:
+    """The causal language model in fp32 (training computes in bf16 under autocast where that is on)."""
+    optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    if path is not None:
+        config = config.model_copy(update={"model_name_or_path": str(path), "model_revision": None})
+    return _from_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        "model",
+        config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        **optional,
+    )
+
+
+def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, **arguments: Any) -> Any:
+    name = config.model_name_or_path
+    if name is None:
+        raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
+    return from_pretrained(
+        load,
+        what,
+        name,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        **arguments,
+    )
+
+
+def load_stop_ids(
+    config: ModelConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """The end tokens of the tokenizer, of the model's configuration and of its generation settings."""
+    try:
+        generation = GenerationConfig.from_pretrained(
+            str(config.model_name_or_path), revision=config.model_revision or "main"
+        )
+        configured = generation.eos_token_id
+    except OSError:  # a model need not come with generation settings
+        configured = None
+    found: list[Any] = [tokenizer.eos_token_id]
+    for ids in (configured, getattr(model_config.get_text_config(), "eos_token_id", None)):
+        found += ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that has ids the model does not know."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}: they do not belong together"
+        )

@@ -269,7 +269,7 @@ def test_reward_files_find_their_neighbours_and_the_working_directory(tmp_path: 
         "def f(completions):\n    return [VALUE] * len(completions)\n"
     )
     code = (
-        "from uniapl.rewards.base import find_function as find\n"
+        "from uniapl.rewards.finding import find_function as find\n"
         f"assert find({str(tmp_path / 'mine.py')!r} + ':f')(['a']) == [0.5]\n"
         "assert find('mine:f')(['a']) == [0.5]\n"
     )

@@ -16,9 +16,9 @@ from uniapl.compare.plan import SEARCH_SEED, Cell
 from uniapl.config import ModelConfig
 from uniapl.embedded.measure import Measurement, measure
 from uniapl.embedded.task import Task, make_task
+from uniapl.loading import load_model
 from uniapl.resolve import merge, resolve
 from uniapl.train.api import train_resolved
-from uniapl.train.setup import load_model
 
 EVAL_STEPS = 10
 """Steps between the points of a curve."""

@@ -92,6 +92,11 @@ class RewardsConfig(Section):
         description="Seconds for one call of one function; None calls it in the main thread.",
     )
 
+    allow_code_verifiers: bool = Field(
+        default=False,
+        description="Run verifier functions that the data holds as Python source, in a sandbox (Linux).",
+    )
+
     @field_validator("functions", mode="before")
     @classmethod
     def _names_are_enough(cls, value: Any) -> Any:

@@ -12,9 +12,9 @@ from uniapl.config import ModelConfig
 from uniapl.embedded.measure import Measurement, measure
 from uniapl.embedded.recipe import RECIPE
 from uniapl.embedded.task import Task, make_task
+from uniapl.loading import load_model
 from uniapl.resolve import merge, resolve
 from uniapl.train.api import train_resolved
-from uniapl.train.setup import load_model
 
 SHOWN = (
     ("good", "{:.2f}", "satisfies every constraint and is fluent throughout"),

@@ -1,28 +1,18 @@
-"""The registry of reward functions, finding them by name, calling them, and combining what they say."""
+"""Reward functions with their names, weights and columns: calling all, and combining what they say."""
 
-import asyncio
-import copy
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import itertools
 import math
-import os
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from uniapl.errors import UsageError
+from uniapl.rewards.calls import RewardTimeoutError, Value, WrongFormError, arguments_of, call, place
 from uniapl.types import Example
 
-REGISTRY: dict[str, Callable[..., Any]] = {}
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
@@ -30,26 +20,22 @@ class RewardFunction(Protocol):
     """TRL's signature; see the package's docstring."""
 
     def __call__(self, **kwargs: Any) -> Any:
-        """One float or None per completion (or an awaitable of that)."""
+        """One float, None or Exception per completion (or an awaitable of that)."""
         ...
 
 
-class RewardTimeoutError(Exception):
-    """A call did not end in time. (A TimeoutError may be the function's own, about one sample.)"""
+@dataclass(frozen=True, kw_only=True)
+class RowCheck:
+    """What a reward function's own `check_rows` found before training.
 
+    Example:
+        RowCheck(unusable={17: "none of its functions agrees with its cases"}, notes=["sandbox: landlock"])
+    """
 
-class WrongFormError(ValueError):
-    """A reward function returned something else than one number or None per completion."""
-
-
-def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function known to `rewards.functions` under `name`."""
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        REGISTRY[name] = function
-        return function
-
-    return add
+    unusable: Mapping[int, str] = field(default_factory=dict)
+    """Row number -> why the function cannot score answers to it: it does not apply to that row."""
+    notes: Sequence[str] = ()
+    """What the user should hear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +43,16 @@ class NamedReward:
     """A reward function with its name, its weight, and the columns that it cannot do without."""
 
     name: str
-    function: Callable[..., Any]
+    function: functools.partial[Any]
     weight: float
     required_columns: tuple[str, ...]
+    unusable: Mapping[int, str] = field(default_factory=dict)
+    """Rows that its own check has refused, by their numbers, and why."""
 
     def applies_to(self, example: Example) -> bool:
-        """Every column that the function needs has a value in this row."""
-        return all(example.columns.get(column) is not None for column in self.required_columns)
+        """Every column that the function needs has a value in this row, which it has not refused."""
+        filled = all(example.columns.get(column) is not None for column in self.required_columns)
+        return filled and example.row not in self.unusable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,57 +66,6 @@ class RewardOutcome:
     message: str | None = None
     """The first failure, for people."""
     seconds: float = 0.0
-
-
-def find_function(name: str) -> Callable[..., Any]:
-    """A registry name, `module:function` or `path.py:function` -> the function.
-
-    Raises:
-        UsageError: Nothing there by that name; the message lists what is.
-    """
-    if name in REGISTRY:
-        return REGISTRY[name]
-    source, _, attribute = name.rpartition(":")
-    if not source:
-        raise UsageError(
-            f"unknown reward function '{name}': use one of {', '.join(sorted(REGISTRY))}, "
-            "or `module:function`, or `path.py:function`"
-        )
-    try:
-        module = _load_file(Path(source).resolve()) if source.endswith(".py") else _import(source)
-    except Exception as error:  # the user's own code runs here and may raise anything
-        raise UsageError(f"reward function '{name}': cannot import '{source}': {error!r}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UsageError(f"reward function '{name}': '{source}' has no function '{attribute}'")
-    return function
-
-
-def _import(module: str) -> Any:
-    """Import by name; modules beside the user, in the working directory, are found too."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return importlib.import_module(module)
-
-
-def _load_file(path: Path) -> Any:
-    """Run a Python file once; its neighbours can be imported from it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    name = f"uniapl_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        if str(path.parent) not in sys.path:
-            sys.path.insert(0, str(path.parent))
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def named_reward(
@@ -197,6 +135,38 @@ class Rewarder:
                         "give the argument a default or a value in rewards.functions"
                     )
 
+    def check_rows(self, examples: Sequence[Example], *, allow_code: bool = False) -> list[str]:
+        """Let the functions that know how to look at the data do so; what the user should hear.
+
+        A function may have an attribute `check_rows(examples, **args)` that returns a :class:`RowCheck`, and
+        an attribute `runs_code_from_data`: without `allow_code` it is refused.
+
+        Raises:
+            UsageError: A row that a function can make nothing of, named with what is wrong with it.
+        """
+        notes: list[str] = []
+        for index, reward in enumerate(self.rewards):
+            if getattr(reward.function.func, "runs_code_from_data", False) and not allow_code:
+                raise UsageError(
+                    f"reward function '{reward.name}' runs Python code that the data brings along, in a "
+                    "sandbox: allow it by rewards.allow_code_verifiers: true"
+                )
+            look = getattr(reward.function.func, "check_rows", None)
+            rows = [example for example in examples if reward.applies_to(example)]
+            if look is None or not rows:
+                continue
+            found: RowCheck = look(rows, **reward.function.keywords)
+            self.rewards[index] = replace(reward, unusable=found.unusable)
+            notes += [f"reward '{reward.name}': {note}" for note in found.notes]
+            reasons: dict[str, list[int]] = {}
+            for row, reason in found.unusable.items():
+                reasons.setdefault(reason, []).append(row)
+            notes += [
+                f"reward '{reward.name}' does not apply to {len(numbers)} rows, {reason}: {_listed(numbers)}"
+                for reason, numbers in reasons.items()
+            ]
+        return notes
+
     def score(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> dict[str, RewardOutcome]:
@@ -224,40 +194,44 @@ class Rewarder:
             return RewardOutcome(values=values, failed=failed)
         start = time.monotonic()
 
-        def call(indices: list[int]) -> list[float | None]:
-            arguments = _arguments(
-                reward,
+        def score_some(indices: list[int]) -> list[Value]:
+            arguments = arguments_of(
+                reward.function,
                 [examples[i] for i in indices],
                 [texts[i] for i in indices],
                 [list(completion_ids[i]) for i in indices],
             )
-            return _call(reward.function, arguments, self.timeout, len(indices))
+            return call(reward.function, arguments, self.timeout, len(indices))
 
         message, timed_out = None, False
+        found: dict[int, Value] = {}
         try:
-            for index, value in zip(chosen, call(chosen), strict=True):
-                values[index] = value
+            found = dict(zip(chosen, score_some(chosen), strict=True))
         except (RewardTimeoutError, WrongFormError) as error:
             message, timed_out = str(error), isinstance(error, RewardTimeoutError)
             for index in chosen:
                 failed[index] = True
         except Exception as error:  # the user's own code may raise anything
-            message = f"{type(error).__name__}: {error}{_place(error)}"
+            message = f"{type(error).__name__}: {error}{place(error)}"
             for index in chosen:
                 if timed_out:
                     failed[index] = True
                     continue
                 try:
-                    values[index] = call([index])[0]
+                    found[index] = score_some([index])[0]
                 except RewardTimeoutError:
                     failed[index] = timed_out = True
                 except Exception:
                     failed[index] = True
-        for index in chosen:
-            value = values[index]
-            if value is not None and not math.isfinite(value):
+        for index, value in found.items():
+            if isinstance(value, Exception):
+                message = message or f"{type(value).__name__}: {value}"
+                failed[index] = True
+            elif value is not None and not math.isfinite(value):
                 message = message or f"returned {value}"
-                values[index], failed[index] = None, True
+                failed[index] = True
+            else:
+                values[index] = value
         return RewardOutcome(
             values=values,
             failed=failed,
@@ -283,94 +257,5 @@ class Rewarder:
         return combined
 
 
-def _arguments(
-    reward: NamedReward, examples: list[Example], texts: list[str], completion_ids: list[list[int]]
-) -> dict[str, Any]:
-    everything: dict[str, Any] = {
-        # A copy: a function that changes its arguments must not change the data of later steps.
-        column: [copy.deepcopy(example.columns.get(column)) for example in examples]
-        for column in {column for example in examples for column in example.columns}
-    }
-    everything["prompts"] = [example.prompt for example in examples]
-    everything["completions"] = [
-        text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
-        for example, text in zip(examples, texts, strict=True)
-    ]
-    everything["completion_ids"] = completion_ids
-    function: Any = reward.function
-    parameters = inspect.signature(function.func).parameters
-    everything = {key: value for key, value in everything.items() if key not in function.keywords}
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return everything
-    return {key: value for key, value in everything.items() if key in parameters}
-
-
-def _call(
-    function: Callable[..., Any], arguments: dict[str, Any], timeout: float | None, count: int
-) -> list[float | None]:
-    """The function's `count` values, awaited if it is async; RewardTimeoutError after `timeout` seconds.
-
-    A thread cannot be killed: one that hangs is left behind as a daemon and cannot keep the run from ending.
-    """
-
-    def run() -> list[float | None]:
-        result = function(**arguments)
-        if inspect.isawaitable(result):
-            result = asyncio.run(_awaited(result))
-        return _checked(result, count)
-
-    if timeout is None:
-        return run()
-    outcome: list[list[float | None]] = []
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.append(run())
-        except BaseException as error:  # carried over to the calling thread, below
-            failure.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise RewardTimeoutError(f"no answer within {timeout} s")
-    if failure:
-        # A reward function that calls sys.exit() must not end the run.
-        error = failure[0]
-        raise error if isinstance(error, Exception) else RuntimeError(repr(error))
-    return outcome[0]
-
-
-def _place(error: Exception) -> str:
-    """Where in the user's file an error arose."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1] if frames else None
-    return f" ({Path(last.filename).name}, line {last.lineno})" if last and last.filename != __file__ else ""
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
-
-
-def _checked(result: Any, count: int) -> list[float | None]:
-    """The result as floats and Nones, or a WrongFormError that says what is wrong with it."""
-    if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
-        raise WrongFormError(
-            f"must return a list with one value per completion, returned {type(result).__name__}"
-        )
-    values = list(result)
-    if len(values) != count:
-        raise WrongFormError(f"returned {len(values)} values for {count} completions")
-    checked: list[float | None] = []
-    for value in values:
-        if value is None:
-            checked.append(None)
-            continue
-        try:
-            checked.append(float(value.item() if hasattr(value, "item") else value))
-        except (TypeError, ValueError) as error:
-            raise WrongFormError(f"returned {value!r} where a number or None belongs") from error
-        if isinstance(value, str):
-            raise WrongFormError(f"returned the text {value!r} where a number or None belongs")
-    return checked
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")

@@ -5,7 +5,7 @@ An answer of white space alone satisfies nothing, as in IFEval (arXiv 2311.07911
 
 from typing import Any
 
-from uniapl.rewards.base import register
+from uniapl.rewards.finding import register
 
 
 def answer_text(completion: Any) -> str:

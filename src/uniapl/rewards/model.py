@@ -6,7 +6,7 @@ from typing import Any
 
 from uniapl.errors import UsageError
 from uniapl.loading import from_pretrained
-from uniapl.rewards.base import register
+from uniapl.rewards.finding import register
 
 
 @register("reward_model")

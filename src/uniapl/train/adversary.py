@@ -27,10 +27,10 @@ from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UsageError
-from uniapl.loading import from_pretrained
+from uniapl.loading import check_vocabulary, from_pretrained, load_model
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
-from uniapl.train.setup import Materials, check_vocabulary, is_held_out, load_model
+from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.step import discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
 

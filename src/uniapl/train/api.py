@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, set_seed
 
 from uniapl.config import Config
 from uniapl.errors import UsageError
+from uniapl.loading import check_vocabulary, load_model
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup
 from uniapl.train.console import RunView
@@ -88,6 +89,8 @@ def train_resolved(
         view.say(f"note: {note}")
     for reason, rows in materials.dataset.left_out.items():
         view.say(f"note: {len(rows)} rows left out, {reason} (uniapl check lists them)")
+    for note in materials.notes:
+        view.say(f"note: {note}")
 
     # Everything that can fail comes before the run directory is touched.
     found = checkpoint.find_checkpoint(directory, config.resume, view.say)
@@ -95,8 +98,8 @@ def train_resolved(
     if config.resume == "auto" and found is None:
         view.say(f"note: no checkpoint in '{directory}': starting from step 1")
     state = _resume_state(found, resolved, stages, materials, view) if found else {"stage": 0, "step": 0}
-    model = setup.load_model(config.model, found).to(accelerator.device)
-    setup.check_vocabulary(model, materials.tokenizer)
+    model = load_model(config.model, found).to(accelerator.device)
+    check_vocabulary(model, materials.tokenizer)
     first: int = state["stage"]
 
     def build(index: int) -> Stage:

@@ -25,7 +25,10 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     values = flatten(resolved.config)
     return {
         "values": {key: [values[key], source] for key, source in resolved.sources.items()},
-        "notes": list(dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)),
+        "notes": [
+            *dict.fromkeys(note for part in (resolved, *stages) for note in part.notes),
+            *materials.notes,
+        ],
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
         "left_out": {reason: list(rows) for reason, rows in materials.dataset.left_out.items()},

@@ -19,9 +19,15 @@ from uniapl.config import Config, DataConfig, ModelConfig
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss, learning_rate_factor
-from uniapl.loading import from_pretrained
+from uniapl.loading import (
+    check_vocabulary,
+    from_pretrained,
+    load_model,
+    load_stop_ids,
+    load_tokenizer,
+)
 from uniapl.rollout.local import LocalSampler
-from uniapl.train import checkpoint, setup
+from uniapl.train import checkpoint
 from uniapl.train.api import make_accelerator
 from uniapl.types import Example, TokenIds, derive_seed
 
@@ -63,7 +69,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     console = Console(highlight=False)
     # First, so that what cannot be loaded costs no samples.
     for name in options.policies:
-        setup.load_tokenizer(ModelConfig(model_name_or_path=name))
+        load_tokenizer(ModelConfig(model_name_or_path=name))
     polar = _fresh(options.model_name_or_path, options.max_tokens, device)
     examples, texts = _write_all(options, device, console)
     held_out = {
@@ -169,7 +175,7 @@ def _write_all(
         console.print(f"{name}: {options.samples} answers to each of {len(answers)} prompts", markup=False)
     examples = _distinct(everything)
     # As policies' answers are decoded: the data's own text lacks what a chat template writes around it.
-    decode: Any = setup.load_tokenizer(ModelConfig(model_name_or_path=options.policies[0])).decode
+    decode: Any = load_tokenizer(ModelConfig(model_name_or_path=options.policies[0])).decode
     expert: dict[TokenIds, list[str]] = {example.prompt_ids: [] for example in examples}
     for example in everything:
         if example.demonstration is not None:
@@ -192,10 +198,10 @@ def _write(
     Which prompts are distinct is for the first policy to say: another one's tokenizer may see no difference.
     """
     where = ModelConfig(model_name_or_path=name)
-    tokenizer: Any = setup.load_tokenizer(where)
-    model: Any = setup.load_model(where)
-    setup.check_vocabulary(model, tokenizer)
-    stop_ids = setup.load_stop_ids(where, model.config, tokenizer)
+    tokenizer: Any = load_tokenizer(where)
+    model: Any = load_model(where)
+    check_vocabulary(model, tokenizer)
+    stop_ids = load_stop_ids(where, model.config, tokenizer)
     examples = data.prepare(
         rows,
         tokenizer,
@@ -239,7 +245,7 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
 
 def _fresh(backbone: str, max_tokens: int, device: torch.device) -> Polar:
     """A classifier with a new head on the backbone, whose tokenizer knows POLAR's two tokens."""
-    tokenizer: Any = setup.load_tokenizer(ModelConfig(model_name_or_path=backbone))
+    tokenizer: Any = load_tokenizer(ModelConfig(model_name_or_path=backbone))
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [SEPARATOR, END]}, replace_extra_special_tokens=False
     )

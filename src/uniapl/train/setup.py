@@ -14,14 +14,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from uniapl import data
 from uniapl.config import Config, ModelConfig
@@ -29,10 +22,11 @@ from uniapl.data import Dataset
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
-from uniapl.loading import from_pretrained
+from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
-from uniapl.rewards.base import find_function, named_reward
+from uniapl.rewards.base import named_reward
+from uniapl.rewards.finding import find_function
 from uniapl.types import Example, derive_seed
 
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl")
@@ -49,6 +43,8 @@ class Materials:
     stop_ids: frozenset[int]
     """Every token that ends an answer: the sampler stops at them, demonstrations are cut behind them."""
     data_sha256: str
+    notes: tuple[str, ...] = ()
+    """What the user should hear of the data."""
 
     @property
     def pad_id(self) -> int:
@@ -95,8 +91,10 @@ def load_materials(
         timeout=config.rewards.timeout,
     )
     uses_rollouts = any(stage.config.objective.uses_rollouts for stage in stages)
+    notes: list[str] = []
     if uses_rollouts:
         rewarder.check_columns(dataset.examples)
+        notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder)
     if uses_rollouts:
@@ -108,76 +106,8 @@ def load_materials(
         rewarder=rewarder,
         stop_ids=stop_ids,
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        notes=tuple(notes),
     )
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, padding on the right with its pad token or else its end token."""
-    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", config)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model_config(config: ModelConfig) -> Any:
-    """The architecture's description, without weights."""
-    return _from_pretrained(AutoConfig.from_pretrained, "model", config)
-
-
-def load_model(config: ModelConfig, path: str | Path | None = None) -> PreTrainedModel:
-    """The causal language model in fp32 (training computes in bf16 under autocast where that is on)."""
-    optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    if path is not None:
-        config = config.model_copy(update={"model_name_or_path": str(path), "model_revision": None})
-    return _from_pretrained(
-        AutoModelForCausalLM.from_pretrained,
-        "model",
-        config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        **optional,
-    )
-
-
-def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, **arguments: Any) -> Any:
-    name = config.model_name_or_path
-    if name is None:
-        raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
-    return from_pretrained(
-        load,
-        what,
-        name,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        **arguments,
-    )
-
-
-def load_stop_ids(
-    config: ModelConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
-    """The end tokens of the tokenizer, of the model's configuration and of its generation settings."""
-    try:
-        generation = GenerationConfig.from_pretrained(
-            str(config.model_name_or_path), revision=config.model_revision or "main"
-        )
-        configured = generation.eos_token_id
-    except OSError:  # a model need not come with generation settings
-        configured = None
-    found: list[Any] = [tokenizer.eos_token_id]
-    for ids in (configured, getattr(model_config.get_text_config(), "eos_token_id", None)):
-        found += ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in found if isinstance(token, int))
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that has ids the model does not know."""
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}: they do not belong together"
-        )
 
 
 def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder) -> None:

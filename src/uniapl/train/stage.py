@@ -20,13 +20,14 @@ from uniapl.functional import (
     reward_threshold,
     warmup_cosine,
 )
+from uniapl.loading import load_model
 from uniapl.rollout import Sampler
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint, metrics
 from uniapl.train.adversary import Adversary, build_adversary
 from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
-from uniapl.train.setup import Materials, is_held_out, load_model
+from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.stopping import Stopping
 from uniapl.types import RolloutGroup
 

@@ -1,0 +1,126 @@
+"""IFEval's and IFBench's instruction checkers, taken from the packages that keep them.
+
+IFEval (arXiv 2311.07911): 25 kinds, from lm-eval. IFBench (arXiv 2507.02833): 58 kinds, from `ifbench` where
+it can be imported. Two habits of theirs are guarded against: a checker draws an argument that it was not
+given at random, and it keeps state. So every argument is demanded, and each text gets a checker of its own.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from uniapl.errors import UsageError
+
+NLTK_REMEDY = (
+    "download it once (python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng stopwords), or set "
+    "NLTK_DATA to a folder that holds it"
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of a row, with its arguments.
+
+    Example:
+        Instruction("length_constraints:number_words", {"relation": "at least", "num_words": 300})
+    """
+
+    id: str
+    arguments: Mapping[str, Any]
+
+    def followed_by(self, text: str) -> bool:
+        """Whether a text follows it; a text of white space alone follows nothing, as in IFEval."""
+        if not text.strip():
+            return False
+        return bool(self._checker().check_following(text))
+
+    def is_determined(self) -> bool:
+        """Whether its checker takes the arguments as they are, instead of drawing one of its own.
+
+        IFEval's does so for an argument out of its range: asked to count "#", it counts some letter.
+        """
+        state = random.getstate()
+        self._build()
+        determined = random.getstate() == state
+        random.setstate(state)
+        return determined
+
+    def _checker(self) -> Any:
+        """A new checker; what it may draw is the same every time, and nobody else's draws are changed."""
+        state = random.getstate()
+        random.seed(0)
+        try:
+            return self._build()
+        finally:
+            random.setstate(state)
+
+    def _build(self) -> Any:
+        checker = checker_types(self.id)[self.id](self.id)
+        checker.build_description(**self.arguments)
+        return checker
+
+
+def parameters(id_: str) -> list[str]:
+    """The arguments that an instruction has.
+
+    Raises:
+        UsageError: There is no such instruction.
+    """
+    known = checker_types(id_)
+    if id_ not in known:
+        missing = importlib.util.find_spec("ifbench") is None
+        hint = "; IFBench's come with its package `ifbench`" if missing else ""
+        raise UsageError(f"unknown instruction '{id_}' (known: {', '.join(sorted(known))}{hint})")
+    signature = inspect.signature(known[id_].build_description)
+    return [p.name for p in signature.parameters.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
+
+
+def checker_types(id_: str) -> dict[str, Any]:
+    """Id -> checker class, of all that can be had; IFBench's only where `id_` is not one of IFEval's.
+
+    Raises:
+        UsageError: A package or its data is missing.
+    """
+    ifeval = _ifeval()
+    return ifeval if id_ in ifeval else _ifbench() | ifeval
+
+
+@functools.cache
+def _ifeval() -> dict[str, Any]:
+    """lm-eval's registry; importing it would ask the network for data, so that is looked for first."""
+    if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("langdetect") is None:
+        raise UsageError("IFEval's instruction checkers come with lm-eval: pip install 'uniapl[eval]'")
+    _need_nltk("tokenizers/punkt_tab")
+    import langdetect
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    # Without it, language detection draws at random, and scores differ from run to run.
+    langdetect.DetectorFactory.seed = 0
+    # It speaks up for every text that has no words.
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
+    return dict(INSTRUCTION_DICT)
+
+
+@functools.cache
+def _ifbench() -> dict[str, Any]:
+    if importlib.util.find_spec("ifbench") is None:
+        return {}
+    for resource in ("tokenizers/punkt_tab", "taggers/averaged_perceptron_tagger_eng", "corpora/stopwords"):
+        _need_nltk(resource)
+    return dict(importlib.import_module("ifbench.instructions_registry").INSTRUCTION_DICT)
+
+
+def _need_nltk(resource: str) -> None:
+    import nltk
+
+    try:
+        nltk.data.find(resource)
+    except LookupError as error:
+        name = resource.rpartition("/")[2]
+        raise UsageError(f"the instruction checkers need NLTK's data '{name}': {NLTK_REMEDY}") from error
