@@ -21,6 +21,7 @@ LAYERS = [
     {"functional"},
     {"types"},
     {"config", "loading", "methods", "data", "batching", "rollout", "rewards", "discriminator", "resolve"},
+    {"evaluation"},
     {"train"},
     {"embedded"},
     {"compare"},

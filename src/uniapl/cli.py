@@ -22,6 +22,7 @@ verbs:
   compare [--methods a,b] [--seeds 5]   methods side by side on that task, at equal budget, with intervals
   train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
   check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
+  evaluate MODEL --suites ifeval ...    scores on IFEval, IFBench, files of yours, beside their floors
   pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
 
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
@@ -57,6 +58,7 @@ def run(arguments: list[str]) -> int:
         "compare": compare,
         "train": train,
         "check": check,
+        "evaluate": evaluate,
         "pretrain-discriminator": pretrain_discriminator,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -121,6 +123,17 @@ def check(arguments: list[str]) -> int:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
         print_report(report)
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`uniapl evaluate MODEL --suites ifeval held_out.jsonl [--rewards ...] [--against DIR] [--json]`."""
+    from transformers.utils import logging
+
+    from uniapl.evaluation.command import evaluate as run_evaluation
+
+    logging.disable_progress_bar()
+    run_evaluation(arguments)
     return 0
 
 

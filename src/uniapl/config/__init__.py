@@ -165,6 +165,28 @@ class StopConfig(Section):
     )
 
 
+class EvaluationConfig(Section):
+    """What is measured on other prompts, every `eval_steps` and by `uniapl evaluate`."""
+
+    suites: tuple[str, ...] = Field(
+        default=(),
+        description="ifeval, ifbench (from the Hub), NAME=PATH, or a file of rows, which the run's rewards "
+        "score.",
+    )
+    max_completion_length: int = Field(default=1280, ge=1, description="New tokens per answer (lm-eval's).")
+    num_samples: int = Field(default=1, ge=1, description="Answers per prompt, k of pass@k.")
+    temperature: float = Field(default=0.0, ge=0, description="Of sampling; 0 takes the likeliest token.")
+    limit: int | None = Field(default=None, ge=1, description="The first so many prompts of each suite.")
+    answer_after: str | None = Field(
+        default=None, description="Benchmarks judge what stands behind this mark, e.g. </think>."
+    )
+
+    @field_validator("suites", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
 Method = Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"]
 
 
@@ -194,6 +216,9 @@ class Config(Section):
         description="Steps between measurements of each force's own gradient, which cost a forward and a "
         "backward pass per force; 0: never.",
     )
+    eval_steps: int = Field(
+        default=0, ge=0, description="Steps between looks at evaluation.suites, and at the last; 0: never."
+    )
     stages: tuple[dict[str, Any], ...] = Field(
         default=(), description="A pipeline: each with its `method`, `max_steps` and changes to any section."
     )
@@ -207,3 +232,4 @@ class Config(Section):
     batching: BatchingConfig = BatchingConfig()
     health: HealthConfig = HealthConfig()
     stop: StopConfig = StopConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from uniapl.config import RewardsConfig
 from uniapl.errors import UsageError
 from uniapl.rewards.calls import RewardTimeoutError, Value, WrongFormError, arguments_of, call, place
+from uniapl.rewards.finding import find_function
 from uniapl.types import Example
 
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -98,6 +100,15 @@ def named_reward(
         and p.name not in (args or {})
     )
     return NamedReward(name=name, function=bound, weight=weight, required_columns=required)
+
+
+def build_rewarder(config: RewardsConfig, functions: Sequence[Callable[..., Any]] = ()) -> "Rewarder":
+    """The reward functions of a configuration, and further callables."""
+    named = [
+        named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args) for f in config.functions
+    ]
+    named += [named_reward(getattr(f, "__name__", "reward"), f) for f in functions]
+    return Rewarder(named, timeout=config.timeout)
 
 
 class Rewarder:

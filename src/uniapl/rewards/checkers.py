@@ -81,6 +81,15 @@ def parameters(id_: str) -> list[str]:
     return [p.name for p in signature.parameters.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
 
 
+def load_checkers() -> None:
+    """Import them now, which takes seconds.
+
+    Raises:
+        UsageError: lm-eval or NLTK's data is missing.
+    """
+    _ifeval()
+
+
 def checker_types(id_: str) -> dict[str, Any]:
     """Id -> checker class, of all that can be had; IFBench's only where `id_` is not one of IFEval's.
 

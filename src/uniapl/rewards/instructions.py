@@ -11,7 +11,7 @@ from typing import Any, Literal
 from uniapl.errors import UsageError
 from uniapl.rewards.base import RowCheck
 from uniapl.rewards.builtin import answer_text
-from uniapl.rewards.checkers import Instruction, parameters
+from uniapl.rewards.checkers import Instruction, load_checkers, parameters
 from uniapl.rewards.finding import register
 from uniapl.types import Example, Prompt
 
@@ -124,26 +124,39 @@ def check_rows(examples: Sequence[Example], **_: Any) -> RowCheck:
     """Which rows have an instruction that its checker would not check as the prompt says it.
 
     Raises:
-        UsageError: Naming the row and what is wrong with it.
+        UsageError: A row whose instructions cannot be checked at all.
     """
-    unusable: dict[int, str] = {}
+    return RowCheck(
+        unusable={
+            row: f"whose '{instruction.id}' has an argument out of its checker's range"
+            for row, given in read_rows(examples).items()
+            for instruction in given
+            if not instruction.is_determined()
+        }
+    )
+
+
+def read_rows(examples: Sequence[Example]) -> dict[int, list[Instruction]]:
+    """Row number -> its instructions, each of them tried once.
+
+    Raises:
+        UsageError: The checkers are not there; or naming the row and what is wrong with it.
+    """
+    load_checkers()
+    found: dict[int, list[Instruction]] = {}
     for example in examples:
-        ids = example.columns["instruction_id_list"]
+        ids, arguments = (example.columns.get(key) for key in ("instruction_id_list", "kwargs"))
         try:
-            given = instructions(example.prompt, ids, example.columns["kwargs"])
-            judge(given, "An answer.")
-            for instruction in given:
-                if not instruction.is_determined():
-                    kind = f"whose '{instruction.id}' has an argument out of its checker's range"
-                    unusable[example.row] = kind
+            found[example.row] = instructions(example.prompt, ids, arguments)
+            judge(found[example.row], "An answer.")
         except UsageError as error:
             raise UsageError(f"row {example.row}: {error}") from error
         except Exception as error:  # a checker raises what it likes on arguments of a wrong kind
             raise UsageError(
                 f"row {example.row}: its instructions cannot be checked: {type(error).__name__}: {error} "
-                f"(instruction_id_list {ids}, kwargs {example.columns['kwargs']})"
+                f"(instruction_id_list {ids}, kwargs {arguments})"
             ) from error
-    return RowCheck(unusable=unusable)
+    return found
 
 
 instruction_following.check_rows = check_rows  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from uniapl.loading import check_vocabulary, load_model
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup
 from uniapl.train.console import RunView
+from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
 from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
@@ -83,13 +84,7 @@ def train_resolved(
     accelerator = make_accelerator(config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process)
     directory = Path(config.output_dir)
-    if train_dataset is not None and config.data.path is not None:
-        view.say("note: data.path is not read, since rows are given")
-    for note in dict.fromkeys(note for part in (resolved, *stages) for note in part.notes):
-        view.say(f"note: {note}")
-    for reason, rows in materials.dataset.left_out.items():
-        view.say(f"note: {len(rows)} rows left out, {reason} (uniapl check lists them)")
-    for note in materials.notes:
+    for note in _notes(resolved, stages, materials, rows_given=train_dataset is not None):
         view.say(f"note: {note}")
 
     # Everything that can fail comes before the run directory is touched.
@@ -110,7 +105,8 @@ def train_resolved(
     if found:
         stage.load(found, state)
     run = start_run(resolved, stages, accelerator, materials, view, state)
-    run.evaluate = evaluate
+    last_step = sum(stage.config.max_steps for stage in stages)
+    run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     with view, run.signals_handled():
         run_stage(run, stage)
@@ -129,6 +125,21 @@ def train_resolved(
         steps=run.step,
         metrics=dict(run.history[-1]) if run.history else {},
     )
+
+
+def _notes(
+    resolved: Resolved, stages: Sequence[Resolved], materials: setup.Materials, *, rows_given: bool
+) -> list[str]:
+    """What the user should hear of configuration and data before the first step."""
+    notes: list[str] = []
+    if rows_given and resolved.config.data.path is not None:
+        notes.append("data.path is not read, since rows are given")
+    notes += dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)
+    notes += [
+        f"{len(rows)} rows left out, {reason} (uniapl check lists them)"
+        for reason, rows in materials.dataset.left_out.items()
+    ]
+    return [*notes, *materials.notes]
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -22,11 +22,11 @@ from uniapl.data import Dataset
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
+from uniapl.evaluation import Suite, load_suite
 from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
-from uniapl.rewards.base import named_reward
-from uniapl.rewards.finding import find_function
+from uniapl.rewards.base import build_rewarder
 from uniapl.types import Example, derive_seed
 
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl")
@@ -45,6 +45,8 @@ class Materials:
     data_sha256: str
     notes: tuple[str, ...] = ()
     """What the user should hear of the data."""
+    suites: tuple[Suite, ...] = ()
+    """What is evaluated."""
 
     @property
     def pad_id(self) -> int:
@@ -70,26 +72,20 @@ def load_materials(
     model_config = load_model_config(config.model)
     rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
     stop_ids = load_stop_ids(config.model, model_config, tokenizer)
+    context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     dataset = data.prepare(
         rows,
         tokenizer,
         config.data,
         stop_ids=stop_ids,
-        context_length=getattr(model_config.get_text_config(), "max_position_embeddings", None),
+        context_length=context_length,
         max_completion_length=max(
             (s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts),
             default=0,
         ),
     )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
-    rewarder = Rewarder(
-        [
-            named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args)
-            for f in config.rewards.functions
-        ]
-        + [named_reward(getattr(f, "__name__", "reward"), f) for f in functions],
-        timeout=config.rewards.timeout,
-    )
+    rewarder = build_rewarder(config.rewards, functions)
     uses_rollouts = any(stage.config.objective.uses_rollouts for stage in stages)
     notes: list[str] = []
     if uses_rollouts:
@@ -107,6 +103,21 @@ def load_materials(
         stop_ids=stop_ids,
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         notes=tuple(notes),
+        suites=tuple(
+            load_suite(
+                text,
+                tokenizer,
+                config.data,
+                config.rewards,
+                functions=functions,
+                stop_ids=stop_ids,
+                context_length=context_length,
+                max_completion_length=config.evaluation.max_completion_length,
+                answer_after=config.evaluation.answer_after,
+                limit=config.evaluation.limit,
+            )
+            for text in config.evaluation.suites
+        ),
     )
 
 

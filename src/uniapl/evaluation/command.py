@@ -1,0 +1,285 @@
+"""The verb `evaluate`: parse, load one model, run its suites, and say what came out."""
+
+import argparse
+import json
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from uniapl.config import Config, ModelConfig
+from uniapl.errors import UsageError
+from uniapl.evaluation.harness import run_lm_eval
+from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
+from uniapl.evaluation.suites import BENCHMARKS, Suite, load_suite
+from uniapl.loading import check_vocabulary, load_model, load_stop_ids, load_tokenizer
+from uniapl.resolve import load_recipe, resolve
+from uniapl.rollout.local import LocalSampler
+
+TRUNCATED = 0.1
+"""Share of answers cut at the token limit from which on the user is told."""
+
+
+def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
+    """`uniapl evaluate`: what results.json holds.
+
+    Raises:
+        UsageError: The model, a suite or an option cannot be used; nothing was written.
+    """
+    options = _parse(arguments)
+    config = _config(options)
+    console = Console(highlight=False, quiet=options.json)
+    tokenizer = load_tokenizer(config.model)
+    string_prompts = options.string_prompts or (
+        config.data.string_prompts if options.recipe else "chat" if tokenizer.chat_template else "text"
+    )
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"string_prompts": string_prompts})}
+    )
+    against = _read_results(options.against) if options.against else None
+    model = load_model(config.model)
+    check_vocabulary(model, tokenizer)
+    stop_ids = load_stop_ids(config.model, model.config, tokenizer)
+    suites = _load_suites(config, model, tokenizer, stop_ids)
+    _put_on_device(model)
+    assert isinstance(tokenizer.pad_token_id, int)
+    evaluation = config.evaluation
+    sampler = LocalSampler(
+        model=model,
+        stop_ids=stop_ids,
+        pad_id=tokenizer.pad_token_id,
+        max_completion_length=evaluation.max_completion_length,
+        temperature=evaluation.temperature,
+        max_rows=options.batch_size,
+    )
+    found: dict[str, SuiteResult] = {}
+    for suite in suites:
+        console.print(f"{suite.name}: {len(suite.examples)} prompts", markup=False)
+        found[suite.name] = evaluate_suite(
+            suite, sampler, tokenizer, num_samples=evaluation.num_samples, seed=options.seed
+        )
+    summary: dict[str, Any] = {
+        "model": options.model,
+        "versions": {name: version(name) for name in ("uniapl", "torch", "transformers")},
+        "settings": {**evaluation.model_dump(mode="json"), "string_prompts": string_prompts},
+        "seed": options.seed,
+        "suites": {name: result.summary for name, result in found.items()},
+    }
+    if against is not None:
+        summary["minus"] = {"model": against["model"], "suites": _differences(summary, against)}
+    if options.lm_eval_tasks:
+        summary["lm_eval"] = run_lm_eval(
+            model,
+            tokenizer,
+            options.lm_eval_tasks,
+            batch_size=options.batch_size,
+            limit=evaluation.limit,
+            include_path=options.lm_eval_include_path,
+        )
+    _write(options.output_dir, summary, found)
+    if options.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        _show(summary, suites, options.output_dir, console)
+    return summary
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="uniapl evaluate",
+        description="Scores of a model on IFEval, IFBench and files of your own, beside what an empty "
+        "answer, the prompt itself and one constant text score; with intervals over prompts.",
+    )
+    add = parser.add_argument
+    add("model", help="directory or Hub id")
+    add(
+        "--suites",
+        nargs="+",
+        default=[],
+        metavar="SUITE",
+        help=f"{', '.join(BENCHMARKS)} (from the Hub), NAME=PATH, or a file of rows",
+    )
+    add("--rewards", nargs="+", metavar="NAME", help="functions that score a file's answers")
+    add("--recipe", help="takes data, rewards and evaluation from it; flags go before it")
+    add("--max-completion-length", type=int, help="new tokens per answer (default: 1280)")
+    add("--num-samples", type=int, help="answers per prompt, k of pass@k (default: 1)")
+    add("--temperature", type=float, help="0 is greedy (default: 0, and 1 with several samples)")
+    add("--limit", type=int, help="the first so many prompts of each suite")
+    add("--answer-after", help="judge what stands behind this mark, e.g. '</think>' (benchmarks)")
+    add("--string-prompts", choices=("text", "chat"), help="default: chat if there is a chat template")
+    add("--system-prompt", help="for chat prompts that have none")
+    add("--chat-template-kwargs", type=json.loads, help="""as JSON, e.g. '{"enable_thinking": false}'""")
+    add("--allow-code-verifiers", action="store_true", help="as rewards.allow_code_verifiers")
+    add("--lm-eval-tasks", type=_words, default=[], help="further benchmarks, by lm-eval: gsm8k,hellaswag")
+    add("--lm-eval-include-path", help="a folder with further tasks for lm-eval")
+    add("--against", type=Path, help="an earlier output directory: differences, with intervals")
+    add("--batch-size", type=int, default=64, help="rows decoded at the same time (default: 64)")
+    add("--output-dir", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--json", action="store_true", help="print results.json")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise UsageError("--batch-size must be at least 1")
+    return options
+
+
+def _load_suites(
+    config: Config, model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+) -> list[Suite]:
+    evaluation = config.evaluation
+    suites = [
+        load_suite(
+            text,
+            tokenizer,
+            config.data,
+            config.rewards,
+            stop_ids=stop_ids,
+            context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+            max_completion_length=evaluation.max_completion_length,
+            answer_after=evaluation.answer_after,
+            limit=evaluation.limit,
+        )
+        for text in evaluation.suites
+    ]
+    if len({suite.name for suite in suites}) < len(suites):
+        raise UsageError("two suites have the same name: give one another by NAME=PATH")
+    return suites
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The recipe's configuration, or the default one, with the flags over it."""
+    recipe = load_recipe(options.recipe) if options.recipe else {}
+    values: dict[str, dict[str, Any]] = {
+        name: dict(recipe.get(name) or {}) for name in ("data", "rewards", "evaluation")
+    }
+    several = (options.num_samples or values["evaluation"].get("num_samples", 1)) > 1
+    if several:
+        values["evaluation"].setdefault("temperature", 1.0)
+    for key in ("max_completion_length", "num_samples", "temperature", "limit", "answer_after"):
+        if getattr(options, key) is not None:
+            values["evaluation"][key] = getattr(options, key)
+    if options.suites:
+        values["evaluation"]["suites"] = options.suites
+    for key in ("system_prompt", "chat_template_kwargs"):
+        if getattr(options, key) is not None:
+            values["data"][key] = getattr(options, key)
+    if options.rewards:
+        values["rewards"]["functions"] = options.rewards
+    if options.allow_code_verifiers:
+        values["rewards"]["allow_code_verifiers"] = True
+    config = resolve(dict(values)).config
+    if not config.evaluation.suites and not options.lm_eval_tasks:
+        raise UsageError(
+            "nothing to evaluate: give --suites, a recipe with evaluation.suites, or --lm-eval-tasks"
+        )
+    model = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
+    return config.model_copy(update={"model": model})
+
+
+def _put_on_device(model: Any) -> None:
+    """The machine's accelerator, in bf16 where it has that; Apple's GPUs lack the sampler's fp64."""
+    device = torch.accelerator.current_accelerator()
+    if device is not None and device.type != "mps":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        model.to(device, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "suites" not in found:
+            raise ValueError("it is no result of uniapl evaluate")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--against '{path}' cannot be read: {error}") from error
+    return found
+
+
+def _differences(summary: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+    common = summary["suites"].keys() & against["suites"].keys()
+    if not common:
+        raise UsageError(f"--against: no suite in common (it has {', '.join(against['suites']) or 'none'})")
+    return {name: paired(summary["suites"][name], against["suites"][name]) for name in sorted(common)}
+
+
+def _write(directory: Path, summary: dict[str, Any], found: dict[str, SuiteResult]) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lines = [
+            json.dumps(one, ensure_ascii=False) for result in found.values() for one in result.completions
+        ]
+        (directory / "completions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (directory / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--output-dir '{directory}' cannot be written: {error}") from error
+
+
+def _show(summary: dict[str, Any], suites: Sequence[Suite], directory: Path, console: Console) -> None:
+    for suite in suites:
+        console.print(_table(suite, summary))
+        for note in notes(summary["suites"][suite.name], summary["settings"]["max_completion_length"]):
+            console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for task, metrics in summary.get("lm_eval", {}).items():
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "stderr" not in name)
+        console.print(f"lm-eval {task}: {shown}", markup=False)
+    console.print(f"{directory / 'results.json'}  {directory / 'completions.jsonl'}", markup=False)
+
+
+def _table(suite: Suite, summary: dict[str, Any]) -> Table:
+    result = summary["suites"][suite.name]
+    minus = summary.get("minus", {"suites": {}})
+    differences = minus["suites"].get(suite.name, {})
+    title = (
+        f"{suite.name}: {result['prompts']} prompts, {result['samples']} answers each, "
+        f"{result['mean_length']:.0f} tokens on average, {result['truncated']:.1%} cut short"
+    )
+    headers = ["score", "mean", "95 %", *result["floors"]]
+    table = Table(*headers, *([f"minus {minus['model']}"] if differences else []), title=title)
+    for name, value in result["scores"].items():
+        row = [name, _number(value["mean"]), _range(value)]
+        row += [_number(floor.get(name)) for floor in result["floors"].values()]
+        if differences:
+            difference = differences.get(name)
+            row.append(f"{_number(difference['mean'], '+')} {_range(difference, '+')}" if difference else "")
+        table.add_row(*row)
+    return table
+
+
+def notes(result: dict[str, Any], limit: int) -> list[str]:
+    """What a reader of the scores must know not to be misled by them."""
+    said: list[str] = []
+    for reason, rows in result["left_out"].items():
+        said.append(f"{len(rows)} prompts are left out, {reason}")
+    if result["truncated"] > TRUNCATED:
+        share = f"{result['truncated']:.0%} of the answers were cut at {limit} tokens"
+        said.append(f"{share} and are judged as they stand: raise --max-completion-length")
+    if result["unscored"]:
+        said.append(f"{result['unscored']:.1%} of the answers could not be scored and count nowhere")
+    headline = result["headline"]
+    mean = result["scores"][headline]["mean"]
+    reached = [
+        name
+        for name, floor in result["floors"].items()
+        if mean is not None and (floor[headline] or 0) >= mean
+    ]
+    if reached:
+        said.append(f"{headline} is no better than answers that took no model: {', '.join(reached)}")
+    return said
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.3f}"
+
+
+def _range(value: dict[str, Any], sign: str = "") -> str:
+    return "" if value["low"] is None else f"[{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"

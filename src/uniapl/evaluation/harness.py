@@ -1,0 +1,61 @@
+"""Every benchmark that lm-eval knows, on a model that is loaded already: what else training changed."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from uniapl.errors import UsageError
+
+
+def run_lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    include_path: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, as lm-eval reports them (standard errors included).
+
+    Args:
+        tasks: Names of lm-eval's tasks or groups, e.g. gsm8k.
+        include_path: A folder with further task files.
+
+    Raises:
+        UsageError: lm-eval is not installed, does not know a task, or cannot get its data.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("lm-eval's tasks need lm-eval: pip install 'uniapl[eval]'")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise UsageError(f"lm-eval has no task {', '.join(map(repr, unknown))}")
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+    try:
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            task_manager=manager,
+            apply_chat_template=tokenizer.chat_template is not None,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except Exception as error:  # of data sets that cannot be had, and of the tasks' own code
+        raise UsageError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
+    return {
+        task: {name.removesuffix(",none"): value for name, value in metrics.items() if _is_number(value)}
+        for task, metrics in found["results"].items()
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

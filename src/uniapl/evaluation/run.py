@@ -1,0 +1,131 @@
+"""One suite and one model: sample, decode, score, and what the scores are worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from uniapl.evaluation import scores
+from uniapl.evaluation.suites import Scores, Suite
+from uniapl.rollout import Sampler
+from uniapl.types import Rollout, derive_seed
+
+CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
+"""One answer to every prompt that satisfies many formal constraints, and says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """What a model did on a suite."""
+
+    summary: dict[str, Any]
+    """As it stands in results.json."""
+    completions: list[dict[str, Any]]
+    """Every answer with its scores."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers for a training run's metrics."""
+        means = {name: value["mean"] for name, value in self.summary["scores"].items()}
+        means |= {key: self.summary[key] for key in ("mean_length", "truncated", "unscored")}
+        return {name: float(value) for name, value in means.items() if value is not None}
+
+
+def evaluate_suite(
+    suite: Suite,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int = 1,
+    seed: int = 0,
+    with_floors: bool = True,
+) -> SuiteResult:
+    """Answers to every prompt of a suite, and their scores.
+
+    Args:
+        sampler: The model's; greedy or not is its own matter.
+        num_samples: Answers per prompt, k in pass@k.
+        with_floors: Score answers that took no model, too.
+    """
+    examples = suite.examples
+    groups = sampler.sample(
+        [example.prompt_ids for example in examples],
+        seeds=[derive_seed(seed, "evaluate", suite.name, example.row) for example in examples],
+        num_generations=num_samples,
+        policy_version=0,
+    )
+    texts = [[_decode(tokenizer, rollout) for rollout in group] for group in groups]
+    flat = suite.score(
+        [example for example in examples for _ in range(num_samples)],
+        [text for group in texts for text in group],
+    )
+    scored = [flat[i * num_samples : (i + 1) * num_samples] for i in range(len(examples))]
+    rollouts = [rollout for group in groups for rollout in group]
+    summary: dict[str, Any] = {
+        "prompts": len(examples),
+        "left_out": {reason: list(numbers) for reason, numbers in suite.left_out.items()},
+        "samples": num_samples,
+        "headline": suite.headline,
+        "scores": {name: scores.interval(scores.sums_of(scored, name)) for name in flat[0]},
+        "mean_length": sum(len(r.completion_ids) for r in rollouts) / len(rollouts),
+        "mean_words": sum(len(text.split()) for group in texts for text in group) / len(rollouts),
+        "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "unscored": sum(not answer[suite.headline] for answer in flat) / len(rollouts),
+        "per_prompt": {name: scores.sums_of(scored, name).tolist() for name in flat[0]},
+        "rows": [example.row for example in examples],
+    }
+    if num_samples > 1:
+        best = scores.pass_at_all(scored, suite.headline)
+        summary["scores"][f"{suite.headline}_pass@{num_samples}"] = scores.interval(best)
+    if with_floors:
+        summary["floors"] = floors(suite)
+    completions = [
+        {
+            "suite": suite.name,
+            "row": example.row,
+            "prompt": example.prompt,
+            "completion": text,
+            "finish_reason": rollout.finish_reason,
+            **{name: list(values) for name, values in answer.items()},
+        }
+        for example, group, answers, rolled in zip(examples, texts, scored, groups, strict=True)
+        for text, answer, rollout in zip(group, answers, rolled, strict=True)
+    ]
+    return SuiteResult(summary=summary, completions=completions)
+
+
+def floors(suite: Suite) -> dict[str, dict[str, float | None]]:
+    """What answers score that no model wrote: nothing, the prompt itself, and one constant text."""
+    prompts = [_as_text(example.prompt) for example in suite.examples]
+    answers = {"empty": [""] * len(prompts), "echo": prompts, "constant": [CONSTANT] * len(prompts)}
+    found: dict[str, dict[str, float | None]] = {}
+    for name, texts in answers.items():
+        scored: list[Scores] = suite.score(suite.examples, texts)
+        found[name] = {
+            score: scores.mean_of(scores.sums_of([[one] for one in scored], score)) for score in scored[0]
+        }
+    return found
+
+
+def _as_text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
+    return str(tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True))
+
+
+def paired(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Score -> our mean minus theirs with its interval, over the prompts that both summaries have."""
+    places = {row: place for place, row in enumerate(theirs["rows"])}
+    common: Sequence[tuple[int, int]] = [
+        (place, places[row]) for place, row in enumerate(ours["rows"]) if row in places
+    ]
+    found: dict[str, dict[str, float | None]] = {}
+    for name, sums in ours["per_prompt"].items():
+        if common and name in theirs["per_prompt"]:
+            a = scores.as_sums([sums[i] for i, _ in common])
+            b = scores.as_sums([theirs["per_prompt"][name][j] for _, j in common])
+            found[name] = scores.difference(a, b)
+    return found
