@@ -2,8 +2,8 @@
 
     python benchmarks/ifeval_speed.py MODEL IFEVAL.jsonl [--max-completion-length 64] [--batch-size 64]
 
-NLTK_DATA must name NLTK's data (punkt_tab). The two are run in turn, twice each, and the ratio is of the shorter
-times: what else the machine does falls on both alike only roughly.
+NLTK_DATA must name NLTK's data (punkt_tab). The two are run in turn, twice each, and the ratio is of the
+shorter times: what else the machine does falls on both alike only roughly.
 """
 
 import argparse

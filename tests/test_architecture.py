@@ -22,6 +22,7 @@ LAYERS = [
     {"types"},
     {"config", "loading", "methods", "data", "batching", "rollout", "rewards", "discriminator", "resolve"},
     {"evaluation"},
+    {"compose"},
     {"train"},
     {"embedded"},
     {"compare"},

@@ -23,6 +23,7 @@ verbs:
   train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
   check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
   evaluate MODEL --suites ifeval ...    scores on IFEval, IFBench, files of yours, beside their floors
+  compose PROMPTS -o TRAIN.jsonl        prompts times checkable instructions: a training set
   pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
 
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
@@ -59,6 +60,7 @@ def run(arguments: list[str]) -> int:
         "train": train,
         "check": check,
         "evaluate": evaluate,
+        "compose": compose,
         "pretrain-discriminator": pretrain_discriminator,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -134,6 +136,14 @@ def evaluate(arguments: list[str]) -> int:
 
     logging.disable_progress_bar()
     run_evaluation(arguments)
+    return 0
+
+
+def compose(arguments: list[str]) -> int:
+    """`uniapl compose PROMPTS -o TRAIN.jsonl [--per-prompt 2] [--overlap drop]`."""
+    from uniapl.compose.command import compose as run_composing
+
+    run_composing(arguments)
     return 0
 
 

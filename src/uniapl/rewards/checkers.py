@@ -100,6 +100,17 @@ def checker_types(id_: str) -> dict[str, Any]:
     return ifeval if id_ in ifeval else _ifbench() | ifeval
 
 
+def conflicts() -> dict[str, set[str]]:
+    """IFEval's kinds of instructions -> those that cannot be followed beside them (lm-eval's table)."""
+    load_checkers()
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_CONFLICTS
+
+    table = {kind: {kind, *others} for kind, others in INSTRUCTION_CONFLICTS.items()}
+    return {
+        kind: {other for other in table if kind in table[other] or other in table[kind]} for kind in table
+    }
+
+
 @functools.cache
 def _ifeval() -> dict[str, Any]:
     """lm-eval's registry; importing it would ask the network for data, so that is looked for first."""

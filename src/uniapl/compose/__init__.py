@@ -1,0 +1,1 @@
+"""`uniapl compose`: base prompts times checkable instructions, for the reward `instruction_following`."""

@@ -1,0 +1,185 @@
+"""The verb `compose`: base prompts in, prompts with instructions out, none of them a benchmark's."""
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from uniapl import data
+from uniapl.compose.wordings import FURTHER_CONFLICTS, KINDS, say
+from uniapl.config import DataConfig
+from uniapl.errors import UsageError
+from uniapl.evaluation.contamination import overlap
+from uniapl.evaluation.suites import BENCHMARKS, parse_suite
+from uniapl.rewards.checkers import conflicts
+from uniapl.types import derive_seed
+
+JOINERS = (" ", "\n", "\n\n")
+DEMONSTRATIONS = ("completion", "chosen", "rejected")
+
+
+def compose(arguments: Sequence[str]) -> int:
+    """`uniapl compose`: how many prompts were written.
+
+    Raises:
+        UsageError: Rows or options that cannot be used, or prompts that overlap with a benchmark's.
+    """
+    options = _parse(arguments)
+    console = Console(highlight=False)
+    forbidden = all_conflicts()
+    rows = data.read_rows(DataConfig(path=options.base))
+    written: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    dropped_demonstrations = False
+    for number, row in rows:
+        base, before = _base_of(number, row)
+        dropped_demonstrations |= any(row.get(name) is not None for name in DEMONSTRATIONS)
+        for copy in range(options.per_prompt):
+            rng = random.Random(derive_seed(options.seed, "compose", number, copy))
+            composed = compose_prompt(base, rng, options.kinds, options.max_instructions, forbidden)
+            if composed["prompt"] in seen:
+                continue
+            seen.add(composed["prompt"])
+            if before is not None:
+                composed["prompt"] = [*before, {"role": "user", "content": composed["prompt"]}]
+            written.append({**composed, "base_row": number})
+    if not written:
+        raise UsageError("nothing was composed: every base prompt is there already")
+    written = _without_overlap(written, options, console)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        options.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"'{options.output}' cannot be written: {error}") from error
+    repeated = len(rows) * options.per_prompt - len(seen)
+    if repeated:
+        console.print(f"note: {repeated} prompts came out twice and stand once")
+    if dropped_demonstrations:
+        console.print("note: demonstrations are left out: they were not written for these instructions")
+    console.print(f"{options.output}: {len(written)} prompts; reward: instruction_following", markup=False)
+    return len(written)
+
+
+def compose_prompt(
+    base: str,
+    rng: random.Random,
+    kinds: Sequence[str],
+    most: int,
+    forbidden: Mapping[str, set[str]],
+) -> dict[str, Any]:
+    """A prompt with one to `most` instructions that can all be followed.
+
+    Example:
+        {"prompt": "Name a river. Do not use commas.", "instruction_id_list": ["punctuation:no_comma"],
+         "kwargs": [{}]}
+    """
+    wanted = rng.randint(1, most)
+    chosen: list[str] = []
+    for kind in rng.sample(list(kinds), len(kinds)):
+        if len(chosen) < wanted and not any(kind in forbidden[other] for other in chosen):
+            chosen.append(kind)
+    taken: set[str] = set()
+    arguments = [KINDS[kind].draw(rng, base, taken) for kind in chosen]
+    sentences = [say(KINDS[kind], given, rng) for kind, given in zip(chosen, arguments, strict=True)]
+    joiner = rng.choice(JOINERS)
+    prompt = joiner.join([base, " ".join(sentences)])
+    return {"prompt": prompt, "instruction_id_list": chosen, "kwargs": arguments}
+
+
+def all_conflicts() -> dict[str, set[str]]:
+    """Kind -> kinds that cannot be followed together with it: lm-eval's table and ours, both ways."""
+    table = {kind: set(others) for kind, others in conflicts().items()}
+    for kind, others in FURTHER_CONFLICTS.items():
+        for other in others:
+            table[kind].add(other)
+            table[other].add(kind)
+    return table
+
+
+def _base_of(number: int, row: Mapping[str, Any]) -> tuple[str, list[Any] | None]:
+    """(what the user asks last, the messages before it); None for messages where the prompt is text."""
+    prompt = row.get("prompt")
+    if prompt is None and row.get("messages"):
+        prompt = row["messages"]
+        prompt = prompt[:-1] if prompt[-1].get("role") == "assistant" else prompt
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt.strip(), None
+    if isinstance(prompt, list) and prompt and prompt[-1].get("role") == "user":
+        return str(prompt[-1]["content"]).strip(), list(prompt[:-1])
+    raise UsageError(f"row {number} has no 'prompt' (text, or messages that end with the user's)")
+
+
+def _without_overlap(
+    written: list[dict[str, Any]], options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    if options.overlap == "allow":
+        return written
+    texts = [_text(row["prompt"]) for row in written]
+    hits: dict[int, str] = {}
+    for text in options.benchmarks:
+        name, path = parse_suite(text)
+        try:
+            rows = data.read_rows(DataConfig(path=path))
+        except UsageError as error:
+            raise UsageError(
+                f"the prompts of {name} cannot be had, so overlap with them cannot be seen ({error}); give "
+                f"--benchmarks {name}=PATH, or --overlap allow"
+            ) from error
+        found = overlap(texts, [_text(row["prompt"]) for _, row in rows])
+        hits |= {place: f"{name} row {rows[other][0]}" for place, other in found.ngram.items()}
+    if not hits:
+        return written
+    listed = "; ".join(
+        f"row {written[place]['base_row']} and {where}" for place, where in list(hits.items())[:5]
+    )
+    if options.overlap == "refuse":
+        raise UsageError(
+            f"{len(hits)} prompts overlap with a benchmark's (13 words in a row, or all of it): {listed}; "
+            "take these base prompts out, or say --overlap drop"
+        )
+    console.print(
+        f"note: {len(hits)} prompts that overlap with a benchmark's are dropped: {listed}", markup=False
+    )
+    return [row for place, row in enumerate(written) if place not in hits]
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="uniapl compose",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Base prompts times one to five of IFEval's 25 kinds of instructions, in words of our "
+        "own: a training set for the reward instruction_following.",
+    )
+    add = parser.add_argument
+    add("base", help="prompts, as for train")
+    add("-o", "--output", type=Path, required=True, help="the .jsonl file to write")
+    add("--per-prompt", type=int, default=1, help="composed prompts for each base prompt")
+    add("--max-instructions", type=int, default=5, help="of one prompt")
+    add("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help="kinds of instructions to use")
+    add(
+        "--benchmarks", nargs="+", default=list(BENCHMARKS), help="whose prompts must not come out: NAME=PATH"
+    )
+    add(
+        "--overlap",
+        choices=("refuse", "drop", "allow"),
+        default="refuse",
+        help="with the benchmarks' prompts",
+    )
+    add("--seed", type=int, default=0, help="of all that is drawn")
+    options = parser.parse_args(arguments)
+    unknown = [kind for kind in options.kinds if kind not in KINDS]
+    if unknown:
+        raise UsageError(f"--kinds: unknown {', '.join(unknown)}; choose among {', '.join(KINDS)}")
+    for name in ("per_prompt", "max_instructions"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    return options
