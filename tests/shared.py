@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ needs_data = pytest.mark.skipif(
 )
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
 """One answer to every prompt; it satisfies more of IFEval than many a model."""
+
+
+class FirstDraw:
+    """Stands in for `random` in lm-eval, whose checker draws a letter where a prompt asks for "#" or "!"."""
+
+    @staticmethod
+    def choice(options: Any) -> Any:
+        return random.Random(0).choice(options)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

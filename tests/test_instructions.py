@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shared import CONSTANT, IFBENCH, IFEVAL, needs_data, rows
+from shared import CONSTANT, IFBENCH, IFEVAL, FirstDraw, needs_data, rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder, checkers
 from uniapl.rewards.base import named_reward
@@ -84,14 +84,12 @@ def test_ifeval_equals_lm_eval_s_on_every_prompt(name: str, monkeypatch: pytest.
     from lm_eval.tasks.ifeval import instructions as theirs
     from lm_eval.tasks.ifeval.utils import process_results
 
-    # Two prompts ask for "#" and "!", for which lm-eval's checker draws a letter: the same one here.
-    draw = types.SimpleNamespace(choice=lambda options: random.Random(0).choice(options))
     strict: list[list[bool]] = []
     for doc, one in zip(docs, given, strict=True):
         answer = ANSWERS[name](doc)
         ours = [judge(one, answer, loose=loose) for loose in (False, True)]
         with monkeypatch.context() as patch:
-            patch.setattr(theirs, "random", draw)
+            patch.setattr(theirs, "random", FirstDraw)
             expected = process_results(doc, [answer])
         assert ours[0] == expected["inst_level_strict_acc"], doc["key"]
         assert ours[1] == expected["inst_level_loose_acc"], doc["key"]

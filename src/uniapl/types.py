@@ -13,6 +13,16 @@ Prompt = str | list[dict[str, Any]]
 TokenIds = tuple[int, ...]
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """What is asked: the text, or the last message's.
+
+    Example:
+        >>> prompt_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
+        'Why?'
+    """
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
 def derive_seed(seed: int, *names: str | int) -> int:
     """A 63-bit seed for one named stream of random numbers.
 

@@ -16,7 +16,7 @@ from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.suites import BENCHMARKS, parse_suite
 from uniapl.rewards.checkers import conflicts
-from uniapl.types import derive_seed
+from uniapl.types import derive_seed, prompt_text
 
 JOINERS = (" ", "\n", "\n\n")
 DEMONSTRATIONS = ("completion", "chosen", "rejected")
@@ -119,7 +119,7 @@ def _without_overlap(
 ) -> list[dict[str, Any]]:
     if options.overlap == "allow":
         return written
-    texts = [_text(row["prompt"]) for row in written]
+    texts = [prompt_text(row["prompt"]) for row in written]
     hits: dict[int, str] = {}
     for text in options.benchmarks:
         name, path = parse_suite(text)
@@ -130,7 +130,7 @@ def _without_overlap(
                 f"the prompts of {name} cannot be had, so overlap with them cannot be seen ({error}); give "
                 f"--benchmarks {name}=PATH, or --overlap allow"
             ) from error
-        found = overlap(texts, [_text(row["prompt"]) for _, row in rows])
+        found = overlap(texts, [prompt_text(row["prompt"]) for _, row in rows])
         hits |= {place: f"{name} row {rows[other][0]}" for place, other in found.ngram.items()}
     if not hits:
         return written
@@ -146,10 +146,6 @@ def _without_overlap(
         f"note: {len(hits)} prompts that overlap with a benchmark's are dropped: {listed}", markup=False
     )
     return [row for place, row in enumerate(written) if place not in hits]
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

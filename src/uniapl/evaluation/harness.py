@@ -52,7 +52,9 @@ def run_lm_eval(
     except Exception as error:  # of data sets that cannot be had, and of the tasks' own code
         raise UsageError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     return {
-        task: {name.removesuffix(",none"): value for name, value in metrics.items() if _is_number(value)}
+        task: {
+            name.removesuffix(",none"): float(value) for name, value in metrics.items() if _is_number(value)
+        }
         for task, metrics in found["results"].items()
     }
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from uniapl.evaluation import scores
 from uniapl.evaluation.suites import Scores, Suite
 from uniapl.rollout import Sampler
-from uniapl.types import Rollout, derive_seed
+from uniapl.types import Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
 """One answer to every prompt that satisfies many formal constraints, and says nothing."""
@@ -97,7 +97,7 @@ def evaluate_suite(
 
 def floors(suite: Suite) -> dict[str, dict[str, float | None]]:
     """What answers score that no model wrote: nothing, the prompt itself, and one constant text."""
-    prompts = [_as_text(example.prompt) for example in suite.examples]
+    prompts = [prompt_text(example.prompt) for example in suite.examples]
     answers = {"empty": [""] * len(prompts), "echo": prompts, "constant": [CONSTANT] * len(prompts)}
     found: dict[str, dict[str, float | None]] = {}
     for name, texts in answers.items():
@@ -106,10 +106,6 @@ def floors(suite: Suite) -> dict[str, dict[str, float | None]]:
             score: scores.mean_of(scores.sums_of([[one] for one in scored], score)) for score in scored[0]
         }
     return found
-
-
-def _as_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:

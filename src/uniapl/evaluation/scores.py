@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Float64
 
 RESAMPLES = 2000
-Sums = npt.NDArray[np.float64]
-"""[prompts, 2]: the sum of a score's values over a prompt's answers, and how many there are."""
+Sums = Float64[np.ndarray, "prompts 2"]
+"""The sum of a score's values over a prompt's answers, and how many there are."""
+Means = Float64[np.ndarray, " resamples"]
 
 
 def sums_of(answers: Sequence[Sequence[Mapping[str, Sequence[float]]]], score: str) -> Sums:
@@ -21,7 +22,7 @@ def sums_of(answers: Sequence[Sequence[Mapping[str, Sequence[float]]]], score: s
     return as_sums([[sum(one), len(one)] for one in values])
 
 
-def as_sums(rows: Sequence[Sequence[float]]) -> Sums:
+def as_sums(rows: Sequence[Sequence[float | int]]) -> Sums:
     """Pairs of a sum and a count as an array."""
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
@@ -51,7 +52,7 @@ def pass_at_all(answers: Sequence[Sequence[Mapping[str, Sequence[float]]]], scor
     return as_sums([[one or 0.0, one is not None] for one in best])
 
 
-def _resampled(sums: Sums) -> npt.NDArray[np.float64]:
+def _resampled(sums: Sums) -> Means:
     """Means of resampled prompts; the same prompts for every array of one length."""
     rng = np.random.default_rng(0)
     chosen = rng.integers(0, len(sums), size=(RESAMPLES, len(sums)))
@@ -59,6 +60,6 @@ def _resampled(sums: Sums) -> npt.NDArray[np.float64]:
     return totals[:, 0] / np.maximum(totals[:, 1], 1)
 
 
-def _bounds(means: npt.NDArray[np.float64]) -> dict[str, Any]:
+def _bounds(means: Means) -> dict[str, Any]:
     low, high = np.quantile(means, (0.025, 0.975))
     return {"low": float(low), "high": float(high)}

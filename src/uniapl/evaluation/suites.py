@@ -85,9 +85,9 @@ def load_suite(
         UsageError: No such suite or file, rows that cannot be used, nothing that could score them.
     """
     name, path = parse_suite(text)
-    rows = data.read_rows(config.model_copy(update={"path": path, "split": "train"}))[:limit]
     read = config.model_copy(update={"max_prompt_length": None, "max_demonstration_length": None})
     try:
+        rows = data.read_rows(config.model_copy(update={"path": path, "split": "train"}))[:limit]
         dataset = data.prepare(
             rows,
             tokenizer,

@@ -13,7 +13,7 @@ from uniapl.rewards.base import RowCheck
 from uniapl.rewards.builtin import answer_text
 from uniapl.rewards.checkers import Instruction, load_checkers, parameters
 from uniapl.rewards.finding import register
-from uniapl.types import Example, Prompt
+from uniapl.types import Example, Prompt, prompt_text
 
 Criterion = Literal["strict", "loose", "share"]
 
@@ -99,7 +99,7 @@ def _instruction(id_: str, given: Any, prompt: Prompt) -> Instruction:
     # 0 and "" are values; only None is none.
     known = {name: value for name, value in given.items() if value is not None}
     if "prompt" in needed and "prompt" not in known:
-        known["prompt"] = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        known["prompt"] = prompt_text(prompt)
     for problem, names in (
         ("needs", set(needed) - known.keys()),
         ("does not take", known.keys() - set(needed)),

@@ -7,9 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from uniapl.config import Config
+from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.resolve import Resolved, flatten, stages_of
 from uniapl.train import setup
-from uniapl.types import Example
+from uniapl.types import Example, prompt_text
 
 
 def check_run(resolved: Resolved) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "rewards": {
             reward.name: sum(reward.applies_to(e) for e in examples) for reward in materials.rewarder.rewards
         },
+        "overlap": overlap_with_suites(materials),
         "stages": [_stage_report(stage.config, materials) for stage in stages],
         "preview": _preview(shown, tokenizer),
     }
@@ -56,6 +58,13 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(f"left out, {reason}: {len(rows)} rows ({listed})", markup=False)
     for name, count in report["rewards"].items():
         console.print(f"reward '{name}': applies to {count} rows, and was tried on up to two", markup=False)
+    for name, found in report["overlap"].items():
+        said = (
+            f"{len(found['exact'])} training prompts are prompts of it, {len(found['ngram'])} share "
+            f"{WIDTH} words in a row with one"
+        )
+        pairs = [f"row {ours} and its row {theirs}" for ours, theirs in (found["exact"] + found["ngram"])[:5]]
+        console.print(f"suite '{name}': {said}{': ' if pairs else ''}{'; '.join(pairs)}", markup=False)
     for number, stage in enumerate(report["stages"], start=1):
         parts = ", ".join(f"{key} {value}" for key, value in stage.items())
         console.print(f"stage {number}: {parts}", markup=False)
@@ -63,6 +72,23 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(f"row {preview['row']} as the model sees it (what is learnt from stands in [[ ]]):")
     console.print(preview["text"], markup=False)
     console.print("ok")
+
+
+def overlap_with_suites(materials: setup.Materials) -> dict[str, dict[str, list[tuple[int, int]]]]:
+    """Suite -> (training row, the suite's row) of prompts that are the same, and that share an n-gram."""
+    ours = materials.dataset.examples
+    reports: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    for suite in materials.suites:
+        found = overlap(
+            [prompt_text(e.prompt) for e in ours], [prompt_text(e.prompt) for e in suite.examples]
+        )
+        pairs = {
+            kind: [(ours[i].row, suite.examples[j].row) for i, j in places.items()]
+            for kind, places in (("exact", found.exact), ("ngram", found.ngram))
+        }
+        pairs["ngram"] = [pair for pair in pairs["ngram"] if pair not in pairs["exact"]]
+        reports[suite.name] = pairs
+    return reports
 
 
 def _stage_report(config: Config, materials: setup.Materials) -> dict[str, Any]:
