@@ -11,6 +11,7 @@ from shared import IFBENCH, IFEVAL, needs_data, rows
 from uniapl import cli
 from uniapl.compose.command import all_conflicts, compose_prompt
 from uniapl.compose.wordings import KINDS, LANGUAGES, say
+from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
 from uniapl.rewards.instructions import instructions
 
@@ -139,6 +140,16 @@ def test_every_wording_says_every_argument(kind: str) -> None:
             else:
                 for part in value if isinstance(value, list) else [value]:
                     assert str(part) in sentence, (name, sentence)
+
+
+def test_no_wording_is_a_benchmark_s() -> None:
+    said = [
+        say(kind, kind.draw(random.Random(seed), "Name a river, please.", set()), random.Random(seed))
+        for kind in KINDS.values()
+        for seed in range(30)
+    ]
+    theirs = [row["prompt"] for row in rows(IFEVAL) + rows(IFBENCH)]
+    assert overlap(said, theirs).ngram == {}
 
 
 def test_no_two_instructions_of_a_prompt_conflict() -> None:

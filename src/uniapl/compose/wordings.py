@@ -199,9 +199,8 @@ KINDS: dict[str, Kind] = {
     "detectable_format:constrained_response": Kind(
         _nothing,
         (
-            'Say only one of these: "My answer is yes.", "My answer is no.", "My answer is maybe."',
-            'Reply with one sentence alone: "My answer is yes." or "My answer is no." or "My answer is '
-            'maybe."',
+            'Say only one of these: "My answer is maybe.", "My answer is yes.", "My answer is no."',
+            'Reply with "My answer is no." or "My answer is maybe." or "My answer is yes.", and no more.',
         ),
     ),
     "detectable_format:number_highlighted_sections": Kind(
