@@ -120,7 +120,7 @@ def test_columns_of_a_wrong_form_name_their_row(
 
 @needs_data
 def test_autoif_s_rows(verifiers: CodeVerifiers) -> None:
-    """22 good functions with 305 cases; a file of functions that return strings; one that always says no."""
+    """22 good functions with their cases; and rows whose functions disagree with most of theirs."""
     good = [example(i, **row) for i, row in enumerate(rows(AUTOIF / "back_trans.jsonl"), start=1)]
     scorer = rewarder(verifiers)
     notes = scorer.check_rows(good, allow_code=True)
@@ -135,7 +135,10 @@ def test_autoif_s_rows(verifiers: CodeVerifiers) -> None:
     assert kept == 22
     assert len(notes) == 1, notes
     wrong = [example(i, **row) for i, row in enumerate(rows(AUTOIF / "query_rft.jsonl"), start=1)]
-    assert len(rewarder(verifiers).check_rows(wrong, allow_code=True)) == 1, "their one case is a refusal"
+    scorer = rewarder(verifiers)
+    dropped = scorer.check_rows(wrong, allow_code=True)[1]
+    assert "dropped 12 functions: row 17, function 1: agrees with 2 of 8 cases; " in dropped
+    assert [one.row for one in wrong if not scorer.applies_to(one)] == [17, 18, 19, 20]
 
 
 @needs_data
