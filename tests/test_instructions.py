@@ -120,6 +120,8 @@ def test_what_stands_behind_a_mark_is_the_answer() -> None:
     thought = "<think>well, commas, everywhere</think>\nthree words here"
     assert score(WORDS, thought) == 0.0
     assert score(WORDS, thought, answer_after="</think>") == 1.0
+    twice = "<think>no, </think> yes, </think> three words here"
+    assert score(WORDS, twice, answer_after="</think>") == 1.0, "behind the last one"
     assert score(WORDS, "three words here", answer_after="</think>") == 0.0, "it never came to its answer"
 
 
@@ -191,6 +193,9 @@ def test_checks_leave_the_global_generator_alone_and_never_vary() -> None:
     random.seed(5)
     assert drawn == random.random()
     assert len(verdicts) == 1
+    import langdetect
+
+    assert langdetect.DetectorFactory.seed == 0
     language = Instruction("language:response_language", {"language": "en"})
     assert len({language.followed_by("HELLO WORLD MY FRIEND") for _ in range(20)}) == 1
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ PAYLOADS = {
     "writing beside the interpreter": "import sys; open(sys.prefix + '/was-here', 'w'); return True",
     "reading /etc/shadow": "return len(open('/etc/shadow').read()) > 0",
     "printing 1 GiB": "for _ in range(1024): print('x' * 2**20, flush=True)\n    return True",
+    "printing 4 MiB": "print('x' * 2**22, flush=True); return True",
     "closing its pipes": "import os; os.closerange(0, 64); return True",
     "flooding its pipe": "import os\n    while True: os.write(3, b'x' * 65536)",
     "kill(-1)": "import os; os.kill(-1, 9); return True",
@@ -101,6 +103,13 @@ def test_nothing_of_the_caller_is_to_be_seen(jail: Sandbox, monkeypatch: pytest.
         assert jail.run([job]) == [False]
 
 
+def test_a_job_has_its_own_four_files_and_no_others(jail: Sandbox) -> None:
+    """Standard input, output and error, and the pipe for its answer: not the worker's own pipes."""
+    body = "import os; return [fd for fd in range(256) if exists(fd)] == [0, 1, 2, 3]"
+    exists = "def exists(fd):\n    import os\n    try: os.fstat(fd)\n    except OSError: return False\n"
+    assert jail.run([Job(f"{exists}    return True\n{payload(body)}", "")]) == [True]
+
+
 @pytest.fixture(scope="module", params=["bubblewrap", "unshare", "none"])
 def pool(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     pool = start(2, wrapper=request.param)
@@ -167,6 +176,75 @@ def test_a_verdict_is_remembered_a_failure_is_not(pool: Sandbox, monkeypatch: py
     pool.run([bad])
     assert asked.count(good) == 1
     assert asked.count(bad) == 2
+
+
+FORGE = """
+def evaluate(response):
+    import os
+    for fd in range(8):
+        try:
+            with open(f"/proc/{os.getppid()}/fd/{fd}", "wb", buffering=0) as pipe:
+                pipe.write(b'{"value": true}\\n' * 3)
+        except OSError:
+            pass
+    return False
+"""
+
+
+def test_a_job_cannot_answer_for_others(jail: Sandbox) -> None:
+    """Not even where only namespaces hold it, and files of processes of its own user are in sight."""
+    assert jail.run([Job(FORGE, "")]) == [False]
+    never = [Job(payload("return False"), str(number)) for number in range(6)]
+    assert jail.run(never) == [False] * 6
+
+
+def test_answers_out_of_step_are_no_verdicts(pool: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = sandbox._Worker._exchange
+
+    def late(self: object, question: dict[str, object], seconds: float) -> dict[str, object]:
+        answer = exchange(self, question, seconds)  # type: ignore[arg-type]
+        return {**answer, "token": "another job's"} if "token" in question else answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox._Worker, "_exchange", late)
+        (verdict,) = pool.run([Job(GOOD, "yes, out of step")])
+    assert str(verdict) == "the worker's answers are out of step"
+    assert pool.run([Job(GOOD, "yes, out of step")]) == [True]
+
+
+def test_a_call_that_was_given_up_does_not_hold_up_the_next() -> None:
+    pool = start(1, wrapper="none")
+    slow = [Job(payload(f"import time; time.sleep(0.5); return {number} < 0"), "") for number in range(60)]
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.extend(pool.run(slow)), daemon=True)
+    thread.start()
+    time.sleep(0.7)
+    assert pool.run([Job(GOOD, "yes, after others")]) == [True]
+    thread.join(10)
+    assert sum("given up" in str(answer) for answer in answers) >= 50
+    pool.close()
+
+
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    pool = start(1, wrapper="none")
+    assert pool.run([Job(GOOD, "yes, before")]) == [True]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if pool.run([Job(GOOD, "yes, in the child")]) == [True] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert pool.run([Job(GOOD, "yes, after")]) == [True]
+    pool.close()
+
+
+def test_many_open_files_do_no_harm() -> None:
+    files = [open(os.devnull) for _ in range(1100)]  # noqa: SIM115
+    try:
+        pool = start(1, wrapper="none")
+        assert pool.run([Job(GOOD, "yes, beside many files")]) == [True]
+        pool.close()
+    finally:
+        for file in files:
+            file.close()
 
 
 def test_no_jail_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,16 @@ the reasons.
 
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import queue
-import select
+import secrets
+import selectors
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,10 @@ class SandboxError(Exception):
     """A job gave no verdict; the text says why."""
 
 
+class SandboxTimeoutError(SandboxError):
+    """It took too long: another time it may not."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One function and one text.
@@ -59,6 +64,16 @@ class Job:
     source: str
     text: str
     function: str = "evaluate"
+
+    @property
+    def key(self) -> bytes:
+        """What it is remembered by."""
+        parts = json.dumps([self.source, self.function, self.text]).encode()
+        return hashlib.blake2b(parts, digest_size=16).digest()
+
+
+_Question = tuple[object, bytes, Job, "queue.SimpleQueue[tuple[bytes, bool | SandboxError]]"]
+"""(the call that it belongs to, its key, itself, where the answer goes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,63 +96,94 @@ class Layers:
 
 
 class Sandbox:
-    """The pool. Close it, or leave that to the end of the process."""
+    """The pool. Close it, or leave that to the end of the process.
+
+    One call at a time: a new one ends what an earlier one, whose caller has given up on it, still had to do.
+    """
 
     def __init__(
         self, *, workers: int | None = None, limits: Limits | None = None, layers: Layers | None = None
     ) -> None:
-        """Start the workers, in the best jail that there is, or in the one that is asked for.
+        """Find the best jail that there is, or set up the one that is asked for.
 
         Raises:
             UsageError: It would not be a jail: neither bubblewrap nor seccomp with landlock can be set up.
         """
         self.limits = limits or Limits()
-        self._layers, first = _first_worker(layers, self.limits)
-        self.layers: tuple[str, ...] = first.layers
+        self._layers, probe = _first_worker(layers, self.limits)
+        self.layers: tuple[str, ...] = probe.layers
         """What is in force, by name."""
-        self.pid_namespace = first.pid_namespace
-        count = workers or min(4, os.cpu_count() or 1)
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
-        self._idle.put(first)
-        for _ in range(count - 1):
-            self._idle.put(None)
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="sandbox")
-        self._verdicts: dict[Job, bool] = {}
+        self.pid_namespace = probe.pid_namespace
+        probe.close()
+        self._count = workers or min(4, os.cpu_count() or 1)
+        self._verdicts: dict[bytes, bool] = {}
         self._lock = threading.Lock()
+        self._call: object = None
+        self._closed = False
+        self._start()
         atexit.register(self.close)
 
     def run(self, jobs: Sequence[Job]) -> list[bool | SandboxError]:
         """The verdict of each job, in order, or why there is none; verdicts are remembered."""
+        if os.getpid() != self._pid:
+            self._start()  # threads do not survive a fork
         if len(self._verdicts) > CACHED_VERDICTS:
             self._verdicts.clear()
-        unknown = [job for job in dict.fromkeys(jobs) if job not in self._verdicts]
-        found = dict(zip(unknown, self._threads.map(self._run_one, unknown), strict=True))
-        with self._lock:
-            self._verdicts |= {job: value for job, value in found.items() if isinstance(value, bool)}
-            return [self._verdicts[job] if job in self._verdicts else found[job] for job in jobs]
+        keys = [job.key for job in jobs]
+        unknown = {key: job for key, job in zip(keys, jobs, strict=True) if key not in self._verdicts}
+        call = self._call = object()
+        answered: queue.SimpleQueue[tuple[bytes, bool | SandboxError]] = queue.SimpleQueue()
+        for key, job in unknown.items():
+            self._jobs.put((call, key, job, answered))
+        found = dict(answered.get() for _ in unknown)
+        self._verdicts |= {key: value for key, value in found.items() if isinstance(value, bool)}
+        return [found[key] if key in found else self._verdicts[key] for key in keys]
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; what is still asked of them gets no verdict."""
         atexit.unregister(self.close)
-        self._threads.shutdown()
-        while not self._idle.empty():
-            worker = self._idle.get()
-            if worker is not None:
-                worker.close()
+        self._closed = True
+        self._call = None
+        if os.getpid() == self._pid:
+            for _ in range(self._count):
+                self._jobs.put(None)
+            with self._lock:
+                for worker in self._workers:
+                    worker.close()
 
-    def _run_one(self, job: Job) -> bool | SandboxError:
-        worker = self._idle.get()
-        try:
-            worker = worker or _Worker(self._layers, self.limits)
-            return worker.ask(job)
-        except SandboxError as error:
-            # The worker itself is gone or mute; the next job gets a new one.
-            if worker is not None:
+    def _start(self) -> None:
+        """Threads that each own a worker: bubblewrap ends one together with the thread that started it."""
+        self._pid = os.getpid()
+        self._jobs: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        self._workers: set[_Worker] = set()
+        for number in range(self._count):
+            threading.Thread(target=self._serve, name=f"sandbox-{number}", daemon=True).start()
+
+    def _serve(self) -> None:
+        worker: _Worker | None = None
+        while (question := self._jobs.get()) is not None:
+            call, key, job, answered = question
+            if call is not self._call:
+                answered.put((key, SandboxError("its caller has given up")))
+                continue
+            try:
+                worker = worker or self._new_worker()
+                answered.put((key, worker.ask(job)))
+            except SandboxError as error:
+                # The worker itself is gone or mute; the next job gets a new one.
+                if worker is not None:
+                    worker.close()
+                    self._workers.discard(worker)
+                worker = None
+                answered.put((key, error))
+
+    def _new_worker(self) -> "_Worker":
+        worker = _Worker(self._layers, self.limits)
+        with self._lock:
+            self._workers.add(worker)
+            if self._closed:
                 worker.close()
-            worker = None
-            return error
-        finally:
-            self._idle.put(worker)
+        return worker
 
 
 class _Worker:
@@ -181,10 +227,17 @@ class _Worker:
 
     def ask(self, job: Job) -> bool | SandboxError:
         """The job's verdict. Raises SandboxError where the worker itself has failed."""
-        question = {"source": job.source, "text": job.text, "function": job.function}
+        # Only the worker knows it: nothing that a job may leave in the pipe passes for another job's answer.
+        token = secrets.token_hex(8)
+        question = {"source": job.source, "text": job.text, "function": job.function, "token": token}
         answer = self._exchange(question, self._seconds + GRACE_SECONDS)
+        if answer.get("token") != token:
+            raise SandboxError("the worker's answers are out of step")
         value = answer.get("value")
-        return value if isinstance(value, bool) else SandboxError(str(answer.get("error", "no verdict")))
+        if isinstance(value, bool):
+            return value
+        kind = SandboxTimeoutError if answer.get("expired") else SandboxError
+        return kind(str(answer.get("error", "no verdict")))
 
     def close(self) -> None:
         self._process.kill()
@@ -200,8 +253,11 @@ class _Worker:
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
-            if not select.select([self._process.stdout], [], [], seconds)[0]:
-                raise SandboxError("the worker gave no answer")
+            # Not select, which knows no descriptors above 1,023.
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._process.stdout, selectors.EVENT_READ)
+                if not selector.select(seconds):
+                    raise SandboxError("the worker gave no answer")
             return json.loads(self._process.stdout.readline())
         except (OSError, ValueError) as error:
             raise SandboxError("the worker has ended") from error

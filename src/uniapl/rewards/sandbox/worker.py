@@ -10,6 +10,7 @@ import collections  # noqa: F401
 import contextlib
 import ctypes
 import datetime  # noqa: F401
+import fcntl
 import functools  # noqa: F401
 import itertools  # noqa: F401
 import json
@@ -30,7 +31,7 @@ OUTPUT_LIMIT = 1 << 20
 """Bytes that a job may print; what it prints is thrown away."""
 ANSWER_LIMIT = 1 << 16
 """Bytes of a job's own answer; more than that is no verdict."""
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 4, 38, 22, 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 
@@ -88,8 +89,7 @@ def run_child(job: dict, answers: int, settings: dict, program: bytes | None) ->
     """Run the function of a job in this process, which ends with it, and write its answer."""
     os.setsid()
     output = os.memfd_create("output")
-    os.dup2(answers, 3)
-    for place, descriptor in ((0, settings["null"]), (1, output), (2, output)):
+    for place, descriptor in ((0, settings["null"]), (1, output), (2, output), (3, answers)):
         os.dup2(descriptor, place)
     os.closerange(4, 1024)
     seconds = max(1, round(settings["seconds"]) + 1)
@@ -148,7 +148,7 @@ def run_job(job: dict, settings: dict, program: bytes | None) -> dict:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     if expired:
-        return {"error": f"no answer within {settings['seconds']} s"}
+        return {"error": f"no answer within {settings['seconds']} s", "expired": True}
     try:
         answer = json.loads(said)
     except ValueError:
@@ -163,9 +163,12 @@ def main() -> None:
     settings = json.loads(sys.stdin.buffer.readline())
     namespace = os.readlink("/proc/self/ns/pid")
     settings["own_pid_namespace"] = namespace != settings["caller_pid_namespace"]
-    settings["null"] = os.open("/dev/null", os.O_RDWR)
+    # The first one keeps place 3 taken, to which a child moves the pipe for its answer.
+    settings["null"] = fcntl.fcntl(os.open("/dev/null", os.O_RDWR), fcntl.F_DUPFD, 10)
     layers = ["rlimits"]
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # Its memory and its pipes, in /proc, are then closed to the children, who have the same user.
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if settings["landlock"] and restrict_files(settings["readable"]):
         layers.append("landlock")
     program = base64.b64decode(settings["seccomp"]) if settings["seccomp"] else None
@@ -178,7 +181,9 @@ def main() -> None:
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        said = run_job(json.loads(line), settings, program)
+        job = json.loads(line)
+        token = job.pop("token")
+        said = {**run_job(job, settings, program), "token": token}
 
 
 if __name__ == "__main__":
