@@ -21,9 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import lm_eval.tasks.ifeval
 import torch
 
-from uniapl.config import DataConfig, ModelConfig, RewardsConfig
-from uniapl.evaluation import evaluate_suite, load_suite
-from uniapl.evaluation.harness import run_lm_eval
+from uniapl.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from uniapl.evaluation import evaluate_suite
+from uniapl.evaluation.harness import find_tasks, run_lm_eval
+from uniapl.evaluation.suites import load_suite
 from uniapl.loading import load_model, load_stop_ids, load_tokenizer
 from uniapl.rollout.local import LocalSampler
 
@@ -50,14 +51,11 @@ def main() -> None:
     tokenizer: Any = load_tokenizer(where)
     model = load_model(where).eval()
     stop_ids = load_stop_ids(where, model.config, tokenizer)
-    suite = load_suite(
-        f"ifeval={options.data}",
-        tokenizer,
-        DataConfig(string_prompts="chat"),
-        RewardsConfig(),
-        stop_ids=stop_ids,
-        max_completion_length=options.max_completion_length,
+    config = Config(
+        data=DataConfig(string_prompts="chat"),
+        evaluation=EvaluationConfig(max_completion_length=options.max_completion_length),
     )
+    suite = load_suite(f"ifeval={options.data}", config, tokenizer, stop_ids=stop_ids)
     sampler = LocalSampler(
         model=model,
         stop_ids=stop_ids,
@@ -78,9 +76,11 @@ def main() -> None:
                 tokens=options.max_completion_length,
             )
             (Path(folder) / "ifeval_local.yaml").write_text(task)
-            return run_lm_eval(
-                model, tokenizer, ["ifeval_local"], batch_size=options.batch_size, include_path=folder
-            )["ifeval_local"]
+            tasks = ["ifeval_local"]
+            found = run_lm_eval(
+                model, tokenizer, tasks, find_tasks(tasks, folder), batch_size=options.batch_size
+            )
+            return found["ifeval_local"]
 
     seconds: dict[str, list[float]] = {"ours": [], "lm-eval": []}
     scores: dict[str, dict[str, float]] = {}

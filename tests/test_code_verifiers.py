@@ -1,7 +1,7 @@
 """Verifier functions from data: what they must do to be believed, and what is said of the others."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import named_reward
 from uniapl.rewards.code import CodeVerifiers, _cases, _sources
-from uniapl.rewards.sandbox import Sandbox
+from uniapl.rewards.sandbox import Job, Sandbox, SandboxError, SandboxTimeoutError
 from uniapl.types import Example
 
 NO_E = "def evaluate(response):\n    return 'e' not in response.lower()"
@@ -104,6 +104,8 @@ def test_a_majority_decides_and_who_gives_no_verdict_has_no_vote(verifiers: Code
     [
         ({"eval_func": 3, "cases": CASES}, "row 9: 'eval_func' must be Python source"),
         ({"eval_func": [], "cases": CASES}, "row 9: 'eval_func' must be"),
+        ({"eval_func": [{"func": NO_E}], "cases": CASES}, "row 9: 'eval_func' must be"),
+        ({"eval_func": [NO_E, 0.9], "cases": CASES}, "row 9: 'eval_func' must be"),
         (
             {"eval_func": NO_E, "cases": [["x", 3]]},
             r"row 9: 'cases' must be a list of \[text, true or false\]",
@@ -162,10 +164,23 @@ def test_forms_of_sources_and_cases() -> None:
     assert _cases(None) == []
 
 
+def test_a_busy_machine_does_not_decide(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, late = Sandbox.run, [True]
+
+    def slow(self: Sandbox, jobs: Sequence[Job]) -> list[bool | SandboxError]:
+        answers = run(self, jobs)
+        return [SandboxTimeoutError("slow")] * len(answers) if late and late.pop() else answers
+
+    monkeypatch.setattr(Sandbox, "run", slow)
+    assert verifiers.good_functions([NO_E], [["slow at first", True]], 0.8) == [NO_E]
+
+
 def test_jobs_are_not_repeated(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     run = Sandbox.run
     monkeypatch.setattr(Sandbox, "run", lambda self, jobs: asked.append(len(jobs)) or run(self, jobs))
     row = {"eval_func": [NO_E], "cases": [["only here", False]]}
     verifiers.check_rows([example(1, **row), example(2, **row)])
-    assert asked == [1], "two rows with the same function and cases are one question"
+    assert [count for count in asked if count] == [1], (
+        "two rows with the same function and cases are one question"
+    )

@@ -10,7 +10,7 @@ import pytest
 from shared import IFBENCH, IFEVAL, needs_data, rows
 from uniapl import cli
 from uniapl.compose.command import all_conflicts, compose_prompt
-from uniapl.compose.wordings import KINDS, LANGUAGES, say
+from uniapl.compose.wordings import ENDINGS, KINDS, LANGUAGES, NOUNS, RARE, say
 from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
 from uniapl.rewards.instructions import instructions
@@ -174,6 +174,21 @@ def test_no_two_instructions_of_a_prompt_conflict() -> None:
     assert set(counts) == {1, 2, 3, 4, 5}
 
 
+def test_words_of_one_prompt_are_never_both_asked_for_and_forbidden() -> None:
+    """Two kinds that draw nouns never draw the same one."""
+    kinds = ["keywords:existence", "keywords:frequency", "length_constraints:nth_paragraph_first_word"]
+    for seed in range(300):
+        taken: set[str] = set()
+        rng = random.Random(seed)
+        drawn = [KINDS[kind].draw(rng, "", taken) for kind in kinds]
+        words = [*drawn[0]["keywords"], drawn[1]["keyword"], drawn[2]["first_word"]]
+        assert len(set(words)) == len(words)
+
+
+def test_rare_letters_can_be_avoided() -> None:
+    assert not set(RARE) & set("".join([*NOUNS, *ENDINGS]))
+
+
 def write(path: Path, prompts: list[Any], **columns: Any) -> Path:
     path.write_text("".join(json.dumps({"prompt": prompt, **columns}) + "\n" for prompt in prompts))
     return path
@@ -192,9 +207,22 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path, capsys: pytest.Captur
     texts = [(tmp_path / f"{name}.jsonl").read_text() for name in "abc"]
     assert texts[0] == texts[1] != texts[2]
     composed = rows(tmp_path / "a.jsonl")
+    one = write(tmp_path / "one.jsonl", ["Name a river."])
+    flags = ("--kinds", "punctuation:no_comma", "--per-prompt", "40")
+    assert run(one, tmp_path / "d.jsonl", *flags) == 0
+    assert len(rows(tmp_path / "d.jsonl")) == 9, "three wordings, three ways to join"
+    assert "31 prompts came out twice and stand once" in capsys.readouterr().out
     assert len({row["prompt"] for row in composed}) == len(composed) >= 12
     assert all(row["prompt"].startswith(BASES[(row["base_row"] - 1) % 4]) for row in composed)
     assert not any("completion" in row for row in composed)
+    assert "base" not in composed[0]
+
+
+def test_demonstrations_are_left_out_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write(tmp_path / "base.jsonl", BASES, completion="An answer.")
+    assert run(base, tmp_path / "a.jsonl") == 0
     assert "demonstrations are left out" in capsys.readouterr().out
 
 
@@ -238,7 +266,39 @@ def test_wrong_options(
     assert message in capsys.readouterr().err
 
 
-def test_rows_without_a_prompt_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "base.jsonl").write_text('{"prompt": "One."}\n{"question": "Two."}\n')
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "Two."}, "row 2 has no 'prompt' and no 'messages'"),
+        ({"prompt": "  "}, "row 2: the prompt is empty"),
+        ({"messages": "Two."}, "row 2: 'messages' must be"),
+        ({"prompt": [{"role": "user"}]}, "row 2: 'prompt' must be"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+            "must end with a user's message, of text",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a user's message"),
+        (["Two."], "row 2 is not a mapping"),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_named(
+    row: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.jsonl").write_text(f'{{"prompt": "One."}}\n{json.dumps(row)}\n')
     assert run(tmp_path / "base.jsonl", tmp_path / "out.jsonl") == 2
-    assert "row 2 has no 'prompt'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_a_short_prompt_of_a_benchmark_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = write(tmp_path / "theirs.jsonl", ["Name a river, please."])
+    base = write(tmp_path / "base.jsonl", ["name a river please", "Another."])
+    command = ["compose", str(base), "-o", str(tmp_path / "out.jsonl"), "--benchmarks", f"mine={theirs}"]
+    assert cli.run(command) == 2
+    assert "row 1 and mine row 1" in capsys.readouterr().err
+    assert cli.run([*command, "--overlap", "drop"]) == 0
+    assert [row["base_row"] for row in rows(tmp_path / "out.jsonl")] == [2]
+    alone = write(tmp_path / "alone.jsonl", ["name a river please"])
+    assert cli.run(["compose", str(alone), *command[2:], "--overlap", "drop"]) == 2
+    assert "nothing is left" in capsys.readouterr().err
+    assert cli.run(["compose", str(base), "-o", str(base), *command[4:]]) == 2
+    assert "--output is the file of the base prompts" in capsys.readouterr().err

@@ -15,13 +15,13 @@ from runs import lines, recipe, train, write_recipe
 from shared import CONSTANT, IFEVAL, FirstDraw, needs_data, rows
 from tiny import LETTERS, letter_rows, make_tokenizer, save_model
 from uniapl import cli
-from uniapl.config import DataConfig, RewardFunctionConfig, RewardsConfig
+from uniapl.config import Config, EvaluationConfig, RewardFunctionConfig, RewardsConfig
 from uniapl.errors import UsageError
-from uniapl.evaluation import evaluate_suite, load_suite, scores
+from uniapl.evaluation import evaluate_suite, scores
 from uniapl.evaluation.command import notes
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.run import floors, paired
-from uniapl.evaluation.suites import parse_suite
+from uniapl.evaluation.suites import load_suite, parse_suite
 from uniapl.types import Rollout, TokenIds
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
@@ -55,8 +55,9 @@ def letter_suite(tmp_path: Path, count: int, **changes: Any) -> Any:
     path = tmp_path / "held_out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(count)))
     functions = (RewardFunctionConfig(name="lowercase"), RewardFunctionConfig(name="no_comma"))
-    rewards = RewardsConfig(functions=functions)
-    return load_suite(str(path), make_tokenizer(), DataConfig(), rewards, **changes)
+    return load_suite(
+        str(path), Config(rewards=RewardsConfig(functions=functions)), make_tokenizer(), **changes
+    )
 
 
 def test_a_file_s_scores_by_hand(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_what_cannot_be_scored_counts_nowhere(tmp_path: Path) -> None:
 
     path = tmp_path / "held_out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(3)))
-    suite = load_suite(str(path), make_tokenizer(), DataConfig(), RewardsConfig(), functions=[fussy])
+    suite = load_suite(str(path), Config(), make_tokenizer(), functions=[fussy])
     sampler = Scripted([["a"], ["x"], ["b"]])
     result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
     assert result.summary["scores"]["reward"]["mean"] == 0.5
@@ -99,14 +100,15 @@ def test_what_cannot_be_scored_counts_nowhere(tmp_path: Path) -> None:
 def test_ifeval_s_scores_equal_lm_eval_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of all kinds to the first 120 prompts, summed up by us and by lm-eval."""
     tokenizer = make_tokenizer()
-    suite = load_suite(f"ifeval={IFEVAL}", tokenizer, DataConfig(), RewardsConfig(), limit=120)
+    suite = load_suite(f"ifeval={IFEVAL}", Config(evaluation=EvaluationConfig(limit=120)), tokenizer)
     from lm_eval.tasks.ifeval import instructions
     from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results
 
     rng = random.Random(0)
     texts = [rng.choice(["", CONSTANT, str(e.prompt), "so. " * 30, "**so**\nso"]) for e in suite.examples]
     docs = rows(IFEVAL)[:120]
-    ours = suite.score(suite.examples, texts)
+    ours, failure = suite.score(suite.examples, texts, [(0,)] * len(texts))
+    assert failure is None
     monkeypatch.setattr(instructions, "random", FirstDraw)
     expected = [process_results(doc, [text]) for doc, text in zip(docs, texts, strict=True)]
     for kind in ("strict", "loose"):
@@ -118,8 +120,8 @@ def test_ifeval_s_scores_equal_lm_eval_s_own(monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_data
 def test_floors_take_no_model() -> None:
-    suite = load_suite(f"ifeval={IFEVAL}", make_tokenizer(), DataConfig(), RewardsConfig())
-    found = floors(suite)
+    suite = load_suite(f"ifeval={IFEVAL}", Config(), make_tokenizer())
+    found = floors(suite, make_tokenizer())
     assert found["empty"] == {"prompt_strict": 0, "inst_strict": 0, "prompt_loose": 0, "inst_loose": 0}
     assert found["constant"]["prompt_strict"] == pytest.approx(0.279, abs=0.002)
     assert found["constant"]["inst_strict"] == pytest.approx(0.420, abs=0.002)
@@ -153,13 +155,16 @@ def test_a_difference_is_paired() -> None:
     assert (alone["high"] or 0) - (alone["low"] or 0) > 0.1
 
 
-def test_pairs_are_found_by_row() -> None:
-    ours = {"rows": [1, 2, 3], "per_prompt": {"reward": [[1, 1], [1, 1], [0, 1]], "new": [[1, 1]] * 3}}
-    theirs = {"rows": [3, 2, 9], "per_prompt": {"reward": [[1, 1], [0, 1], [0, 1]]}}
+def test_pairs_are_found_by_prompt() -> None:
+    ours = {
+        "prompts_digest": ["a", "b", "c"],
+        "per_prompt": {"reward": [[1, 1], [1, 1], [0, 1]], "new": [[1, 1]] * 3},
+    }
+    theirs = {"prompts_digest": ["c", "b", "x"], "per_prompt": {"reward": [[1, 1], [0, 1], [0, 1]]}}
     found = paired(ours, theirs)
     assert found.keys() == {"reward"}
     assert found["reward"]["mean"] == pytest.approx((1 + 0) / 2 - (0 + 1) / 2)
-    empty = {"rows": [7], "per_prompt": {"reward": [[0, 0]]}}
+    empty = {"prompts_digest": ["a"], "per_prompt": {"reward": [[0, 0]]}}
     assert paired(empty, empty)["reward"]["mean"] is None
 
 
@@ -193,14 +198,15 @@ def test_rows_without_instructions_or_rewards_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"suite 'held_out': row 1 has no instructions.*name reward functions"
     ):
-        load_suite(str(path), make_tokenizer(), DataConfig(), RewardsConfig())
+        load_suite(str(path), Config(), make_tokenizer())
     with pytest.raises(UsageError, match=r"suite 'gone': .*there is no file 'gone\.jsonl'"):
-        load_suite("gone.jsonl", make_tokenizer(), DataConfig(), RewardsConfig())
+        load_suite("gone.jsonl", Config(), make_tokenizer())
 
 
 def test_notes_say_what_misleads() -> None:
     score = {"mean": 0.2, "low": 0.1, "high": 0.3}
     result = {
+        "notes": ["sandbox: landlock"],
         "left_out": {"prompt longer than 5 tokens": [1, 2]},
         "truncated": 0.4,
         "unscored": 0.25,
@@ -209,6 +215,7 @@ def test_notes_say_what_misleads() -> None:
         "floors": {"empty": {"reward": 0.0}, "echo": {"reward": 0.2}, "constant": {"reward": None}},
     }
     said = notes(result, 64)
+    assert said.pop(0) == "sandbox: landlock"
     assert said[0] == "2 prompts are left out, prompt longer than 5 tokens"
     assert "40% of the answers were cut at 64 tokens" in said[1]
     assert said[2].startswith("25.0% of the answers could not be scored")
@@ -242,6 +249,62 @@ def held_out(tmp_path: Path) -> Path:
     return path
 
 
+def test_what_no_prompt_has_is_unknown_not_zero() -> None:
+    unknown = scores.as_sums([[0, 0], [0, 0]])
+    assert scores.interval(unknown) == {"mean": None, "low": None, "high": None}
+    one = scores.as_sums([[1, 1], *[[0, 0]] * 500])
+    assert scores.interval(one) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert scores.difference(one, scores.as_sums([[0, 1], *[[1, 1]] * 500]))["mean"] == 1.0
+
+
+def test_a_suite_that_cannot_be_scored_fails(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "calls = 0\n"
+        "def down(completions):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    print('noise')\n"
+        "    if calls > 1: raise OSError('the server is down')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    command = [
+        "evaluate",
+        str(model_dir),
+        "--suites",
+        str(held_out(tmp_path)),
+        "--max-completion-length",
+        "4",
+    ]
+    command += ["--rewards", f"{tmp_path / 'rewards.py'}:down", "--output-dir", str(tmp_path / "out")]
+    assert cli.run([*command, "--json"]) == 1
+    said = capsys.readouterr()
+    assert "suite 'held_out': no answer could be scored" in said.err
+    assert "the server is down" in said.err
+    assert "noise" not in said.out
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["suites"]["held_out"]["scores"]["reward"]["mean"] is None
+
+
+def test_other_prompts_and_other_settings_are_not_compared_in_silence(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, other = held_out(tmp_path), tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "say a."}\n{"prompt": "something else"}\n')
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["evaluate", str(model_dir), "--rewards", "no_comma", "--output-dir"]
+    assert cli.run([*command, str(first), "--suites", f"x={mine}", "--max-completion-length", "4"]) == 0
+    again = [str(second), "--suites", f"x={other}", "--max-completion-length", "5", "--against", str(first)]
+    capsys.readouterr()
+    assert cli.run([*command, *again]) == 0
+    assert "not alike: max_completion_length: 4 there, 5 here" in capsys.readouterr().out
+    result = json.loads((second / "results.json").read_text())
+    first_prompt = result["suites"]["x"]["per_prompt"]["reward"][0][0]
+    theirs = json.loads((first / "results.json").read_text())["suites"]["x"]["per_prompt"]["reward"][0][0]
+    assert result["minus"]["suites"]["x"]["reward"]["mean"] == first_prompt - theirs, "one prompt in common"
+
+
 def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", str(model_dir), "--suites", str(held_out(tmp_path)), "--rewards", "no_comma"]
     command += ["lowercase", "--max-completion-length", "6"]
@@ -271,8 +334,8 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--suites", "gsm8k"], "no suite 'gsm8k'"),
         (["--suites", "{file}"], "row 1 has no instructions"),
         (["--suites", "{file}", "--rewards", "nothing"], "unknown reward function 'nothing'"),
-        (["--suites", "{file}", "a/held_out.jsonl", "--rewards", "no_comma"], "there is no file"),
-        (["--suites", "{file}", "{file}", "--rewards", "no_comma"], "two suites have the same name"),
+        (["--suites", "{file}", "a/other.jsonl", "--rewards", "no_comma"], "there is no file"),
+        (["--suites", "{file}", "{file}", "--rewards", "no_comma"], "two suites are called 'held_out'"),
         (
             ["--suites", "{file}", "--rewards", "no_comma", "--against", "/nowhere"],
             "--against '/nowhere' cannot",
@@ -309,6 +372,26 @@ def test_a_recipe_gives_data_rewards_and_suites(
     assert result["suites"]["held_out"]["floors"]["constant"] == {"reward": 0.5}
 
 
+def test_a_recipe_s_dotted_keys_and_its_mistakes(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_file = tmp_path / "recipe.yaml"
+    values = {"evaluation.suites": str(held_out(tmp_path)), "evaluation.num_samples": 3}
+    values |= {"rewards.functions": ["no_comma"], "evaluation.max_completion_length": 3}
+    recipe_file.write_text(yaml.safe_dump(values | {"data.string_prompts": "chat"}))
+    out = tmp_path / "out"
+    command = ["evaluate", str(model_dir), "--recipe", str(recipe_file), "--output-dir", str(out)]
+    assert cli.run(command) == 0
+    result = json.loads((out / "results.json").read_text())
+    assert (result["settings"]["num_samples"], result["settings"]["temperature"]) == (3, 1.0)
+    assert result["settings"]["string_prompts"] == "chat"
+    for wrong in ({"data": "train.jsonl"}, {"rewards": "no_comma"}, {"evaluation": {"num_samples": "four"}}):
+        recipe_file.write_text(yaml.safe_dump(wrong))
+        assert cli.run(command) == 2
+        assert next(iter(wrong)) in capsys.readouterr().err
+    assert cli.run([*command, "--suites", "x=y", "--num-samples", "2", "--temperature", "0"]) == 2
+
+
 def test_while_training(model_dir: Path, tmp_path: Path) -> None:
     """Every eval_steps and at the last step, greedy, beside the user's own function."""
     values = recipe(
@@ -332,6 +415,11 @@ def test_while_training(model_dir: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["held_out"]
     scored = found["scores"]["rewards/no_comma" if "rewards/no_comma" in found["scores"] else "reward"]
     assert math.isclose(scored["mean"], records[-1].get("eval/held_out/rewards/no_comma", final))
+
+
+def test_looking_at_nothing_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="eval_steps: there is nothing to look at"):
+        train(recipe(model_dir, tmp_path / "run", eval_steps=2))
 
 
 def test_check_reports_overlap(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shared import CONSTANT, IFBENCH, IFEVAL, FirstDraw, needs_data, rows
@@ -138,6 +139,18 @@ def test_loose_forms_of_three_lines() -> None:
     ]
 
 
+def test_tables_make_arrays_and_floats_of_lists_and_whole_numbers() -> None:
+    columns = {
+        "instruction_id_list": np.array(WORDS["instruction_id_list"]),
+        "kwargs": np.array(["{}", '{"relation": "at least", "num_words": 3.0}']),
+    }
+    assert score(columns, "three words here") == 1.0
+    assert score(columns, "two words") == 0.0
+    words = {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": np.array(["tunnel"])}]}
+    assert score(words, "a tunnel") == 1.0
+    assert score(words, "let us nut") == 0.0
+
+
 def test_json_columns_and_a_chat_prompt() -> None:
     columns = {"instruction_id_list": '["punctuation:no_comma"]', "kwargs": "[{}]"}
     assert score(columns, "fine", prompt=[{"role": "user", "content": "Say it."}]) == 1.0
@@ -160,6 +173,7 @@ def test_json_columns_and_a_chat_prompt() -> None:
         (["punctuation:no_comma"], ["x"], "must be a mapping, not 'x'"),
         ("punctuation:no_comma", [{}], "'instruction_id_list' must be a list of names"),
         ([], [], "'instruction_id_list' must be a list of names"),
+        (["keywords:forbidden_words"], [{"forbidden_words": "bad"}], "'forbidden_words' must be a list of"),
         (
             ["length_constraints:number_words"],
             [{"relation": "about", "num_words": 3}],

@@ -1,17 +1,16 @@
-"""Rows of a file or a data set -> tokenised examples, and the two streams that a run draws from."""
+"""Rows of a file or a data set -> tokenised examples."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import DataConfig
 from uniapl.errors import UsageError
-from uniapl.types import Example, Prompt, TokenIds, derive_seed
+from uniapl.types import Example, Prompt, TokenIds
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
 Row = Mapping[str, Any]
@@ -216,7 +215,7 @@ def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, Answer]:
             f"row {number}: preferences need 'prompt' beside 'chosen' and 'rejected', not 'messages'"
         )
     if row.get("messages") is not None:
-        messages = _checked_messages(number, "messages", row["messages"])
+        messages = checked_messages(number, "messages", row["messages"])
         if messages[-1]["role"] == "assistant":
             if len(messages) == 1:
                 raise UsageError(f"row {number}: 'messages' holds an answer but no prompt")
@@ -228,7 +227,7 @@ def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, Answer]:
     column = "completion" if row.get("chosen") is None else "chosen"
     if prompt is None and column == "chosen" and not isinstance(row["chosen"], str):
         # TRL's implicit prompt: both answers are whole conversations.
-        conversation = _checked_messages(number, "chosen", row["chosen"])
+        conversation = checked_messages(number, "chosen", row["chosen"])
         prompt = conversation[:-1] or None
     if prompt is None:
         known = ", ".join(sorted(str(column) for column in row)) or "none"
@@ -237,7 +236,7 @@ def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, Answer]:
             "name yours with data.columns, e.g. {question: prompt}"
         )
     if not isinstance(prompt, str):
-        prompt = _checked_messages(number, "prompt", prompt)
+        prompt = checked_messages(number, "prompt", prompt)
     return prompt, _answer(number, row, column, prompt)
 
 
@@ -246,7 +245,7 @@ def _answer(number: int, row: Row, column: str, prompt: Prompt) -> Answer:
     value = row.get(column)
     if value is None or isinstance(value, str):
         return value
-    messages = _checked_messages(number, column, value)
+    messages = checked_messages(number, column, value)
     if not isinstance(prompt, str) and messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
     if len(messages) != 1 or messages[0]["role"] != "assistant":
@@ -257,7 +256,12 @@ def _answer(number: int, row: Row, column: str, prompt: Prompt) -> Answer:
     return messages
 
 
-def _checked_messages(number: int, column: str, value: Any) -> list[dict[str, Any]]:
+def checked_messages(number: int, column: str, value: Any) -> list[dict[str, Any]]:
+    """The messages of a chat, if that is what a column holds.
+
+    Raises:
+        UsageError: It is something else, naming the row.
+    """
     messages = list(value) if isinstance(value, (list, tuple)) else []
     whole = all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and m.get("content") is not None
@@ -345,56 +349,3 @@ def _encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, stop_ids: 
         return ids[: end + 1]
     assert isinstance(tokenizer.eos_token_id, int)
     return (*ids, tokenizer.eos_token_id)
-
-
-class Stream:
-    """An endless, seeded shuffle of some examples, with a position that a checkpoint can hold.
-
-    Epoch e is a permutation drawn from (seed, name, e) alone, so a position is all there is to save.
-    """
-
-    def __init__(self, examples: Sequence[Example], *, seed: int, name: str, position: int = 0) -> None:
-        self._examples, self._seed, self._name = examples, seed, name
-        self._order: tuple[int, list[int]] = (-1, [])
-        self.position = position
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the examples so far."""
-        return self.position / max(1, len(self._examples))
-
-    def take(self, count: int) -> list[Example]:
-        """The next `count` examples; an epoch may end in the middle."""
-        taken = [self._at(self.position + offset) for offset in range(count)] if self._examples else []
-        self.position += len(taken)
-        return taken
-
-    def _at(self, position: int) -> Example:
-        epoch, offset = divmod(position, len(self._examples))
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, self._name, epoch))
-            self._order = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
-        return self._examples[self._order[1][offset]]
-
-
-def split_streams(
-    dataset: Dataset,
-    *,
-    can_be_rewarded: Callable[[Example], bool],
-    uses_adversary: bool,
-) -> tuple[list[Example], list[Example]]:
-    """(examples to sample answers for, examples to learn demonstrations from): a row may be in both.
-
-    A row is worth sampling when some reward function applies to it, or when an adversary can compare its
-    answers with its demonstration.
-    """
-    demonstrations = [e for e in dataset.examples if e.demonstration_ids is not None]
-    prompts = [
-        e
-        for e in dataset.examples
-        if can_be_rewarded(e) or (uses_adversary and e.demonstration_ids is not None)
-    ]
-    return prompts, demonstrations

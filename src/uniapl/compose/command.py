@@ -41,19 +41,22 @@ def compose(arguments: Sequence[str]) -> int:
         for copy in range(options.per_prompt):
             rng = random.Random(derive_seed(options.seed, "compose", number, copy))
             composed = compose_prompt(base, rng, options.kinds, options.max_instructions, forbidden)
-            if composed["prompt"] in seen:
+            known = json.dumps([before, composed["prompt"]])
+            if known in seen:
                 continue
-            seen.add(composed["prompt"])
+            seen.add(known)
             if before is not None:
                 composed["prompt"] = [*before, {"role": "user", "content": composed["prompt"]}]
-            written.append({**composed, "base_row": number})
+            written.append({**composed, "base_row": number, "base": base})
     if not written:
         raise UsageError("nothing was composed: every base prompt is there already")
     written = _without_overlap(written, options, console)
+    if not written:
+        raise UsageError("nothing is left: every prompt overlaps with a benchmark's")
+    lines = [json.dumps({key: value for key, value in row.items() if key != "base"}) for row in written]
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        options.output.write_text(text, encoding="utf-8")
+        options.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"'{options.output}' cannot be written: {error}") from error
     repeated = len(rows) * options.per_prompt - len(seen)
@@ -101,17 +104,25 @@ def all_conflicts() -> dict[str, set[str]]:
     return table
 
 
-def _base_of(number: int, row: Mapping[str, Any]) -> tuple[str, list[Any] | None]:
+def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
     """(what the user asks last, the messages before it); None for messages where the prompt is text."""
-    prompt = row.get("prompt")
-    if prompt is None and row.get("messages"):
-        prompt = row["messages"]
-        prompt = prompt[:-1] if prompt[-1].get("role") == "assistant" else prompt
-    if isinstance(prompt, str) and prompt.strip():
+    if not isinstance(row, Mapping):
+        raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
+    column = "prompt" if row.get("prompt") is not None else "messages"
+    prompt = row.get(column)
+    if isinstance(prompt, str) and column == "prompt":
+        if not prompt.strip():
+            raise UsageError(f"row {number}: the prompt is empty")
         return prompt.strip(), None
-    if isinstance(prompt, list) and prompt and prompt[-1].get("role") == "user":
-        return str(prompt[-1]["content"]).strip(), list(prompt[:-1])
-    raise UsageError(f"row {number} has no 'prompt' (text, or messages that end with the user's)")
+    if prompt is None:
+        raise UsageError(f"row {number} has no 'prompt' and no 'messages'")
+    messages = data.checked_messages(number, column, prompt)
+    if column == "messages" and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    last = messages[-1] if messages else {"role": None, "content": None}
+    if last["role"] != "user" or not isinstance(last["content"], str) or not last["content"].strip():
+        raise UsageError(f"row {number}: '{column}' must end with a user's message, of text")
+    return last["content"].strip(), messages[:-1]
 
 
 def _without_overlap(
@@ -120,6 +131,7 @@ def _without_overlap(
     if options.overlap == "allow":
         return written
     texts = [prompt_text(row["prompt"]) for row in written]
+    bases = [row["base"] for row in written]
     hits: dict[int, str] = {}
     for text in options.benchmarks:
         name, path = parse_suite(text)
@@ -130,8 +142,12 @@ def _without_overlap(
                 f"the prompts of {name} cannot be had, so overlap with them cannot be seen ({error}); give "
                 f"--benchmarks {name}=PATH, or --overlap allow"
             ) from error
-        found = overlap(texts, [prompt_text(row["prompt"]) for _, row in rows])
-        hits |= {place: f"{name} row {rows[other][0]}" for place, other in found.ngram.items()}
+        prompts = [prompt for _, row in rows if isinstance(prompt := row.get("prompt"), str)]
+        if len(prompts) < len(rows):
+            raise UsageError(f"--benchmarks {name}: every row of '{path}' must have a 'prompt' that is text")
+        # A short prompt is found by itself only: with instructions behind it, it is another text.
+        for found in (overlap(texts, prompts), overlap(bases, prompts)):
+            hits |= {place: f"{name} row {rows[other][0]}" for place, other in found.ngram.items()}
     if not hits:
         return written
     listed = "; ".join(
@@ -172,6 +188,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of all that is drawn")
     options = parser.parse_args(arguments)
+    if options.output.exists() and Path(options.base).exists() and options.output.samefile(options.base):
+        raise UsageError("--output is the file of the base prompts: choose another")
     unknown = [kind for kind in options.kinds if kind not in KINDS]
     if unknown:
         raise UsageError(f"--kinds: unknown {', '.join(unknown)}; choose among {', '.join(KINDS)}")

@@ -11,11 +11,12 @@ from typing import Any
 
 NOUNS = """
     bridge harbour lantern orchard compass garden window letter mountain river island market engine
-    kitchen blanket carpet feather glacier hammer insect jacket kettle ladder meadow needle ocean
-    pencil quarry ribbon saddle thunder umbrella valley whistle anchor barrel candle desert forest
-    guitar horizon journey lemon mirror notebook oven pillow rocket shelter tunnel velvet wagon
-    copper magnet puzzle silver temple
+    kitchen blanket carpet feather glacier hammer insect kettle ladder meadow needle ocean pencil
+    ribbon saddle thunder umbrella valley whistle anchor barrel candle desert forest guitar lemon
+    mirror notebook oven pillow rocket shelter tunnel velvet wagon copper magnet silver temple
 """.split()
+RARE = "jqxz"
+"""Letters that none of these words has, so that they can be avoided beside them."""
 COMMON = "very really also just many good great make people thing often always important different".split()
 ENDINGS = (
     "That is all for now.",
@@ -92,7 +93,7 @@ def _fresh(rng: random.Random, words: Sequence[str], taken: set[str], count: int
 def _letter(rng: random.Random, base: str, taken: set[str]) -> Arguments:
     # Few of a rare letter can be avoided, and many of a common one can be had, in a text of any length.
     if rng.random() < 0.5:
-        return {"letter": rng.choice("jqxz"), "let_frequency": rng.randint(2, 4), "let_relation": "less than"}
+        return {"letter": rng.choice(RARE), "let_frequency": rng.randint(2, 4), "let_relation": "less than"}
     return {"letter": rng.choice("aeinorst"), "let_frequency": rng.randint(5, 15), "let_relation": "at least"}
 
 
@@ -282,12 +283,16 @@ KINDS: dict[str, Kind] = {
 
 CASES = ("change_case:english_capital", "change_case:english_lowercase")
 FURTHER_CONFLICTS: dict[str, set[str]] = {
-    # lm-eval's table lets these stand together, but a section's head is read with its case.
-    "detectable_format:multiple_sections": set(CASES),
+    # lm-eval's table lets these stand together, but a section's head is read with its case, and PART counts
+    # among the words in capitals.
+    "detectable_format:multiple_sections": {*CASES, "change_case:capital_word_frequency"},
     # The base prompt may hold commas.
     "combination:repeat_prompt": {"punctuation:no_comma"},
     # The checkers would let these pass, but in words they contradict each other: what comes last?
     "startend:end_checker": {"startend:quotation", "detectable_content:postscript"},
-    # The word is an English one.
-    "language:response_language": {"length_constraints:nth_paragraph_first_word"},
+    # The word is an English one; and letters that are rare in English are not in German or Polish.
+    "language:response_language": {
+        "length_constraints:nth_paragraph_first_word",
+        "keywords:letter_frequency",
+    },
 }

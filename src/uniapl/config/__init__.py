@@ -6,7 +6,7 @@ which values a method fixes and which it only proposes.
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from uniapl.config.forces import DiscriminatorConfig, ObjectiveConfig
 from uniapl.config.section import Section
@@ -175,11 +175,26 @@ class EvaluationConfig(Section):
     )
     max_completion_length: int = Field(default=1280, ge=1, description="New tokens per answer (lm-eval's).")
     num_samples: int = Field(default=1, ge=1, description="Answers per prompt, k of pass@k.")
-    temperature: float = Field(default=0.0, ge=0, description="Of sampling; 0 takes the likeliest token.")
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        description="Of sampling; 0 takes the likeliest token. By default 0, and 1 with several samples.",
+    )
     limit: int | None = Field(default=None, ge=1, description="The first so many prompts of each suite.")
     answer_after: str | None = Field(
         default=None, description="Benchmarks judge what stands behind this mark, e.g. </think>."
     )
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature, with its default."""
+        return self.temperature if self.temperature is not None else float(self.num_samples > 1)
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "EvaluationConfig":
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(f"num_samples {self.num_samples} at temperature 0 would be equal answers")
+        return self
 
     @field_validator("suites", mode="before")
     @classmethod
@@ -217,7 +232,9 @@ class Config(Section):
         "backward pass per force; 0: never.",
     )
     eval_steps: int = Field(
-        default=0, ge=0, description="Steps between looks at evaluation.suites, and at the last; 0: never."
+        default=0,
+        ge=0,
+        description="Steps between looks at evaluation.suites, and at the last planned one; 0: never.",
     )
     stages: tuple[dict[str, Any], ...] = Field(
         default=(), description="A pipeline: each with its `method`, `max_steps` and changes to any section."

@@ -9,6 +9,6 @@ command.py        `uniapl evaluate`
 """
 
 from uniapl.evaluation.run import evaluate_suite
-from uniapl.evaluation.suites import Suite, load_suite
+from uniapl.evaluation.suites import Suite, load_suites
 
-__all__ = ["Suite", "evaluate_suite", "load_suite"]
+__all__ = ["Suite", "evaluate_suite", "load_suites"]

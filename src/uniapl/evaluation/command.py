@@ -1,8 +1,10 @@
 """The verb `evaluate`: parse, load one model, run its suites, and say what came out."""
 
 import argparse
+import contextlib
 import json
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import Config, ModelConfig
-from uniapl.errors import UsageError
-from uniapl.evaluation.harness import run_lm_eval
+from uniapl.errors import UniAPLError, UsageError
+from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
-from uniapl.evaluation.suites import BENCHMARKS, Suite, load_suite
+from uniapl.evaluation.suites import BENCHMARKS, Suite, load_suites, parse_suite
 from uniapl.loading import check_vocabulary, load_model, load_stop_ids, load_tokenizer
 from uniapl.resolve import load_recipe, resolve
 from uniapl.rollout.local import LocalSampler
@@ -30,31 +31,42 @@ def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         UsageError: The model, a suite or an option cannot be used; nothing was written.
+        UniAPLError: No answer of a suite could be scored, or lm-eval failed; what there is was written.
     """
     options = _parse(arguments)
+    if not options.json:
+        return _evaluate(options, Console(highlight=False))
+    # Reward functions, and the libraries that they use, may print what they like.
+    with contextlib.redirect_stdout(sys.stderr):
+        summary = _evaluate(options, Console(highlight=False, quiet=True))
+    print(json.dumps(summary, indent=1))
+    return summary
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(options)
-    console = Console(highlight=False, quiet=options.json)
+    evaluation = config.evaluation
     tokenizer = load_tokenizer(config.model)
-    string_prompts = options.string_prompts or (
-        config.data.string_prompts if options.recipe else "chat" if tokenizer.chat_template else "text"
-    )
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"string_prompts": string_prompts})}
-    )
-    against = _read_results(options.against) if options.against else None
+    if not (options.string_prompts or options.recipe) and tokenizer.chat_template:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"string_prompts": "chat"})})
+    settings = {**evaluation.model_dump(mode="json"), "string_prompts": config.data.string_prompts}
+    settings["temperature"] = evaluation.sampling_temperature
+    against = _read_results(options.against, evaluation.suites) if options.against else None
+    tasks = find_tasks(options.lm_eval_tasks, options.lm_eval_include_path) if options.lm_eval_tasks else None
     model = load_model(config.model)
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(config.model, model.config, tokenizer)
-    suites = _load_suites(config, model, tokenizer, stop_ids)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
+    _make_directory(options.output_dir)
     _put_on_device(model)
     assert isinstance(tokenizer.pad_token_id, int)
-    evaluation = config.evaluation
     sampler = LocalSampler(
         model=model,
         stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
         max_completion_length=evaluation.max_completion_length,
-        temperature=evaluation.temperature,
+        temperature=evaluation.sampling_temperature,
         max_rows=options.batch_size,
     )
     found: dict[str, SuiteResult] = {}
@@ -66,26 +78,29 @@ def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "model": options.model,
         "versions": {name: version(name) for name in ("uniapl", "torch", "transformers")},
-        "settings": {**evaluation.model_dump(mode="json"), "string_prompts": string_prompts},
+        "settings": settings,
         "seed": options.seed,
         "suites": {name: result.summary for name, result in found.items()},
     }
     if against is not None:
-        summary["minus"] = {"model": against["model"], "suites": _differences(summary, against)}
-    if options.lm_eval_tasks:
+        summary["minus"] = _differences(summary, against)
+    # Before lm-eval, which may fail in its own ways.
+    _write(options.output_dir, summary, found)
+    if tasks is not None:
         summary["lm_eval"] = run_lm_eval(
             model,
             tokenizer,
             options.lm_eval_tasks,
+            tasks,
             batch_size=options.batch_size,
             limit=evaluation.limit,
-            include_path=options.lm_eval_include_path,
         )
-    _write(options.output_dir, summary, found)
-    if options.json:
-        print(json.dumps(summary, indent=1))
-    else:
-        _show(summary, suites, options.output_dir, console)
+        _write(options.output_dir, summary, found)
+    _show(summary, suites, options.output_dir, console)
+    for name, result in summary["suites"].items():
+        if result["unscored"] == 1:
+            said = "; ".join(result["notes"]) or "no reward function applies to its rows"
+            raise UniAPLError(f"suite '{name}': no answer could be scored: {said}")
     return summary
 
 
@@ -100,7 +115,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--suites",
         nargs="+",
-        default=[],
         metavar="SUITE",
         help=f"{', '.join(BENCHMARKS)} (from the Hub), NAME=PATH, or a file of rows",
     )
@@ -129,59 +143,31 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _load_suites(
-    config: Config, model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
-) -> list[Suite]:
-    evaluation = config.evaluation
-    suites = [
-        load_suite(
-            text,
-            tokenizer,
-            config.data,
-            config.rewards,
-            stop_ids=stop_ids,
-            context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-            max_completion_length=evaluation.max_completion_length,
-            answer_after=evaluation.answer_after,
-            limit=evaluation.limit,
-        )
-        for text in evaluation.suites
-    ]
-    if len({suite.name for suite in suites}) < len(suites):
-        raise UsageError("two suites have the same name: give one another by NAME=PATH")
-    return suites
-
-
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _config(options: argparse.Namespace) -> Config:
-    """The recipe's configuration, or the default one, with the flags over it."""
-    recipe = load_recipe(options.recipe) if options.recipe else {}
+    """The recipe's data, rewards and evaluation, or the default ones, with the flags over them."""
+    given = resolve(load_recipe(options.recipe) if options.recipe else {}).config
     values: dict[str, dict[str, Any]] = {
-        name: dict(recipe.get(name) or {}) for name in ("data", "rewards", "evaluation")
+        "data": given.data.model_dump(),
+        "rewards": given.rewards.model_dump(),
+        "evaluation": given.evaluation.model_dump(),
     }
-    several = (options.num_samples or values["evaluation"].get("num_samples", 1)) > 1
-    if several:
-        values["evaluation"].setdefault("temperature", 1.0)
-    for key in ("max_completion_length", "num_samples", "temperature", "limit", "answer_after"):
-        if getattr(options, key) is not None:
-            values["evaluation"][key] = getattr(options, key)
-    if options.suites:
-        values["evaluation"]["suites"] = options.suites
-    for key in ("system_prompt", "chat_template_kwargs"):
-        if getattr(options, key) is not None:
-            values["data"][key] = getattr(options, key)
+    evaluation = ("suites", "max_completion_length", "num_samples", "temperature", "limit", "answer_after")
+    data = ("string_prompts", "system_prompt", "chat_template_kwargs")
+    for section, keys in (("evaluation", evaluation), ("data", data)):
+        flags = {key: getattr(options, key) for key in keys}
+        values[section] |= {key: value for key, value in flags.items() if value is not None}
     if options.rewards:
         values["rewards"]["functions"] = options.rewards
     if options.allow_code_verifiers:
         values["rewards"]["allow_code_verifiers"] = True
     config = resolve(dict(values)).config
     if not config.evaluation.suites and not options.lm_eval_tasks:
-        raise UsageError(
-            "nothing to evaluate: give --suites, a recipe with evaluation.suites, or --lm-eval-tasks"
-        )
+        remedy = "give --suites, a recipe with evaluation.suites, or --lm-eval-tasks"
+        raise UsageError(f"nothing to evaluate: {remedy}")
     model = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
     return config.model_copy(update={"model": model})
 
@@ -194,34 +180,48 @@ def _put_on_device(model: Any) -> None:
         model.to(device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
+    """Another evaluation's results.json, if it can be compared with the suites that are wanted."""
     file = path / "results.json" if path.is_dir() else path
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or "suites" not in found:
-            raise ValueError("it is no result of uniapl evaluate")
+        if not isinstance(found, dict) or not {"model", "settings", "suites"} <= found.keys():
+            raise ValueError("it is no results.json of uniapl evaluate")
     except (OSError, ValueError) as error:
         raise UsageError(f"--against '{path}' cannot be read: {error}") from error
+    if not {parse_suite(text)[0] for text in wanted} & found["suites"].keys():
+        raise UsageError(f"--against '{path}': no suite in common (it has {', '.join(found['suites'])})")
     return found
 
 
 def _differences(summary: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
-    common = summary["suites"].keys() & against["suites"].keys()
-    if not common:
-        raise UsageError(f"--against: no suite in common (it has {', '.join(against['suites']) or 'none'})")
-    return {name: paired(summary["suites"][name], against["suites"][name]) for name in sorted(common)}
+    ours, theirs = summary["settings"], against["settings"]
+    changed = [key for key in ours if key not in ("suites", "limit") and ours[key] != theirs.get(key)]
+    return {
+        "model": against["model"],
+        "notes": [f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in changed],
+        "suites": {
+            name: paired(result, against["suites"][name])
+            for name, result in summary["suites"].items()
+            if name in against["suites"]
+        },
+    }
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir '{directory}' cannot be made: {error}") from error
 
 
 def _write(directory: Path, summary: dict[str, Any], found: dict[str, SuiteResult]) -> None:
+    lines = [json.dumps(one) for result in found.values() for one in result.completions]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lines = [
-            json.dumps(one, ensure_ascii=False) for result in found.values() for one in result.completions
-        ]
         (directory / "completions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (directory / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--output-dir '{directory}' cannot be written: {error}") from error
+        raise UniAPLError(f"--output-dir '{directory}' cannot be written: {error}") from error
 
 
 def _show(summary: dict[str, Any], suites: Sequence[Suite], directory: Path, console: Console) -> None:
@@ -229,6 +229,8 @@ def _show(summary: dict[str, Any], suites: Sequence[Suite], directory: Path, con
         console.print(_table(suite, summary))
         for note in notes(summary["suites"][suite.name], summary["settings"]["max_completion_length"]):
             console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for note in summary.get("minus", {}).get("notes", []):
+        console.print(f"note: not alike: {note}", markup=False, soft_wrap=True)
     for task, metrics in summary.get("lm_eval", {}).items():
         shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "stderr" not in name)
         console.print(f"lm-eval {task}: {shown}", markup=False)
@@ -257,7 +259,7 @@ def _table(suite: Suite, summary: dict[str, Any]) -> Table:
 
 def notes(result: dict[str, Any], limit: int) -> list[str]:
     """What a reader of the scores must know not to be misled by them."""
-    said: list[str] = []
+    said: list[str] = list(result["notes"])
     for reason, rows in result["left_out"].items():
         said.append(f"{len(rows)} prompts are left out, {reason}")
     if result["truncated"] > TRUNCATED:

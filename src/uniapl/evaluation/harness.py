@@ -6,37 +6,50 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uniapl.errors import UsageError
+from uniapl.errors import UniAPLError, UsageError
 
 
-def run_lm_eval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    batch_size: int = 16,
-    limit: int | None = None,
-    include_path: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value, as lm-eval reports them (standard errors included).
+def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
+    """lm-eval's task manager, which knows all these tasks.
 
     Args:
         tasks: Names of lm-eval's tasks or groups, e.g. gsm8k.
         include_path: A folder with further task files.
 
     Raises:
-        UsageError: lm-eval is not installed, does not know a task, or cannot get its data.
+        UsageError: lm-eval is not installed, or does not know a task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("lm-eval's tasks need lm-eval: pip install 'uniapl[eval]'")
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UsageError(f"lm-eval has no task {', '.join(map(repr, unknown))}")
+    return manager
+
+
+def run_lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    manager: Any,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, as lm-eval reports them (standard errors included).
+
+    Args:
+        manager: What :func:`find_tasks` has found.
+
+    Raises:
+        UniAPLError: lm-eval cannot get a task's data, or fails.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     simple_evaluate: Any = lm_eval.simple_evaluate
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
     try:
@@ -50,7 +63,7 @@ def run_lm_eval(
             log_samples=False,
         )
     except Exception as error:  # of data sets that cannot be had, and of the tasks' own code
-        raise UsageError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
+        raise UniAPLError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     return {
         task: {
             name.removesuffix(",none"): float(value) for name, value in metrics.items() if _is_number(value)

@@ -1,15 +1,16 @@
 """One suite and one model: sample, decode, score, and what the scores are worth."""
 
-from collections.abc import Sequence
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.evaluation import scores
-from uniapl.evaluation.suites import Scores, Suite
+from uniapl.evaluation.suites import Suite
 from uniapl.rollout import Sampler
-from uniapl.types import Rollout, derive_seed, prompt_text
+from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
 """One answer to every prompt that satisfies many formal constraints, and says nothing."""
@@ -56,9 +57,10 @@ def evaluate_suite(
         policy_version=0,
     )
     texts = [[_decode(tokenizer, rollout) for rollout in group] for group in groups]
-    flat = suite.score(
+    flat, failure = suite.score(
         [example for example in examples for _ in range(num_samples)],
         [text for group in texts for text in group],
+        [rollout.completion_ids for group in groups for rollout in group],
     )
     scored = [flat[i * num_samples : (i + 1) * num_samples] for i in range(len(examples))]
     rollouts = [rollout for group in groups for rollout in group]
@@ -73,13 +75,14 @@ def evaluate_suite(
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "unscored": sum(not answer[suite.headline] for answer in flat) / len(rollouts),
         "per_prompt": {name: scores.sums_of(scored, name).tolist() for name in flat[0]},
-        "rows": [example.row for example in examples],
+        "prompts_digest": [_digest(example) for example in examples],
+        "notes": [*suite.notes, *([f"scoring failed: {failure}"] if failure else [])],
     }
     if num_samples > 1:
         best = scores.pass_at_all(scored, suite.headline)
         summary["scores"][f"{suite.headline}_pass@{num_samples}"] = scores.interval(best)
     if with_floors:
-        summary["floors"] = floors(suite)
+        summary["floors"] = floors(suite, tokenizer)
     completions = [
         {
             "suite": suite.name,
@@ -95,17 +98,24 @@ def evaluate_suite(
     return SuiteResult(summary=summary, completions=completions)
 
 
-def floors(suite: Suite) -> dict[str, dict[str, float | None]]:
+def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | None]]:
     """What answers score that no model wrote: nothing, the prompt itself, and one constant text."""
     prompts = [prompt_text(example.prompt) for example in suite.examples]
     answers = {"empty": [""] * len(prompts), "echo": prompts, "constant": [CONSTANT] * len(prompts)}
     found: dict[str, dict[str, float | None]] = {}
     for name, texts in answers.items():
-        scored: list[Scores] = suite.score(suite.examples, texts)
+        ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        scored, _ = suite.score(suite.examples, texts, ids)
         found[name] = {
             score: scores.mean_of(scores.sums_of([[one] for one in scored], score)) for score in scored[0]
         }
     return found
+
+
+def _digest(example: Example) -> str:
+    """What a prompt is known by in another run's results."""
+    text = json.dumps(example.prompt, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
@@ -114,10 +124,12 @@ def _decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
 
 def paired(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Score -> our mean minus theirs with its interval, over the prompts that both summaries have."""
-    places = {row: place for place, row in enumerate(theirs["rows"])}
-    common: Sequence[tuple[int, int]] = [
-        (place, places[row]) for place, row in enumerate(ours["rows"]) if row in places
+    # A prompt may stand there twice: the first belongs to the first.
+    places = [
+        {(digest, digests[:place].count(digest)): place for place, digest in enumerate(digests)}
+        for digests in (ours["prompts_digest"], theirs["prompts_digest"])
     ]
+    common = [(place, places[1][key]) for key, place in places[0].items() if key in places[1]]
     found: dict[str, dict[str, float | None]] = {}
     for name, sums in ours["per_prompt"].items():
         if common and name in theirs["per_prompt"]:

@@ -35,11 +35,16 @@ def mean_of(sums: Sums) -> float | None:
 
 def interval(sums: Sums) -> dict[str, float | None]:
     """The mean with its 95 % interval over prompts: percentile bootstrap (Efron, 1979), from a fixed seed."""
-    return {"mean": mean_of(sums), **_bounds(_resampled(sums))}
+    known = sums[sums[:, 1] > 0]
+    if not len(known):
+        return {"mean": None, "low": None, "high": None}
+    return {"mean": mean_of(known), **_bounds(_resampled(known))}
 
 
 def difference(ours: Sums, theirs: Sums) -> dict[str, float | None]:
-    """Our mean minus theirs with its interval, both of the same prompts: resampled together."""
+    """Our mean minus theirs with its interval, over prompts that both have values of, resampled together."""
+    both = (ours[:, 1] > 0) & (theirs[:, 1] > 0)
+    ours, theirs = ours[both], theirs[both]
     a, b = mean_of(ours), mean_of(theirs)
     if a is None or b is None:
         return {"mean": None, "low": None, "high": None}
@@ -55,9 +60,11 @@ def pass_at_all(answers: Sequence[Sequence[Mapping[str, Sequence[float]]]], scor
 def _resampled(sums: Sums) -> Means:
     """Means of resampled prompts; the same prompts for every array of one length."""
     rng = np.random.default_rng(0)
-    chosen = rng.integers(0, len(sums), size=(RESAMPLES, len(sums)))
-    totals = sums[chosen].sum(1)
-    return totals[:, 0] / np.maximum(totals[:, 1], 1)
+    means = np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        total, count = sums[rng.integers(0, len(sums), size=len(sums))].sum(0)
+        means[index] = total / count
+    return means
 
 
 def _bounds(means: Means) -> dict[str, Any]:

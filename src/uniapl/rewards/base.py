@@ -178,6 +178,31 @@ class Rewarder:
             ]
         return notes
 
+    def try_out(self, examples: Sequence[Example]) -> None:
+        """Call every function once on two rows: what fails on the first call is better heard of now.
+
+        Raises:
+            UsageError: The function raised, hung, or returned something of a wrong form.
+        """
+        for reward in self.rewards:
+            rows = [example for example in examples if reward.applies_to(example)][:2]
+            if not rows:
+                continue
+            answers = [example.demonstration or "An answer." for example in rows]
+            ids = [example.demonstration_ids or (0,) for example in rows]
+            outcome = self.score_one(reward, rows, answers, ids)
+            # One answer that cannot be scored may be just that one.
+            if all(outcome.failed):
+                chat = (
+                    ""
+                    if isinstance(rows[0].prompt, str)
+                    else ("; the completions of chat prompts are lists with one message: use c[0]['content']")
+                )
+                raise UsageError(
+                    f"reward function '{reward.name}' fails on rows {_listed([row.row for row in rows])} of "
+                    f"the data: {outcome.message}{chat}"
+                )
+
     def score(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> dict[str, RewardOutcome]:

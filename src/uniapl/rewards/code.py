@@ -16,9 +16,11 @@ from uniapl.errors import UsageError
 from uniapl.rewards.base import RowCheck
 from uniapl.rewards.builtin import answer_text
 from uniapl.rewards.finding import register
-from uniapl.rewards.sandbox import Job, Sandbox, SandboxError
+from uniapl.rewards.sandbox import Job, Sandbox, SandboxError, SandboxTimeoutError
 from uniapl.types import Example
 
+TRIES = 3
+"""How often a function may run out of time on a case."""
 SHOWN = 10
 """Dropped functions that are named one by one."""
 
@@ -83,7 +85,14 @@ class CodeVerifiers:
         sources, known = _sources(functions), _cases(cases)
         key = (*sources, None, *known, min_agreement)
         if key not in self._tested:
-            verdicts = iter(self.sandbox().run([Job(s, text) for s in sources for text, _ in known]))
+            jobs = [Job(source, text) for source in sources for text, _ in known]
+            answers = self.sandbox().run(jobs)
+            for _ in range(TRIES - 1):
+                # What a busy machine has slowed down must not decide which rows there are.
+                late = [place for place, one in enumerate(answers) if isinstance(one, SandboxTimeoutError)]
+                for place, answer in zip(late, self.sandbox().run([jobs[p] for p in late]), strict=True):
+                    answers[place] = answer
+            verdicts = iter(answers)
             self._tested[key] = [
                 Tested(source=source, problem=_problem([next(verdicts) for _ in known], known, min_agreement))
                 for source in sources
@@ -142,12 +151,11 @@ def _problem(
 def _sources(value: Any) -> list[str]:
     """The sources in `eval_func`: one, a list, or AutoIF's list of [source, score]; or JSON of these."""
     parsed = _parsed(value)
-    if isinstance(parsed, str):
-        parsed = [parsed]
-    if isinstance(parsed, Sequence):
-        sources = [item if isinstance(item, str) or not item else item[0] for item in parsed]
-        if sources and all(isinstance(source, str) for source in sources):
-            return list(dict.fromkeys(sources))
+    parsed = parsed if isinstance(parsed, list | tuple) else [parsed]
+    items = [item[0] if isinstance(item, list | tuple) and item else item for item in parsed]
+    sources = [item for item in items if isinstance(item, str)]
+    if sources and len(sources) == len(items):
+        return list(dict.fromkeys(sources))
     raise ValueError(f"'eval_func' must be Python source, or a list of sources, not {value!r:.80}")
 
 

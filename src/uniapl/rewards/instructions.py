@@ -16,6 +16,8 @@ from uniapl.rewards.finding import register
 from uniapl.types import Example, Prompt, prompt_text
 
 Criterion = Literal["strict", "loose", "share"]
+LISTS = {"keywords", "forbidden_words"}
+"""Arguments that checkers go through; a text would be gone through letter by letter."""
 
 
 @register("instruction_following")
@@ -89,7 +91,9 @@ def instructions(prompt: Prompt, ids: Any, arguments: Any) -> list[Instruction]:
         raise UsageError(
             f"'kwargs' must hold one mapping for each of {len(ids)} instructions: {arguments!r:.80}"
         )
-    return [_instruction(id_, given or {}, prompt) for id_, given in zip(ids, arguments, strict=True)]
+    return [
+        _instruction(id_, _parsed(given) or {}, prompt) for id_, given in zip(ids, arguments, strict=True)
+    ]
 
 
 def _instruction(id_: str, given: Any, prompt: Prompt) -> Instruction:
@@ -97,7 +101,12 @@ def _instruction(id_: str, given: Any, prompt: Prompt) -> Instruction:
         raise UsageError(f"'kwargs' of '{id_}' must be a mapping, not {given!r:.80}")
     needed = parameters(id_)
     # 0 and "" are values; only None is none.
-    known = {name: value for name, value in given.items() if value is not None}
+    known = {name: _plain(value) for name, value in given.items() if value is not None}
+    for name in LISTS & known.keys():
+        if not isinstance(known[name], list) or not all(isinstance(word, str) for word in known[name]):
+            raise UsageError(
+                f"instruction '{id_}': '{name}' must be a list of words, not {known[name]!r:.80}"
+            )
     if "prompt" in needed and "prompt" not in known:
         known["prompt"] = prompt_text(prompt)
     for problem, names in (
@@ -113,11 +122,17 @@ def _instruction(id_: str, given: Any, prompt: Prompt) -> Instruction:
 
 
 def _parsed(value: Any) -> Any:
-    """Some data sets keep lists and mappings as JSON."""
+    """Some data sets keep lists and mappings as JSON, and pandas has arrays of its own."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value) if isinstance(value, str) else _plain(value)
     except ValueError:
         return value
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, and whole numbers that a table made floats of as what they were."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_rows(examples: Sequence[Example], **_: Any) -> RowCheck:

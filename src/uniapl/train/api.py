@@ -79,7 +79,11 @@ def train_resolved(
     config = resolved.config
     stages = stages_of(resolved)
     materials = setup.load_materials(
-        resolved, stages, train_dataset=train_dataset, reward_functions=reward_functions
+        resolved,
+        stages,
+        train_dataset=train_dataset,
+        reward_functions=reward_functions,
+        with_suites=config.eval_steps > 0,
     )
     accelerator = make_accelerator(config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process)

@@ -28,7 +28,7 @@ def make_evaluate(
             stop_ids=materials.stop_ids,
             pad_id=materials.pad_id,
             max_completion_length=config.evaluation.max_completion_length,
-            temperature=config.evaluation.temperature,
+            temperature=config.evaluation.sampling_temperature,
             max_rows=config.rollout.max_rows,
             autocast=accelerator.autocast,
         )

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from uniapl.batching import component_counts, demonstration_row, micro_batches
-from uniapl.data import Stream
 from uniapl.errors import HealthStop
 from uniapl.rewards import RewardOutcome
+from uniapl.streams import Stream
 from uniapl.train import metrics, setup
 from uniapl.train.credit import Credit, assign_credit, failed_prompts, rollout_rows
 from uniapl.train.run import Run, check_health, finish_step, warn

@@ -15,10 +15,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
-from uniapl.data import Stream
 from uniapl.errors import Interrupted
 from uniapl.resolve import Resolved
 from uniapl.rewards import RewardOutcome
+from uniapl.streams import Stream
 from uniapl.train import checkpoint, health, metrics, setup
 from uniapl.train.console import RunView
 from uniapl.train.setup import Materials

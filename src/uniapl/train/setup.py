@@ -22,11 +22,12 @@ from uniapl.data import Dataset
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
-from uniapl.evaluation import Suite, load_suite
+from uniapl.evaluation import Suite, load_suites
 from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
+from uniapl.streams import split_streams
 from uniapl.types import Example, derive_seed
 
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl")
@@ -61,13 +62,18 @@ def load_materials(
     *,
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
+    with_suites: bool = True,
 ) -> Materials:
-    """Tokenizer, data and reward functions, each checked against what the stages need of them.
+    """Tokenizer, data, reward functions and suites, each checked against what the stages need of them.
 
     Raises:
         UsageError: Anything that would have to fail later, named with its remedy.
     """
     config = resolved.config
+    if config.eval_steps and not config.evaluation.suites:
+        raise UsageError(
+            "eval_steps: there is nothing to look at; name files or benchmarks in evaluation.suites"
+        )
     tokenizer = load_tokenizer(config.model)
     model_config = load_model_config(config.model)
     rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
@@ -94,7 +100,7 @@ def load_materials(
     for stage in stages:
         check_stage(stage.config, dataset, rewarder)
     if uses_rollouts:
-        try_rewards(rewarder, dataset.examples)
+        rewarder.try_out(dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
     return Materials(
         tokenizer=tokenizer,
@@ -103,21 +109,11 @@ def load_materials(
         stop_ids=stop_ids,
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         notes=tuple(notes),
-        suites=tuple(
-            load_suite(
-                text,
-                tokenizer,
-                config.data,
-                config.rewards,
-                functions=functions,
-                stop_ids=stop_ids,
-                context_length=context_length,
-                max_completion_length=config.evaluation.max_completion_length,
-                answer_after=config.evaluation.answer_after,
-                limit=config.evaluation.limit,
-            )
-            for text in config.evaluation.suites
-        ),
+        suites=load_suites(
+            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
+        )
+        if with_suites
+        else (),
     )
 
 
@@ -212,34 +208,9 @@ def is_held_out(example: Example, config: Config) -> bool:
 
 def streams(config: Config, dataset: Dataset, rewarder: Rewarder) -> tuple[list[Example], list[Example]]:
     """(prompts to sample for, demonstrations to learn from)."""
-    return data.split_streams(
+    return split_streams(
         dataset, can_be_rewarded=rewarder.applies_to, uses_adversary=config.objective.lambda_adv > 0
     )
-
-
-def try_rewards(rewarder: Rewarder, examples: Sequence[Example]) -> None:
-    """Call every function once on two rows: what fails on the first call is better heard of now.
-
-    Raises:
-        UsageError: The function raised, hung, or returned something of a wrong form.
-    """
-    for reward in rewarder.rewards:
-        rows = [example for example in examples if reward.applies_to(example)][:2]
-        if not rows:
-            continue
-        answers = [example.demonstration or "An answer." for example in rows]
-        ids = [example.demonstration_ids or (0,) for example in rows]
-        outcome = rewarder.score_one(reward, rows, answers, ids)
-        if any(outcome.failed):
-            chat = (
-                ""
-                if isinstance(rows[0].prompt, str)
-                else ("; the completions of chat prompts are lists with one message: use c[0]['content']")
-            )
-            raise UsageError(
-                f"reward function '{reward.name}' fails on rows {', '.join(str(row.row) for row in rows)} "
-                f"of the data: {outcome.message}{chat}"
-            )
 
 
 def check_run_directory(config: Config, resumed_from: Path | None) -> None:
