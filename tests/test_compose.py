@@ -278,7 +278,6 @@ def test_wrong_options(
             "must end with a user's message, of text",
         ),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a user's message"),
-        (["Two."], "row 2 is not a mapping"),
     ],
 )
 def test_a_row_that_is_no_prompt_is_named(

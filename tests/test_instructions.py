@@ -246,7 +246,8 @@ class Count:
 def ifbench(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the package, which is not to be had from the index."""
     package, registry = types.ModuleType("ifbench"), types.ModuleType("ifbench.instructions_registry")
-    package.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    package.__path__ = []
+    registry.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     known = {"count:numbers": Count, "punctuation:no_comma": None}
     registry.INSTRUCTION_DICT = known  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ifbench", package)

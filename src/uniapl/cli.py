@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported before a verb needs it: `uniapl --help` answers at once."""
 
+import contextlib
 import json
 import os
 import signal
@@ -120,7 +121,9 @@ def check(arguments: list[str]) -> int:
     resolved = _resolve("check", [a for a in arguments if a != "--json"])
     from uniapl.train.check import check_run, print_report
 
-    report = check_run(resolved)
+    # Reward functions may print what they like; what a script reads is the report alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        report = check_run(resolved)
     if as_json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:

@@ -74,8 +74,7 @@ def parameters(id_: str) -> list[str]:
     """
     known = checker_types(id_)
     if id_ not in known:
-        missing = importlib.util.find_spec("ifbench") is None
-        hint = "; IFBench's come with its package `ifbench`" if missing else ""
+        hint = "" if _has_ifbench() else "; IFBench's come with its package `ifbench`"
         raise UsageError(f"unknown instruction '{id_}' (known: {', '.join(sorted(known))}{hint})")
     signature = inspect.signature(known[id_].build_description)
     return [p.name for p in signature.parameters.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
@@ -129,11 +128,19 @@ def _ifeval() -> dict[str, Any]:
 
 @functools.cache
 def _ifbench() -> dict[str, Any]:
-    if importlib.util.find_spec("ifbench") is None:
+    if not _has_ifbench():
         return {}
     for resource in ("tokenizers/punkt_tab", "taggers/averaged_perceptron_tagger_eng", "corpora/stopwords"):
         _need_nltk(resource)
     return dict(importlib.import_module("ifbench.instructions_registry").INSTRUCTION_DICT)
+
+
+def _has_ifbench() -> bool:
+    """Its package, not some folder of that name."""
+    try:
+        return importlib.util.find_spec("ifbench.instructions_registry") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _need_nltk(resource: str) -> None:

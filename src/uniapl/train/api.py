@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from uniapl.config import Config
 from uniapl.errors import UsageError
@@ -161,7 +162,10 @@ def make_accelerator(config: Config) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
-        cpu=device is None or device.type == "mps", mixed_precision="bf16" if bf16 else "no"
+        cpu=device is None or device.type == "mps",
+        mixed_precision="bf16" if bf16 else "no",
+        # The first process evaluates and saves while the others wait, for longer than NCCL's ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     # Every update is one optimizer step: accelerate must not divide, whatever its environment variables say.
     accelerator.gradient_accumulation_steps = 1

@@ -102,6 +102,12 @@ def load_materials(
     if uses_rollouts:
         rewarder.try_out(dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
+    suites: tuple[Suite, ...] = ()
+    if with_suites:
+        suites = load_suites(
+            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
+        )
+        notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return Materials(
         tokenizer=tokenizer,
         dataset=dataset,
@@ -109,11 +115,7 @@ def load_materials(
         stop_ids=stop_ids,
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         notes=tuple(notes),
-        suites=load_suites(
-            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
-        )
-        if with_suites
-        else (),
+        suites=suites,
     )
 
 
