@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runs import write_recipe
 from shared import AUTOIF, needs_data, rows
+from tiny import save_model
+from uniapl import cli
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import named_reward
@@ -155,6 +159,16 @@ def test_autoif_s_functions_that_return_strings_are_all_dropped(verifiers: CodeV
     assert not any(map(scorer.applies_to, examples))
     assert "dropped 21 functions" in notes[1]
     assert "returned str, not a bool" in notes[1]
+
+
+def test_when_no_row_is_left_the_reason_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "say a.", "eval_func": TEXT_VERDICT, "cases": CASES}
+    rewards = {"functions": ["code_verifiers"], "allow_code_verifiers": True}
+    recipe = write_recipe(tmp_path, save_model(tmp_path / "model"), [row], method="grpo", rewards=rewards)
+    assert cli.run(["check", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "no reward function applies to any row" in said
+    assert "row 1, function 1: agrees with 0 of 5 cases (returned str, not a bool)" in said
 
 
 def test_forms_of_sources_and_cases() -> None:

@@ -254,6 +254,7 @@ def test_a_benchmark_s_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     ("flags", "message"),
     [
         (["--kinds", "no_comma"], "--kinds: unknown no_comma"),
+        (["-o", "out.json"], "--output 'out.json' must end in .jsonl"),
         (["--max-instructions", "0"], "--max-instructions must be at least 1"),
         (["--benchmarks", "ifeval=/nowhere.jsonl"], "give --benchmarks ifeval=PATH, or --overlap allow"),
     ],
@@ -270,6 +271,7 @@ def test_wrong_options(
     ("row", "message"),
     [
         ({"question": "Two."}, "row 2 has no 'prompt' and no 'messages'"),
+        ({"prompt": "Two.", "instruction_id_list": []}, "row 2 has instructions already"),
         ({"prompt": "  "}, "row 2: the prompt is empty"),
         ({"messages": "Two."}, "row 2: 'messages' must be"),
         ({"prompt": [{"role": "user"}]}, "row 2: 'prompt' must be"),
@@ -291,7 +293,8 @@ def test_a_row_that_is_no_prompt_is_named(
 def test_a_short_prompt_of_a_benchmark_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = write(tmp_path / "theirs.jsonl", ["Name a river, please."])
     base = write(tmp_path / "base.jsonl", ["name a river please", "Another."])
-    command = ["compose", str(base), "-o", str(tmp_path / "out.jsonl"), "--benchmarks", f"mine={theirs}"]
+    command = ["compose", str(base), "-o", str(tmp_path / "out.jsonl"), "--benchmarks"]
+    command += [f"mine={theirs}", f"ifeval={IFEVAL}", f"ifbench={IFBENCH}"]
     assert cli.run(command) == 2
     assert "row 1 and mine row 1" in capsys.readouterr().err
     assert cli.run([*command, "--overlap", "drop"]) == 0

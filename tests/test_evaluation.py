@@ -70,7 +70,7 @@ def test_a_file_s_scores_by_hand(tmp_path: Path) -> None:
         "reward": 1.0,
         "rewards/lowercase": 0.5,
         "rewards/no_comma": 0.5,
-        "reward_pass@2": pytest.approx((2 + 2 + 0) / 3),
+        "reward_best@2": pytest.approx((2 + 2 + 0) / 3),
     }
     assert summary["per_prompt"]["reward"] == [[3, 2], [3, 2], [0, 2]]
     assert (summary["prompts"], summary["samples"], summary["headline"]) == (3, 2, "reward")
@@ -287,6 +287,49 @@ def test_a_suite_that_cannot_be_scored_fails(
     assert result["suites"]["held_out"]["scores"]["reward"]["mean"] is None
 
 
+@needs_data
+def test_floors_stand_behind_the_mark_too() -> None:
+    evaluation = EvaluationConfig(limit=40, answer_after="</think>")
+    suite = load_suite(f"ifeval={IFEVAL}", Config(evaluation=evaluation), make_tokenizer())
+    plain = load_suite(f"ifeval={IFEVAL}", Config(evaluation=EvaluationConfig(limit=40)), make_tokenizer())
+    assert floors(suite, make_tokenizer()) == floors(plain, make_tokenizer())
+    sampler = Scripted([["b"]] * 40)
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
+    assert result.summary["notes"] == ["100% of the answers never came to '</think>' and count as empty"]
+    assert result.summary["scores"]["prompt_strict"]["mean"] == 0
+
+
+def test_many_prompts_are_sampled_some_at_a_time(tmp_path: Path) -> None:
+    """In order of length, and put back in the file's."""
+    path = tmp_path / "many.jsonl"
+    prompts = ["a" * (1 + 37 * n % 11) for n in range(150)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+    class Echo(Scripted):
+        def sample(self, prompts: Sequence[TokenIds], **rest: Any) -> list[tuple[Rollout, ...]]:
+            return [(self._rollout(self.tokenizer.decode(list(prompt))),) for prompt in prompts]
+
+    suite = load_suite(
+        str(path), Config(), make_tokenizer(), functions=[lambda completions: [1.0] * len(completions)]
+    )
+    advanced: list[float] = []
+    sampler = Echo([])
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False, advance=advanced.append)
+    assert [one["completion"] for one in result.completions] == prompts
+    assert advanced == [64, 64, 22]
+
+
+def test_a_run_s_directory_is_not_written_into(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    command = ["evaluate", str(model_dir), "--suites", str(held_out(tmp_path)), "--rewards", "no_comma"]
+    command += ["--max-completion-length", "4", "--output-dir", str(tmp_path / "run")]
+    assert cli.run(command) == 2
+    assert "is the directory of a run" in capsys.readouterr().err
+
+
 def test_other_prompts_and_other_settings_are_not_compared_in_silence(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,7 +366,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     result = json.loads((tmp_path / "third" / "results.json").read_text())
     assert result["settings"]["temperature"] == 1.0
     values = result["suites"]["held_out"]["scores"]
-    assert values["reward_pass@4"]["mean"] >= values["reward"]["mean"]
+    assert values["reward_best@4"]["mean"] >= values["reward"]["mean"]
     assert len({one["completion"] for one in lines(tmp_path / "third" / "completions.jsonl")}) > 9
 
 
@@ -382,6 +425,9 @@ def test_a_recipe_s_dotted_keys_and_its_mistakes(
     out = tmp_path / "out"
     command = ["evaluate", str(model_dir), "--recipe", str(recipe_file), "--output-dir", str(out)]
     assert cli.run(command) == 0
+    assert cli.run(command) == 2, "results are there already"
+    assert "replace them by --overwrite" in capsys.readouterr().err
+    assert cli.run([*command, "--overwrite"]) == 0
     result = json.loads((out / "results.json").read_text())
     assert (result["settings"]["num_samples"], result["settings"]["temperature"]) == (3, 1.0)
     assert result["settings"]["string_prompts"] == "chat"
@@ -429,7 +475,10 @@ def test_check_reports_overlap(model_dir: Path, tmp_path: Path, capsys: pytest.C
     report = json.loads(capsys.readouterr().out)
     assert report["overlap"]["held_out"]["exact"] == [[n, n] for n in range(1, 10)], "letters a to i"
     assert cli.run(["check", str(path)]) == 0
-    assert "suite 'held_out': 9 training prompts are prompts of it, 0 share" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: 9 of 12: suite 'held_out': 9 training prompts are prompts of it, 0 share" in " ".join(
+        said.split()
+    )
 
 
 @needs_data

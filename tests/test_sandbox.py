@@ -1,6 +1,7 @@
 """The jail holds. Each hostile payload first proves that it would run in a process namespace of its own."""
 
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -150,7 +151,7 @@ def test_a_broken_function_says_what_is_wrong(pool: Sandbox) -> None:
     ]
     assert [str(error)[:40] for error in pool.run([Job(source, "") for source in sources])] == [
         "SyntaxError: expected ':' (<verifier>, l"[:40],
-        "KeyError: 'evaluate'",
+        "NameError: it defines no function 'evaluate'"[:40],
         "ModuleNotFoundError: No module named 'nl"[:40],
     ]
 
@@ -237,6 +238,8 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
 
 
 def test_many_open_files_do_no_harm() -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1300:
+        pytest.skip("so many files cannot be opened here")
     files = [open(os.devnull) for _ in range(1100)]  # noqa: SIM115
     try:
         pool = start(1, wrapper="none")

@@ -138,7 +138,10 @@ def evaluate(arguments: list[str]) -> int:
     from uniapl.evaluation.command import evaluate as run_evaluation
 
     logging.disable_progress_bar()
-    run_evaluation(arguments)
+    try:
+        run_evaluation(arguments)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; nothing was written", signal.SIGINT) from None
     return 0
 
 

@@ -35,6 +35,8 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
         return load(name, **arguments)
     except Exception as error:  # transformers and the Hub client raise many kinds
         hint = "" if Path(name).exists() else " (there is no such directory here)"
+        if (Path(name) / "final").is_dir():
+            hint = f" (it is the directory of a run: did you mean {Path(name) / 'final'}?)"
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 

@@ -108,6 +108,8 @@ def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
     """(what the user asks last, the messages before it); None for messages where the prompt is text."""
     if not isinstance(row, Mapping):
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
+    if row.get("instruction_id_list") is not None:
+        raise UsageError(f"row {number} has instructions already: compose its base prompt, or leave it out")
     column = "prompt" if row.get("prompt") is not None else "messages"
     prompt = row.get(column)
     if isinstance(prompt, str) and column == "prompt":
@@ -115,7 +117,7 @@ def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
             raise UsageError(f"row {number}: the prompt is empty")
         return prompt.strip(), None
     if prompt is None:
-        raise UsageError(f"row {number} has no 'prompt' and no 'messages'")
+        raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row)})")
     messages = data.checked_messages(number, column, prompt)
     if column == "messages" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -133,8 +135,7 @@ def _without_overlap(
     texts = [prompt_text(row["prompt"]) for row in written]
     bases = [row["base"] for row in written]
     hits: dict[int, str] = {}
-    for text in options.benchmarks:
-        name, path = parse_suite(text)
+    for name, path in (BENCHMARKS | dict(map(parse_suite, options.benchmarks))).items():
         try:
             rows = data.read_rows(DataConfig(path=path))
         except UsageError as error:
@@ -176,10 +177,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("-o", "--output", type=Path, required=True, help="the .jsonl file to write")
     add("--per-prompt", type=int, default=1, help="composed prompts for each base prompt")
     add("--max-instructions", type=int, default=5, help="of one prompt")
-    add("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help="kinds of instructions to use")
-    add(
-        "--benchmarks", nargs="+", default=list(BENCHMARKS), help="whose prompts must not come out: NAME=PATH"
-    )
+    help_ = "kinds of instructions to use (default: all 25)"
+    add("--kinds", nargs="+", default=argparse.SUPPRESS, metavar="KIND", help=help_)
+    known = " and ".join(BENCHMARKS)
+    help_ = f"files of {known} (else: from the Hub), and of others, whose prompts must not come out"
+    add("--benchmarks", nargs="+", default=argparse.SUPPRESS, metavar="NAME=PATH", help=help_)
     add(
         "--overlap",
         choices=("refuse", "drop", "allow"),
@@ -187,7 +189,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="with the benchmarks' prompts",
     )
     add("--seed", type=int, default=0, help="of all that is drawn")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments, argparse.Namespace(kinds=list(KINDS), benchmarks=[]))
+    if options.output.suffix != ".jsonl":
+        raise UsageError(f"--output '{options.output}' must end in .jsonl")
     if options.output.exists() and Path(options.base).exists() and options.output.samefile(options.base):
         raise UsageError("--output is the file of the base prompts: choose another")
     unknown = [kind for kind in options.kinds if kind not in KINDS]

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from uniapl.config import Config, ModelConfig
@@ -35,7 +37,9 @@ def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
     """
     options = _parse(arguments)
     if not options.json:
-        return _evaluate(options, Console(highlight=False))
+        # What is piped somewhere has no width.
+        width = None if sys.stdout.isatty() else 160
+        return _evaluate(options, Console(highlight=False, width=width))
     # Reward functions, and the libraries that they use, may print what they like.
     with contextlib.redirect_stdout(sys.stderr):
         summary = _evaluate(options, Console(highlight=False, quiet=True))
@@ -58,7 +62,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     stop_ids = load_stop_ids(config.model, model.config, tokenizer)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
-    _make_directory(options.output_dir)
+    _make_directory(options.output_dir, overwrite=options.overwrite)
     _put_on_device(model)
     assert isinstance(tokenizer.pad_token_id, int)
     sampler = LocalSampler(
@@ -69,12 +73,10 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         temperature=evaluation.sampling_temperature,
         max_rows=options.batch_size,
     )
-    found: dict[str, SuiteResult] = {}
-    for suite in suites:
-        console.print(f"{suite.name}: {len(suite.examples)} prompts", markup=False)
-        found[suite.name] = evaluate_suite(
-            suite, sampler, tokenizer, num_samples=evaluation.num_samples, seed=options.seed
-        )
+    found = {
+        suite.name: _answer(suite, sampler, tokenizer, evaluation.num_samples, options.seed, console)
+        for suite in suites
+    }
     summary: dict[str, Any] = {
         "model": options.model,
         "versions": {name: version(name) for name in ("uniapl", "torch", "transformers")},
@@ -97,11 +99,25 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
         _write(options.output_dir, summary, found)
     _show(summary, suites, options.output_dir, console)
+    _fail_if_nothing_is_known(summary)
+    return summary
+
+
+def _answer(
+    suite: Suite, sampler: LocalSampler, tokenizer: Any, num_samples: int, seed: int, console: Console
+) -> SuiteResult:
+    console.print(f"{suite.name}: {len(suite.examples)} prompts", markup=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(suite.name, total=len(suite.examples))
+        advance = functools.partial(progress.advance, bar)
+        return evaluate_suite(suite, sampler, tokenizer, num_samples=num_samples, seed=seed, advance=advance)
+
+
+def _fail_if_nothing_is_known(summary: dict[str, Any]) -> None:
     for name, result in summary["suites"].items():
         if result["unscored"] == 1:
             said = "; ".join(result["notes"]) or "no reward function applies to its rows"
             raise UniAPLError(f"suite '{name}': no answer could be scored: {said}")
-    return summary
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -116,10 +132,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--suites",
         nargs="+",
         metavar="SUITE",
-        help=f"{', '.join(BENCHMARKS)} (from the Hub), NAME=PATH, or a file of rows",
+        help=f"{', '.join(BENCHMARKS)} (from the Hub, or NAME=PATH), scored as benchmarks; or a file of rows",
     )
     add("--rewards", nargs="+", metavar="NAME", help="functions that score a file's answers")
-    add("--recipe", help="takes data, rewards and evaluation from it; flags go before it")
+    add("--recipe", help="takes data, rewards and evaluation from it; flags override it")
     add("--max-completion-length", type=int, help="new tokens per answer (default: 1280)")
     add("--num-samples", type=int, help="answers per prompt, k of pass@k (default: 1)")
     add("--temperature", type=float, help="0 is greedy (default: 0, and 1 with several samples)")
@@ -127,13 +143,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--answer-after", help="judge what stands behind this mark, e.g. '</think>' (benchmarks)")
     add("--string-prompts", choices=("text", "chat"), help="default: chat if there is a chat template")
     add("--system-prompt", help="for chat prompts that have none")
-    add("--chat-template-kwargs", type=json.loads, help="""as JSON, e.g. '{"enable_thinking": false}'""")
+    add("--chat-template-kwargs", type=_json_object, help="""as JSON, e.g. '{"enable_thinking": false}'""")
     add("--allow-code-verifiers", action="store_true", help="as rewards.allow_code_verifiers")
     add("--lm-eval-tasks", type=_words, default=[], help="further benchmarks, by lm-eval: gsm8k,hellaswag")
     add("--lm-eval-include-path", help="a folder with further tasks for lm-eval")
     add("--against", type=Path, help="an earlier output directory: differences, with intervals")
     add("--batch-size", type=int, default=64, help="rows decoded at the same time (default: 64)")
     add("--output-dir", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
+    add("--overwrite", action="store_true", help="replace results that are already there")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--json", action="store_true", help="print results.json")
@@ -141,6 +158,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.batch_size < 1:
         raise UsageError("--batch-size must be at least 1")
     return options
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return found
 
 
 def _words(text: str) -> list[str]:
@@ -208,7 +235,12 @@ def _differences(summary: dict[str, Any], against: dict[str, Any]) -> dict[str, 
     }
 
 
-def _make_directory(directory: Path) -> None:
+def _make_directory(directory: Path, *, overwrite: bool) -> None:
+    if any((directory / name).exists() for name in ("config.yaml", "checkpoints")):
+        raise UsageError(f"--output-dir '{directory}' is the directory of a run: choose another")
+    if (directory / "results.json").exists() and not overwrite:
+        remedy = "replace them by --overwrite, or choose another --output-dir"
+        raise UsageError(f"'{directory}' already holds results: {remedy}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

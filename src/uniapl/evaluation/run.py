@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.evaluation import scores
-from uniapl.evaluation.suites import Suite
+from uniapl.evaluation.suites import AT_ONCE, Suite
 from uniapl.rollout import Sampler
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
@@ -41,6 +42,7 @@ def evaluate_suite(
     num_samples: int = 1,
     seed: int = 0,
     with_floors: bool = True,
+    advance: Callable[[float], None] = lambda prompts: None,
 ) -> SuiteResult:
     """Answers to every prompt of a suite, and their scores.
 
@@ -48,14 +50,10 @@ def evaluate_suite(
         sampler: The model's; greedy or not is its own matter.
         num_samples: Answers per prompt, k in pass@k.
         with_floors: Score answers that took no model, too.
+        advance: Told how many more prompts have been answered.
     """
     examples = suite.examples
-    groups = sampler.sample(
-        [example.prompt_ids for example in examples],
-        seeds=[derive_seed(seed, "evaluate", suite.name, example.row) for example in examples],
-        num_generations=num_samples,
-        policy_version=0,
-    )
+    groups = _answers(suite, sampler, num_samples, seed, advance)
     texts = [[_decode(tokenizer, rollout) for rollout in group] for group in groups]
     flat, failure = suite.score(
         [example for example in examples for _ in range(num_samples)],
@@ -76,11 +74,12 @@ def evaluate_suite(
         "unscored": sum(not answer[suite.headline] for answer in flat) / len(rollouts),
         "per_prompt": {name: scores.sums_of(scored, name).tolist() for name in flat[0]},
         "prompts_digest": [_digest(example) for example in examples],
-        "notes": [*suite.notes, *([f"scoring failed: {failure}"] if failure else [])],
+        "notes": [*suite.notes, *_remarks(suite, texts, failure)],
     }
     if num_samples > 1:
         best = scores.pass_at_all(scored, suite.headline)
-        summary["scores"][f"{suite.headline}_pass@{num_samples}"] = scores.interval(best)
+        kind = "best" if suite.headline == "reward" else "pass"
+        summary["scores"][f"{suite.headline}_{kind}@{num_samples}"] = scores.interval(best)
     if with_floors:
         summary["floors"] = floors(suite, tokenizer)
     completions = [
@@ -98,10 +97,39 @@ def evaluate_suite(
     return SuiteResult(summary=summary, completions=completions)
 
 
+def _answers(
+    suite: Suite, sampler: Sampler, num_samples: int, seed: int, advance: Callable[[float], None]
+) -> list[tuple[Rollout, ...]]:
+    """Some prompts at a time, of like length, so that it can be seen how far it is."""
+    examples = suite.examples
+    order = sorted(range(len(examples)), key=lambda place: len(examples[place].prompt_ids))
+    found: dict[int, tuple[Rollout, ...]] = {}
+    for start in range(0, len(order), AT_ONCE):
+        chosen = order[start : start + AT_ONCE]
+        groups = sampler.sample(
+            [examples[place].prompt_ids for place in chosen],
+            seeds=[derive_seed(seed, "evaluate", suite.name, examples[place].row) for place in chosen],
+            num_generations=num_samples,
+            policy_version=0,
+        )
+        found |= dict(zip(chosen, groups, strict=True))
+        advance(len(chosen))
+    return [found[place] for place in range(len(examples))]
+
+
 def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | None]]:
     """What answers score that no model wrote: nothing, the prompt itself, and one constant text."""
     prompts = [prompt_text(example.prompt) for example in suite.examples]
-    answers = {"empty": [""] * len(prompts), "echo": prompts, "constant": [CONSTANT] * len(prompts)}
+    # Where only what stands behind a mark is judged, they stand behind it.
+    mark = suite.answer_after or ""
+    answers = {
+        name: [mark + text for text in texts]
+        for name, texts in (
+            ("empty", [""] * len(prompts)),
+            ("echo", prompts),
+            ("constant", [CONSTANT] * len(prompts)),
+        )
+    }
     found: dict[str, dict[str, float | None]] = {}
     for name, texts in answers.items():
         ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
@@ -110,6 +138,16 @@ def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[s
             score: scores.mean_of(scores.sums_of([[one] for one in scored], score)) for score in scored[0]
         }
     return found
+
+
+def _remarks(suite: Suite, texts: Sequence[Sequence[str]], failure: str | None) -> list[str]:
+    said = [f"scoring failed: {failure}"] if failure else []
+    if suite.answer_after is not None:
+        without = [text for group in texts for text in group if suite.answer_after not in text]
+        if without:
+            share = len(without) / sum(len(group) for group in texts)
+            said.append(f"{share:.0%} of the answers never came to '{suite.answer_after}' and count as empty")
+    return said
 
 
 def _digest(example: Example) -> str:

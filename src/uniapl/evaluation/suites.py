@@ -27,7 +27,7 @@ Ids = Sequence[Sequence[int]]
 Score = Callable[[Sequence[Example], Sequence[str], Ids], tuple[list[Scores], str | None]]
 """(examples, answers, their token ids) -> the scores of each, and the scoring's first failure, if any."""
 AT_ONCE = 64
-"""Answers that reward functions are given in one call, whose time is limited."""
+"""Answers in one call of a reward function, whose time is limited; and prompts sampled at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class Suite:
     """Why prompts were left out -> their row numbers."""
     notes: Sequence[str] = ()
     """What the reward functions say of the rows."""
+    answer_after: str | None = None
+    """The mark behind which an answer begins, where only what follows it is judged."""
 
 
 def parse_suite(text: str) -> tuple[str, str]:
@@ -137,7 +139,8 @@ def load_suite(
             rewarder.try_out(examples)
             score, headline = _reward_scores(rewarder), "reward"
     except UsageError as error:
-        raise UsageError(f"suite '{name}': {error}") from error
+        key = "evaluation." if str(error).startswith("max_completion_length") else ""
+        raise UsageError(f"suite '{name}': {key}{error}") from error
     return Suite(
         name=name,
         examples=examples,
@@ -145,6 +148,7 @@ def load_suite(
         headline=headline,
         left_out=dataset.left_out,
         notes=tuple(notes),
+        answer_after=config.evaluation.answer_after if headline == "prompt_strict" else None,
     )
 
 

@@ -5,6 +5,7 @@ it can be imported. Two habits of theirs are guarded against: a checker draws an
 given at random, and it keeps state. So every argument is demanded, and each text gets a checker of its own.
 """
 
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -74,8 +75,11 @@ def parameters(id_: str) -> list[str]:
     """
     known = checker_types(id_)
     if id_ not in known:
-        hint = "" if _has_ifbench() else "; IFBench's come with its package `ifbench`"
-        raise UsageError(f"unknown instruction '{id_}' (known: {', '.join(sorted(known))}{hint})")
+        near = difflib.get_close_matches(id_, known, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        if not _has_ifbench():
+            hint += "If it is one of IFBench's, install its package (github.com/allenai/IFBench). "
+        raise UsageError(f"unknown instruction '{id_}'. {hint}Known: {', '.join(sorted(known))}")
     signature = inspect.signature(known[id_].build_description)
     return [p.name for p in signature.parameters.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD]
 
@@ -113,7 +117,7 @@ def conflicts() -> dict[str, set[str]]:
 @functools.cache
 def _ifeval() -> dict[str, Any]:
     """lm-eval's registry; importing it would ask the network for data, so that is looked for first."""
-    if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("langdetect") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("lm_eval", "langdetect", "nltk")):
         raise UsageError("IFEval's instruction checkers come with lm-eval: pip install 'uniapl[eval]'")
     _need_nltk("tokenizers/punkt_tab")
     import langdetect

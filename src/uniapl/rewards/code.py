@@ -170,7 +170,8 @@ def _cases(value: Any) -> list[tuple[str, bool]]:
         if isinstance(expected, str):
             expected = {"true": True, "false": False}.get(expected.strip().lower())
         if not isinstance(text, str) or not isinstance(expected, bool):
-            raise ValueError(f"'cases' must be a list of [text, true or false], not {value!r:.80}")
+            form = "[text, true or false] or {input: text, output: true or false}"
+            raise ValueError(f"'cases' must be a list of {form}, not {value!r:.80}")
         found.append((text, expected))
     return found
 

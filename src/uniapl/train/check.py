@@ -63,8 +63,11 @@ def print_report(report: dict[str, Any]) -> None:
             f"{len(found['exact'])} training prompts are prompts of it, {len(found['ngram'])} share "
             f"{WIDTH} words in a row with one"
         )
-        pairs = [f"row {ours} and its row {theirs}" for ours, theirs in (found["exact"] + found["ngram"])[:5]]
-        console.print(f"suite '{name}': {said}{': ' if pairs else ''}{'; '.join(pairs)}", markup=False)
+        pairs = found["exact"] + found["ngram"]
+        listed = "; ".join(f"row {ours} and its row {theirs}" for ours, theirs in pairs[:5])
+        more = "; ..." if len(pairs) > 5 else ""
+        warning = f"warning: {len(pairs)} of {report['examples']}: " if pairs else ""
+        console.print(f"{warning}suite '{name}': {said}{': ' if pairs else ''}{listed}{more}", markup=False)
     for number, stage in enumerate(report["stages"], start=1):
         parts = ", ".join(f"{key} {value}" for key, value in stage.items())
         console.print(f"stage {number}: {parts}", markup=False)

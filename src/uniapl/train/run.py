@@ -152,6 +152,9 @@ def finish_step(
             found = run.evaluate(run.step, stage.model)
             # Numbers of NumPy and torch too: rules and JSON know Python's.
             record |= {f"eval/{k}": v.item() if hasattr(v, "item") else v for k, v in found.items()}
+        heads = {k: v for k, v in found.items() if k.endswith(("/reward", "/prompt_strict"))}
+        if heads:
+            run.view.say(f"step {run.step}: {', '.join(f'{k} {v:.3f}' for k, v in heads.items())}")
     rule = stage.config.stop
     watching = rule.target is not None or rule.patience is not None
     # What is evaluated comes in some steps only; whatever else a stage has, it has in its first step.

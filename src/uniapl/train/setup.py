@@ -98,7 +98,7 @@ def load_materials(
         rewarder.check_columns(dataset.examples)
         notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
-        check_stage(stage.config, dataset, rewarder)
+        check_stage(stage.config, dataset, rewarder, notes)
     if uses_rollouts:
         rewarder.try_out(dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
@@ -119,8 +119,11 @@ def load_materials(
     )
 
 
-def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder) -> None:
+def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Sequence[str] = ()) -> None:
     """Whether the data and the rewards hold what the method needs.
+
+    Args:
+        notes: What the reward functions said of the rows: it may be why none of them applies.
 
     Raises:
         UsageError: Naming the method, what is missing, and how to give it.
@@ -161,7 +164,10 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder) -> None:
     if objective.lambda_adv > 0:
         _check_discriminator(config, prompts)
     if objective.learns_from_rewards and not any(map(rewarder.applies_to, dataset.examples)):
-        raise UsageError(f"method '{method}' learns from rewards, but no reward function applies to any row")
+        said = "; ".join(
+            [f"method '{method}' learns from rewards, but no reward function applies to any row", *notes]
+        )
+        raise UsageError(said)
     if objective.uses_rollouts and not prompts:
         raise UsageError(f"method '{method}' samples answers, but no row is worth sampling for")
 
