@@ -260,6 +260,23 @@ def test_no_jail_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         Sandbox(layers=Layers(wrapper="bubblewrap"))
 
 
+def test_memory_is_limited_by_size_and_not_by_time(pool: Sandbox) -> None:
+    (verdict,) = pool.run([Job(payload("return len(bytearray(1 << 30)) > 0"), "")])
+    assert str(verdict) == "MemoryError: "
+
+
+def test_seccomp_alone_lets_no_file_be_opened_for_writing() -> None:
+    """Nor would landlock and the read-only file system: each layer holds without the others."""
+    pool = start(1, wrapper="bubblewrap", landlock=False)
+    if "seccomp" not in pool.layers:
+        pytest.skip("pyseccomp or libseccomp is missing")
+    for mode in ("w", "a", "r+"):
+        (verdict,) = pool.run([Job(payload(f"open('/dev/null', '{mode}'); return True"), "")])
+        assert "PermissionError" in str(verdict), mode
+    assert pool.run([Job(payload("return open('/dev/null').read() == ''"), "")]) == [True]
+    pool.close()
+
+
 def test_limits_are_the_caller_s() -> None:
     pool = start(wrapper="none")
     pool.close()
