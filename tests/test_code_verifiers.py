@@ -171,6 +171,18 @@ def test_when_no_row_is_left_the_reason_is_said(tmp_path: Path, capsys: pytest.C
     assert "row 1, function 1: agrees with 0 of 5 cases (returned str, not a bool)" in said
 
 
+def test_check_lists_every_dropped_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [f"def evaluate(response):\n    return '{number}'" for number in range(12)]
+    row = {"prompt": "say a.", "eval_func": [NO_E, *wrong], "cases": CASES}
+    rewards = {"functions": ["code_verifiers"], "allow_code_verifiers": True}
+    recipe = write_recipe(tmp_path, save_model(tmp_path / "model"), [row], method="grpo", rewards=rewards)
+    assert cli.run(["check", str(recipe), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["reward_details"]) == 12
+    assert "row 1, function 13: agrees with 0 of 5 cases" in report["reward_details"][-1]
+    assert any("and 2 more (uniapl check --json lists them)" in note for note in report["notes"])
+
+
 def test_forms_of_sources_and_cases() -> None:
     assert _sources(json.dumps([[NO_E, 0.9], [NO_E, 0.9], [NEVER, 1.0]])) == [NO_E, NEVER]
     assert _sources(NO_E) == [NO_E]

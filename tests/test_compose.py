@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+import uniapl
+from runs import recipe
 from shared import IFBENCH, IFEVAL, needs_data, rows
+from tiny import save_model
 from uniapl import cli
 from uniapl.compose.command import all_conflicts, compose_prompt
 from uniapl.compose.wordings import ENDINGS, KINDS, LANGUAGES, NOUNS, RARE, say
 from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
-from uniapl.rewards.instructions import instructions
+from uniapl.rewards.instructions import instructions, judge
 
 pytestmark = needs_data
 BASES = ["Name a river, please.", "Why do leaves fall?", "Describe a market.", "Explain gravity to a child."]
@@ -234,6 +237,27 @@ def test_chat_prompts_keep_their_earlier_turns(tmp_path: Path) -> None:
     assert row["prompt"][0] == turns[0]
     assert row["prompt"][1]["content"].startswith("Name a river.")
     assert row["instruction_id_list"] == ["punctuation:no_comma"]
+
+
+def test_composed_prompts_are_trained_on(tmp_path: Path) -> None:
+    """From base prompts to rewards: what was sampled is scored as its row's instruction says."""
+    base = write(tmp_path / "base.jsonl", ["say a.", "say b.", "say c."])
+    out = tmp_path / "train.jsonl"
+    assert (
+        run(base, out, "--kinds", "punctuation:no_comma", "keywords:letter_frequency", "--per-prompt", "2")
+        == 0
+    )
+    values = recipe(save_model(tmp_path / "model"), tmp_path / "run", method="grpo", max_steps=2)
+    values |= {"data": {"path": str(out)}, "rewards": {"functions": ["instruction_following"]}}
+    uniapl.train(values | {"rollout": {"num_generations": 4, "max_completion_length": 20}})
+    by_prompt = {row["prompt"]: row for row in rows(out)}
+    groups = rows(tmp_path / "run" / "completions.jsonl")
+    assert len(groups) == 6
+    for group in groups:
+        row = by_prompt[group["prompt"]]
+        given = instructions(row["prompt"], row["instruction_id_list"], row["kwargs"])
+        expected = [float(all(judge(given, one["text"]))) for one in group["completions"]]
+        assert [one["reward"] for one in group["completions"]] == expected
 
 
 def test_a_benchmark_s_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,8 @@ class RowCheck:
     """Row number -> why the function cannot score answers to it: it does not apply to that row."""
     notes: Sequence[str] = ()
     """What the user should hear."""
+    details: Sequence[str] = ()
+    """All that the notes sum up, for `uniapl check --json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ class Rewarder:
         for reward in rewards:
             self.rewards.append(replace(reward, name=self._free_name(reward.name)))
         self.timeout = timeout
+        self.details: list[str] = []
+        """What :meth:`check_rows` has found, one by one."""
 
     def _free_name(self, name: str) -> str:
         """The name, with a number where it is taken (one function, other arguments): metrics stay apart."""
@@ -169,6 +173,7 @@ class Rewarder:
             found: RowCheck = look(rows, **reward.function.keywords)
             self.rewards[index] = replace(reward, unusable=found.unusable)
             notes += [f"reward '{reward.name}': {note}" for note in found.notes]
+            self.details += [f"reward '{reward.name}': {detail}" for detail in found.details]
             reasons: dict[str, list[int]] = {}
             for row, reason in found.unusable.items():
                 reasons.setdefault(reason, []).append(row)

@@ -122,9 +122,10 @@ class CodeVerifiers:
                 unusable[example.row] = "which have no good function"
         notes = [f"sandbox: {', '.join(self.sandbox().layers)}"]
         if dropped:
-            more = f"; and {len(dropped) - SHOWN} more" if len(dropped) > SHOWN else ""
+            rest = len(dropped) - SHOWN
+            more = f"; and {rest} more (uniapl check --json lists them)" if rest > 0 else ""
             notes.append(f"dropped {len(dropped)} functions: {'; '.join(dropped[:SHOWN])}{more}")
-        return RowCheck(unusable=unusable, notes=notes)
+        return RowCheck(unusable=unusable, notes=notes, details=dropped)
 
 
 def _vote(verdicts: Sequence[bool | SandboxError]) -> float | Exception:

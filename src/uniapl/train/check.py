@@ -36,6 +36,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "rewards": {
             reward.name: sum(reward.applies_to(e) for e in examples) for reward in materials.rewarder.rewards
         },
+        "reward_details": materials.rewarder.details,
         "overlap": overlap_with_suites(materials),
         "stages": [_stage_report(stage.config, materials) for stage in stages],
         "preview": _preview(shown, tokenizer),
