@@ -213,6 +213,20 @@ def test_answers_out_of_step_are_no_verdicts(pool: Sandbox, monkeypatch: pytest.
     assert pool.run([Job(GOOD, "yes, out of step")]) == [True]
 
 
+def test_a_surprise_in_the_pool_is_no_verdict_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = start(1, wrapper="none")
+
+    def surprise(self: object, job: Job) -> bool:
+        raise RuntimeError("of the pool itself")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox._Worker, "ask", surprise)
+        (verdict,) = pool.run([Job(GOOD, "yes, surprised")])
+    assert "of the pool itself" in str(verdict)
+    assert pool.run([Job(GOOD, "yes, surprised")]) == [True]
+    pool.close()
+
+
 def test_a_call_that_was_given_up_does_not_hold_up_the_next() -> None:
     pool = start(1, wrapper="none")
     slow = [Job(payload(f"import time; time.sleep(0.5); return {number} < 0"), "") for number in range(60)]

@@ -169,13 +169,13 @@ class Sandbox:
             try:
                 worker = worker or self._new_worker()
                 answered.put((key, worker.ask(job)))
-            except SandboxError as error:
+            except Exception as error:  # whatever it is: who waits must hear of it
                 # The worker itself is gone or mute; the next job gets a new one.
                 if worker is not None:
                     worker.close()
                     self._workers.discard(worker)
                 worker = None
-                answered.put((key, error))
+                answered.put((key, error if isinstance(error, SandboxError) else SandboxError(repr(error))))
 
     def _new_worker(self) -> "_Worker":
         worker = _Worker(self._layers, self.limits)
