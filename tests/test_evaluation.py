@@ -164,6 +164,10 @@ def test_pairs_are_found_by_prompt() -> None:
     found = paired(ours, theirs)
     assert found.keys() == {"reward"}
     assert found["reward"]["mean"] == pytest.approx((1 + 0) / 2 - (0 + 1) / 2)
+    twice = {"prompts_digest": ["a", "a"], "per_prompt": {"reward": [[1, 1], [0, 1]]}}
+    once = {"prompts_digest": ["a"], "per_prompt": {"reward": [[1, 1]]}}
+    assert paired(twice, twice)["reward"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert paired(twice, once)["reward"]["mean"] == 0.0, "the first belongs to the first"
     empty = {"prompts_digest": ["a"], "per_prompt": {"reward": [[0, 0]]}}
     assert paired(empty, empty)["reward"]["mean"] is None
 

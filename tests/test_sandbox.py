@@ -213,6 +213,13 @@ def test_answers_out_of_step_are_no_verdicts(pool: Sandbox, monkeypatch: pytest.
     assert pool.run([Job(GOOD, "yes, out of step")]) == [True]
 
 
+def test_a_closed_sandbox_gives_no_verdicts() -> None:
+    pool = start(1, wrapper="none")
+    pool.close()
+    (verdict,) = pool.run([Job(GOOD, "yes, closed")])
+    assert str(verdict) == "the sandbox is closed"
+
+
 def test_a_surprise_in_the_pool_is_no_verdict_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = start(1, wrapper="none")
 

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from uniapl.compare import plan, results
 from uniapl.compare.plan import PIPELINES, SEARCH_SEED, Cell
-from uniapl.compare.runner import run_cells, search, write_text
+from uniapl.compare.runner import run_cells, search
 from uniapl.errors import UsageError
+from uniapl.files import write_text
 
 PARTS = ("search", "table", "fronts", "ablations")
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from uniapl.compare.plan import KNOBS, LEARNING_RATES, Cell, search_cells
 from uniapl.compare.results import Outcome
 from uniapl.errors import UniAPLError
+from uniapl.files import write_text
 
 
 def run_cells(
@@ -116,13 +117,6 @@ def _read(path: Path) -> Outcome:
         raise UniAPLError(
             f"the cell '{path}' cannot be read ({error}): delete it, and it is run again"
         ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """All or nothing: a file that is there is whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _alone(function: Callable[..., Any], *arguments: Any) -> Any:

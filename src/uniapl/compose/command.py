@@ -15,6 +15,7 @@ from uniapl.config import DataConfig
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.suites import BENCHMARKS, parse_suite
+from uniapl.files import write_text
 from uniapl.rewards.checkers import conflicts
 from uniapl.types import derive_seed, prompt_text
 
@@ -56,7 +57,7 @@ def compose(arguments: Sequence[str]) -> int:
     lines = [json.dumps({key: value for key, value in row.items() if key != "base"}) for row in written]
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(options.output, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise UsageError(f"'{options.output}' cannot be written: {error}") from error
     repeated = len(rows) * options.per_prompt - len(seen)

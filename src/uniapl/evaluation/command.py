@@ -20,6 +20,7 @@ from uniapl.errors import UniAPLError, UsageError
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
 from uniapl.evaluation.suites import BENCHMARKS, Suite, load_suites, parse_suite
+from uniapl.files import write_text
 from uniapl.loading import check_vocabulary, load_model, load_stop_ids, load_tokenizer
 from uniapl.resolve import load_recipe, resolve
 from uniapl.rollout.local import LocalSampler
@@ -250,8 +251,8 @@ def _make_directory(directory: Path, *, overwrite: bool) -> None:
 def _write(directory: Path, summary: dict[str, Any], found: dict[str, SuiteResult]) -> None:
     lines = [json.dumps(one) for result in found.values() for one in result.completions]
     try:
-        (directory / "completions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        (directory / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        write_text(directory / "completions.jsonl", "".join(f"{line}\n" for line in lines))
+        write_text(directory / "results.json", json.dumps(summary, indent=1))
     except OSError as error:
         raise UniAPLError(f"--output-dir '{directory}' cannot be written: {error}") from error
 

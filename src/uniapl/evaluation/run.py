@@ -162,12 +162,11 @@ def _decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
 
 def paired(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Score -> our mean minus theirs with its interval, over the prompts that both summaries have."""
+    places: dict[str, list[int]] = {}
+    for place, digest in enumerate(theirs["prompts_digest"]):
+        places.setdefault(digest, []).append(place)
     # A prompt may stand there twice: the first belongs to the first.
-    places = [
-        {(digest, digests[:place].count(digest)): place for place, digest in enumerate(digests)}
-        for digests in (ours["prompts_digest"], theirs["prompts_digest"])
-    ]
-    common = [(place, places[1][key]) for key, place in places[0].items() if key in places[1]]
+    common = [(i, places[d].pop(0)) for i, d in enumerate(ours["prompts_digest"]) if places.get(d)]
     found: dict[str, dict[str, float | None]] = {}
     for name, sums in ours["per_prompt"].items():
         if common and name in theirs["per_prompt"]:

@@ -55,7 +55,7 @@ class SandboxTimeoutError(SandboxError):
 
 @dataclass(frozen=True)
 class Job:
-    """One function and one text.
+    """The source of a function `evaluate(response) -> bool`, and one text.
 
     Example:
         Job(source="def evaluate(response): return 'e' not in response", text="A short word")
@@ -63,12 +63,11 @@ class Job:
 
     source: str
     text: str
-    function: str = "evaluate"
 
     @property
     def key(self) -> bytes:
         """What it is remembered by."""
-        parts = json.dumps([self.source, self.function, self.text]).encode()
+        parts = json.dumps([self.source, self.text]).encode()
         return hashlib.blake2b(parts, digest_size=16).digest()
 
 
@@ -117,7 +116,6 @@ class Sandbox:
         probe.close()
         self._count = workers or min(4, os.cpu_count() or 1)
         self._verdicts: dict[bytes, bool] = {}
-        self._lock = threading.Lock()
         self._call: object = None
         self._closed = False
         self._start()
@@ -125,6 +123,8 @@ class Sandbox:
 
     def run(self, jobs: Sequence[Job]) -> list[bool | SandboxError]:
         """The verdict of each job, in order, or why there is none; verdicts are remembered."""
+        if self._closed:
+            return [SandboxError("the sandbox is closed")] * len(jobs)
         if os.getpid() != self._pid:
             self._start()  # threads do not survive a fork
         if len(self._verdicts) > CACHED_VERDICTS:
@@ -155,6 +155,7 @@ class Sandbox:
         """Threads that each own a worker: bubblewrap ends one together with the thread that started it."""
         self._pid = os.getpid()
         self._jobs: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
         for number in range(self._count):
             threading.Thread(target=self._serve, name=f"sandbox-{number}", daemon=True).start()
@@ -173,7 +174,8 @@ class Sandbox:
                 # The worker itself is gone or mute; the next job gets a new one.
                 if worker is not None:
                     worker.close()
-                    self._workers.discard(worker)
+                    with self._lock:
+                        self._workers.discard(worker)
                 worker = None
                 answered.put((key, error if isinstance(error, SandboxError) else SandboxError(repr(error))))
 
@@ -229,7 +231,7 @@ class _Worker:
         """The job's verdict. Raises SandboxError where the worker itself has failed."""
         # Only the worker knows it: nothing that a job may leave in the pipe passes for another job's answer.
         token = secrets.token_hex(8)
-        question = {"source": job.source, "text": job.text, "function": job.function, "token": token}
+        question = {"source": job.source, "text": job.text, "token": token}
         answer = self._exchange(question, self._seconds + GRACE_SECONDS)
         if answer.get("token") != token:
             raise SandboxError("the worker's answers are out of step")

@@ -108,9 +108,9 @@ def run_child(job: dict, answers: int, settings: dict, program: bytes | None) ->
     try:
         names: dict = {"__name__": "verifier"}
         exec(compile(job["source"], "<verifier>", "exec"), names)
-        if job["function"] not in names:
-            raise NameError(f"it defines no function '{job['function']}'")
-        value = names[job["function"]](job["text"])
+        if "evaluate" not in names:
+            raise NameError("it defines no function 'evaluate'")
+        value = names["evaluate"](job["text"])
         known = value is True or value is False
         answer = {"value": value} if known else {"error": f"returned {type(value).__name__}, not a bool"}
     except BaseException as error:
