@@ -13,7 +13,7 @@ from shared import IFBENCH, IFEVAL, needs_data, rows
 from tiny import save_model
 from uniapl import cli
 from uniapl.compose.command import all_conflicts, compose_prompt
-from uniapl.compose.wordings import ENDINGS, KINDS, LANGUAGES, NOUNS, RARE, say
+from uniapl.compose.wordings import ENDINGS, FURTHER_CONFLICTS, KINDS, LANGUAGES, NOUNS, RARE, say
 from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
 from uniapl.rewards.instructions import instructions, judge
@@ -159,6 +159,9 @@ def test_no_two_instructions_of_a_prompt_conflict() -> None:
     forbidden = all_conflicts()
     assert set(forbidden) == set(KINDS)
     assert all(one in forbidden[other] for one in forbidden for other in forbidden[one]), "both ways"
+    for kind, others in FURTHER_CONFLICTS.items():
+        assert others <= forbidden[kind]
+    assert "change_case:capital_word_frequency" in forbidden["detectable_format:multiple_sections"], "PART 1"
     counts: dict[int, int] = {}
     for seed in range(400):
         row = compose_prompt("Name a river.", random.Random(seed), list(KINDS), 5, forbidden)

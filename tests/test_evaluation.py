@@ -313,14 +313,19 @@ def test_many_prompts_are_sampled_some_at_a_time(tmp_path: Path) -> None:
         def sample(self, prompts: Sequence[TokenIds], **rest: Any) -> list[tuple[Rollout, ...]]:
             return [(self._rollout(self.tokenizer.decode(list(prompt))),) for prompt in prompts]
 
-    suite = load_suite(
-        str(path), Config(), make_tokenizer(), functions=[lambda completions: [1.0] * len(completions)]
-    )
+    tokenizer = make_tokenizer()
+
+    def ids_are_theirs(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        read = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
+        return [float(text == said) for text, said in zip(completions, read, strict=True)]
+
+    suite = load_suite(str(path), Config(), tokenizer, functions=[ids_are_theirs])
     advanced: list[float] = []
     sampler = Echo([])
     result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False, advance=advanced.append)
     assert [one["completion"] for one in result.completions] == prompts
     assert advanced == [64, 64, 22]
+    assert result.summary["scores"]["reward"]["mean"] == 1.0
 
 
 def test_a_run_s_directory_is_not_written_into(

@@ -149,6 +149,9 @@ def test_tables_make_arrays_and_floats_of_lists_and_whole_numbers() -> None:
     words = {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": np.array(["tunnel"])}]}
     assert score(words, "a tunnel") == 1.0
     assert score(words, "let us nut") == 0.0
+    third = {"num_paragraphs": 3.0, "nth_paragraph": 3.0, "first_word": "so"}
+    ids = ["length_constraints:nth_paragraph_first_word"]
+    assert score({"instruction_id_list": ids, "kwargs": [third]}, "a\n\nb\n\nso it is") == 1.0
 
 
 def test_json_columns_and_a_chat_prompt() -> None:
