@@ -1,7 +1,7 @@
 """Mixing: rows of both kinds -> padded micro-batches with one mask per component, and their global counts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -88,14 +88,31 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Cut rows into micro-batches of at most `max_tokens` padded tokens (or one row) and `max_rows` rows.
 
-    Rows of like length share a micro-batch, whatever their kind. No rows at all give one micro-batch that
-    teaches nothing, so that every process has a backward pass to take part in.
+    Rows of like length share one, whatever their kind. No rows at all give one that teaches nothing.
     """
     parts = by_length([row.length for row in rows], max_tokens=max_tokens, max_rows=max_rows)
-    batches = [[rows[index] for index in part] for part in parts]
-    if not batches:
-        batches = [[Row(prompt_ids=(pad_id, pad_id), completion_ids=(), components=frozenset())]]
-    return [collate(batch, pad_id=pad_id, padding_side=padding_side, device=device) for batch in batches]
+    batches = [
+        collate([rows[i] for i in part], pad_id=pad_id, padding_side=padding_side, device=device)
+        for part in parts
+    ]
+    return batches or [nothing_to_learn(pad_id, device=device)]
+
+
+def nothing_to_learn(pad_id: int, *, device: torch.device | str = "cpu") -> MicroBatch:
+    """A micro-batch without a loss: a backward pass to take part in, which fits in any memory."""
+    row = Row(prompt_ids=(pad_id, pad_id), completion_ids=(), components=frozenset())
+    return collate([row], pad_id=pad_id, device=device)
+
+
+def halves(batch: MicroBatch) -> list[MicroBatch]:
+    """The first and the second half of a micro-batch's rows; one row stays as it is."""
+    rows = len(batch.input_ids)
+    middle = (rows + 1) // 2
+    return [
+        MicroBatch(**{field.name: getattr(batch, field.name)[part] for field in fields(batch)})
+        for part in (slice(0, middle), slice(middle, rows))
+        if rows > part.start
+    ]
 
 
 def collate(

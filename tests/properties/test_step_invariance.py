@@ -10,12 +10,15 @@ from typing import Any, Literal
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.testing import assert_close
 
 from tiny import make_model, random_rows
-from uniapl.batching import Row, collate, component_counts, micro_batches
+from uniapl import methods
+from uniapl.batching import Row, collate, component_counts, halves, micro_batches, nothing_to_learn
+from uniapl.functional.losses import TokenWeight
 from uniapl.train.policy import Policy
-from uniapl.train.step import PolicyStep, measure_forces, policy_step
+from uniapl.train.step import OutOfMemoryError, PolicyStep, measure_forces, policy_step
 from uniapl.types import MicroBatch
 
 WEIGHTS = {"sft": 0.3, "rl": 0.7, "adv": 0.5, "kl": 0.2}
@@ -34,6 +37,7 @@ def step(
     *,
     family: str = "qwen3",
     weights: dict[str, float] = WEIGHTS,
+    token_weight: TokenWeight = "phi",
     old_logprobs: Sequence[torch.Tensor] | None = None,
     accelerator: Accelerator | None = None,
 ) -> tuple[PolicyStep, list[torch.Tensor]]:
@@ -51,7 +55,7 @@ def step(
         weights,
         clip_low=0.2,
         clip_high=0.28,
-        token_weight="phi",
+        token_weight=token_weight,
         max_grad_norm=1e9,
         reference=Policy(make_model(family, seed=1)),
         old_logprobs=old_logprobs,
@@ -251,8 +255,39 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison: float) -> No
     assert good.applied
 
 
-def _one_process(rank: int, world: int, folder: Path) -> None:
-    """Run the step on this process's rows; the first process saves what it got."""
+METHODS: dict[str, tuple[dict[str, float], TokenWeight]] = {
+    "sft": ({"sft": 1.0, "rl": 0.0, "adv": 0.0, "kl": 0.0}, "none"),
+    "a-sft": ({"sft": 1.0, "rl": 0.0, "adv": 0.5, "kl": 0.0}, "none"),
+    "grpo": ({"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": 0.1}, "none"),
+    "a-grpo": ({"sft": 0.0, "rl": 1.0, "adv": 0.5, "kl": 0.1}, "none"),
+    "chord-mu": ({"sft": 0.9, "rl": 0.1, "adv": 0.0, "kl": 0.0}, "none"),
+    "chord-phi": ({"sft": 0.1, "rl": 0.9, "adv": 0.0, "kl": 0.0}, "phi"),
+    "uniapl": ({"sft": 0.4, "rl": 0.6, "adv": 0.5, "kl": 0.1}, "none"),
+    "gad": ({"sft": 0.0, "rl": 0.0, "adv": 1.0, "kl": 0.0}, "none"),
+}
+"""Every method's weights at some step of it."""
+
+
+def test_the_table_of_methods_is_whole() -> None:
+    assert METHODS.keys() == methods.METHODS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_may_be_cut_and_padded(method: str) -> None:
+    rows = random_rows()
+    weights, token_weight = METHODS[method]
+    long = Row(prompt_ids=(5,) * 40, completion_ids=(), components=frozenset())
+    cut = [collate([*rows[i::3], long], pad_id=0, padding_side="left") for i in range(3)]
+    expected = step([collate(rows, pad_id=0)], rows, weights=weights, token_weight=token_weight)
+    assert_same(step(cut, rows, weights=weights, token_weight=token_weight), expected)
+
+
+def _one_process(rank: int, world: int, folder: Path, full: int | None) -> None:
+    """Run every method's step on this process's rows; the first process saves what it got.
+
+    Args:
+        full: The process whose memory holds two rows and no more.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world
@@ -261,27 +296,58 @@ def _one_process(rank: int, world: int, folder: Path) -> None:
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    accelerator = Accelerator(cpu=True)
+    handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
     assert accelerator.num_processes == world
     rows = random_rows()
     share = rows[rank::world]
-    # Unequal numbers of micro-batches: 2 rows in each on the first process, all in one on the second.
+    # Unequal numbers of micro-batches: 2 rows in each on the first process, all in one on the others.
     batches = micro_batches(share, pad_id=0, max_tokens=10_000, max_rows=2 if rank == 0 else None)
-    result, gradients = step(batches, rows, accelerator=accelerator)
+    batches.append(nothing_to_learn(0))
+    forward = Policy.forward
+
+    def small(self: Policy, input_ids: torch.Tensor, *args: Any) -> Any:
+        if len(input_ids) > 2 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, input_ids, *args)
+
+    if rank == full:
+        Policy.forward = small
+    results: dict[str, Any] = {}
+    for method, (weights, token_weight) in METHODS.items():
+        settings: dict[str, Any] = {"weights": weights, "token_weight": token_weight}
+        if full is not None:
+            with pytest.raises(OutOfMemoryError):
+                step(batches, rows, accelerator=accelerator, **settings)
+            batches = [half for batch in batches for half in halves(batch)]
+            batches = [half for batch in batches for half in halves(batch)]
+            full = None
+        result, gradients = step(batches, rows, accelerator=accelerator, **settings)
+        results[method] = (result.sums, result.grad_norm, gradients)
     if rank == 0:
-        torch.save((result.sums, result.grad_norm, gradients), folder / "result.pt")
+        torch.save(results, folder / "result.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "full"), [(2, 1), (4, None)])
+def test_processes(world: int, full: int | None, tmp_path: Path) -> None:
+    """Every method; also when one of the processes has to cut its micro-batches, and with it the other."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_one_process, args=(rank, 2, tmp_path)) for rank in range(2)]
+    processes = [
+        context.Process(target=_one_process, args=(rank, world, tmp_path, full)) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    sums, grad_norm, gradients = torch.load(tmp_path / "result.pt", weights_only=True)
+        process.join(timeout=240)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert ended == [0] * world
     rows = random_rows()
-    result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
-    assert_same((result, gradients), whole(rows))
+    saved = torch.load(tmp_path / "result.pt", weights_only=True)
+    for method, (weights, token_weight) in METHODS.items():
+        sums, grad_norm, gradients = saved[method]
+        result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
+        expected = step([collate(rows, pad_id=0)], rows, weights=weights, token_weight=token_weight)
+        assert_same((result, gradients), expected)

@@ -144,7 +144,35 @@ class HealthConfig(Section):
         description="Steps in a row with a non-finite gradient, or with a reward that failed every call.",
     )
     window: int = Field(
-        default=10, ge=2, description="Steps whose means are compared with as many before, for warnings."
+        default=10, ge=2, description="Steps that the warnings look at, and compare with as many before."
+    )
+    max_zero_std: float = Field(
+        default=0.9, ge=0, le=1, description="Warn from this share of groups whose rewards are all equal."
+    )
+    max_clipped_ratio: float = Field(
+        default=0.5, ge=0, le=1, description="Warn above this share of answers that were cut off."
+    )
+    min_entropy: float = Field(default=0.02, ge=0, description="Warn below so many nats per token.")
+    max_kl_growth: float = Field(
+        default=10.0, gt=1, description="Warn when a step's KL is so many times the usual one."
+    )
+    max_length_growth: float = Field(
+        default=2.0,
+        gt=1,
+        description="Warn when answers get so many times as long within a window, or as the expert's.",
+    )
+    max_length_advantage: float = Field(
+        default=0.1,
+        ge=0,
+        description="Warn when length alone tells policy from expert by so much better than it.",
+    )
+    max_accuracy: float = Field(
+        default=0.99, ge=0, le=1, description="Warn from this accuracy of the discriminator on fresh pairs."
+    )
+    max_sampling_difference: float = Field(
+        default=0.05,
+        ge=0,
+        description="Warn when sampler and trainer differ by more nats per token, in the mean of a step.",
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -87,10 +87,17 @@ class Comparison:
         return [(self.prompt_ids, ids) for ids in (self.demonstration_ids, *self.completions)]
 
     @property
-    def padded_tokens(self) -> int:
-        """Size of the padded batch that holds it."""
-        answers = (self.demonstration_ids, *self.completions)
-        return len(answers) * (len(self.prompt_ids) + max(map(len, answers)))
+    def width(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.prompt_ids) + max(map(len, (self.demonstration_ids, *self.completions)))
+
+    def within(self, limit: int) -> list["Comparison"]:
+        """The same pairs in comparisons of at most `limit` padded tokens, or of one pair."""
+        size = max(1, limit // self.width - 1)
+        return [
+            replace(self, completions=self.completions[start : start + size])
+            for start in range(0, max(1, len(self.completions)), size)
+        ]
 
 
 class BradleyTerry(nn.Module):
@@ -141,8 +148,7 @@ class BradleyTerryDiscriminator:
     module: BradleyTerry
     pad_id: int
     max_tokens: int
-    """Padded tokens of one batch at most when scoring, one row at least. In the loss, of comparisons each
-    padded by itself, one at least: a batch of unlike lengths takes more."""
+    """Padded tokens of one batch at most: one row at least when scoring, one pair in the loss."""
     label_smoothing: float = 0.0
     context: Context = no_context
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -166,19 +172,24 @@ class BradleyTerryDiscriminator:
         return logits
 
     def losses(
-        self, comparisons: Sequence[Comparison], module: nn.Module | None = None
+        self,
+        comparisons: Sequence[Comparison],
+        module: nn.Module | None = None,
+        *,
+        max_tokens: int | None = None,
     ) -> Iterator[Callable[[], Tensor]]:
         """One loss per batch of comparisons, each computed when called: a SUM over the batch's pairs.
 
         Args:
             comparisons: Cut into batches by `max_tokens`; none gives one loss that is a differentiable zero.
             module: The module to run, where it is wrapped for several processes.
+            max_tokens: Instead of the discriminator's own.
         """
         run = module or self.module
         if not comparisons:
             nothing = Comparison(prompt_ids=(self.pad_id,), demonstration_ids=(self.pad_id,), completions=())
             comparisons = [nothing]
-        for part in _cut(comparisons, self.max_tokens):
+        for part in _cut(comparisons, max_tokens or self.max_tokens):
             yield lambda part=part: self._loss(part, run)
 
     def _loss(self, comparisons: list[Comparison], module: nn.Module) -> Tensor:
@@ -195,16 +206,15 @@ class BradleyTerryDiscriminator:
 
 
 def _cut(comparisons: Sequence[Comparison], limit: int) -> list[list[Comparison]]:
-    """Consecutive parts, the sum of what each comparison would take within the limit."""
+    """Consecutive parts, each of which takes at most `limit` padded tokens, or is one pair."""
     parts: list[list[Comparison]] = []
-    used = 0
-    for comparison in comparisons:
-        size = comparison.padded_tokens
-        if not parts or used + size > limit:
+    rows = width = 0
+    for comparison in [piece for whole in comparisons for piece in whole.within(limit)]:
+        rows, width = rows + len(comparison.sequences), max(width, comparison.width)
+        if not parts or rows * width > limit:
             parts.append([])
-            used = 0
+            rows, width = len(comparison.sequences), comparison.width
         parts[-1].append(comparison)
-        used += size
     return parts
 
 
@@ -250,6 +260,8 @@ class AdversaryState:
     paused: bool = False
     expert_mean: float | None = None
     """Moving average of the expert's logits: stands in where a prompt has no demonstration."""
+    max_tokens: int | None = None
+    """Of a batch, since one has not fitted in memory; None: the configuration's."""
 
     def observe(
         self, *, accuracy: float | None, expert_logit: float | None, band: tuple[float, float]

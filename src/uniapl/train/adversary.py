@@ -26,12 +26,12 @@ from uniapl.discriminator.density_ratio import DensityRatio
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
-from uniapl.errors import UsageError
+from uniapl.errors import UniAPLError, UsageError
 from uniapl.loading import check_vocabulary, from_pretrained, load_model
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
 from uniapl.train.setup import Materials, is_held_out
-from uniapl.train.step import discriminator_step
+from uniapl.train.step import OutOfMemoryError, discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
 
 
@@ -103,14 +103,7 @@ class Adversary:
                 comparisons = fresh + learner.replay.draw(replayed, seed=seed)
                 if not comparisons:
                     break
-                loss, applied = discriminator_step(
-                    accelerator,
-                    learner.discriminator,
-                    learner.module,
-                    learner.optimizer,
-                    comparisons,
-                    max_grad_norm=settings.max_grad_norm,
-                )
+                loss, applied = self._update(accelerator, learner, comparisons, config)
                 losses.append(loss)
                 skipped += not applied
         learner.replay.add(fresh)
@@ -120,6 +113,33 @@ class Adversary:
             "discriminator/skipped": skipped,
             "discriminator/paused": int(self.state.paused),
         }
+
+    def _update(
+        self, accelerator: Accelerator, learner: Learner, comparisons: Sequence[Comparison], config: Config
+    ) -> tuple[float, bool]:
+        """One update, in smaller batches from the first one on that does not fit in memory."""
+        smallest = 2 * max(comparison.width for comparison in comparisons)
+        while True:
+            limit = min(config.batching.max_tokens, self.state.max_tokens or config.batching.max_tokens)
+            try:
+                return discriminator_step(
+                    accelerator,
+                    learner.discriminator,
+                    learner.module,
+                    learner.optimizer,
+                    comparisons,
+                    max_grad_norm=config.discriminator.max_grad_norm,
+                    max_tokens=limit,
+                )
+            except OutOfMemoryError:
+                if limit <= smallest:
+                    raise UniAPLError(
+                        f"out of memory in the discriminator's update: a pair of {smallest} tokens does not "
+                        "fit; lower rollout.max_completion_length or data.max_demonstration_length, or give "
+                        "it a smaller backbone (discriminator.model_name_or_path, lora_rank)"
+                    ) from None
+            total = sum(len(c.sequences) for c in comparisons) * smallest
+            self.state.max_tokens = min(limit, total) // 2
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write its tensors below `directory`; return the rest, as JSON values."""

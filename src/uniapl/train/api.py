@@ -1,7 +1,8 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,18 +11,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    set_seed,
+)
+from accelerate.utils.memory import should_reduce_batch_size
 
 from uniapl.config import Config
-from uniapl.errors import UsageError
+from uniapl.errors import UniAPLError, UsageError
 from uniapl.loading import check_vocabulary, load_model
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
-from uniapl.train import checkpoint, setup
+from uniapl.train import checkpoint, setup, storage
 from uniapl.train.console import RunView
 from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
 from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
+
+OUT_OF_MEMORY = {
+    "rollout": "rollout.max_rows or rollout.max_completion_length",
+    "score": "batching.max_tokens",
+    "evaluate": "rollout.max_rows or evaluation.max_completion_length",
+}
+"""Phase -> what to lower where it does not fit; an update cuts itself smaller before it gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +102,24 @@ def train_resolved(
     )
     accelerator = make_accelerator(config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process)
-    directory = Path(config.output_dir)
     for note in _notes(resolved, stages, materials, rows_given=train_dataset is not None):
         view.say(f"note: {note}")
+    # The first process writes for all.
+    alone = storage.exclusive(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
+    with alone:
+        return _train_in_directory(resolved, stages, materials, accelerator, view, evaluate)
 
+
+def _train_in_directory(
+    resolved: Resolved,
+    stages: Sequence[Resolved],
+    materials: setup.Materials,
+    accelerator: Accelerator,
+    view: RunView,
+    evaluate: Evaluate | None,
+) -> RunResult:
+    config = resolved.config
+    directory = Path(config.output_dir)
     # Everything that can fail comes before the run directory is touched.
     found = checkpoint.find_checkpoint(directory, config.resume, view.say)
     setup.check_run_directory(config, found)
@@ -109,11 +137,13 @@ def train_resolved(
     stage: Stage | None = build(first)
     if found:
         stage.load(found, state)
+    if accelerator.is_main_process:
+        storage.check_space(directory, _bytes_to_write(stages, stage, directory, state))
     run = start_run(resolved, stages, accelerator, materials, view, state)
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
-    with view, run.signals_handled():
+    with view, run.signals_handled(), _memory_explained(view):
         run_stage(run, stage)
         for index in range(first + 1, len(stages)):
             save_model(run, stage, directory / "stages" / str(index))
@@ -130,6 +160,34 @@ def train_resolved(
         steps=run.step,
         metrics=dict(run.history[-1]) if run.history else {},
     )
+
+
+def _bytes_to_write(
+    stages: Sequence[Resolved], stage: Stage, directory: Path, state: Mapping[str, Any]
+) -> int:
+    """What the run's directory will hold at most, less what is there; later stages as large as this one."""
+    saves = sum(-(-s.config.max_steps // s.config.save_steps) for s in stages)
+    # One more than the limit: the oldest goes when the newest is whole.
+    kept = min(stage.config.save_total_limit + 1, saves)
+    models = len(stages) * sum(tensor.nbytes for tensor in stage.model.state_dict().values())
+    folders = [directory / name for name in setup.RUN_DIRECTORIES]
+    there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there
+
+
+@contextmanager
+def _memory_explained(view: RunView) -> Iterator[None]:
+    """Out of memory, outside an update: what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        remedy = OUT_OF_MEMORY.get(view.current, "a smaller model or shorter answers")
+        raise UniAPLError(
+            f"out of memory ({view.current}): {error}. Lower {remedy}; --resume auto goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 def _notes(
@@ -164,8 +222,12 @@ def make_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=device is None or device.type == "mps",
         mixed_precision="bf16" if bf16 else "no",
-        # The first process evaluates and saves while the others wait, for longer than NCCL's ten minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[
+            # The first process evaluates and saves while the others wait, for longer than NCCL's ten minutes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            # No buffer changes in training; exchanging them would leave behind a process whose forward fails.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
     # Every update is one optimizer step: accelerate must not divide, whatever its environment variables say.
     accelerator.gradient_accumulation_steps = 1

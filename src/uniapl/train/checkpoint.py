@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
@@ -41,6 +42,8 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(temporary)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        for file in files:
+            _read_back(file)
         manifest = {
             str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in files
@@ -170,6 +173,15 @@ def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read_back(path: Path) -> None:
+    """Whether what was written can be read; a file system may have said yes and kept half."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    elif path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
 
 
 def _sha256(path: Path) -> str:

@@ -37,6 +37,8 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
     def __init__(self, total_steps: int, *, visible: bool) -> None:
         self.console = Console(quiet=not visible, highlight=False)
         self.times: dict[str, float] = {}
+        self.current = ""
+        """The phase that is going on, or that an error has ended."""
         self._total = total_steps
         self._started = time.monotonic()
         self._progress = Progress(
@@ -69,6 +71,7 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
     def phase(self, name: str) -> Iterator[None]:
         """Name what is going on, and add its seconds to `times`."""
         self._progress.update(self._task, description=f"{name:<13}")
+        self.current = name
         begin = time.monotonic()
         try:
             yield

@@ -11,16 +11,19 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from uniapl.batching import component_counts, demonstration_row, micro_batches
+from uniapl.batching import Row, component_counts, demonstration_row, micro_batches, nothing_to_learn
 from uniapl.errors import HealthStop
 from uniapl.rewards import RewardOutcome
 from uniapl.streams import Stream
 from uniapl.train import metrics, setup
 from uniapl.train.credit import Credit, assign_credit, failed_prompts, rollout_rows
-from uniapl.train.run import Run, check_health, finish_step, warn
+from uniapl.train.fitting import within_memory
+from uniapl.train.run import Run, finish_step
 from uniapl.train.stage import Stage
 from uniapl.train.step import PolicyStep, measure_forces, policy_step
+from uniapl.train.watch import check_health, save_skipped, warn
 from uniapl.types import MicroBatch, RolloutGroup, derive_seed
 
 
@@ -28,8 +31,10 @@ from uniapl.types import MicroBatch, RolloutGroup, derive_seed
 class MixedBatch:
     """What one step learns from: demonstrations and rollouts together."""
 
+    rows: list[Row]
+    """Of all processes."""
     batches: list[MicroBatch]
-    """This process's share."""
+    """This process's share, padded."""
     counts: dict[str, int]
     """Tokens per component, over all processes."""
     weights: dict[str, float]
@@ -90,15 +95,18 @@ def run_stage(run: Run, stage: Stage) -> None:
             "skipped": int(not update.applied),
         }
         record |= warn(run, stage, record)
-        complaint = check_health(run, stage, update, outcomes)
+        if not update.applied:
+            save_skipped(run, update, batch.rows, batch.weights)
+        complaint = check_health(run, stage, update, outcomes, groups, learnt)
         completions = metrics.completion_records(run.step, groups, batch.credits)
         # Looked at once: a signal that comes after the save waits for the next step's.
-        stopping = bool(complaint or run.signal_number)
+        interrupted = run.asked_to_stop()
+        stopping = bool(complaint or interrupted)
         finish_step(run, stage, record, completions, stopping=stopping)
         if complaint:
             raise HealthStop(complaint)
-        if stopping:
-            run.stop_if_asked()
+        if interrupted:
+            raise run.interrupted()
 
 
 def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
@@ -193,11 +201,14 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     batches = micro_batches(
         rows[accelerator.process_index :: accelerator.num_processes],
         pad_id=run.materials.pad_id,
-        max_tokens=config.batching.max_tokens,
+        max_tokens=run.max_tokens(stage),
         max_rows=config.batching.per_device_train_batch_size,
         device=accelerator.device,
     )
+    if accelerator.num_processes > 1:
+        batches.append(nothing_to_learn(run.materials.pad_id, device=accelerator.device))
     return MixedBatch(
+        rows=rows,
         batches=batches,
         counts=component_counts(rows),
         weights=stage.weights(stage.mu(groups)),
@@ -212,14 +223,20 @@ def look_at_forces(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float
     every = stage.config.gradient_steps
     if not every or stage.step % every:
         return {}
-    return measure_forces(
-        run.accelerator,
-        stage.policy,
+    forces, _ = within_memory(
+        run,
         batch.batches,
-        batch.counts,
-        batch.weights,
-        token_weight=stage.config.objective.sft_token_weight,
+        None,
+        lambda batches, _: measure_forces(
+            run.accelerator,
+            stage.policy,
+            batches,
+            batch.counts,
+            batch.weights,
+            token_weight=stage.config.objective.sft_token_weight,
+        ),
     )
+    return forces
 
 
 def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
@@ -229,14 +246,13 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
         The last update; `applied` only if all of them were.
     """
     objective = stage.config.objective
-    update: PolicyStep | None = None
-    all_applied = True
-    for _ in range(objective.num_iterations):
-        update = policy_step(
+
+    def step(batches: list[MicroBatch], old_logprobs: Sequence[Tensor] | None) -> PolicyStep:
+        return policy_step(
             run.accelerator,
             stage.policy,
             stage.optimizer,
-            batch.batches,
+            batches,
             batch.counts,
             batch.weights,
             clip_low=objective.epsilon,
@@ -244,8 +260,13 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
             token_weight=objective.sft_token_weight,
             max_grad_norm=stage.config.optim.max_grad_norm,
             reference=stage.reference,
-            old_logprobs=update.old_logprobs if update else None,
+            old_logprobs=old_logprobs,
         )
+
+    batches, update = batch.batches, None
+    all_applied = True
+    for _ in range(objective.num_iterations):
+        update, batches = within_memory(run, batches, update.old_logprobs if update else None, step)
         all_applied &= update.applied
     assert update is not None
     return replace(update, applied=all_applied)

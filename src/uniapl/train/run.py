@@ -11,19 +11,17 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
 from uniapl.errors import Interrupted
 from uniapl.resolve import Resolved
-from uniapl.rewards import RewardOutcome
 from uniapl.streams import Stream
-from uniapl.train import checkpoint, health, metrics, setup
+from uniapl.train import checkpoint, metrics, setup, storage
 from uniapl.train.console import RunView
 from uniapl.train.setup import Materials
 from uniapl.train.stage import Stage
-from uniapl.train.step import PolicyStep
 
 Evaluate = Callable[[int, PreTrainedModel], Mapping[str, Any]]
 """(step, model) -> what to log of it."""
@@ -43,14 +41,16 @@ class Run:
     streams: dict[str, Stream]
     metrics_log: metrics.JsonlLog
     completions_log: metrics.JsonlLog
+    health_log: metrics.JsonlLog
+    """Which rule began to fire in which step, and what it said."""
     step: int = 0
     """Steps done, over all stages."""
     num_tokens: int = 0
     """Tokens of completions that losses were computed on, demonstrations included."""
-    skipped_steps: int = 0
-    """Updates in a row that were not applied."""
-    failed_rewards: dict[str, int] = field(default_factory=dict)
-    """Reward function -> steps in a row in which every one of its calls failed."""
+    bad_steps: dict[str, int] = field(default_factory=dict)
+    """What went wrong -> for how many steps in a row: "update", "discriminator", "rewards/<name>"."""
+    token_limit: int | None = None
+    """Padded tokens of a micro-batch, since a larger one has not fitted in memory."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of the last steps, oldest first: what the health rules look at."""
     longest_window: int = 1
@@ -62,14 +62,15 @@ class Run:
     signal_number: int = 0
     """Of the signal that asked the run to end."""
 
+    def max_tokens(self, stage: Stage) -> int:
+        """Padded tokens of a micro-batch at most: the configuration's, or what was found to fit."""
+        configured = stage.config.batching.max_tokens
+        return configured if self.token_limit is None else min(configured, self.token_limit)
+
     @contextlib.contextmanager
     def signals_handled(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let the step in progress end and be saved; a second one ends the run at once.
-
-        With one process alone: several would not stop at the same step.
-        """
-        main_thread = threading.current_thread() is threading.main_thread()
-        if self.accelerator.num_processes > 1 or not main_thread:
+        """Ctrl-C and SIGTERM let the step in progress end and be saved; a second one ends the run at once."""
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
 
@@ -86,11 +87,15 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def stop_if_asked(self) -> None:
-        """Raise Interrupted if a signal has come."""
-        if self.signal_number:
-            where = checkpoint.checkpoint_path(self.directory, self.step)
-            raise Interrupted(f"interrupted; --resume auto goes on from {where}", self.signal_number)
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has come, to any process; all of them ask in the same step."""
+        self.signal_number = max(gather_object([self.signal_number]))
+        return bool(self.signal_number)
+
+    def interrupted(self) -> Interrupted:
+        """How a run ends that a signal has stopped."""
+        where = checkpoint.checkpoint_path(self.directory, self.step)
+        return Interrupted(f"interrupted; --resume auto goes on from {where}", self.signal_number)
 
 
 def start_run(
@@ -109,6 +114,9 @@ def start_run(
         if not state.get("finished"):
             setup.prepare_run_directory(resolved, stages, materials)
         checkpoint.forget_after(directory, state["step"])
+        for path in (directory / "skipped").glob("step-*.json"):
+            if int(path.stem.removeprefix("step-")) > state["step"]:
+                path.unlink()
     accelerator.wait_for_everyone()
 
     def log(name: str) -> metrics.JsonlLog:
@@ -118,6 +126,8 @@ def start_run(
 
     metrics_log = log("metrics.jsonl")
     longest_window = max(stage.config.health.window for stage in stages)
+    history = metrics_log.tail(2 * longest_window)
+    last = history[-1] if history else {}
     return Run(
         config=config,
         accelerator=accelerator,
@@ -131,12 +141,14 @@ def start_run(
         },
         metrics_log=metrics_log,
         completions_log=log("completions.jsonl"),
-        history=metrics_log.tail(2 * longest_window),
+        health_log=log("health.jsonl"),
+        history=history,
+        warned={key.removeprefix("health/") for key in last if key.startswith("health/")},
         longest_window=longest_window,
         step=state["step"],
         num_tokens=state.get("num_tokens", 0),
-        skipped_steps=state.get("skipped_steps", 0),
-        failed_rewards=state.get("failed_rewards", {}),
+        bad_steps=state.get("bad_steps", {}),
+        token_limit=state["token_limit"] if state.get("max_tokens") == config.batching.max_tokens else None,
     )
 
 
@@ -188,8 +200,9 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         state = {
             "step": run.step,
             "num_tokens": run.num_tokens,
-            "skipped_steps": run.skipped_steps,
-            "failed_rewards": run.failed_rewards,
+            "bad_steps": run.bad_steps,
+            "token_limit": run.token_limit,
+            "max_tokens": run.config.batching.max_tokens,
             "methods": run.methods,
             "seed": run.config.seed,
             "data_sha256": run.materials.data_sha256,
@@ -200,6 +213,10 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     if run.accelerator.is_main_process:
+        if not storage.fits(run.directory, stage.checkpoint_bytes()):
+            # The newest is whole: it was read back.
+            checkpoint.prune(run.directory, 1)
+        storage.require_space(run.directory, stage.checkpoint_bytes())
         checkpoint.write_directory(checkpoint.checkpoint_path(run.directory, run.step), fill)
         checkpoint.prune(run.directory, run.config.save_total_limit)
     run.accelerator.wait_for_everyone()
@@ -222,55 +239,3 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
     if run.accelerator.is_main_process:
         checkpoint.write_directory(path, fill)
     run.accelerator.wait_for_everyone()
-
-
-def warn(run: Run, stage: Stage, record: dict[str, Any]) -> dict[str, int]:
-    """Say which health rules begin to fire in this step; return them as metrics."""
-    run.history = [*run.history[1 - 2 * run.longest_window :], record]
-    # Another stage's discriminator and weights are another matter.
-    here = [record for record in run.history if record["stage"] == stage.index]
-    bounds = stage.config.objective.lambda_bounds
-    found = health.warnings(here, window=stage.config.health.window, bounds=bounds)
-    for name in sorted(found.keys() - run.warned):
-        run.view.say(f"step {run.step}: warning: {found[name]}")
-    run.warned = set(found)
-    return {f"health/{name}": 1 for name in found}
-
-
-def check_health(
-    run: Run, stage: Stage, update: PolicyStep, outcomes: Mapping[str, Sequence[RewardOutcome]]
-) -> str | None:
-    """Say what went wrong in this step; return why the run must stop, when it has gone wrong for too long."""
-    complaints: list[tuple[int, str]] = []
-    run.skipped_steps = 0 if update.applied else run.skipped_steps + 1
-    if run.skipped_steps:
-        found = f"loss {update.sums['loss']}, gradient norm {update.grad_norm}"
-        run.view.say(f"step {run.step}: {found}: update skipped, weights unchanged")
-        remedy = "try a lower optim.learning_rate, and look for extreme rewards"
-        complaints.append((run.skipped_steps, f"the gradient was not finite ({found}); {remedy}"))
-    for name, parts in outcomes.items():
-        message = next((part.message for part in parts if part.message is not None), None)
-        if message is not None:
-            failures = sum(sum(part.failed) for part in parts)
-            run.view.say(f"step {run.step}: reward '{name}' failed on {failures} samples: {message}")
-        # Samples that the function does not apply to say nothing about its health.
-        tried = [
-            bad for p in parts for bad, v in zip(p.failed, p.values, strict=True) if bad or v is not None
-        ]
-        dead = bool(tried) and all(tried)
-        if tried:
-            run.failed_rewards[name] = run.failed_rewards.get(name, 0) + 1 if dead else 0
-        if dead:
-            complaints.append(
-                (run.failed_rewards[name], f"reward '{name}' failed on every sample: {message}")
-            )
-    values = [value for parts in outcomes.values() for part in parts for value in part.values]
-    if values and all(value is None for value in values) and not complaints:
-        run.view.say(f"step {run.step}: no rollout has a reward: every function answered None")
-    for steps, complaint in complaints:
-        if steps >= stage.config.health.max_skipped_steps:
-            return (
-                f"stopped after step {run.step}: {steps} steps in a row {complaint}. "
-                "A checkpoint was saved; once mended, --resume auto goes on from it."
-            )
-    return None

@@ -30,8 +30,8 @@ from uniapl.rewards.base import build_rewarder
 from uniapl.streams import split_streams
 from uniapl.types import Example, derive_seed
 
-RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl")
-RUN_DIRECTORIES = ("checkpoints", "stages", "final")
+RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "health.jsonl")
+RUN_DIRECTORIES = ("checkpoints", "stages", "final", "skipped")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,6 +163,16 @@ class Stage:
             group["lr"] = rate
         return rate
 
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint takes on the disk, but for some small files."""
+        kept = _bytes(self.model) + _optimizer_bytes(self.model)
+        if self.reference is not None and self.config.objective.reference_step > 0:
+            kept += _bytes(self.model)
+        if self.adversary is not None and self.adversary.learner is not None:
+            module = self.adversary.learner.discriminator.module
+            kept += _bytes(module) + _optimizer_bytes(module)
+        return kept
+
     def save(self, directory: Path) -> dict[str, Any]:
         """Write all tensors of the stage below `directory`; return the rest, as JSON values."""
         checkpoint.save_optimizer(self.optimizer, directory / "policy_optimizer")
@@ -195,6 +205,15 @@ class Stage:
             # A fixed lambda is the recipe's, whatever it was before.
             if self.config.objective.lambda_controller != "fixed":
                 self.multiplier = Multiplier(**state["multiplier"])
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def _optimizer_bytes(module: nn.Module) -> int:
+    """Of AdamW's two moments."""
+    return 2 * sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def build_stage(

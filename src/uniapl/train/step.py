@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +15,10 @@ from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Compar
 from uniapl.functional import clip_fractions, clipped_surrogate, k3_kl, objective, sft_loss
 from uniapl.functional.losses import TokenWeight
 from uniapl.types import MicroBatch
+
+
+class OutOfMemoryError(Exception):
+    """A micro-batch did not fit: all processes raise it, and nothing was changed."""
 
 
 @dataclass
@@ -49,12 +54,15 @@ def policy_step(
 
     Args:
         policy: A (wrapped) :class:`Policy`.
-        batches: This process's micro-batches, at least one.
+        batches: This process's micro-batches, at least one; of several processes', the last teaches nothing.
         counts: Tokens per component over all micro-batches and processes.
         weights: One per component: "sft", "rl", "adv", "kl".
         reference: The policy that the KL term stays near; needed when the weight of "kl" is positive.
         old_logprobs: From the first update on these rollouts. None means on-policy: the update's own
             log-probabilities, detached, are the old ones.
+
+    Raises:
+        OutOfMemoryError: The same step on smaller micro-batches has the same result.
     """
     measured: dict[str, Tensor] = {}
     kept: list[Tensor] = []
@@ -141,11 +149,18 @@ def discriminator_step(
     comparisons: Sequence[Comparison],
     *,
     max_grad_norm: float,
+    max_tokens: int | None = None,
 ) -> tuple[float, bool]:
     """One Bradley-Terry update on comparisons that every process knows, each computing its share.
 
+    Args:
+        max_tokens: Of a batch, instead of the discriminator's own.
+
     Returns:
         The loss per pair, and whether the update was applied (False: not finite, the weights are as before).
+
+    Raises:
+        OutOfMemoryError: The same update with a smaller `max_tokens` has the same result.
     """
     pairs = sum(len(comparison.completions) for comparison in comparisons)
     share = comparisons[accelerator.process_index :: accelerator.num_processes]
@@ -157,7 +172,10 @@ def discriminator_step(
         return loss
 
     optimizer.zero_grad()
-    losses = (lambda c=c: loss_of(c) for c in discriminator.losses(share, module))
+    computations = [*discriminator.losses(share, module, max_tokens=max_tokens)]
+    if accelerator.num_processes > 1:
+        computations += discriminator.losses([], module)
+    losses = (lambda c=c: loss_of(c) for c in computations)
     accumulate_gradients(accelerator, module, losses)
     grad_norm = _clip_gradient(accelerator, module, max_grad_norm)
     loss = reduce_sums(accelerator, measured)["loss"]
@@ -174,15 +192,35 @@ def accumulate_gradients(
     """Backward through every loss; processes exchange gradients once, in the last backward.
 
     The losses are already divided by global counts, and DDP averages over processes: hence the factor.
+
+    Args:
+        losses: At least one; with several processes the last is so small that it fits in any case, so that
+            all of them meet in the exchange.
+
+    Raises:
+        OutOfMemoryError: A loss did not fit in the memory of some process; the gradients are worth nothing.
     """
-    pending: Callable[[], Tensor] | None = None
-    for compute in losses:
-        if pending is not None:
-            with accelerator.no_sync(module):
-                accelerator.backward(pending() * accelerator.num_processes)
-        pending = compute
-    assert pending is not None, "every process takes part with at least one micro-batch"
-    accelerator.backward(pending() * accelerator.num_processes)
+    *those_before, last = losses
+    full = False
+    try:
+        with accelerator.no_sync(module):
+            for compute in those_before:
+                accelerator.backward(compute() * accelerator.num_processes)
+        if accelerator.num_processes == 1:
+            accelerator.backward(last())
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        full = True
+    if accelerator.num_processes > 1:
+        accelerator.backward(last() * accelerator.num_processes)
+        anywhere = accelerator.gather(torch.tensor([full], device=accelerator.device))
+        assert isinstance(anywhere, Tensor)
+        full = bool(anywhere.any())
+    if full:
+        module.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        raise OutOfMemoryError
 
 
 def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[str, float]:

@@ -1,0 +1,91 @@
+"""The disk under a run: one run per directory, and room for what it will save."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from uniapl.errors import UniAPLError, UsageError
+
+LOCK = ".lock"
+RESERVE = 2**20
+"""Bytes to leave free beside a checkpoint, for the lines of the steps until the next one. Our choice."""
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Keep every other run out of a directory; the system ends it with the process, however that ends.
+
+    Raises:
+        UsageError: Another run is at work there, or the directory cannot be written.
+    """
+    lock = FileLock(run_dir / LOCK, timeout=0)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"another run is at work in output_dir '{run_dir}': wait for its end, or choose another "
+            "--output-dir"
+        ) from None
+    except NotImplementedError:
+        # A file system without locks: nothing is worse there than it was before.
+        yield
+        return
+    except OSError as error:
+        raise UsageError(f"output_dir '{run_dir}' cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        # A run that was refused leaves nothing behind.
+        if [path.name for path in run_dir.iterdir()] == [LOCK]:
+            shutil.rmtree(run_dir)
+        lock.release()
+
+
+def fits(run_dir: Path, needed: int) -> bool:
+    """Whether so many bytes can be written."""
+    return shutil.disk_usage(run_dir).free >= needed + RESERVE
+
+
+def check_space(run_dir: Path, needed: int) -> None:
+    """Refuse to start a run whose checkpoints and result, `needed` bytes, do not fit.
+
+    Raises:
+        UsageError: They do not.
+    """
+    if not fits(run_dir, needed):
+        raise UsageError(
+            f"output_dir '{run_dir}' has {_free(run_dir)} free, the run will need about {size(needed)} for "
+            "checkpoints and the result: free some, lower save_total_limit, or choose another --output-dir"
+        )
+
+
+def require_space(run_dir: Path, needed: int) -> None:
+    """Refuse to begin a checkpoint that does not fit.
+
+    Raises:
+        UniAPLError: It does not.
+    """
+    if not fits(run_dir, needed):
+        raise UniAPLError(
+            f"no room for the next checkpoint: '{run_dir}' has {_free(run_dir)} free, {size(needed)} are "
+            "needed. Free some, and go on from the last checkpoint with --resume auto"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes as people read them.
+
+    Example:
+        >>> size(1536 * 2**20)
+        '1.5 GiB'
+    """
+    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if count >= 2**p or p == 10)
+    return f"{count / 2**power:.1f} {unit}"
+
+
+def _free(run_dir: Path) -> str:
+    return size(shutil.disk_usage(run_dir).free)

@@ -1,0 +1,334 @@
+"""What a run survives: too little memory, a full disk, numbers that are none, signals, a second run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import uniapl
+from runs import lines, recipe, run_until, timeless, train, write_recipe
+from tiny import save_model
+from uniapl.discriminator.bradley_terry import BradleyTerry
+from uniapl.errors import UniAPLError
+from uniapl.train import checkpoint, watch
+from uniapl.train.policy import Policy
+from uniapl.train.storage import exclusive, size
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
+Usage = namedtuple("Usage", "free")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def with_little_memory(
+    monkeypatch: pytest.MonkeyPatch, module: type[torch.nn.Module], limit: int
+) -> list[int]:
+    """Forward passes with gradients fail above `limit` padded tokens; their sizes are returned."""
+    sizes: list[int] = []
+    forward: Callable[..., Any] = module.forward
+
+    def small(self: Any, input_ids: torch.Tensor, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            sizes.append(input_ids.numel())
+            if input_ids.numel() > limit:
+                raise torch.OutOfMemoryError(FULL)
+        return forward(self, input_ids, *args)
+
+    monkeypatch.setattr(module, "forward", small)
+    return sizes
+
+
+def assert_close_runs(got: Path, expected: Path) -> None:
+    one, two = (timeless(lines(run / "metrics.jsonl")) for run in (got, expected))
+    for mine, other in zip(one, two, strict=True):
+        for key, value in other.items():
+            assert mine[key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), key
+    ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (got, expected))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=1e-3)
+
+
+def test_an_update_that_does_not_fit_is_done_in_smaller_parts(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result is the same, what fitted is remembered, and a resumed run begins with it."""
+    values = {
+        "objective": {"num_iterations": 2},
+        "batching": {"max_tokens": 1000},
+        "gradient_steps": 1,
+        "save_steps": 1,
+    }
+    train(recipe(model_dir, tmp_path / "whole", **values))
+    sizes = with_little_memory(monkeypatch, Policy, 70)
+    run_until(2, recipe(model_dir, tmp_path / "small", **values))
+    assert "step 1: out of memory: micro-batches of" in capsys.readouterr().out
+    failed = [size for size in sizes if size > 70]
+    assert 1 <= len(failed) <= 4
+    state = json.loads((checkpoint.checkpoint_path(tmp_path / "small", 2) / "state.json").read_text())
+    assert state["token_limit"] == max(failed[-1] // 2, 1) <= 100
+    sizes.clear()
+    train(recipe(model_dir, tmp_path / "small", resume="auto", **values))
+    assert sizes
+    assert max(sizes) <= state["token_limit"]
+    assert_close_runs(tmp_path / "small", tmp_path / "whole")
+
+
+def test_a_second_update_that_does_not_fit_keeps_its_old_logprobs(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out between the updates of a step: each row keeps its own old log-probabilities."""
+    values = {"objective": {"num_iterations": 2}, "batching": {"max_tokens": 1000}, "max_steps": 2}
+    train(recipe(model_dir, tmp_path / "whole", **values))
+    forward, calls = Policy.forward, 0
+
+    def second_fails(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and calls == 2:
+            raise torch.OutOfMemoryError(FULL)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Policy, "forward", second_fails)
+    train(recipe(model_dir, tmp_path / "small", **values))
+    assert calls > 4
+    assert_close_runs(tmp_path / "small", tmp_path / "whole")
+
+
+def test_a_discriminator_s_update_that_does_not_fit(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"batching": {"max_tokens": 1000}}
+    train(recipe(model_dir, tmp_path / "whole", **values))
+    sizes = with_little_memory(monkeypatch, BradleyTerry, 40)
+    train(recipe(model_dir, tmp_path / "small", **values))
+    assert max(sizes) > 40
+    assert max(sizes[-8:]) <= 40, "it tried, and then knew"
+    assert_close_runs(tmp_path / "small", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("module", "said"), [(Policy, "one row of"), (BradleyTerry, "a pair of")])
+def test_what_fits_in_no_part_ends_the_run(
+    module: type[torch.nn.Module],
+    said: str,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_little_memory(monkeypatch, module, 3)
+    with pytest.raises(UniAPLError, match=f"out of memory in the .*update: {said}.*lower rollout") as stopped:
+        train(recipe(model_dir, tmp_path / "run"))
+    assert stopped.value.exit_code == 1
+
+
+def test_an_error_that_is_not_about_memory_is_not_hidden(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, *_: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Policy, "forward", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(recipe(model_dir, tmp_path / "run", method="sft"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "target", "remedy"),
+    [
+        ("rollout", "uniapl.train.loop.sample", "rollout.max_rows"),
+        ("score", "uniapl.train.loop.judge", "batching.max_tokens"),
+    ],
+)
+def test_too_little_memory_elsewhere_names_what_to_lower(
+    phase: str, target: str, remedy: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(target, full)
+    with pytest.raises(UniAPLError, match=rf"out of memory \({phase}\).*{remedy}"):
+        train(recipe(model_dir, tmp_path / "run"))
+
+
+def test_two_runs_never_share_a_directory(model_dir: Path, tmp_path: Path) -> None:
+    values = recipe(model_dir, tmp_path / "run", max_steps=1)
+    with (
+        exclusive(tmp_path / "run"),
+        pytest.raises(uniapl.UsageError, match="another run is at work in output_dir"),
+    ):
+        train(values)
+    train(values)
+
+
+def test_a_run_that_does_not_fit_on_the_disk_is_not_begun(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=2**20 + 1000))
+    with pytest.raises(uniapl.UsageError, match=r"has 1\.0 MiB free, the run will need about .* KiB"):
+        train(recipe(model_dir, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_needs_room_for_its_checkpoints(model_dir: Path, tmp_path: Path) -> None:
+    """What is asked for beforehand is what the run then takes: limit + 1 checkpoints and the result."""
+    asked: list[int] = []
+
+    def remember(_: Path, needed: int) -> None:
+        asked.append(needed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uniapl.train.storage.check_space", remember)
+        train(recipe(model_dir, tmp_path / "run", save_total_limit=1, objective={"reference_step": 1}))
+    one = checkpoint.checkpoint_path(tmp_path / "run", 4)
+    small = sum(f.stat().st_size for f in one.iterdir() if f.suffix == ".json")
+    taken, result = (
+        sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        for folder in (one, tmp_path / "run" / "final")
+    )
+    assert asked[0] == pytest.approx(2 * (taken - small) + result - small, rel=0.15)
+
+
+def test_older_checkpoints_make_room_and_then_the_run_ends(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest is never given up: the run ends rather than that."""
+    there: list[list[int]] = []
+
+    def room_for_two(run_dir: Path) -> Usage:
+        there.append([checkpoint.step_of(path) for path in checkpoint.checkpoints(run_dir)])
+        return Usage(free=0 if len(there[-1]) == 2 or 4 in there[-1] else 10**9)
+
+    monkeypatch.setattr("uniapl.train.storage.shutil.disk_usage", room_for_two)
+    values = recipe(model_dir, tmp_path / "run", max_steps=6, save_steps=1)
+    with pytest.raises(UniAPLError, match=r"no room for the next checkpoint: .* --resume auto"):
+        train(values)
+    assert [2] in there, "step 1 went to make room for step 3"
+    (left,) = checkpoint.checkpoints(tmp_path / "run")
+    assert checkpoint.step_of(left) == 4
+    assert not checkpoint.defects(left)
+
+
+def test_a_model_that_is_not_finite_stops_with_the_batch_s_path(model_dir: Path, tmp_path: Path) -> None:
+    """NaN in the weights: sampler, loss and gradient; nothing is learnt, nothing raises, and one can look."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    values = recipe(broken, tmp_path / "run", health={"max_skipped_steps": 2})
+    with pytest.raises(uniapl.HealthStop, match=r"2 steps in a row the gradient.*skipped/step-000002\.json"):
+        train(values)
+    saved = json.loads((tmp_path / "run" / "skipped" / "step-000002.json").read_text())
+    assert {part for row in saved["rows"] for part in row["components"]} >= {"sft", "rl"}
+    demonstration = next(row for row in saved["rows"] if row["components"] == ["sft"])
+    letter = demonstration["prompt"][len("say ")]
+    assert demonstration["completion"] == letter * 3 + "<eos>"
+    assert [record["skipped"] for record in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 1]
+
+
+def test_only_the_newest_skipped_batches_are_kept(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those of steps that a resumed run does again are gone."""
+
+    def huge(completions: list[str], letter: list[str]) -> list[float]:
+        return [1e300 * (-1) ** n for n in range(len(completions))]
+
+    monkeypatch.setattr(watch, "KEPT_BATCHES", 2)
+    unscaled = {"scale_rewards": "none"}
+    values = recipe(model_dir, tmp_path / "run", method="grpo", objective=unscaled, max_steps=4)
+    train(values, reward_functions=[huge])
+    kept = sorted(path.name for path in (tmp_path / "run" / "skipped").iterdir())
+    assert kept == ["step-000003.json", "step-000004.json"]
+    shutil.rmtree(checkpoint.checkpoint_path(tmp_path / "run", 4))
+    train(values | {"resume": "auto"})
+    assert not list((tmp_path / "run" / "skipped").iterdir())
+
+
+def test_a_discriminator_without_finite_answers_stops_the_run(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unknown credit is no credit; a dead discriminator is not carried along in silence."""
+
+    def nothing(_: Any, candidates: list[Any]) -> list[float]:
+        return [float("nan")] * len(candidates)
+
+    monkeypatch.setattr("uniapl.discriminator.bradley_terry.BradleyTerryDiscriminator.score", nothing)
+    values = recipe(model_dir, tmp_path / "run", health={"max_skipped_steps": 3}, max_steps=6)
+    with pytest.raises(uniapl.HealthStop, match="3 steps in a row the discriminator had no finite logit"):
+        train(values)
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["tokens/adv"] for record in records] == [0, 0, 0]
+    assert [record["skipped"] for record in records] == [0, 0, 0]
+
+
+def test_a_discriminator_whose_gradient_is_not_finite_stops_the_run(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward: Callable[..., Any] = BradleyTerry.forward
+
+    def poisoned(self: Any, *args: Any) -> Any:
+        logits = forward(self, *args)
+        return logits * float("inf") if torch.is_grad_enabled() else logits
+
+    monkeypatch.setattr(BradleyTerry, "forward", poisoned)
+    values = recipe(model_dir, tmp_path / "run", health={"max_skipped_steps": 2}, max_steps=6)
+    with pytest.raises(uniapl.HealthStop, match="2 steps in a row the discriminator's gradient"):
+        train(values)
+    saved = load_file(checkpoint.checkpoint_path(tmp_path / "run", 2) / "discriminator.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path: Path) -> None:
+    def half(directory: Path) -> None:
+        save_file({"a": torch.ones(100)}, directory / "model.safetensors")
+        whole = (directory / "model.safetensors").read_bytes()
+        (directory / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete"):
+        checkpoint.write_directory(tmp_path / "step-000001", half)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_stops_all_processes_at_the_same_step(model_dir: Path, tmp_path: Path) -> None:
+    """Two processes under torchrun: the checkpoint is that of the last step written, and the run goes on."""
+    path = write_recipe(tmp_path, model_dir, max_steps=400, save_steps=400)
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*launcher, "-m", "uniapl.cli", "train", str(path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    last = lines(metrics)[-1]["step"]
+    assert last < 400
+    assert not checkpoint.defects(checkpoint.checkpoint_path(tmp_path / "run", last)), said
+
+
+def test_sizes_for_people() -> None:
+    assert [size(0), size(2**20), size(5 * 2**30)] == ["0.0 KiB", "1.0 MiB", "5.0 GiB"]
