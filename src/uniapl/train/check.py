@@ -1,7 +1,9 @@
 """`uniapl check`: everything that can be known before training, without loading the model's weights."""
 
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,6 +12,7 @@ from uniapl.config import Config
 from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.resolve import Resolved, flatten, stages_of
 from uniapl.train import setup
+from uniapl.train.memory import estimate_memory
 from uniapl.types import Example, prompt_text
 
 
@@ -39,6 +42,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "reward_details": materials.rewarder.details,
         "overlap": overlap_with_suites(materials),
         "stages": [_stage_report(stage.config, materials) for stage in stages],
+        "memory": [_memory(stage.config, materials) for stage in stages],
         "preview": _preview(shown, tokenizer),
     }
 
@@ -72,6 +76,7 @@ def print_report(report: dict[str, Any]) -> None:
     for number, stage in enumerate(report["stages"], start=1):
         parts = ", ".join(f"{key} {value}" for key, value in stage.items())
         console.print(f"stage {number}: {parts}", markup=False)
+        console.print(f"stage {number}: {report['memory'][number - 1]['text']}", markup=False)
     preview = report["preview"]
     console.print(f"row {preview['row']} as the model sees it (what is learnt from stands in [[ ]]):")
     console.print(preview["text"], markup=False)
@@ -93,6 +98,16 @@ def overlap_with_suites(materials: setup.Materials) -> dict[str, dict[str, list[
         pairs["ngram"] = [pair for pair in pairs["ngram"] if pair not in pairs["exact"]]
         reports[suite.name] = pairs
     return reports
+
+
+def _memory(config: Config, materials: setup.Materials) -> dict[str, Any]:
+    """What a stage will take, in bytes and in words."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = estimate_memory(config, materials, device)
+    except Exception as error:  # whatever a model's own code does on tensors without data
+        return {"text": f"memory: it could not be estimated ({error})"}
+    return {**asdict(found), "peak": found.peak, "text": str(found)}
 
 
 def _stage_report(config: Config, materials: setup.Materials) -> dict[str, Any]:

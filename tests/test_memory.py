@@ -1,0 +1,84 @@
+"""What `uniapl check` says of memory, beside what a run's process then takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from tiny import SMALL, letter_rows, make_tokenizer
+from uniapl.train.memory import Counter
+
+MEASURED = """
+import resource, sys
+from uniapl import cli
+code = cli.run(sys.argv[1:])
+print("RSS", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+def test_the_counter_counts_what_lives() -> None:
+    with Counter() as counter:
+        a = torch.zeros(100)
+        view = a[:50]
+        assert counter.live == 400, "a view takes nothing"
+
+        def passing() -> None:
+            b = torch.zeros(300)
+            torch.add(b, 1.0)
+
+        assert counter.taken_by(passing) == 2400
+        assert counter.live == 400
+        del a
+        assert counter.live == 400, "its view still lives"
+        del view
+        assert counter.live == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ({}, {"method": "uniapl", "objective": {"beta": 0.1, "reference_step": 0}}),
+        ({"vocab_size": 100_000, "hidden_size": 128, "num_hidden_layers": 3}, {"method": "grpo"}),
+    ],
+    ids=["discriminator and reference", "a large vocabulary"],
+)
+def test_the_estimate_is_near_what_a_run_takes(
+    model: dict[str, Any], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Within a fifth, the process included; random models hardly ever end an answer early."""
+    shape = {"vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+    config = Qwen3Config(**SMALL | shape | {"head_dim": 64, "max_position_embeddings": 2048} | model)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [row | {"prompt": "a" * 100 + row["prompt"]} for row in letter_rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "model": {"model_name_or_path": str(tmp_path / "model")},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+        "rewards": {"functions": ["lowercase"]},
+        "rollout": {"num_generations": 8, "max_completion_length": 128},
+        "batching": {"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens": 4096},
+        "discriminator": {"warmup_steps": 0, "min_accuracy": 0.0},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | changes))
+
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "-c", MEASURED, *arguments, str(tmp_path / "recipe.yaml")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return done.stdout
+
+    (estimate,) = json.loads(said("check", "--json").rsplit("RSS", 1)[0])["memory"]
+    taken = int(said("train").rsplit("RSS", 1)[1])
+    assert estimate["peak"] == pytest.approx(taken, rel=0.2), estimate["text"]
+    assert taken > 2.5 * estimate["stays"]["process"], "or the process alone would decide it"
