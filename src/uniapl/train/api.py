@@ -20,7 +20,7 @@ from uniapl.train import checkpoint, setup
 from uniapl.train.console import RunView
 from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
-from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
+from uniapl.train.run import Evaluate, discriminator_kind, disk_errors_explained, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
 
 
@@ -56,6 +56,7 @@ def train(
         UsageError: The configuration, the data or the model cannot work; nothing was trained.
         HealthStop: A health rule ended the run; a checkpoint was saved.
         Interrupted: Ctrl-C or SIGTERM did; a checkpoint was saved.
+        UniAPLError: The disk is full, read-only or broken; the last checkpoint is whole.
     """
     if isinstance(config, (str, Path)):
         config = load_recipe(config)
@@ -109,11 +110,12 @@ def train_resolved(
     stage: Stage | None = build(first)
     if found:
         stage.load(found, state)
-    run = start_run(resolved, stages, accelerator, materials, view, state)
+    with disk_errors_explained(directory, started=False):
+        run = start_run(resolved, stages, accelerator, materials, view, state)
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
-    with view, run.signals_handled():
+    with disk_errors_explained(directory, started=True), view, run.signals_handled():
         run_stage(run, stage)
         for index in range(first + 1, len(stages)):
             save_model(run, stage, directory / "stages" / str(index))

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
-from uniapl.errors import Interrupted
+from uniapl.errors import Interrupted, UniAPLError, UsageError
 from uniapl.resolve import Resolved
 from uniapl.rewards import RewardOutcome
 from uniapl.streams import Stream
@@ -93,6 +93,30 @@ class Run:
             raise Interrupted(f"interrupted; --resume auto goes on from {where}", self.signal_number)
 
 
+@contextlib.contextmanager
+def disk_errors_explained(directory: Path, *, started: bool) -> Iterator[None]:
+    """A disk that is full, read-only or broken ends the run with one message, not with a traceback.
+
+    Raises:
+        UsageError: Before its first step.
+        UniAPLError: Later; it says from where the run can go on.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # Nobody reads the console any more: that is the command line's to answer.
+        raise
+    except OSError as error:
+        if not started:
+            raise UsageError(f"output_dir '{directory}' cannot be written: {error}") from error
+        whole = (path for path in reversed(checkpoint.checkpoints(directory)) if not checkpoint.defects(path))
+        last = next(whole, None)
+        remedy = f"goes on from {last}" if last else "starts it anew: no checkpoint was saved yet"
+        raise UniAPLError(
+            f"the run in '{directory}' failed: {error}. Once that is mended, --resume auto {remedy}"
+        ) from error
+
+
 def start_run(
     resolved: Resolved,
     stages: Sequence[Resolved],
@@ -105,10 +129,13 @@ def start_run(
     config = resolved.config
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
+        checkpoint.sweep(directory)
         # A finished run is left as it is; config.yaml keeps saying how it was made.
         if not state.get("finished"):
             setup.prepare_run_directory(resolved, stages, materials)
         checkpoint.forget_after(directory, state["step"])
+        # A run that was killed behind its last save has not come to it.
+        checkpoint.prune(directory, config.save_total_limit)
     accelerator.wait_for_everyone()
 
     def log(name: str) -> metrics.JsonlLog:
