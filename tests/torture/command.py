@@ -124,7 +124,11 @@ def starve(setting: Setting) -> Part:
     complaints = [
         f"{shortage.case}: {complaint}" for shortage in shortages for complaint in shortage.complaints
     ]
-    return _close("disks", {"cases": [asdict(shortage) for shortage in shortages]}, complaints)
+    codes = collections.Counter(
+        f"{shortage.case.rstrip('0123456789 ')}: exit code {shortage.code}" for shortage in shortages
+    )
+    cases = [asdict(shortage) for shortage in shortages]
+    return _close("disks", {"codes": dict(codes), "cases": cases}, complaints)
 
 
 def spoil(setting: Setting, seed: int) -> Part:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils import logging
 
 from tiny import letter_rows, save_model
 from torture import children, points
@@ -84,6 +85,7 @@ class Setting:
 
 def make_setting(directory: Path) -> Setting:
     """Write model, data and recipe, and run the references."""
+    logging.disable_progress_bar()
     save_model(directory / "model")
     data = directory / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(10)))

@@ -110,8 +110,7 @@ def train_resolved(
     stage: Stage | None = build(first)
     if found:
         stage.load(found, state)
-    with disk_errors_explained(directory, started=False):
-        run = start_run(resolved, stages, accelerator, materials, view, state)
+    run = start_run(resolved, stages, accelerator, materials, view, state)
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")

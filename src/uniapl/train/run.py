@@ -128,22 +128,21 @@ def start_run(
     """A run at the state of a checkpoint, or at its beginning; what it finds of later steps is dropped."""
     config = resolved.config
     directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        checkpoint.sweep(directory)
-        # A finished run is left as it is; config.yaml keeps saying how it was made.
-        if not state.get("finished"):
-            setup.prepare_run_directory(resolved, stages, materials)
-        checkpoint.forget_after(directory, state["step"])
-        # A run that was killed behind its last save has not come to it.
-        checkpoint.prune(directory, config.save_total_limit)
-    accelerator.wait_for_everyone()
-
-    def log(name: str) -> metrics.JsonlLog:
-        return metrics.JsonlLog(
-            directory / name, last_step=state["step"], enabled=accelerator.is_main_process
+    main = accelerator.is_main_process
+    with disk_errors_explained(directory, started=False):
+        if main:
+            checkpoint.sweep(directory)
+            # A finished run is left as it is; config.yaml keeps saying how it was made.
+            if not state.get("finished"):
+                setup.prepare_run_directory(resolved, stages, materials)
+            checkpoint.forget_after(directory, state["step"])
+            # A run that was killed behind its last save has not come to it.
+            checkpoint.prune(directory, config.save_total_limit)
+        accelerator.wait_for_everyone()
+        metrics_log, completions_log = (
+            metrics.JsonlLog(directory / name, last_step=state["step"], enabled=main)
+            for name in ("metrics.jsonl", "completions.jsonl")
         )
-
-    metrics_log = log("metrics.jsonl")
     longest_window = max(stage.config.health.window for stage in stages)
     return Run(
         config=config,
@@ -157,7 +156,7 @@ def start_run(
             for name in ("prompts", "demonstrations")
         },
         metrics_log=metrics_log,
-        completions_log=log("completions.jsonl"),
+        completions_log=completions_log,
         history=metrics_log.tail(2 * longest_window),
         longest_window=longest_window,
         step=state["step"],
