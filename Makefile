@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 IFEVAL ?= ../shared/data/ifeval/input_data.jsonl
 DEMO ?= runs/demo
 
-.PHONY: demo recipe test lint benchmark clean
+.PHONY: demo recipe test torture lint benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ recipe: $(VENV)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
+
+# Outside `make test`, which it would make three times as long.
+torture: $(VENV)/.developed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py
 
 lint: $(VENV)/.developed
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,10 +17,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     set_seed,
 )
-from accelerate.utils.memory import should_reduce_batch_size
 
 from uniapl.config import Config
-from uniapl.errors import UniAPLError, UsageError
+from uniapl.errors import UsageError
 from uniapl.loading import check_vocabulary, load_model
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup, storage
@@ -29,13 +28,7 @@ from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
 from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
-
-OUT_OF_MEMORY = {
-    "rollout": "rollout.max_rows or rollout.max_completion_length",
-    "score": "batching.max_tokens",
-    "evaluate": "rollout.max_rows or evaluation.max_completion_length",
-}
-"""Phase -> what to lower where it does not fit; an update cuts itself smaller before it gives up."""
+from uniapl.train.trouble import disk_errors_explained, memory_errors_explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +63,7 @@ def train(
         UsageError: The configuration, the data or the model cannot work; nothing was trained.
         HealthStop: A health rule ended the run; a checkpoint was saved.
         Interrupted: Ctrl-C or SIGTERM did; a checkpoint was saved.
+        UniAPLError: The disk is full, read-only or broken; the last checkpoint is whole.
     """
     if isinstance(config, (str, Path)):
         config = load_recipe(config)
@@ -143,7 +137,12 @@ def _train_in_directory(
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
-    with view, run.signals_handled(), _memory_explained(view):
+    with (
+        disk_errors_explained(directory, started=True),
+        memory_errors_explained(view),
+        view,
+        run.signals_handled(),
+    ):
         run_stage(run, stage)
         for index in range(first + 1, len(stages)):
             save_model(run, stage, directory / "stages" / str(index))
@@ -173,21 +172,6 @@ def _bytes_to_write(
     folders = [directory / name for name in setup.RUN_DIRECTORIES]
     there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there
-
-
-@contextmanager
-def _memory_explained(view: RunView) -> Iterator[None]:
-    """Out of memory, outside an update: what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        remedy = OUT_OF_MEMORY.get(view.current, "a smaller model or shorter answers")
-        raise UniAPLError(
-            f"out of memory ({view.current}): {error}. Lower {remedy}; --resume auto goes on from the last "
-            "checkpoint"
-        ) from error
 
 
 def _notes(

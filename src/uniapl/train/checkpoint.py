@@ -8,6 +8,7 @@ then renamed in one move.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +34,17 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write files into a fresh directory, seal it with a manifest, and move it to `path`.
 
-    Whatever happens on the way, `path` is either whole or as it was before.
+    Whatever happens on the way, `path` is either whole or as it was before; only while other contents are
+    replaced it is, for the moment between two renames, not there. The same contents are left alone.
+
+    Raises:
+        OSError: The disk is full, read-only or broken; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         fill(temporary)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         for file in files:
@@ -52,35 +57,68 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         folders = [folder for folder in temporary.rglob("*") if folder.is_dir()]
         for file in [*files, temporary / MANIFEST, *folders, temporary]:
             _fsync(file)
-        if path.exists():
-            replaced = path.parent / f"{TEMPORARY_PREFIX}replaced-{path.name}"
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(path)
+        if not defects(path) and json.loads((path / MANIFEST).read_text(encoding="utf-8")) == manifest:
+            shutil.rmtree(temporary)
+            return
+        aside = _set_aside(path) if path.exists() else None
+        temporary.rename(path)
         _fsync(path.parent)
-    except BaseException:
+        if aside is not None:
+            shutil.rmtree(aside)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (number := _error_number(error)) is not None:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Of the operating system's error behind another: safetensors and tokenizers wrap it in their own."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def remove(path: Path) -> None:
+    """Delete a directory: gone from its name at once, so that nobody ever finds half of it there."""
+    shutil.rmtree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.parent / f"{TEMPORARY_PREFIX}removed-{path.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a killed save or deletion left behind."""
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "stages"):
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def defects(path: Path) -> list[str]:
     """What is wrong with a sealed directory, one line per file; nothing when it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        expected = {path / name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError) as error:
         return [f"{MANIFEST}: {error}"]
+    except (AttributeError, KeyError, TypeError):
+        return [f"{MANIFEST}: not as it was written"]
     found: list[str] = []
-    for name, expected in manifest.items():
-        file = path / name
-        if not file.is_file():
-            found.append(f"{name}: missing")
-        elif file.stat().st_size != expected["bytes"]:
-            found.append(f"{name}: {file.stat().st_size} bytes, expected {expected['bytes']}")
-        elif _sha256(file) != expected["sha256"]:
-            found.append(f"{name}: contents changed")
+    for file, (size, digest) in expected.items():
+        name = file.relative_to(path)
+        try:
+            if not file.is_file():
+                found.append(f"{name}: missing")
+            elif file.stat().st_size != size:
+                found.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
+            elif _sha256(file) != digest:
+                found.append(f"{name}: contents changed")
+        except OSError as error:
+            found.append(f"{name}: {error}")
     return found
 
 
@@ -125,15 +163,13 @@ def forget_after(run_dir: Path, step: int) -> None:
     """Delete the checkpoints of later steps: the run goes on from `step`, they belong to another future."""
     for path in checkpoints(run_dir):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            remove(path)
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed save left behind."""
+    """Delete all but the newest `keep` checkpoints."""
     for path in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(path)
-    for path in (run_dir / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
 
 
 def save_module(module: nn.Module, path: Path) -> None:

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uniapl.files import write_text
 from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
 from uniapl.train.credit import Credit
@@ -185,9 +185,7 @@ class JsonlLog:
         if not enabled:
             return
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def tail(self, count: int) -> list[dict[str, Any]]:
         """The last `count` records, oldest first."""
@@ -201,8 +199,13 @@ class JsonlLog:
             json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=repr)
             for record in records
         ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            # A write that fails, unlike an open, does not know of what.
+            error.filename = str(self.path)
+            raise
 
 
 def _whole_lines(path: Path) -> list[str]:

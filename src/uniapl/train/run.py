@@ -22,6 +22,7 @@ from uniapl.train import checkpoint, metrics, setup, storage
 from uniapl.train.console import RunView
 from uniapl.train.setup import Materials
 from uniapl.train.stage import Stage
+from uniapl.train.trouble import disk_errors_explained
 
 Evaluate = Callable[[int, PreTrainedModel], Mapping[str, Any]]
 """(step, model) -> what to log of it."""
@@ -109,22 +110,24 @@ def start_run(
     """A run at the state of a checkpoint, or at its beginning; what it finds of later steps is dropped."""
     config = resolved.config
     directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        # A finished run is left as it is; config.yaml keeps saying how it was made.
-        if not state.get("finished"):
-            setup.prepare_run_directory(resolved, stages, materials)
-        checkpoint.forget_after(directory, state["step"])
-        for path in (directory / "skipped").glob("step-*.json"):
-            if int(path.stem.removeprefix("step-")) > state["step"]:
-                path.unlink()
-    accelerator.wait_for_everyone()
-
-    def log(name: str) -> metrics.JsonlLog:
-        return metrics.JsonlLog(
-            directory / name, last_step=state["step"], enabled=accelerator.is_main_process
+    main = accelerator.is_main_process
+    with disk_errors_explained(directory, started=False):
+        if main:
+            checkpoint.sweep(directory)
+            # A finished run is left as it is; config.yaml keeps saying how it was made.
+            if not state.get("finished"):
+                setup.prepare_run_directory(resolved, stages, materials)
+            checkpoint.forget_after(directory, state["step"])
+            # A run that was killed behind its last save has not come to it.
+            checkpoint.prune(directory, config.save_total_limit)
+            for path in (directory / "skipped").glob("step-*.json"):
+                if int(path.stem.removeprefix("step-")) > state["step"]:
+                    path.unlink()
+        accelerator.wait_for_everyone()
+        metrics_log, completions_log, health_log = (
+            metrics.JsonlLog(directory / name, last_step=state["step"], enabled=main)
+            for name in ("metrics.jsonl", "completions.jsonl", "health.jsonl")
         )
-
-    metrics_log = log("metrics.jsonl")
     longest_window = max(stage.config.health.window for stage in stages)
     history = metrics_log.tail(2 * longest_window)
     last = history[-1] if history else {}
@@ -140,8 +143,8 @@ def start_run(
             for name in ("prompts", "demonstrations")
         },
         metrics_log=metrics_log,
-        completions_log=log("completions.jsonl"),
-        health_log=log("health.jsonl"),
+        completions_log=completions_log,
+        health_log=health_log,
         history=history,
         warned={key.removeprefix("health/") for key in last if key.startswith("health/")},
         longest_window=longest_window,

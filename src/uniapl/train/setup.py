@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,13 @@ from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
+from uniapl.files import write_text
 from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
 from uniapl.streams import split_streams
+from uniapl.train import checkpoint
 from uniapl.types import Example, derive_seed
 
 RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "health.jsonl")
@@ -255,26 +256,20 @@ def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
 
 
 def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materials: Materials) -> Path:
-    """Make the directory, empty it where a run is to be replaced, and write config.yaml and manifest.json.
-
-    Raises:
-        UsageError: It cannot be written.
-    """
+    """Make the directory, empty it where a run is to be replaced, and write config.yaml and manifest.json."""
     config = resolved.config
     run_dir = Path(config.output_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if config.resume == "never":
-            for path in (run_dir / name for name in (*RUN_FILES, *RUN_DIRECTORIES)):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        (run_dir / "config.yaml").write_text(_as_recipe(resolved, stages), encoding="utf-8")
-        manifest = run_manifest(config, materials)
-        (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"output_dir '{run_dir}' cannot be written: {error}") from error
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if config.resume == "never":
+        # Checkpoints first: a run that is killed here must not go on from the one it was to replace.
+        for path in (run_dir / name for name in (*RUN_DIRECTORIES, *RUN_FILES)):
+            if path.is_dir():
+                checkpoint.remove(path)
+            else:
+                path.unlink(missing_ok=True)
+    # Whole or not at all: the next start reads them.
+    write_text(run_dir / "config.yaml", _as_recipe(resolved, stages))
+    write_text(run_dir / "manifest.json", json.dumps(run_manifest(config, materials), indent=1))
     return run_dir
 
 
