@@ -192,3 +192,27 @@ def test_a_manifest_does_not_lead_out_of_its_checkpoint(name: str, folder: Path,
     assert said.code == 2
     assert f"{name}: not inside the directory" in said.out
     assert (checkpoint.checkpoint_path(folder / "other", 1) / name).resolve() == folder / "secret"
+
+
+@pytest.mark.parametrize(
+    "line", ["", "\0\0", "{", "null", "[]", "{}", '{"step": "x"}', '{"step": null}', "[" * 9000]
+)
+def test_damaged_logs_at_resume(line: str, folder: Path, tmp_path: Path, run_dir: Path) -> None:
+    other = shutil.copytree(run_dir, tmp_path / "run")
+    log = other / "metrics.jsonl"
+    log.write_text(log.read_text() + line + "\n")
+    flags = ("--resume", "auto", "--max-steps", "2", "--output-dir", str(other))
+    said = run("train", folder, folder / "model", *KL, *flags)
+    assert_clear(said, f"{log}: a line is damaged")
+    assert said.code == (2 if line else 0)
+
+
+@pytest.mark.parametrize("name", ["step-copy", "step-", "step-000001.bak", "step--1"])
+def test_other_folders_beside_checkpoints_are_left_alone(
+    name: str, folder: Path, tmp_path: Path, run_dir: Path
+) -> None:
+    other = shutil.copytree(run_dir, tmp_path / "run")
+    (other / "checkpoints" / name).mkdir()
+    flags = ("--resume", "auto", "--max-steps", "2", "--output-dir", str(other))
+    assert run("train", folder, folder / "model", *KL, *flags).code == 0
+    assert (other / "checkpoints" / name).is_dir()

@@ -181,3 +181,13 @@ def test_a_recipe_that_is_no_file(folder: Path) -> None:
     for name in (str(folder), "a\0b", "x" * 300, str(folder / "nowhere.yaml")):
         said = say("check", name)
         assert_clear(said, "cannot read the recipe")
+
+
+@pytest.mark.parametrize("value", ["\ud800", b"ab", "👧"])
+def test_values_that_a_report_cannot_hold_as_they_are(value: str | bytes, folder: Path) -> None:
+    stages = [{"method": "sft", "max_steps": 1, "stop": {"metric": value}}]
+    recipe = small_recipe(folder / "model", folder) | {"stages": stages, "output_dir": str(value)}
+    for flags in ([], ["--json"]):
+        said = check(folder, yaml.safe_dump(recipe), *flags)
+        assert said.code == 0
+    assert json.loads(said.out)["values"]["output_dir"] == [str(value), "recipe"]

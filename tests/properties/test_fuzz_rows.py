@@ -256,3 +256,16 @@ def test_data_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
     said = run("check", folder, data)
     assert_clear(said, f"'{data}' cannot be read: [Errno 13] Permission denied")
     assert said.code == 2
+
+
+SPLIT = "\ud800"
+"""Half a surrogate pair: JSON can hold it, UTF-8 cannot."""
+
+
+@pytest.mark.parametrize("message", [{"content": "a", "x": SPLIT}, {"content": {"a": SPLIT}}])
+def test_prompts_that_no_file_can_hold_as_they_are(message: dict[str, Any], folder: Path) -> None:
+    data = folder / "rows.jsonl"
+    data.write_bytes(jsonl([{"prompt": [{"role": "user", **message}], "completion": "b", "answer": "c"}]))
+    assert run("train", folder, data, "chat").code == 0
+    lines = (folder / "run" / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["prompt"] == [{"role": "user", **message}]
