@@ -10,6 +10,8 @@ from shared import NLTK
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before nltk is loaded, which looks at it once.
 os.environ.setdefault("NLTK_DATA", str(NLTK))
+# No test asks the Hub: what is not here is an error at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Machines are shared and noisy: how long an example takes proves nothing.
 settings.register_profile("untimed", deadline=None)

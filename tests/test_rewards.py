@@ -115,7 +115,7 @@ def test_a_failed_part_makes_the_whole_reward_unknown() -> None:
     ("result", "message"),
     [
         ([1.0], "1 values for 3 completions"),
-        ([1.0] * 4, "4 values for 3"),
+        ([1.0] * 4, "more than 3 values for 3"),
         (1.0, "returned float"),
         (None, "returned NoneType"),
         ("abc", "returned str"),

@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a verb needs it: `uniapl --help` answers at once."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -67,6 +68,9 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the terminal cannot show is written as an escape: it must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments[0] not in verbs:
             raise UsageError(f"unknown verb '{arguments[0]}': choose one of {', '.join(verbs)}")
@@ -125,7 +129,7 @@ def check(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         report = check_run(resolved)
     if as_json:
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(json.dumps(report, indent=1, ensure_ascii=False, default=str))
     else:
         print_report(report)
     return 0

@@ -1,7 +1,9 @@
 """Rows of a file or a data set -> tokenised examples."""
 
+import contextlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,23 @@ class Dataset:
     """Reason -> row numbers."""
 
 
-def read_rows(config: DataConfig) -> list[tuple[int, Row]]:
-    """The rows of `config.path` with their numbers, counted from 1 (the line's number in a .jsonl file).
+@contextlib.contextmanager
+def named_source(source: str | None) -> Iterator[None]:
+    """Let errors about a row also say where it stands; None: the rows came from Python.
+
+    Raises:
+        UsageError: As inside, with the source before it.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if source is None or not str(error).startswith(("row ", "no usable row")):
+            raise
+        raise UsageError(f"{source}: {error}") from error
+
+
+def read_rows(config: DataConfig) -> list[tuple[int, Any]]:
+    """What stands in `config.path`, with its rows' numbers, counted from 1 (the line's in a .jsonl file).
 
     JSON is read line by line rather than through `datasets`, whose columns must have one type: a file may mix
     plain and chat prompts, and an error can name its line.
@@ -40,9 +57,10 @@ def read_rows(config: DataConfig) -> list[tuple[int, Row]]:
         raise UsageError("no data: set data.path to a .jsonl, .json, .csv or .parquet file or a Hub id")
     path = Path(config.path)
     looks_local = path.suffix in (".jsonl", ".json", ".csv", ".parquet")
-    if path.is_file() and not looks_local:
+    # os.path, unlike pathlib, says of every name whether it is a file: too long ones too.
+    if os.path.isfile(path) and not looks_local:
         raise UsageError(f"data.path: '{path}' must end in .jsonl, .json, .csv or .parquet")
-    if looks_local and not path.is_file():
+    if looks_local and not os.path.isfile(path):
         raise UsageError(f"data.path: there is no file '{path}'")
     try:
         if path.suffix == ".jsonl":
@@ -58,22 +76,25 @@ def read_rows(config: DataConfig) -> list[tuple[int, Row]]:
             rows = list(enumerate(_load_dataset(config, path), start=1))
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error}); convert it, e.g. with iconv") from error
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UsageError(f"data.path: '{path}' cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid JSON ({error})") from error
     if not rows:
         raise UsageError(f"{path}: holds no rows")
     return rows
 
 
-def _read_jsonl(path: Path) -> list[tuple[int, Row]]:
-    rows: list[tuple[int, Row]] = []
+def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
+    rows: list[tuple[int, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             rows.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}: line {number} is not valid JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            said = getattr(error, "msg", error)
+            raise UsageError(f"{path}: line {number} is not valid JSON ({said})") from error
     return rows
 
 
@@ -93,7 +114,8 @@ def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
             return load("parquet", data_files=str(path), split="train")
         return load(config.path, split=config.split)
     except Exception as error:  # of the reader or the Hub client; the user must hear which source
-        raise UsageError(f"data.path '{config.path}' cannot be loaded: {error}") from error
+        # `datasets` says only that something went wrong; what did is its cause.
+        raise UsageError(f"data.path '{config.path}' cannot be loaded: {error.__cause__ or error}") from error
 
 
 def prepare(
@@ -135,7 +157,9 @@ def prepare(
         except UsageError:
             raise
         except Exception as error:  # tokenizers raise what they like, e.g. on lone surrogates
-            raise UsageError(f"row {number} cannot be tokenised: {error!r}") from error
+            raise UsageError(
+                f"row {number} cannot be tokenised: {error!r:.200}; is its text valid Unicode?"
+            ) from error
         if len(example.prompt_ids) > longest_prompt:
             left_out.setdefault(f"prompt longer than {longest_prompt} tokens", []).append(number)
             continue
@@ -163,7 +187,7 @@ def tokenize_row(
 ) -> Example:
     """One row -> one example. See :func:`prepare` for what is refused."""
     if not isinstance(row, Mapping):
-        raise UsageError(f"row {number} is not a mapping of columns to values: {row!r}")
+        raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
     for theirs, name in config.columns.items():
         if row.get(theirs) is not None and row.get(name) is not None:
             raise UsageError(
@@ -232,7 +256,7 @@ def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, Answer]:
     if prompt is None:
         known = ", ".join(sorted(str(column) for column in row)) or "none"
         raise UsageError(
-            f"row {number} has no 'prompt' and no 'messages' (its columns: {known}); "
+            f"row {number} has no 'prompt' and no 'messages' (its columns: {known:.200}); "
             "name yours with data.columns, e.g. {question: prompt}"
         )
     if not isinstance(prompt, str):

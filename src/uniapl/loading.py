@@ -1,5 +1,6 @@
 """Loading what transformers knows from a directory or the Hub, with one clear error for all that fails."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
         UsageError: It cannot be loaded; whatever the reason, its name and what was said of it.
     """
     # A Hub id has one slash at most; asking the Hub for a path would only cost the user minutes of retries.
-    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+    exists = os.path.exists(name)
+    if not exists and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UsageError(f"cannot load the {what} '{name}': there is no such directory")
     try:
         return load(name, **arguments)
     except Exception as error:  # transformers and the Hub client raise many kinds
-        hint = "" if Path(name).exists() else " (there is no such directory here)"
-        if (Path(name) / "final").is_dir():
+        hint = "" if exists else " (there is no such directory here)"
+        if os.path.isdir(Path(name) / "final"):
             hint = f" (it is the directory of a run: did you mean {Path(name) / 'final'}?)"
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
@@ -86,12 +88,17 @@ def load_stop_ids(
     config: ModelConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
     """The end tokens of the tokenizer, of the model's configuration and of its generation settings."""
+    name = str(config.model_name_or_path)
     try:
-        generation = GenerationConfig.from_pretrained(
-            str(config.model_name_or_path), revision=config.model_revision or "main"
-        )
+        generation = GenerationConfig.from_pretrained(name, revision=config.model_revision or "main")
         configured = generation.eos_token_id
-    except OSError:  # a model need not come with generation settings
+    except Exception as error:  # transformers raises many kinds on settings of a wrong form
+        # A model need not come with generation settings; those that it has may hold end tokens.
+        if not isinstance(error, OSError) or os.path.exists(Path(name) / "generation_config.json"):
+            raise UsageError(
+                f"cannot load the generation settings of the model '{name}': {error}; mend or delete its "
+                "generation_config.json"
+            ) from error
         configured = None
     found: list[Any] = [tokenizer.eos_token_id]
     for ids in (configured, getattr(model_config.get_text_config(), "eos_token_id", None)):

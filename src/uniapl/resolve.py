@@ -49,6 +49,9 @@ PLAIN_MESSAGES = {
     "dict_type": "must be a mapping of keys to values",
 }
 
+LARGEST_RECIPE = 100_000
+"""Keys and values of a recipe: a few lines of aliases of aliases would fill any memory."""
+
 # What a stage of a pipeline may change; model, data and rewards belong to the whole run.
 STAGE_KEYS = (
     "method",
@@ -74,17 +77,38 @@ class Resolved:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain data only, and a key that stands twice is an error: its first value would be lost."""
+    """Plain data only; a key is text, and one that stands twice an error: its first value would be lost."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > LARGEST_RECIPE:
+            raise yaml.MarkedYAMLError(problem="it is endless once its aliases are written out")
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
             name = str(key.value)
             if name in seen:
                 problem = f"'{name}' stands twice; write its values in one place"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(name)
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):
+                problem = f"the key {key!r} is no text; put it in quotes, if it is meant so"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return mapping
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes of a document once its aliases are written out; too many where one stands in itself."""
+    if id(node) not in known:
+        known[id(node)] = LARGEST_RECIPE
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [part for item in parts for part in (item if isinstance(item, tuple) else [item])]
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -94,11 +118,17 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         UsageError: The file is missing, is not YAML, or holds something else than a mapping.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the recipe '{path}': {error}") from error
+    try:
+        content = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"the recipe '{path}' is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"the recipe '{path}' is not valid YAML: it is nested too deeply") from error
+    except Exception as error:  # of values that look like a number or a date and are none
+        raise UsageError(f"the recipe '{path}' holds a value that cannot be read: {error!r}") from error
     if not isinstance(content, dict):
         raise UsageError(f"the recipe '{path}' must be a mapping of keys to values")
     return content
@@ -204,7 +234,7 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
-                lines.append(f"unknown key '{key}'{suggestion(key)}")
+                lines.append(f"unknown key '{key:.80}'{suggestion(key)}")
             else:
                 message = PLAIN_MESSAGES.get(problem["type"], problem["msg"])
                 lines.append(f"{key}: {message} (got {problem['input']!r:.80})")
@@ -212,7 +242,7 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def suggestion(key: str) -> str:
-    """ ", did you mean ...?" for an unknown key, or nothing when no key is near."""
+    """ "; did you mean ...?" for an unknown key, or where to find those that there are."""
     known = [*flatten(Config()), "rewards.functions"]
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
@@ -224,7 +254,7 @@ def suggestion(key: str) -> str:
         leaves = {candidate.rsplit(".", 1)[-1]: candidate for candidate in known}
         near_leaf = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
         best = near[0] if near else leaves[near_leaf[0]] if near_leaf else None
-    return f"; did you mean '{best}'?" if best else ""
+    return f"; did you mean '{best}'?" if best else "; `uniapl train --help` lists the keys"
 
 
 def merge(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +287,7 @@ def _method_of(recipe: dict[str, Any], flags: Sequence[str]) -> str:
         elif flag.startswith("--method="):
             method = flag.split("=", 1)[1]
     if not isinstance(method, str) or method not in METHODS:
-        raise UsageError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
+        raise UsageError(f"unknown method {method!r:.80}: choose one of {', '.join(METHODS)}")
     return method
 
 

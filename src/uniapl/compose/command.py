@@ -37,7 +37,8 @@ def compose(arguments: Sequence[str]) -> int:
     seen: set[str] = set()
     dropped_demonstrations = False
     for number, row in rows:
-        base, before = _base_of(number, row)
+        with data.named_source(options.base):
+            base, before = _base_of(number, row)
         dropped_demonstrations |= any(row.get(name) is not None for name in DEMONSTRATIONS)
         for copy in range(options.per_prompt):
             rng = random.Random(derive_seed(options.seed, "compose", number, copy))
@@ -118,7 +119,7 @@ def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
             raise UsageError(f"row {number}: the prompt is empty")
         return prompt.strip(), None
     if prompt is None:
-        raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row)})")
+        raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
     messages = data.checked_messages(number, column, prompt)
     if column == "messages" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]

@@ -120,14 +120,15 @@ def load_suite(
     whole = {"path": path, "split": "train", "max_prompt_length": None, "max_demonstration_length": None}
     read, rewards = config.data.model_copy(update=whole), config.rewards
     try:
-        dataset = data.prepare(
-            data.read_rows(read)[: config.evaluation.limit],
-            tokenizer,
-            read,
-            stop_ids=stop_ids,
-            context_length=context_length,
-            max_completion_length=config.evaluation.max_completion_length,
-        )
+        with data.named_source(path):
+            dataset = data.prepare(
+                data.read_rows(read)[: config.evaluation.limit],
+                tokenizer,
+                read,
+                stop_ids=stop_ids,
+                context_length=context_length,
+                max_completion_length=config.evaluation.max_completion_length,
+            )
         examples, notes = dataset.examples, []
         if name in BENCHMARKS or (not rewards.functions and not functions):
             score = _instruction_scores(examples, config.evaluation.answer_after)

@@ -146,8 +146,8 @@ class Rewarder:
                 if column not in known:
                     raise UsageError(
                         f"reward function '{reward.name}' needs a column '{column}', which no row fills "
-                        f"(columns: {', '.join(sorted(known)) or 'none'}); rename yours by data.columns, or "
-                        "give the argument a default or a value in rewards.functions"
+                        f"(columns: {', '.join(sorted(known)) or 'none':.200}); rename yours by "
+                        "data.columns, or give the argument a default or a value in rewards.functions"
                     )
 
     def check_rows(self, examples: Sequence[Example], *, allow_code: bool = False) -> list[str]:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import functools
 import inspect
+import itertools
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -54,6 +55,7 @@ def call(
 ) -> list[Value]:
     """The function's `count` values, awaited if it is async; RewardTimeoutError after `timeout` seconds.
 
+    A function that calls sys.exit() does not end the run: that is an error like others.
     A thread cannot be killed: one that hangs is left behind as a daemon and cannot keep the run from ending.
     """
 
@@ -64,7 +66,10 @@ def call(
         return _checked(result, count)
 
     if timeout is None:
-        return run()
+        try:
+            return run()
+        except SystemExit as error:
+            raise RuntimeError(repr(error)) from error
     outcome: list[list[Value]] = []
     failure: list[BaseException] = []
 
@@ -80,7 +85,6 @@ def call(
     if thread.is_alive():
         raise RewardTimeoutError(f"no answer within {timeout} s")
     if failure:
-        # A reward function that calls sys.exit() must not end the run.
         error = failure[0]
         raise error if isinstance(error, Exception) else RuntimeError(repr(error))
     return outcome[0]
@@ -103,9 +107,11 @@ def _checked(result: Any, count: int) -> list[Value]:
         raise WrongFormError(
             f"must return a list with one value per completion, returned {type(result).__name__}"
         )
-    values = list(result)
+    # No more than can be used: a generator may have no end.
+    values = list(itertools.islice(result, count + 1))
     if len(values) != count:
-        raise WrongFormError(f"returned {len(values)} values for {count} completions")
+        found = len(values) if len(values) < count else f"more than {count}"
+        raise WrongFormError(f"returned {found} values for {count} completions")
     checked: list[Value] = []
     for value in values:
         if value is None or isinstance(value, Exception):
@@ -114,7 +120,7 @@ def _checked(result: Any, count: int) -> list[Value]:
         try:
             checked.append(float(value.item() if hasattr(value, "item") else value))
         except (TypeError, ValueError) as error:
-            raise WrongFormError(f"returned {value!r} where a number or None belongs") from error
+            raise WrongFormError(f"returned {value!r:.80} where a number or None belongs") from error
         if isinstance(value, str):
-            raise WrongFormError(f"returned the text {value!r} where a number or None belongs")
+            raise WrongFormError(f"returned the text {value!r:.80} where a number or None belongs")
     return checked

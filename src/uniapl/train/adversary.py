@@ -156,6 +156,10 @@ class Adversary:
             checkpoint.load_module(self.learner.discriminator.module, directory / "discriminator.safetensors")
             checkpoint.load_optimizer(self.learner.optimizer, directory / "discriminator_optimizer")
             self.learner.replay.load(state["replay"])
+            embeddings: Any = self.learner.discriminator.module.trunk.get_input_embeddings()
+            every = [ids for item in self.learner.replay.items for pair in item.sequences for ids in pair]
+            if any(max(ids, default=0) >= embeddings.weight.shape[0] for ids in every):
+                raise UsageError(f"checkpoint '{directory}' cannot be used: its replay holds unknown tokens")
 
 
 def build_adversary(

@@ -1,6 +1,5 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
 from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
+from uniapl.train.state import read_state
 from uniapl.train.trouble import disk_errors_explained, memory_errors_explained
 
 
@@ -130,7 +130,7 @@ def _train_in_directory(
 
     stage: Stage | None = build(first)
     if found:
-        stage.load(found, state)
+        _load(stage, found, state)
     if accelerator.is_main_process:
         storage.check_space(directory, _bytes_to_write(stages, stage, directory, state))
     run = start_run(resolved, stages, accelerator, materials, view, state)
@@ -233,7 +233,7 @@ def _resume_state(
     Raises:
         UsageError: Its stages are not this recipe's.
     """
-    state = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    state = read_state(found)
     methods = [stage.config.method for stage in stages]
     reached = state["stage"] + 1
     if methods[:reached] != state["methods"][:reached]:
@@ -272,6 +272,18 @@ def _resume_state(
             f"note: the checkpoint's seed was {state['seed']}; from here on it is {resolved.config.seed}"
         )
     return state
+
+
+def _load(stage: Stage, found: Path, state: dict[str, Any]) -> None:
+    try:
+        stage.load(found, state)
+    except UsageError:
+        raise
+    except Exception as error:  # tensors of another shape, files and keys that are not there
+        raise UsageError(
+            f"checkpoint '{found}' does not fit the recipe: {type(error).__name__}: {error!s:.300}; start "
+            "anew from its weights by model.model_name_or_path"
+        ) from error
 
 
 def _stage_start(index: int, directory: Path, found: Path | None) -> Path | None:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from uniapl.errors import UsageError
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 TEMPORARY_PREFIX = ".incomplete-"
 
 
@@ -102,20 +103,21 @@ def defects(path: Path) -> list[str]:
     """What is wrong with a sealed directory, one line per file; nothing when it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        expected = {path / name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"{MANIFEST}: {error}"]
-    except (AttributeError, KeyError, TypeError):
-        return [f"{MANIFEST}: not as it was written"]
+    if not isinstance(manifest, dict) or not all(isinstance(value, dict) for value in manifest.values()):
+        return [f"{MANIFEST}: not a mapping of files to sizes and checksums"]
     found: list[str] = []
-    for file, (size, digest) in expected.items():
-        name = file.relative_to(path)
+    for name, expected in manifest.items():
+        file = path / name
         try:
-            if not file.is_file():
-                found.append(f"{name}: missing")
-            elif file.stat().st_size != size:
-                found.append(f"{name}: {file.stat().st_size} bytes, expected {size}")
-            elif _sha256(file) != digest:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                found.append(f"{name:.80}: not inside the directory")
+            elif not os.path.isfile(file):
+                found.append(f"{name:.80}: missing")
+            elif file.stat().st_size != expected.get("bytes"):
+                found.append(f"{name}: {file.stat().st_size} bytes, expected {expected.get('bytes')!r:.80}")
+            elif _sha256(file) != expected.get("sha256"):
                 found.append(f"{name}: contents changed")
         except OSError as error:
             found.append(f"{name}: {error}")
@@ -123,8 +125,9 @@ def defects(path: Path) -> list[str]:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, damaged ones included."""
-    return sorted((run_dir / "checkpoints").glob("step-*"), key=step_of)
+    """The checkpoints of a run, oldest first, damaged ones included; other names are the user's own."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -144,15 +147,17 @@ def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> P
         path = Path(resume)
         if found := defects(path):
             raise UsageError(f"checkpoint '{path}' cannot be used: {'; '.join(found)}")
-        if not (path / "state.json").is_file():
+        if not (path / STATE).is_file():
             raise UsageError(
                 f"'{path}' is a model, not a checkpoint; start from it by model.model_name_or_path"
             )
         return path
     existing = checkpoints(run_dir)
     for path in reversed(existing):
-        if not (found := defects(path)):
+        found = defects(path)
+        if not found and (path / STATE).is_file():
             return path
+        found = found or [f"{STATE}: missing"]
         say(f"checkpoint {path} is damaged and skipped: {'; '.join(found)}")
     if existing:
         raise UsageError(f"every checkpoint in {run_dir / 'checkpoints'} is damaged; start anew elsewhere")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
@@ -184,7 +185,7 @@ class JsonlLog:
         self.path, self.enabled = path, enabled
         if not enabled:
             return
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
+        kept = [line for line in _whole_lines(path) if _step_of(path, line) <= last_step]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def tail(self, count: int) -> list[dict[str, Any]]:
@@ -200,7 +201,8 @@ class JsonlLog:
             for record in records
         ]
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape.
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(f"{line}\n" for line in lines))
         except OSError as error:
             # A write that fails, unlike an open, does not know of what.
@@ -213,6 +215,13 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if line]
+
+
+def _step_of(path: Path, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(f"{path}: a line is damaged; delete it, and the run goes on: {line:.80}") from error
 
 
 def _finite(value: Any) -> Any:

@@ -202,14 +202,15 @@ def _write(
     model: Any = load_model(where)
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(where, model.config, tokenizer)
-    examples = data.prepare(
-        rows,
-        tokenizer,
-        config,
-        stop_ids=stop_ids,
-        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        max_completion_length=options.max_completion_length,
-    ).examples
+    with data.named_source(config.path):
+        examples = data.prepare(
+            rows,
+            tokenizer,
+            config,
+            stop_ids=stop_ids,
+            context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+            max_completion_length=options.max_completion_length,
+        ).examples
     prompts = [example for example in examples if example.row in asked] or _distinct(examples)
     experts = Counter(example.prompt_ids for example in examples if example.demonstration is not None)
     if len(options.policies) == 1 and max(experts.values(), default=0) < 2:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,24 +81,27 @@ def load_materials(
     rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
     stop_ids = load_stop_ids(config.model, model_config, tokenizer)
     context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    dataset = data.prepare(
-        rows,
-        tokenizer,
-        config.data,
-        stop_ids=stop_ids,
-        context_length=context_length,
-        max_completion_length=max(
-            (s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts),
-            default=0,
-        ),
-    )
+    source = config.data.path if train_dataset is None else None
+    with data.named_source(source):
+        dataset = data.prepare(
+            rows,
+            tokenizer,
+            config.data,
+            stop_ids=stop_ids,
+            context_length=context_length,
+            max_completion_length=max(
+                (s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts),
+                default=0,
+            ),
+        )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     rewarder = build_rewarder(config.rewards, functions)
     uses_rollouts = any(stage.config.objective.uses_rollouts for stage in stages)
     notes: list[str] = []
     if uses_rollouts:
         rewarder.check_columns(dataset.examples)
-        notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
+        with data.named_source(source):
+            notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
     if uses_rollouts:
@@ -229,7 +233,7 @@ def check_run_directory(config: Config, resumed_from: Path | None) -> None:
         UsageError: A run is already there and neither `resume` nor `overwrite` says what to do with it.
     """
     run_dir = Path(config.output_dir)
-    occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if (run_dir / name).exists()]
+    occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if os.path.exists(run_dir / name)]
     listed = ", ".join(occupied)
     if occupied and config.resume == "never" and not config.overwrite:
         raise UsageError(
@@ -246,7 +250,7 @@ def check_run_directory(config: Config, resumed_from: Path | None) -> None:
 def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
     """How the recipe differs from the one that the run in output_dir was last started with."""
     file = Path(resolved.config.output_dir) / "config.yaml"
-    if not file.exists():
+    if not os.path.exists(file):
         return []
     before, now = (
         flatten(values) for values in (load_recipe(file), yaml.safe_load(_as_recipe(resolved, stages)))
