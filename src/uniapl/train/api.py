@@ -20,7 +20,7 @@ from uniapl.train import checkpoint, setup
 from uniapl.train.console import RunView
 from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
-from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
+from uniapl.train.run import Evaluate, discriminator_kind, ending, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
 
 
@@ -113,7 +113,7 @@ def train_resolved(
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
-    with view, run.signals_handled():
+    with ending(run), view, run.signals_handled():
         run_stage(run, stage)
         for index in range(first + 1, len(stages)):
             save_model(run, stage, directory / "stages" / str(index))

@@ -24,13 +24,16 @@ from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
 from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
+from uniapl.report.reading import ENDING, MODEL_ANALYSIS
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
 from uniapl.streams import split_streams
 from uniapl.types import Example, derive_seed
 
-RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl")
+# What speaks of a run that has ended.
+AFTERWARDS = (ENDING, MODEL_ANALYSIS, "report.html")
+RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", *AFTERWARDS)
 RUN_DIRECTORIES = ("checkpoints", "stages", "final")
 
 
@@ -270,8 +273,10 @@ def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materi
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+        for name in AFTERWARDS:
+            (run_dir / name).unlink(missing_ok=True)
         (run_dir / "config.yaml").write_text(_as_recipe(resolved, stages), encoding="utf-8")
-        manifest = run_manifest(config, materials)
+        manifest = run_manifest(resolved, materials)
         (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"output_dir '{run_dir}' cannot be written: {error}") from error
@@ -289,8 +294,9 @@ def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def run_manifest(config: Config, materials: Materials) -> dict[str, Any]:
-    """What somebody needs to know to run it again."""
+def run_manifest(resolved: Resolved, materials: Materials) -> dict[str, Any]:
+    """What somebody needs to know to run it again, and where the values that are not defaults came from."""
+    config = resolved.config
     return {
         "versions": {
             "uniapl": version("uniapl"),
@@ -308,6 +314,7 @@ def run_manifest(config: Config, materials: Materials) -> dict[str, Any]:
             "left_out": {reason: len(rows) for reason, rows in materials.dataset.left_out.items()},
         },
         "git_commit": _git_commit(),
+        "sources": {key: source for key, source in resolved.sources.items() if source != "default"},
     }
 
 
