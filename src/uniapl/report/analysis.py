@@ -48,7 +48,7 @@ def wasserstein(first: Numbers, second: Numbers) -> float:
     """Wasserstein-1: the area between the two distribution functions, in the values' own unit."""
     a, b = sorted(first), sorted(second)
     points = sorted({*a, *b})
-    return sum(
+    return math.fsum(
         abs(bisect_right(a, low) / len(a) - bisect_right(b, low) / len(b)) * (high - low)
         for low, high in pairwise(points)
     )

@@ -66,6 +66,8 @@ function scale(low, high, from, to, log) {
 }
 
 const dash = (index) => `d${index % 5}`;
+const MARKERS = ["M-4 0A4 4 0 1 0 4 0A4 4 0 1 0 -4 0", "M-4 -4H4V4H-4Z", "M0 -5L5 0L0 5L-5 0Z", "M0 -5L5 4H-5Z"];
+const marker = (index) => MARKERS[index % MARKERS.length];
 const color = (index) => index % 8;
 
 /** A chart's figure, which draws itself; `redraw` draws it anew, at its width and with another smoothing. */
@@ -79,7 +81,8 @@ function makeChart(chart, stages) {
   const draw = () => {
     const drawing = new Drawing(chart, entries, state, stages, holder.clientWidth || 340);
     const picture = drawing.make();
-    listen(picture, drawing, state, () => showValues(legend, chart, entries, state));
+    // Points lie too close for a cursor; a table beside them has their values.
+    if (chart.kind !== "points") listen(picture, drawing, state, () => showValues(legend, chart, entries, state));
     holder.replaceChildren(picture);
     showValues(legend, chart, entries, state);
   };
@@ -270,7 +273,7 @@ class Drawing {
         parts.push(
           svg("line", { ...whisker, x1: this.x(entry.xlow[at]), x2: this.x(entry.xhigh[at]), y1: py, y2: py }),
           svg("line", { ...whisker, x1: px, x2: px, y1: this.y(entry.low[at]), y2: this.y(entry.high[at]) }),
-          svg("circle", { class: `f${color(i)}`, cx: px, cy: py, r: 3.5 }),
+          svg("path", { class: `f${color(i)}`, d: marker(i), transform: `translate(${px} ${py})` }),
           svg("text", { x: px + 6, y: py - 5 }, entry.names[at]),
         );
       });
@@ -282,12 +285,7 @@ class Drawing {
   nearest(clientX, picture) {
     const box = picture.getBoundingClientRect();
     const at = ((clientX - box.left) / box.width) * this.width;
-    const { x } = longest(this.entries);
-    let best = 0;
-    x.forEach((value, i) => {
-      if (Math.abs(this.x(value) - at) < Math.abs(this.x(x[best]) - at)) best = i;
-    });
-    return best;
+    return nearestIndex(longest(this.entries).x.map(this.x), at);
   }
 
   point(index) {
@@ -298,6 +296,9 @@ class Drawing {
 
 const bounds = (values) => values.reduce(
   ([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity],
+);
+const nearestIndex = (values, wanted) => values.reduce(
+  (best, value, i) => (Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best), 0,
 );
 const longest = (entries) => entries.reduce((best, entry) => (entry.x.length > best.x.length ? entry : best));
 
@@ -327,13 +328,16 @@ function showValues(legend, chart, entries, state) {
   const pointed = state.index != null;
   const place = pointed ? longest(entries).x[state.index] : null;
   const items = entries.map((entry, i) => {
-    const at = pointed ? entry.x.indexOf(place) : entry.y.findLastIndex((value) => value != null);
+    const at = pointed ? nearestIndex(entry.x, place) : entry.y.findLastIndex((value) => value != null);
     const quiet = !pointed && chart.kind !== "lines" && chart.kind !== "stack";
     const value = at < 0 || quiet ? null : entry.y[at];
-    const sample = chart.kind === "lines" || chart.kind === "histogram"
-      ? svg("line", { class: `line c${color(i)} ${dash(i)}`, x1: 0, x2: 24, y1: 4, y2: 4 })
-      : svg("rect", { class: `f${color(i)}`, x: 6, width: 12, height: 8 });
-    const key = svg("svg", { viewBox: "0 0 24 8", "aria-hidden": "true" }, sample);
+    const samples = {
+      stack: () => svg("rect", { class: `f${color(i)}`, x: 6, width: 12, height: 8 }),
+      points: () => svg("path", { class: `f${color(i)}`, d: marker(i), transform: "translate(12 5)" }),
+    };
+    const line = () => svg("line", { class: `line c${color(i)} ${dash(i)}`, x1: 0, x2: 24, y1: 4, y2: 4 });
+    const sample = (samples[chart.kind] ?? line)();
+    const key = svg("svg", { viewBox: "0 0 24 10", "aria-hidden": "true" }, sample);
     return html("li", {}, key, entry.label, value == null ? null : html("b", {}, formatNumber(value)));
   });
   if (pointed) items.push(html("li", { class: "where", "aria-live": "polite" }, `${chart.x} ${formatNumber(place)}`));

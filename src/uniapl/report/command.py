@@ -32,7 +32,11 @@ def report(arguments: Sequence[str]) -> Path:
             print(output)
             return output
         if options.model_analysis:
+            from transformers.utils import logging
+
             from uniapl.report.models import analyse_models
+
+            logging.disable_progress_bar()
 
             analyse_models(read_run(directories[0]))
         if options.figures is not None:

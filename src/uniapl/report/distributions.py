@@ -35,7 +35,10 @@ def distributions(run: RunData) -> dict[str, Any]:
     first, last = ([record for records in part for record in records] for part in ends(steps))
     names = ("policy, first tenth", "policy, last tenth")
     lengths = _lengths(first, last, names)
-    charts = [_histogram("Length of answers", "tokens", lengths)]
+    note = (
+        "Of prompts that have a demonstration, whose lengths are the expert's." if len(lengths) == 3 else ""
+    )
+    charts = [_histogram("Length of answers", "tokens", lengths, note)]
     wins = {name: _values(part, "win_rate") for name, part in zip(names, (first, last), strict=True)}
     if all(wins.values()):
         note = "At 0.5 an answer cannot be told from the expert's."

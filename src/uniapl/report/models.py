@@ -122,8 +122,8 @@ def model_charts(found: Record | None) -> list[Chart]:
                 "x": "token of the answer",
                 "lines": lines,
                 "log": False,
-                "smooth": True,
-                "note": "Mean log-probability of the token at each position, nats.",
+                "smooth": False,
+                "note": "Mean log-probability at each position, nats; fewer answers reach the later ones.",
             }
         )
     return charts

@@ -2,7 +2,9 @@
 
 /** The value in a script element that holds compressed JSON (completions.pack). */
 async function unpack(id) {
-  const bytes = Uint8Array.from(atob(byId(id).textContent), (letter) => letter.charCodeAt(0));
+  const letters = atob(byId(id).textContent);
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).json();
 }
@@ -43,10 +45,11 @@ function startCharts({ themes, analyses, stages }) {
   analyses.forEach((chart) => add(byId("analysis-charts"), chart));
   const slider = byId("smoothing");
   const redraw = () => {
-    byId("smoothing-value").textContent = Number(slider.value).toFixed(2);
-    charts.forEach((chart) => chart.redraw(Number(slider.value)));
+    const weight = Number(slider?.value ?? 0);
+    if (slider) byId("smoothing-value").textContent = weight.toFixed(2);
+    charts.forEach((chart) => chart.redraw(weight));
   };
-  slider.addEventListener("input", redraw);
+  slider?.addEventListener("input", redraw);
   let width = innerWidth;
   addEventListener("resize", () => {
     if (width !== innerWidth) redraw();
@@ -57,8 +60,10 @@ function startCharts({ themes, analyses, stages }) {
 
 async function start() {
   startTheme();
+  // The answers are unpacked while the charts are drawn.
+  const answers = byId("answers") && unpack("completions-data");
   startCharts(await unpack("data"));
-  if (byId("answers")) startBrowser(await unpack("completions-data"));
+  if (answers) startBrowser(await answers);
 }
 
 start();
