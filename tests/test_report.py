@@ -290,10 +290,21 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"metrics\.jsonl': record 2 cannot be read"):
         report([str(path)])
     write_lines(path / "metrics.jsonl", [{"step": 1, "reward": 1.0}])
+    write_lines(path / "completions.jsonl", [{"step": 1}])
+    with pytest.raises(UsageError, match=r"completions\.jsonl': record 1 holds no completions"):
+        report([str(path)])
+    write_lines(path / "completions.jsonl", [])
+    (path / "manifest.json").write_text("[")
+    with pytest.raises(UsageError, match=r"manifest\.json' cannot be read"):
+        report([str(path)])
+    (path / "manifest.json").write_text("{}")
     with pytest.raises(UsageError, match="say where, by -o FILE"):
         report([str(path), str(path)])
     with pytest.raises(UsageError, match="--model-analysis needs the run's result"):
         report([str(path), "--model-analysis"])
+    (path / "config.yaml").write_text("max_steps: 3")
+    with pytest.raises(UsageError, match="it has no method"):
+        report([str(path)])
     assert run_cli(["report", str(tmp_path / "nowhere")]) == 2
 
 

@@ -85,10 +85,16 @@ def read_run(directory: Path) -> RunData:
     metrics = _read_lines(directory / "metrics.jsonl")
     if not metrics:
         raise UsageError(f"'{directory / 'metrics.jsonl'}' holds no step: there is nothing to report yet")
+    config = load_recipe(directory / "config.yaml")
+    if missing := [key for key in ("method", "max_steps", "model") if key not in config]:
+        raise UsageError(f"'{directory / 'config.yaml'}' is not what training writes: it has no {missing[0]}")
     completions = _read_lines(directory / "completions.jsonl")
+    for count, record in enumerate(completions, start=1):
+        if not record.get("completions"):
+            raise UsageError(f"'{directory / 'completions.jsonl'}': record {count} holds no completions")
     return RunData(
         directory=directory,
-        config=load_recipe(directory / "config.yaml"),
+        config=config,
         manifest=_read_json(directory / "manifest.json") or {},
         metrics=with_derived(metrics, completions),
         completions=completions,

@@ -26,7 +26,7 @@ SKIPPED = {
 def state(run: RunData) -> dict[str, str]:
     """How the run stands: {"kind": "good" | "bad" | "open", "text", "message"}."""
     ending = run.ending or {}
-    kind, words = STATES[ending.get("state")]
+    kind, words = STATES.get(ending.get("state"), STATES[None])
     reasons = [
         f"Stage {record['stage'] + 1} ended at step {record['step']}: {record['stop/reason']}."
         for record in run.metrics
