@@ -235,16 +235,31 @@ def test_a_large_run_fits(tmp_path: Path) -> None:
 
 def test_of_too_many_answers_an_even_sample_is_shown(tmp_path: Path) -> None:
     rows = [prompt_row(step, [answer(os.urandom(100).hex()) for _ in range(5)]) for step in range(1, 101)]
-    packed, shown, total = packed_completions(rows, 20_000)
-    assert len(packed) <= 20_000
+    everything, _, _ = packed_completions(rows, 1_000_000)
+    budget = int(0.6 * len(everything))
+    packed, shown, total = packed_completions(rows, budget)
+    assert len(packed) <= budget
     assert total == 500
     assert 0 < shown < total
     steps = sorted(set(json.loads(gzip.decompress(base64.b64decode(packed)))["step"]))
     assert shown == 5 * len(steps)
     gaps = [after - before for before, after in pairwise(steps)]
     assert max(gaps) - min(gaps) <= 1
+    assert steps[0] == 1
+    assert steps[-1] >= 98
     path = write_run(tmp_path / "run", metric_rows(100), rows)
-    assert f"{shown} of 500 sampled answers" in render([read_run(path)], budget=20_000)
+    assert f"{shown} of 500 sampled answers" in render([read_run(path)], budget=budget)
+
+
+def test_of_a_file_that_is_too_large_every_so_many_lines_are_read(tmp_path: Path) -> None:
+    rows = [prompt_row(step, [answer()]) for step in range(1, 101)]
+    path = write_run(tmp_path / "run", metric_rows(100), rows)
+    size = (path / "completions.jsonl").stat().st_size
+    run = read_run(path, most_bytes=size // 3)
+    assert run.stride == 4
+    assert [record["step"] for record in run.completions] == list(range(1, 101, 4))
+    assert "one in 4 of its prompts was read" in render([run])
+    assert len(read_run(path, most_bytes=size).completions) == 100
 
 
 def test_what_data_holds_is_escaped(tmp_path: Path) -> None:

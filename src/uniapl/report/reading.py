@@ -1,18 +1,20 @@
 """From a run directory to its data: files as they are, half-written last lines left out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from uniapl.errors import UsageError
-from uniapl.files import whole_lines
 from uniapl.report.analysis import mean, number
 from uniapl.resolve import load_recipe
 
 Record = dict[str, Any]
 
+MOST_BYTES = 50_000_000
+"""Of completions.jsonl that are read: a long run's can be larger than memory, and a page shows less."""
 MODEL_ANALYSIS = "analysis.json"
 ENDING = "ending.json"
 
@@ -29,7 +31,8 @@ class RunData:
     metrics: list[Record]
     """One per step, in order."""
     completions: list[Record] = field(default_factory=list)
-    """One per prompt and step, in order."""
+    """One per prompt and step, in order; every `stride`-th one of a file that is too large."""
+    stride: int = 1
     warnings: list[Record] = field(default_factory=list)
     """health.jsonl: {"step", "rule", "message"}, one when a rule begins to fire."""
     ending: Record | None = None
@@ -71,8 +74,11 @@ class RunData:
         return [key for key in found if self.has(key)]
 
 
-def read_run(directory: Path) -> RunData:
+def read_run(directory: Path, *, most_bytes: int = MOST_BYTES) -> RunData:
     """The run in a directory.
+
+    Args:
+        most_bytes: Of completions.jsonl; of a larger file an even sample of the lines is read.
 
     Raises:
         UsageError: It is none, has no step yet, or a file of it is damaged.
@@ -82,23 +88,26 @@ def read_run(directory: Path) -> RunData:
             f"'{directory}' is not the directory of a run (there is no metrics.jsonl with a config.yaml): "
             "give what was --output-dir of uniapl train"
         )
-    metrics = _read_lines(directory / "metrics.jsonl")
+    metrics = _records(directory / "metrics.jsonl")
     if not metrics:
         raise UsageError(f"'{directory / 'metrics.jsonl'}' holds no step: there is nothing to report yet")
     config = load_recipe(directory / "config.yaml")
     if missing := [key for key in ("method", "max_steps", "model") if key not in config]:
         raise UsageError(f"'{directory / 'config.yaml'}' is not what training writes: it has no {missing[0]}")
-    completions = _read_lines(directory / "completions.jsonl")
+    path = directory / "completions.jsonl"
+    stride = max(1, -(-path.stat().st_size // most_bytes)) if path.is_file() else 1
+    completions = _records(path, islice(_stream(path), 0, None, stride))
     for count, record in enumerate(completions, start=1):
         if not record.get("completions"):
-            raise UsageError(f"'{directory / 'completions.jsonl'}': record {count} holds no completions")
+            raise UsageError(f"'{path}': record {count} holds no completions")
     return RunData(
         directory=directory,
         config=config,
         manifest=_read_json(directory / "manifest.json") or {},
         metrics=with_derived(metrics, completions),
         completions=completions,
-        warnings=_read_lines(directory / "health.jsonl"),
+        stride=stride,
+        warnings=_records(directory / "health.jsonl"),
         ending=_read_json(directory / ENDING),
         models=_read_json(directory / MODEL_ANALYSIS),
     )
@@ -119,10 +128,17 @@ def with_derived(metrics: Sequence[Record], completions: Sequence[Record]) -> li
     return result
 
 
-def _read_lines(path: Path) -> list[Record]:
-    """The records of a file, which need not be there, in the order of their steps."""
+def _stream(path: Path) -> Iterator[str]:
+    """The lines that end, one at a time, of a file that need not be there."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from (line for line in file if line.endswith("\n"))
+
+
+def _records(path: Path, lines: Iterable[str] | None = None) -> list[Record]:
+    """What the lines of a file say: of all of it, unless some are given."""
     records: list[Record] = []
-    for count, line in enumerate(whole_lines(path), start=1):
+    for count, line in enumerate(_stream(path) if lines is None else lines, start=1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):

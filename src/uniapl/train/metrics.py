@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uniapl.files import whole_lines
 from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
 from uniapl.train.credit import Credit
@@ -186,14 +185,14 @@ class JsonlLog:
         self.path, self.enabled = path, enabled
         if not enabled:
             return
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= last_step]
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
 
     def tail(self, count: int) -> list[dict[str, Any]]:
         """The last `count` records, oldest first."""
-        return [json.loads(line) for line in whole_lines(self.path)[-count:]] if self.enabled else []
+        return [json.loads(line) for line in _whole_lines(self.path)[-count:]] if self.enabled else []
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append; a number that is not finite becomes null, which every JSON reader understands."""
@@ -205,6 +204,13 @@ class JsonlLog:
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end; a process that was killed may have left half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if line]
 
 
 def _finite(value: Any) -> Any:

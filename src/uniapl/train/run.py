@@ -200,9 +200,9 @@ def end_run(run: Run, state: Literal["finished", "stopped", "interrupted"], mess
     """Write down how the run ended, and the page of what it did; a page that fails is no failed run."""
     if not run.accelerator.is_main_process:
         return
-    write_text(run.directory / ENDING, json.dumps({"state": state, "message": message}))
     page = run.directory / "report.html"
     try:
+        write_text(run.directory / ENDING, json.dumps({"state": state, "message": message}))
         write_report([run.directory], page)
     except Exception as error:  # whatever is wrong with the page, the model is trained and saved
         run.view.say(f"note: no report was written: {error!r}"[:200])
