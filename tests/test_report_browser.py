@@ -104,7 +104,7 @@ def test_answers_are_filtered_sorted_and_turned(small: Path, open_page: Open, wi
     page.select_option("[name=finish]", "length")
     assert numbers(shown(page)) == [17]
     page.click("button[type=reset]")
-    page.wait_for_function("document.getElementById('count').textContent === '30 of 30 answers'")
+    page.get_by_text("30 of 30 answers").wait_for()
     page.fill("[name=reward-from]", "2.6")
     page.fill("[name=win-to]", "0.28")
     assert numbers(shown(page)) == [26, 27, 28]
