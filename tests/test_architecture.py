@@ -34,6 +34,7 @@ LAYERS = [
     },
     {"evaluation"},
     {"compose"},
+    {"report"},
     {"train"},
     {"embedded"},
     {"compare"},

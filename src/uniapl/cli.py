@@ -25,6 +25,7 @@ verbs:
   train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
   check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
   evaluate MODEL --suites ifeval ...    scores on IFEval, IFBench, files of yours, beside their floors
+  report RUN ... [-o FILE]              a page on a run, or on several: curves, lengths, every sampled answer
   compose PROMPTS -o TRAIN.jsonl        prompts times checkable instructions: a training set
   pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
 
@@ -62,6 +63,7 @@ def run(arguments: list[str]) -> int:
         "train": train,
         "check": check,
         "evaluate": evaluate,
+        "report": report,
         "compose": compose,
         "pretrain-discriminator": pretrain_discriminator,
     }
@@ -146,6 +148,14 @@ def evaluate(arguments: list[str]) -> int:
         run_evaluation(arguments)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written", signal.SIGINT) from None
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """`uniapl report RUN ... [-o FILE] [--model-analysis] [--figures DIR]`."""
+    from uniapl.report.command import report as run_report
+
+    run_report(arguments)
     return 0
 
 

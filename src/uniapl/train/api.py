@@ -25,7 +25,7 @@ from uniapl.train import checkpoint, setup, storage
 from uniapl.train.console import RunView
 from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
-from uniapl.train.run import Evaluate, discriminator_kind, save_model, start_run
+from uniapl.train.run import Evaluate, discriminator_kind, ending, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
 from uniapl.train.state import read_state
 from uniapl.train.trouble import disk_errors_explained, memory_errors_explained
@@ -138,6 +138,7 @@ def _train_in_directory(
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     with (
+        ending(run),
         disk_errors_explained(directory, started=True),
         memory_errors_explained(view),
         view,

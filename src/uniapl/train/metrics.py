@@ -155,6 +155,7 @@ def completion_records(
             "row": group.example.row,
             "prompt": group.example.prompt,
             "demonstration": group.example.demonstration,
+            "demonstration_tokens": len(group.example.demonstration_ids or ()) or None,
             "completions": [
                 {
                     "text": text,

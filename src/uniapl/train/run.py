@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
-from uniapl.errors import Interrupted
+from uniapl.errors import HealthStop, Interrupted
+from uniapl.files import write_text
+from uniapl.report import write_report
+from uniapl.report.reading import ENDING
 from uniapl.resolve import Resolved
 from uniapl.streams import Stream
 from uniapl.train import checkpoint, metrics, setup, storage
@@ -192,6 +195,34 @@ def finish_step(
     if run.step % run.config.save_steps == 0 or stage.ended or stopping:
         with run.view.phase("save"):
             save_checkpoint(run, stage)
+
+
+@contextlib.contextmanager
+def ending(run: Run) -> Iterator[None]:
+    """However the run ends, it is written down; after a crash of the program itself nothing is."""
+    try:
+        yield
+    except HealthStop as stop:
+        end_run(run, "stopped", str(stop))
+        raise
+    except Interrupted as interruption:
+        end_run(run, "interrupted", str(interruption))
+        raise
+    end_run(run, "finished")
+
+
+def end_run(run: Run, state: Literal["finished", "stopped", "interrupted"], message: str = "") -> None:
+    """Write down how the run ended, and the page of what it did; a page that fails is no failed run."""
+    if not run.accelerator.is_main_process:
+        return
+    page = run.directory / "report.html"
+    try:
+        write_text(run.directory / ENDING, json.dumps({"state": state, "message": message}))
+        write_report([run.directory], page)
+    except Exception as error:  # whatever is wrong with the page, the model is trained and saved
+        run.view.say(f"note: no report was written: {error!r}"[:200])
+    else:
+        run.view.say(f"report: {page}")
 
 
 def save_checkpoint(run: Run, stage: Stage) -> None:

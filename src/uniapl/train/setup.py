@@ -25,6 +25,7 @@ from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
 from uniapl.files import write_text
 from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
+from uniapl.report.reading import ENDING, MODEL_ANALYSIS
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
@@ -32,7 +33,16 @@ from uniapl.streams import split_streams
 from uniapl.train import checkpoint
 from uniapl.types import Example, derive_seed
 
-RUN_FILES = ("config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "health.jsonl")
+# What speaks of a run that has ended.
+AFTERWARDS = (ENDING, MODEL_ANALYSIS, "report.html")
+RUN_FILES = (
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "completions.jsonl",
+    "health.jsonl",
+    *AFTERWARDS,
+)
 RUN_DIRECTORIES = ("checkpoints", "stages", "final", "skipped")
 
 
@@ -271,9 +281,11 @@ def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materi
                 checkpoint.remove(path)
             else:
                 path.unlink(missing_ok=True)
+    for name in AFTERWARDS:
+        (run_dir / name).unlink(missing_ok=True)
     # Whole or not at all: the next start reads them.
     write_text(run_dir / "config.yaml", _as_recipe(resolved, stages))
-    write_text(run_dir / "manifest.json", json.dumps(run_manifest(config, materials), indent=1))
+    write_text(run_dir / "manifest.json", json.dumps(run_manifest(resolved, materials), indent=1))
     return run_dir
 
 
@@ -288,8 +300,9 @@ def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def run_manifest(config: Config, materials: Materials) -> dict[str, Any]:
-    """What somebody needs to know to run it again."""
+def run_manifest(resolved: Resolved, materials: Materials) -> dict[str, Any]:
+    """What somebody needs to know to run it again, and where the values that are not defaults came from."""
+    config = resolved.config
     return {
         "versions": {
             "uniapl": version("uniapl"),
@@ -307,6 +320,7 @@ def run_manifest(config: Config, materials: Materials) -> dict[str, Any]:
             "left_out": {reason: len(rows) for reason, rows in materials.dataset.left_out.items()},
         },
         "git_commit": _git_commit(),
+        "sources": {key: source for key, source in resolved.sources.items() if source != "default"},
     }
 
 

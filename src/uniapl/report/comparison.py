@@ -1,0 +1,175 @@
+"""The page of a comparison: what `uniapl compare` wrote down, with its curves and fronts as charts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uniapl.errors import UsageError
+from uniapl.files import write_text
+from uniapl.report.analysis import rounded
+from uniapl.report.charts import Chart
+from uniapl.report.page import fill
+
+RESULTS = "results.json"
+SPLITS = {"held_out": "held-out prompts", "held_out_combinations": "held-out combinations"}
+DISTANCES = {
+    "expert_nll": "nats per token of the expert's texts",
+    "length_distance": "distance of lengths from the expert's, words",
+}
+FRONT_MEASURES = {
+    "good_at_equal_closeness": "good at equal closeness",
+    "distance_at_equal_good": "distance at equal good",
+    "best_good": "best good",
+}
+ABLATION_MEASURES = ("good", "fluency", "expert_nll", "length_distance")
+
+
+def is_comparison(directory: Path) -> bool:
+    """Whether it holds what `uniapl compare` writes, and not a run."""
+    return (directory / RESULTS).is_file() and not (directory / "metrics.jsonl").exists()
+
+
+def write_comparison(directory: Path, output: Path) -> None:
+    """Read results.json and write its page.
+
+    Raises:
+        UsageError: It is not what `uniapl compare` writes.
+    """
+    path = directory / RESULTS
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        page = render_comparison(summary, title=directory.resolve().name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"'{path}' is not what uniapl compare writes: {error!r}") from error
+    write_text(output, page)
+
+
+def render_comparison(summary: Mapping[str, Any], *, title: str) -> str:
+    """The page; parts that were not run are left out."""
+    themes: list[dict[str, Any]] = []
+    if "curves" in summary:
+        themes.append({"title": "Quality against cost", "charts": [_curves(summary["curves"])]})
+    if summary.get("fronts"):
+        fronts = [_front(name, front) for name, front in summary["fronts"].items()]
+        themes.append({"title": "Fronts: good against closeness", "charts": fronts})
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    return fill(
+        "comparison",
+        title=title,
+        introduction=(
+            f"The embedded task, seeds {', '.join(map(str, summary['seeds']))}; every run samples at most "
+            f"{summary['budget']['rollouts']:,} rollouts and learns from "
+            f"{summary['budget']['demonstrations']:,} demonstrations. Square brackets: 95 % bootstrap "
+            f"intervals over seeds. {versions}."
+        ),
+        tables=list(_tables(summary)),
+        chosen=[
+            (method, ", ".join(f"{key} = {value}" for key, value in settings.items()))
+            for method, settings in summary["settings"].items()
+        ],
+        data={"themes": themes, "analyses": [], "stages": []},
+    )
+
+
+def _tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    tables: list[dict[str, Any]] = []
+    if "table" in summary:
+        tables.append({"title": "Methods", **_methods(summary["table"])})
+    for name, front in (summary.get("fronts") or {}).items():
+        tables.append({"title": f"Front, {_front_name(name)}", **_front_table(front)})
+    for split, title in SPLITS.items() if "ablations" in summary else ():
+        rows = [[name, *map(_changed, row[split].values())] for name, row in summary["ablations"].items()]
+        header = ["variant", *(f"{measure}, and change" for measure in ABLATION_MEASURES)]
+        tables.append({"title": f"Variants of uniapl, {title}", "header": header, "rows": rows})
+    return tables
+
+
+def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
+    best = table["best_baseline"]
+    header = [
+        "method", "good", f"minus {best}", "good, new combinations", "fluency", "expert nll",
+        "length distance", "distinct-2", "rollout tokens", "seconds",
+    ]  # fmt: skip
+    rows: list[list[str]] = []
+    for method, row in table["methods"].items():
+        here, there, cost = row["held_out"], row["held_out_combinations"], row["cost"]
+        difference = row.get("minus_best_baseline", {}).get("held_out") if method != best else None
+        rows.append(
+            [
+                method,
+                _interval(here["good"]),
+                _interval(difference, sign="+"),
+                _interval(there["good"]),
+                *(
+                    f"{here[name]['mean']:.3f}"
+                    for name in ("fluency", "expert_nll", "length_distance", "distinct_2")
+                ),
+                *(f"{cost[name]:,.0f}" for name in ("rollout_tokens", "seconds")),
+            ]
+        )
+    return {"header": header, "rows": rows}
+
+
+def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:
+    header = ["method", *(cell for name in FRONT_MEASURES.values() for cell in (name, "uniapl minus this"))]
+    rows: list[list[str]] = []
+    for method, row in front["methods"].items():
+        ours = row["ours_minus_this"] or {}
+        cells = [method]
+        for measure in FRONT_MEASURES:
+            cells += [_interval(row[measure]), _interval(ours.get(measure), sign="+")]
+        rows.append(cells)
+    return {"header": header, "rows": rows}
+
+
+def _curves(curves: Mapping[str, Any]) -> Chart:
+    lines = [
+        {"label": method, "x": curve["rollout_tokens"], "y": [rounded(value) for value in curve["good"]]}
+        for method, curve in curves.items()
+        if max(curve["rollout_tokens"]) > 0
+    ]
+    note = "Means over seeds, good on held-out prompts; methods that sample nothing have no line."
+    return _chart("lines", "Good against rollout tokens", "rollout tokens", lines, note=note)
+
+
+def _front(name: str, front: Mapping[str, Any]) -> Chart:
+    lines = [
+        {
+            "label": method,
+            "names": [f"{point['value']:g}" for point in row["points"]],
+            **_sides(row["points"], "distance", ("x", "xlow", "xhigh")),
+            **_sides(row["points"], "good", ("y", "low", "high")),
+        }
+        for method, row in front["methods"].items()
+    ]
+    distance = DISTANCES[name.split("/")[1]]
+    note = "Closer to the expert is further right; numbers are the value of each method's own knob."
+    return _chart("points", _front_name(name).capitalize(), distance, lines, note=note, reversed=True)
+
+
+def _sides(points: Sequence[Mapping[str, Any]], measure: str, names: Sequence[str]) -> dict[str, list[Any]]:
+    return {
+        name: [rounded(point[measure][side]) for point in points]
+        for name, side in zip(names, ("mean", "low", "high"), strict=True)
+    }
+
+
+def _chart(kind: str, title: str, x: str, lines: Sequence[Chart], **more: Any) -> Chart:
+    return {"kind": kind, "title": title, "x": x, "lines": lines, "log": False, "smooth": False, **more}
+
+
+def _front_name(name: str) -> str:
+    split, distance = name.split("/")
+    return f"{SPLITS[split]}, {DISTANCES[distance]}"
+
+
+def _interval(value: Mapping[str, float] | None, *, sign: str = "") -> str:
+    if value is None:
+        return ""
+    mean, low, high = (format(value[name], f"{sign}.3f") for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _changed(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.3f} ({_interval(value['difference'], sign='+')})"

@@ -1,0 +1,129 @@
+"""From data to the page: one HTML file with its style, its script and its data inside."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from uniapl.files import write_text
+from uniapl.report import charts, summary
+from uniapl.report.completions import BUDGET, pack, packed_completions
+from uniapl.report.distributions import distributions
+from uniapl.report.models import model_charts
+from uniapl.report.reading import RunData, read_run
+
+SCRIPTS = ("charts.js", "browser.js", "page.js")
+
+
+def write_report(directories: Sequence[Path], output: Path) -> None:
+    """Read runs and write their page.
+
+    Raises:
+        UsageError: A directory holds no run, or a damaged one.
+    """
+    write_text(output, render([read_run(directory) for directory in directories]))
+
+
+def render(runs: Sequence[RunData], *, budget: int = BUDGET) -> str:
+    """The page of one run, or of several side by side.
+
+    Args:
+        budget: Bytes for the sampled answers; beyond it the page holds a sample of them.
+    """
+    if len(runs) > 1:
+        return fill("runs", title=", ".join(group.label for group in charts.grouped(runs)), **_several(runs))
+    return fill("run", title=runs[0].name, **_one(runs[0], budget))
+
+
+def fill(kind: str, *, title: str, data: dict[str, Any], **values: Any) -> str:
+    """The template with its values; what comes from data is escaped, and only our script may run.
+
+    Args:
+        kind: Which of the template's pages.
+        data: What the script draws, packed.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("uniapl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    here = files("uniapl.report")
+    style = (here / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((here / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return environment.get_template("page.html").render(
+        kind=kind,
+        title=title,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=pack(data),
+        **values,
+    )
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names a script or a style that may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _one(run: RunData, budget: int) -> dict[str, Any]:
+    found = distributions(run)
+    analyses = [*found["charts"], *model_charts(run.models), *charts.cost_curves([run])]
+    packed, shown, total = packed_completions(run.completions, budget)
+    rows = summary.settings(run)
+    return {
+        "run": run,
+        "state": summary.state(run),
+        "tiles": summary.tiles(run),
+        "health": summary.health(run),
+        "lengths": found["lengths"],
+        "models": run.models,
+        "shown": shown,
+        "total": total,
+        "completions": packed,
+        "changed": [row for row in rows if row["changed"]],
+        "settings": rows,
+        "provenance": summary.provenance(run),
+        "data": {"themes": charts.curves([run]), "analyses": analyses, "stages": _stage_starts(run)},
+    }
+
+
+def _several(runs: Sequence[RunData]) -> dict[str, Any]:
+    names = charts.labels(runs)
+    every = [{tile["label"]: tile["value"] for tile in summary.tiles(run)} for run in runs]
+    labels = list(dict.fromkeys(label for found in every for label in found))
+    return {
+        "names": names,
+        "labels": labels,
+        "rows": [
+            {
+                "name": name,
+                "run": run,
+                "state": summary.state(run),
+                "values": [found.get(label, "") for label in labels],
+                "health": summary.health(run),
+            }
+            for name, run, found in zip(names, runs, every, strict=True)
+        ],
+        "differing": summary.differing_settings(runs),
+        "data": {"themes": charts.curves(runs), "analyses": charts.cost_curves(runs), "stages": []},
+    }
+
+
+def _stage_starts(run: RunData) -> list[dict[str, Any]]:
+    """Where the stages of a pipeline but the first begin, for the curves to mark."""
+    starts: dict[int, int] = {}
+    for record in run.metrics:
+        starts.setdefault(record.get("stage") or 0, record["step"])
+    return [
+        {"x": step, "label": run.methods[stage] if stage < len(run.methods) else ""}
+        for stage, step in starts.items()
+        if stage > 0
+    ]
