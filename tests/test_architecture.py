@@ -33,7 +33,7 @@ LAYERS = [
         "resolve",
     },
     {"evaluation"},
-    {"compose"},
+    {"compose", "chat"},
     {"report"},
     {"train"},
     {"embedded"},
