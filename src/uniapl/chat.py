@@ -21,7 +21,8 @@ def chat(arguments: Sequence[str]) -> None:
     config = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(config)
     stop_ids = load_stop_ids(config, load_model_config(config), tokenizer)
-    model: Any = load_model(config).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load_model(config).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

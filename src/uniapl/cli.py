@@ -13,7 +13,6 @@ from uniapl.errors import Interrupted, UniAPLError, UsageError
 
 if TYPE_CHECKING:
     from uniapl.resolve import Resolved
-    from uniapl.train.console import Show
 
 HELP = """\
 usage: uniapl VERB ...
@@ -124,10 +123,13 @@ def train(arguments: list[str]) -> int:
 
     # Bars for every file that is loaded or saved would tear the run's own display.
     logging.disable_progress_bar()
-    show: Show = "quiet" if shows == ["quiet"] else "json" if shows else "text"
+    if shows != ["json"]:
+        train_resolved(resolved, show="quiet" if shows else "text")
+        return 0
     # Reward functions may print what they like; what a script reads is the metrics alone.
-    with contextlib.redirect_stdout(sys.stderr) if shows == ["json"] else contextlib.nullcontext():
-        train_resolved(resolved, show=show)
+    metrics = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        train_resolved(resolved, show=metrics)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""What a person sees while a run goes on: the phase it is in, a line per step, answers beside the expert's."""
+"""What a person sees of a run: the phase it is in, a line per step, answers beside the expert's."""
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,8 +20,8 @@ from rich.text import Text
 
 from uniapl.train.metrics import json_line
 
-Show = Literal["text", "quiet", "json"]
-"""Everything; nothing but errors; each step's metrics as a line of JSON on stdout, and messages on stderr."""
+Show = Literal["text", "quiet"] | TextIO
+"""Everything; nothing; or each step's metrics as a line of JSON to a stream, and messages to stderr."""
 
 # Column -> metric key -> format. Only metrics that a step has are shown.
 COLUMNS = (
@@ -68,15 +68,18 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
     """
 
     def __init__(self, total_steps: int, *, visible: bool, show: Show = "text") -> None:
+        self._json = None if isinstance(show, str) or not visible else show
         self.console = Console(
-            quiet=not visible or show == "quiet", highlight=False, stderr=show == "json", emoji=False
+            quiet=not visible or show == "quiet",
+            highlight=False,
+            stderr=not isinstance(show, str),
+            emoji=False,
         )
         self.times: dict[str, float] = {}
         self.current = ""
         """The phase that is going on, or that an error has ended."""
         self.warnings: Mapping[str, str] = {}
         """Of the health rules that hold."""
-        self._prints_json = visible and show == "json"
         self._total = total_steps
         self._started = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
@@ -127,8 +130,8 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         """Show a step's numbers; with `line`, also one that stays, within 80 columns for up to 99 steps."""
         self._metrics = metrics
         self._progress.update(self._task, pace=f"{metrics['step_time']:.1f} s/step")
-        if self._prints_json:
-            print(json_line(metrics), flush=True)
+        if self._json is not None:
+            print(json_line(metrics), file=self._json, flush=True)
         elif line:
             self.say(f"{step:>{len(str(self._total))}}/{self._total} {_numbers(COLUMNS, metrics, ' ')}")
 
