@@ -20,10 +20,9 @@ def differences(run: Path, reference: Path, *, moved: bool = False) -> list[str]
         moved: Whether the last but one checkpoint may be of another step, by a save that a signal asked for.
             The reference then has to have one of every step.
     """
-    found = [
-        f"{name}: should not be there" for name in sorted({p.name for p in run.iterdir()} - TOP - AFTERWARDS)
-    ]
-    if found or (missing := sorted(TOP - {p.name for p in run.iterdir()})):
+    there = {path.name for path in run.iterdir()}
+    found = [f"{name}: should not be there" for name in sorted(there - TOP - AFTERWARDS)]
+    if found or (missing := sorted(TOP - there)):
         return found or [f"{name}: missing" for name in missing]
     ours, theirs = ({path.name for path in (side / "checkpoints").iterdir()} for side in (run, reference))
     right = len(ours) == 2 and max(ours) == max(theirs) if moved else ours == theirs

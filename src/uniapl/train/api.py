@@ -212,7 +212,7 @@ def make_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=device is None or device.type == "mps",
         mixed_precision="bf16" if bf16 else "no",
-        log_with=list(config.report_to),
+        log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[
             # The first process evaluates and saves while the others wait, for longer than NCCL's ten minutes.

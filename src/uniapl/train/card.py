@@ -34,8 +34,8 @@ def model_card(config: Config, methods: list[str], steps: int, last: Mapping[str
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-            f"# {Path(config.output_dir).name}\n",
-            f"{name}, trained by [UniAPL](https://arxiv.org/abs/2509.25148) {version('uniapl')}: "
+            f"# {name}, trained by UniAPL\n",
+            f"Made by [UniAPL](https://arxiv.org/abs/2509.25148) {version('uniapl')}: "
             f"{' -> '.join(methods)}, {steps} steps, seed {config.seed}.\n",
             f"- demonstrations and prompts: {data}",
             f"- rewards: {rewards}",
