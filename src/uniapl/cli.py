@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a verb needs it: `uniapl --help` answers at once."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -127,7 +128,7 @@ def train(arguments: list[str]) -> int:
         train_resolved(resolved, show="quiet" if shows else "text")
         return 0
     # Reward functions may print what they like; what a script reads is the metrics alone.
-    metrics = sys.stdout
+    metrics = functools.partial(print, file=sys.stdout, flush=True)
     with contextlib.redirect_stdout(sys.stderr):
         train_resolved(resolved, show=metrics)
     return 0
