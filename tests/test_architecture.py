@@ -33,7 +33,7 @@ LAYERS = [
         "resolve",
     },
     {"evaluation"},
-    {"compose"},
+    {"compose", "collect"},
     {"report"},
     {"train"},
     {"embedded"},
