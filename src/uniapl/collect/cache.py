@@ -42,7 +42,8 @@ class Cache:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 fields = json.loads(line)
-                self.answers[fields.pop("key")] = Answer(**fields)
+                key = fields.pop("key")
+                self.answers[key] = Answer(**fields)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 said = f"{path}: line {number} is no answer: {error!r:.80}"
                 raise UsageError(f"{said}; delete the line, and it is asked again") from error
@@ -84,4 +85,7 @@ def open_cache(path: Path) -> Iterator[Cache]:
             raise UsageError(f"'{path}' cannot be read: {error}") from error
         yield cache
     finally:
+        # Before the release: whoever waits for the lock looks whether its file is still there.
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
         lock.release()

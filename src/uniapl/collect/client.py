@@ -205,7 +205,8 @@ def _message(answer: httpx.Response) -> str:
     try:
         found = json.loads(answer.content)
         error = found.get("error") or found
-        return str(error if isinstance(error, str) else error.get("message") or error)
+        said = error if isinstance(error, str) else error.get("message") or error.get("detail")
+        return str(said or error)
     except (ValueError, AttributeError, RecursionError):
         return answer.text
 
