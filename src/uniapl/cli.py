@@ -29,6 +29,7 @@ verbs:
   report RUN ... [-o FILE]              a page on a run, or on several: curves, lengths, every sampled answer
   chat MODEL                            what a model answers, line by line
   compose PROMPTS -o TRAIN.jsonl        prompts times checkable instructions: a training set
+  collect PROMPTS -o TRAIN.jsonl        an expert's answers from an OpenAI-compatible endpoint
   pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
 
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
@@ -68,6 +69,7 @@ def run(arguments: list[str]) -> int:
         "report": report,
         "chat": chat,
         "compose": compose,
+        "collect": collect,
         "pretrain-discriminator": pretrain_discriminator,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -188,6 +190,18 @@ def compose(arguments: list[str]) -> int:
     from uniapl.compose.command import compose as run_composing
 
     run_composing(arguments)
+    return 0
+
+
+def collect(arguments: list[str]) -> int:
+    """`uniapl collect PROMPTS -o TRAIN.jsonl [--url ...] [--model ...] [--num-samples 4] [--json]`."""
+    from uniapl.collect.command import collect as run_collecting
+
+    try:
+        run_collecting(arguments)
+    except KeyboardInterrupt:
+        said = "interrupted; answers so far are kept, the same command goes on with the others"
+        raise Interrupted(said, signal.SIGINT) from None
     return 0
 
 
