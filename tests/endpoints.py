@@ -100,16 +100,20 @@ def later(seconds: float) -> Reply:
 
 
 def hangs(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
-    time.sleep(2)
+    time.sleep(4)
 
 
 def drips(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
+    """An answer of the right form, too late."""
+    whole = json.dumps(completion("late")).encode()
     handler.send_response(200)
+    handler.send_header("Content-Length", str(40 + len(whole)))
     handler.end_headers()
-    for _ in range(30):
+    for _ in range(40):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.1)
+    handler.wfile.write(whole)
 
 
 def cuts(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
@@ -118,14 +122,6 @@ def cuts(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
     handler.end_headers()
     handler.wfile.write(b'{"choices"')
     handler.close_connection = True
-
-
-def slow(seconds: float) -> Reply:
-    def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
-        time.sleep(seconds)
-        echo(endpoint, handler, body)
-
-    return reply
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from endpoints import (
     says,
     send,
     serving,
-    slow,
     status,
 )
 from runs import lines, recipe, write_recipe
@@ -216,15 +215,15 @@ def test_a_run_that_dies_goes_on_with_what_is_missing(
     ended = threading.Event()
 
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
-        if len(endpoint.asked) > 5:
-            ended.wait(60)
+        if body["messages"][-1]["content"] in prompts[5:]:
+            ended.wait()
         echo(endpoint, handler, body)
 
     with serving(reply) as endpoint:
         path = write(tmp_path / "prompts.jsonl", prompts)
         command = ["collect", str(path), "-o", str(tmp_path / "out.jsonl"), "--url", endpoint.url]
-        code_ = f"from uniapl import cli; cli.main({[*command, '--concurrency', '3']!r})"
-        with subprocess.Popen([sys.executable, "-c", code_], stderr=subprocess.PIPE, text=True) as process:
+        program = f"from uniapl import cli; cli.main({[*command, '--concurrency', '3']!r})"
+        with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
             while len(endpoint.asked) < 8 and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(number)
@@ -233,7 +232,7 @@ def test_a_run_that_dies_goes_on_with_what_is_missing(
         assert number == signal.SIGKILL or "the same command goes on" in said
         assert not (tmp_path / "out.jsonl").exists()
         kept = [line["content"].lower() for line in lines(cache)]
-        assert kept == prompts[:5]
+        assert sorted(kept) == prompts[:5], "who asks for another one has kept the last"
         flying = set(prompts[5:8])
         with cache.open("a") as file:
             file.write('{"key": "half a li')
@@ -281,7 +280,7 @@ TROUBLES: dict[str, Reply] = {
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_trouble_that_passes_costs_nothing(trouble: str, tmp_path: Path) -> None:
-    flags = ["--timeout", "0.5"] if trouble in ("hangs", "drips") else []
+    flags = ["--timeout", "1.5"] if trouble in ("hangs", "drips") else []
     with serving(first(TROUBLES[trouble])) as endpoint:
         assert collect(endpoint, tmp_path, *flags) == 0
     assert completions(tmp_path) == [prompt.upper() for prompt in PROMPTS]
@@ -372,8 +371,7 @@ def test_a_server_that_is_not_there(
     with serving() as endpoint:
         pass
     assert collect(endpoint, tmp_path, *flags, "--max-retries", "1000") == 1
-    assert f"{endpoint.url}: cannot be reached (ConnectError" in (said := capsys.readouterr().err)
-    assert "is the server running?" in said
+    assert f"{endpoint.url}: cannot be reached (ConnectError" in capsys.readouterr().err
 
 
 def test_a_server_that_dies_half_way_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -384,7 +382,7 @@ def test_a_server_that_dies_half_way_ends_the_run(tmp_path: Path, capsys: pytest
     flags = ["--max-retries", "1", "--concurrency", "1"]
     with serving(mortal) as endpoint:
         assert collect(endpoint, tmp_path, *flags, prompts=many) == 1
-        assert "answers so far are kept, the same command goes on" in capsys.readouterr().err
+        assert "Answers so far are kept: the same command goes on" in capsys.readouterr().err
         assert len(endpoint.asked) == 3 + 8 * 2
         endpoint.reply = echo
         assert collect(endpoint, tmp_path, prompts=many) == 0
@@ -395,7 +393,13 @@ def test_a_server_that_dies_half_way_ends_the_run(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_concurrency_is_bounded_and_used(concurrency: int, tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(12)]
-    with serving(slow(0.1)) as endpoint:
+    all_there = threading.Barrier(concurrency, timeout=60)
+
+    def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
+        all_there.wait()
+        echo(endpoint, handler, body)
+
+    with serving(reply) as endpoint:
         assert collect(endpoint, tmp_path, "--concurrency", str(concurrency), prompts=prompts) == 0
     assert endpoint.most_at_once == concurrency
 
@@ -441,6 +445,7 @@ def test_a_key_that_no_header_can_hold(
         (says(" \n"), "empty"),
         (says(None), "empty"),
         (says("<think>thought</think>\n"), "empty"),
+        (says("half an emoji: \ud83d"), "not valid Unicode"),
         (says("I will not", finish_reason="content_filter"), "refused by a content filter"),
     ],
 )

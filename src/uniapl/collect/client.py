@@ -149,14 +149,13 @@ class Client:
             if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
                 self._unreached += 1
                 if not self._reached and self._unreached >= MOST_UNREACHED:
-                    what = f"cannot be reached ({what}): is the server running?"
-                    raise GivenUpError(what, for_all=True) from None
+                    raise GivenUpError(f"cannot be reached ({what})", for_all=True) from None
             raise _Failed(what) from None
         self._reached = True
         self._check_status(answer)
         try:
             return read(json.loads(answer.content))
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
             raise _Failed(f"an answer of another form: {self._clean(answer.text)}") from None
 
     def _check_status(self, answer: httpx.Response) -> None:

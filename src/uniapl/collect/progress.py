@@ -77,8 +77,7 @@ def shown(progress: Progress, console: Console) -> Iterator[Callable[[Answer | N
             nonlocal last
             progress.count(answer)
             bar.update(task, completed=progress.done, description=progress.line())
-            late = time.monotonic() - last >= SECONDS_BETWEEN_LINES
-            if not console.is_terminal and (late or progress.done == progress.total):
+            if not console.is_terminal and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
                 console.print(progress.line(), markup=False)
 

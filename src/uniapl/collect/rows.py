@@ -122,6 +122,9 @@ def completion_of(answer: Answer, *, keep_thinking: bool) -> tuple[str, str | No
         text = answer.content
         if answer.reasoning.strip():
             text = f"<think>\n{answer.reasoning.strip()}\n</think>\n\n{text}"
+    if text != text.encode(errors="ignore").decode():
+        # Half of a surrogate pair: one such answer would make the whole file unfit for training.
+        return "", "not valid Unicode"
     return text, None
 
 

@@ -27,7 +27,7 @@ def only_model(endpoint: Endpoint) -> str:
     try:
         models = asyncio.run(ask())
     except GivenUpError as error:
-        raise _stop(endpoint, error, "; or name the model by --model") from None
+        raise _stop(endpoint, error, "--model would name the model without asking") from None
     if len(models) != 1:
         listed = ", ".join(models) or "none"
         raise UsageError(f"{endpoint.shown} has {len(models)} models ({listed:.1000}): choose by --model")
@@ -75,7 +75,8 @@ async def _ask_all(
                 in_a_row += 1
                 failed(key, str(error))
                 if error.for_all or in_a_row >= MOST_IN_A_ROW:
-                    raise _stop(endpoint, error) from None
+                    remedy = "Answers so far are kept: the same command goes on"
+                    raise _stop(endpoint, error, remedy) from None
             else:
                 in_a_row = 0
                 keep(key, answer)
@@ -90,6 +91,6 @@ async def _ask_all(
             await asyncio.gather(*workers, return_exceptions=True)
 
 
-def _stop(endpoint: Endpoint, error: GivenUpError, remedy: str = "") -> UniAPLError:
+def _stop(endpoint: Endpoint, error: GivenUpError, remedy: str) -> UniAPLError:
     kind = UsageError if error.refused else UniAPLError
-    return kind(f"{endpoint.shown}: {error}{remedy}; answers so far are kept, the same command goes on")
+    return kind(f"{endpoint.shown}: {error}. {remedy}")
