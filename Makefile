@@ -38,9 +38,9 @@ lint: $(VENV)/.developed docs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# MkDocs' own notice about its next version is no fault of these pages.
+# Not --quiet, which hides the warnings from --strict too. The variable silences a notice of the theme's.
 docs: $(VENV)/.developed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: $(VENV)/.developed
 	$(BIN)/python benchmarks/logprob_memory.py

@@ -6,9 +6,12 @@ A block that is neither run, nor read as rows or settings, nor exempted by name 
 import ast
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -262,3 +265,17 @@ def test_links_and_anchors_hold(document: Path) -> None:
         there = (document.parent / target) if target else document
         assert there.exists(), target
         assert not anchor or anchor in anchors(there.resolve()), f"{target}#{anchor}"
+
+
+def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = [page for page in tmp_path.rglob("*.html") if page.name != "compare.html"]
+    assert len(pages) > 20
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"?([^\" >]+)", page.read_text())
+        assert not [address for address in loaded if re.match(r"(https?:)?//", address)], page.name
+        assert 'class="mermaid"' not in page.read_text(), "the theme would fetch a script to draw it"
