@@ -112,15 +112,18 @@ def test_answers_that_explode() -> None:
 
 
 def test_a_discriminator_that_knows_nothing_or_everything() -> None:
-    by_length = {"completions__length_auc": 0.8}
-    assert fired(steps(discriminator__accuracy=0.6, **by_length)) == {"discriminator_dead"}
-    assert fired(steps(discriminator__accuracy=0.6, completions__length_auc=0.2)) == {"discriminator_dead"}
-    assert fired(steps(discriminator__accuracy=0.75, **by_length)) == set()
-    equal = {"completions__length_auc": 0.5}
-    assert fired(steps(discriminator__accuracy=0.5, **equal)) == set(), "the policy is as good as the expert"
-    assert fired(steps(discriminator__accuracy=0.3, **equal)) == {"discriminator_dead"}, "upside down"
-    assert fired(steps(discriminator__accuracy=0.995, **by_length)) == {"discriminator_saturated"}
-    assert fired(steps(discriminator__accuracy=0.98, **by_length)) == set()
+    def seen(accuracy: float, auc: float) -> set[str]:
+        return fired(steps(discriminator__accuracy=accuracy, completions__length_auc=auc) * 2)
+
+    assert seen(0.6, 0.8) == {"discriminator_dead"}
+    assert seen(0.6, 0.2) == {"discriminator_dead"}
+    assert seen(0.75, 0.8) == set()
+    assert seen(0.5, 0.5) == set(), "the policy is as good as the expert"
+    assert seen(0.3, 0.5) == {"discriminator_dead"}, "upside down"
+    assert seen(0.995, 0.8) == {"discriminator_saturated"}
+    assert seen(0.98, 0.8) == set()
+    first = steps(discriminator__accuracy=0.6, completions__length_auc=0.8)
+    assert fired(first) == set(), "it has hardly begun to learn"
 
 
 def test_a_sampler_that_samples_from_something_else() -> None:

@@ -22,10 +22,11 @@ One-stage post-training of language models: demonstrations, rewards and an adver
 verbs:
   demo [--key value ...]                UniAPL on a small task that comes with the program, in minutes
   compare [--methods a,b] [--seeds 5]   methods side by side on that task, at equal budget, with intervals
-  train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages
+  train RECIPE.yaml [--key value ...]   one run, or a pipeline of stages (--quiet; --json for scripts)
   check RECIPE.yaml [--key value ...]   everything that can be known before training (--json for scripts)
   evaluate MODEL --suites ifeval ...    scores on IFEval, IFBench, files of yours, beside their floors
   report RUN ... [-o FILE]              a page on a run, or on several: curves, lengths, every sampled answer
+  chat MODEL                            what a model answers, line by line
   compose PROMPTS -o TRAIN.jsonl        prompts times checkable instructions: a training set
   pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
 
@@ -64,6 +65,7 @@ def run(arguments: list[str]) -> int:
         "check": check,
         "evaluate": evaluate,
         "report": report,
+        "chat": chat,
         "compose": compose,
         "pretrain-discriminator": pretrain_discriminator,
     }
@@ -109,7 +111,11 @@ def compare(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """`uniapl train RECIPE.yaml [--key value ...]`."""
+    """`uniapl train RECIPE.yaml [--key value ...] [--quiet | --json]`."""
+    shows = [show for show in ("quiet", "json") if f"--{show}" in arguments]
+    if len(shows) > 1:
+        raise UsageError("--quiet and --json: choose one")
+    arguments = [a for a in arguments if a not in ("--quiet", "--json")]
     resolved = _resolve("train", arguments)
     from transformers.utils import logging
 
@@ -117,7 +123,24 @@ def train(arguments: list[str]) -> int:
 
     # Bars for every file that is loaded or saved would tear the run's own display.
     logging.disable_progress_bar()
-    train_resolved(resolved)
+    if shows != ["json"]:
+        train_resolved(resolved, show="quiet" if shows else "text")
+        return 0
+    # Reward functions may print what they like; what a script reads is the metrics alone.
+    metrics = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        train_resolved(resolved, show=metrics)
+    return 0
+
+
+def chat(arguments: list[str]) -> int:
+    """`uniapl chat MODEL [--system ...] [--temperature 0.7]`."""
+    from transformers.utils import logging
+
+    from uniapl.chat import chat as run_chat
+
+    logging.disable_progress_bar()
+    run_chat(arguments)
     return 0
 
 

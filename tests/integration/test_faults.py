@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import uniapl
 from runs import lines, recipe, run_until, timeless, train, write_recipe
-from tiny import save_model
+from tiny import make_tokenizer, save_model
+from uniapl import cli
 from uniapl.discriminator.bradley_terry import BradleyTerry
 from uniapl.errors import UniAPLError
 from uniapl.train import checkpoint, watch
@@ -328,6 +329,66 @@ def test_a_signal_stops_all_processes_at_the_same_step(model_dir: Path, tmp_path
     last = lines(metrics)[-1]["step"]
     assert last < 400
     assert not checkpoint.defects(checkpoint.checkpoint_path(tmp_path / "run", last)), said
+    # One process goes on with what two have begun.
+    steps = str(last + 2)
+    assert cli.run(["train", str(path), "--resume", "auto", "--max-steps", steps]) == 0
+    assert [record["step"] for record in lines(metrics)] == list(range(1, last + 3))
+
+
+def test_a_clock_that_jumps_back_changes_nothing(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times come from the monotonic clock, seeds and names from no clock at all."""
+    train(recipe(model_dir, tmp_path / "whole"))
+    now = [2e9]
+
+    def back() -> float:
+        now[0] -= 3600
+        return now[0]
+
+    monkeypatch.setattr(time, "time", back)
+    train(recipe(model_dir, tmp_path / "back"))
+    whole, jumped = (lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "back"))
+    assert timeless(jumped) == timeless(whole)
+    assert all(record["step_time"] > 0 for record in jumped)
+
+
+def test_a_pad_token_that_is_the_end_token(tmp_path: Path) -> None:
+    """Masks come from lengths: the end of an answer is learnt although padding looks the same."""
+    runs: list[list[dict[str, Any]]] = []
+    for name in ("<pad>", "<eos>"):
+        path = save_model(tmp_path / name)
+        tokenizer = make_tokenizer()
+        tokenizer.pad_token = name
+        tokenizer.save_pretrained(path)
+        train(recipe(path, tmp_path / f"run-{name}"))
+        runs.append(timeless(lines(tmp_path / f"run-{name}" / "metrics.jsonl")))
+    for one, other in zip(*runs, strict=True):
+        for key, value in one.items():
+            assert other[key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), key
+
+
+def test_duplicate_rows_are_rows(model_dir: Path, tmp_path: Path) -> None:
+    """The same prompt twice in a step is sampled twice, each time with its own seed."""
+    row = {"prompt": "say a.", "letter": "a", "completion": "aaa"}
+    values = recipe(model_dir, tmp_path / "run", max_steps=1, batching={"prompts_per_step": 2})
+    train(values, train_dataset=[row] * 3)
+    first, second = lines(tmp_path / "run" / "completions.jsonl")
+    assert first["row"] != second["row"]
+    assert [c["text"] for c in first["completions"]] != [c["text"] for c in second["completions"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_saved_in_half_precision_is_trained_in_fp32(
+    dtype: torch.dtype, model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "half")
+    weights = load_file(model_dir / "model.safetensors")
+    half = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save_file(half, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    train(recipe(tmp_path / "half", tmp_path / "run", max_steps=1))
+    saved = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_sizes_for_people() -> None:

@@ -144,7 +144,7 @@ MISSING = object()
 new_values = st.just(MISSING) | json_values | st.integers(-2, 99) | st.just([]) | st.just({})
 
 
-@tries(25)
+@tries(20)
 @given(draw=st.data())
 def test_odd_states_at_resume(draw: st.DataObject, folder: Path, run_dir: Path) -> None:
     state = json.loads((checkpoint.checkpoint_path(run_dir, 1) / checkpoint.STATE).read_text())
@@ -154,6 +154,28 @@ def test_odd_states_at_resume(draw: st.DataObject, folder: Path, run_dir: Path) 
         if path or new is not MISSING:
             state = put(state, path, new)
     assert_clear(resumed(folder, state), str(folder / "other"))
+
+
+UNKNOWN = {"prompt_ids": [4], "demonstration_ids": [5, 10**6], "completions": [[6]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, "step: Input should be greater than or equal to 0"),
+        ({"stage": 1}, "stage 2 of 1"),
+        ({"replay": MISSING}, "does not fit the recipe: KeyError: 'replay'"),
+        ({"replay": [UNKNOWN]}, "its replay holds unknown tokens"),
+        ({"stopping": {"best": None, "waited": 0, "reason": None, "more": 1}}, "does not fit the recipe"),
+    ],
+)
+def test_states_that_are_refused(changes: dict[str, Any], message: str, folder: Path, run_dir: Path) -> None:
+    state = json.loads((checkpoint.checkpoint_path(run_dir, 1) / checkpoint.STATE).read_text())
+    changed = {key: value for key, value in (state | changes).items() if value is not MISSING}
+    said = resumed(folder, changed)
+    assert said.code == 2
+    assert_clear(said, str(folder / "other"))
+    assert message in said.err
 
 
 file_names = st.sampled_from(
@@ -172,7 +194,7 @@ file_names = st.sampled_from(
 entries = json_values | st.fixed_dictionaries({"bytes": json_values, "sha256": json_values})
 
 
-@tries(15)
+@tries(10)
 @given(change=st.dictionaries(file_names, entries, min_size=1, max_size=2) | json_values)
 def test_odd_manifests_at_resume(change: Any, folder: Path, run_dir: Path) -> None:
     manifest = json.loads((checkpoint.checkpoint_path(run_dir, 1) / checkpoint.MANIFEST).read_text())
@@ -194,9 +216,7 @@ def test_a_manifest_does_not_lead_out_of_its_checkpoint(name: str, folder: Path,
     assert (checkpoint.checkpoint_path(folder / "other", 1) / name).resolve() == folder / "secret"
 
 
-@pytest.mark.parametrize(
-    "line", ["", "\0\0", "{", "null", "[]", "{}", '{"step": "x"}', '{"step": null}', "[" * 9000]
-)
+@pytest.mark.parametrize("line", ["", "\0\0", "null", '{"step": null}', "[" * 9000])
 def test_damaged_logs_at_resume(line: str, folder: Path, tmp_path: Path, run_dir: Path) -> None:
     other = shutil.copytree(run_dir, tmp_path / "run")
     log = other / "metrics.jsonl"
@@ -207,7 +227,7 @@ def test_damaged_logs_at_resume(line: str, folder: Path, tmp_path: Path, run_dir
     assert said.code == (2 if line else 0)
 
 
-@pytest.mark.parametrize("name", ["step-copy", "step-", "step-000001.bak", "step--1"])
+@pytest.mark.parametrize("name", ["step-", "step-000001.bak"])
 def test_other_folders_beside_checkpoints_are_left_alone(
     name: str, folder: Path, tmp_path: Path, run_dir: Path
 ) -> None:
@@ -216,3 +236,19 @@ def test_other_folders_beside_checkpoints_are_left_alone(
     flags = ("--resume", "auto", "--max-steps", "2", "--output-dir", str(other))
     assert run("train", folder, folder / "model", *KL, *flags).code == 0
     assert (other / "checkpoints" / name).is_dir()
+
+
+def test_a_manifest_of_nothing_makes_no_checkpoint(folder: Path, run_dir: Path) -> None:
+    """Nor does one that vouches for other files than the state."""
+    said = resumed(folder, {}, name=checkpoint.MANIFEST)
+    assert_clear(said, "every checkpoint in")
+    assert said.code == 2
+    path = checkpoint.checkpoint_path(folder / "other", 1)
+    (path / checkpoint.STATE).unlink()
+    weights = (path / "model.safetensors").read_bytes()
+    entry = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    (path / checkpoint.MANIFEST).write_text(json.dumps({"model.safetensors": entry}))
+    said = run("train", folder, folder / "model", "--resume", "auto", "--output-dir", str(folder / "other"))
+    assert_clear(said, "every checkpoint in")
+    assert said.code == 2
+    assert f"{checkpoint.STATE}: missing" in said.out

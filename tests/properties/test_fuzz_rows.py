@@ -116,7 +116,7 @@ NOT_OF_ROWS = ("rewards", "reward function", "method 'uniapl'")
 """What a message may name instead of the file: what does not fit is a reward or the method."""
 
 
-@tries(120)
+@tries(80)
 @given(some=rows, model=models, form=forms, reward=rewards, suffix=st.sampled_from(["jsonl", "json"]))
 def test_odd_rows(some: list[Any], model: str, form: str, reward: str, suffix: str, folder: Path) -> None:
     data = folder / f"rows.{suffix}"
@@ -160,7 +160,7 @@ json_files = damaged(b"[" + b",".join(WHOLE.split(b"\n")[:2]) + b"]") | st.binar
 csv_files = damaged(b'prompt,completion,answer\na,b,c\n"d ""e""","f\n",\n') | st.binary(max_size=40)
 
 
-@tries(60)
+@tries(40)
 @given(
     file=st.one_of(
         st.tuples(st.just("jsonl"), jsonl_files),
@@ -188,7 +188,7 @@ parquet_columns = st.dictionaries(
 )
 
 
-@tries(20)
+@tries(12)
 @given(table=csv_tables)
 def test_odd_tables_as_csv(table: list[dict[str, Any]], folder: Path) -> None:
     data = folder / "table.csv"
@@ -199,7 +199,7 @@ def test_odd_tables_as_csv(table: list[dict[str, Any]], folder: Path) -> None:
     assert_clear(run("check", folder, data), str(data), *NOT_OF_ROWS)
 
 
-@tries(20)
+@tries(12)
 @given(columns=parquet_columns)
 def test_odd_tables_as_parquet(columns: dict[str, list[Any]], folder: Path) -> None:
     data = folder / "table.parquet"

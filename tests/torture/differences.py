@@ -7,7 +7,10 @@ import yaml
 from runs import lines, timeless
 from uniapl.train import checkpoint
 
-TOP = {"config.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "checkpoints", "stages", "final"}
+LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
+# The page and how the run ended are written after it; they need not be there after a kill at the very end.
+AFTERWARDS = {"ending.json", "report.html", ".lock"}
+TOP = {"config.yaml", "manifest.json", *LOGS, "checkpoints", "stages", "final"}
 
 
 def differences(run: Path, reference: Path, *, moved: bool = False) -> list[str]:
@@ -17,8 +20,9 @@ def differences(run: Path, reference: Path, *, moved: bool = False) -> list[str]
         moved: Whether the last but one checkpoint may be of another step, by a save that a signal asked for.
             The reference then has to have one of every step.
     """
-    found = [f"{name}: should not be there" for name in sorted({p.name for p in run.iterdir()} - TOP)]
-    if found or (missing := sorted(TOP - {p.name for p in run.iterdir()})):
+    there = {path.name for path in run.iterdir()}
+    found = [f"{name}: should not be there" for name in sorted(there - TOP - AFTERWARDS)]
+    if found or (missing := sorted(TOP - there)):
         return found or [f"{name}: missing" for name in missing]
     ours, theirs = ({path.name for path in (side / "checkpoints").iterdir()} for side in (run, reference))
     right = len(ours) == 2 and max(ours) == max(theirs) if moved else ours == theirs
@@ -58,7 +62,7 @@ def _in_files(ours: Path, theirs: Path, title: str) -> list[str]:
 
 def _in_lines(run: Path, reference: Path) -> list[str]:
     found: list[str] = []
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name in LOGS:
         mine, other = (timeless(lines(side / name)) for side in (run, reference))
         if mine == other:
             continue

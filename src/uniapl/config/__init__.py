@@ -253,6 +253,14 @@ class Config(Section):
     logging_steps: int = Field(
         default=1, ge=1, description="Steps between lines on the console; files get every step."
     )
+    completion_steps: int = Field(
+        default=20,
+        ge=0,
+        description="Steps between two sampled answers on the console, beside the expert's; 0: never.",
+    )
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
+        default=(), description="Trackers that get the metrics too; metrics.jsonl is always written."
+    )
     gradient_steps: int = Field(
         default=0,
         ge=0,
@@ -267,6 +275,15 @@ class Config(Section):
     stages: tuple[dict[str, Any], ...] = Field(
         default=(), description="A pipeline: each with its `method`, `max_steps` and changes to any section."
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_is_enough(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = (value,)
+        # As in transformers and TRL.
+        return () if value in (("none",), ["none"]) else value
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

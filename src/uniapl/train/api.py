@@ -22,12 +22,13 @@ from uniapl.errors import UsageError
 from uniapl.loading import check_vocabulary, load_model
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup, storage
-from uniapl.train.console import RunView
+from uniapl.train.console import RunView, Show
 from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
 from uniapl.train.run import Evaluate, discriminator_kind, ending, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
 from uniapl.train.state import read_state
+from uniapl.train.trackers import check_trackers, start_trackers
 from uniapl.train.trouble import disk_errors_explained, memory_errors_explained
 
 
@@ -83,9 +84,11 @@ def train_resolved(
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     evaluate: Evaluate | None = None,
+    show: Show = "text",
 ) -> RunResult:
     """:func:`train` for a configuration whose values have been resolved."""
     config = resolved.config
+    check_trackers(config.report_to)
     stages = stages_of(resolved)
     materials = setup.load_materials(
         resolved,
@@ -95,7 +98,7 @@ def train_resolved(
         with_suites=config.eval_steps > 0,
     )
     accelerator = make_accelerator(config)
-    view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process)
+    view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process, show=show)
     for note in _notes(resolved, stages, materials, rows_given=train_dataset is not None):
         view.say(f"note: {note}")
     # The first process writes for all.
@@ -135,6 +138,7 @@ def _train_in_directory(
         storage.check_space(directory, _bytes_to_write(stages, stage, directory, state))
     run = start_run(resolved, stages, accelerator, materials, view, state)
     last_step = sum(stage.config.max_steps for stage in stages)
+    start_trackers(accelerator, resolved)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     with (
@@ -153,6 +157,7 @@ def _train_in_directory(
             stage = build(index)
             run_stage(run, stage)
         save_model(run, stage, directory / "final")
+    accelerator.end_training()
     view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.metrics_log.path}")
     return RunResult(
         output_dir=directory,
@@ -207,6 +212,8 @@ def make_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=device is None or device.type == "mps",
         mixed_precision="bf16" if bf16 else "no",
+        log_with=list(config.report_to) or None,
+        project_dir=config.output_dir,
         kwargs_handlers=[
             # The first process evaluates and saves while the others wait, for longer than NCCL's ten minutes.
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),

@@ -105,7 +105,8 @@ def defects(path: Path) -> list[str]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return [f"{MANIFEST}: {error}"]
-    if not isinstance(manifest, dict) or not all(isinstance(value, dict) for value in manifest.values()):
+    entries = manifest.values() if isinstance(manifest, dict) else ()
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
         return [f"{MANIFEST}: not a mapping of files to sizes and checksums"]
     found: list[str] = []
     for name, expected in manifest.items():

@@ -36,7 +36,7 @@ def warnings(records: Records, config: HealthConfig, *, bounds: tuple[float, flo
         "entropy_collapse": _entropy_collapse(last, config.min_entropy),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
         "length_explosion": _length_explosion(before, last, config.max_length_growth),
-        "discriminator_dead": _discriminator_dead(last, config.max_length_advantage),
+        "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage),
         "discriminator_saturated": _discriminator_saturated(last, config.max_accuracy),
         "divergence": _divergence(before, last),
         "multiplier_pinned": _multiplier_pinned(before, last, bounds[1]),
@@ -125,11 +125,11 @@ def _length_explosion(before: Records, last: Records, growth: float) -> str | No
     )
 
 
-def _discriminator_dead(last: Records, advantage: float) -> str | None:
-    """It sees less than the answers' lengths alone would tell it."""
+def _discriminator_dead(before: Records, last: Records, advantage: float) -> str | None:
+    """It sees less than the answers' lengths alone would tell it, and has had a window's time to learn."""
     accuracy = _mean(last, "discriminator/accuracy")
     aucs = _values(last, "completions/length_auc")
-    if accuracy is None or not aucs:
+    if accuracy is None or not aucs or not _values(before, "discriminator/accuracy"):
         return None
     by_length = 0.5 + abs(statistics.fmean(aucs) - 0.5)
     if by_length - accuracy <= advantage:

@@ -36,6 +36,7 @@ def update_metrics(
         "kl": per("kl") if "kl" in sums else None,
         "entropy": per("kl", "entropy"),
         "weight/mu": weights["sft"],
+        "weight/rl": weights["rl"],
         "tokens/sft": counts["sft"],
         "tokens/rl": counts["rl"],
         "tokens/adv": counts["adv"],
@@ -64,6 +65,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], credits: Sequence[Credit]) -
     wins = [u for credit in credits for u in credit.win_rates if u is not None]
     metrics = {
         "reward": _mean(every),
+        # Of rewards that are shares or verdicts; of others nobody knows what passes.
+        "pass_rate": _mean([float(r == 1) for r in every]) if every and 0 <= lowest <= highest <= 1 else None,
         "reward_std": _mean([statistics.pstdev(rewards) for rewards in rewarded]),
         "frac_reward_zero_std": len(constant) / len(rewarded) if rewarded else None,
         "groups/mixed": 1 - len(constant) / len(rewarded) if rewarded else None,
@@ -197,10 +200,7 @@ class JsonlLog:
         """Append; a number that is not finite becomes null, which every JSON reader understands."""
         if not self.enabled:
             return
-        lines = [
-            json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=repr)
-            for record in records
-        ]
+        lines = [json_line(record) for record in records]
         try:
             # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape.
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -209,6 +209,11 @@ class JsonlLog:
             # A write that fails, unlike an open, does not know of what.
             error.filename = str(self.path)
             raise
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """As strict JSON; a number that is not finite becomes null."""
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=repr)
 
 
 def _whole_lines(path: Path) -> list[str]:

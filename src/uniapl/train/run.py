@@ -22,9 +22,11 @@ from uniapl.report.reading import ENDING
 from uniapl.resolve import Resolved
 from uniapl.streams import Stream
 from uniapl.train import checkpoint, metrics, setup, storage
+from uniapl.train.card import model_card
 from uniapl.train.console import RunView
 from uniapl.train.setup import Materials
 from uniapl.train.stage import Stage
+from uniapl.train.trackers import track
 from uniapl.train.trouble import disk_errors_explained
 
 Evaluate = Callable[[int, PreTrainedModel], Mapping[str, Any]]
@@ -190,8 +192,10 @@ def finish_step(
     record["step_time"] = run.view.step_seconds
     run.metrics_log.write([record])
     run.completions_log.write(completions)
-    if run.step % run.config.logging_steps == 0 or stage.ended:
-        run.view.step_line(run.step, record)
+    track(run.accelerator, record)
+    run.view.step_done(run.step, record, line=run.step % run.config.logging_steps == 0 or stage.ended)
+    if completions and run.config.completion_steps and run.step % run.config.completion_steps == 0:
+        run.view.answers(completions)
     if run.step % run.config.save_steps == 0 or stage.ended or stopping:
         with run.view.phase("save"):
             save_checkpoint(run, stage)
@@ -264,11 +268,14 @@ def discriminator_kind(config: Config) -> str:
 
 
 def save_model(run: Run, stage: Stage, path: Path) -> None:
-    """The policy and its tokenizer, as `transformers` loads them."""
+    """The policy and its tokenizer, as `transformers` loads them, with a card."""
 
     def fill(directory: Path) -> None:
         stage.model.save_pretrained(directory)
         run.materials.tokenizer.save_pretrained(directory)
+        last = run.history[-1] if run.history else {}
+        card = model_card(run.config, run.methods[: stage.index + 1], run.step, last)
+        (directory / "README.md").write_text(card, encoding="utf-8")
 
     if run.accelerator.is_main_process:
         checkpoint.write_directory(path, fill)

@@ -1,13 +1,14 @@
 """The disk under a run: one run per directory, and room for what it will save."""
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from uniapl.errors import UniAPLError, UsageError
+from uniapl.errors import UsageError
 
 LOCK = ".lock"
 RESERVE = 2**20
@@ -67,13 +68,11 @@ def require_space(run_dir: Path, needed: int) -> None:
     """Refuse to begin a checkpoint that does not fit.
 
     Raises:
-        UniAPLError: It does not.
+        OSError: It does not.
     """
     if not fits(run_dir, needed):
-        raise UniAPLError(
-            f"no room for the next checkpoint: '{run_dir}' has {_free(run_dir)} free, {size(needed)} are "
-            "needed. Free some, and go on from the last checkpoint with --resume auto"
-        )
+        lacking = f"no room for the next checkpoint: {_free(run_dir)} are free, {size(needed)} needed"
+        raise OSError(errno.ENOSPC, lacking, str(run_dir))
 
 
 def size(count: int) -> str:

@@ -32,6 +32,7 @@ def warn(run: Run, stage: Stage, record: dict[str, Any]) -> dict[str, int]:
         run.view.say(f"step {run.step}: warning: {found[name]}")
     run.health_log.write({"step": run.step, "rule": name, "message": found[name]} for name in begun)
     run.warned = set(found)
+    run.view.warnings = found
     return {f"health/{name}": 1 for name in found}
 
 

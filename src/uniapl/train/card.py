@@ -1,0 +1,51 @@
+"""The model card beside a result: what it is, what it was made from and how, as the Hub reads it."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uniapl.config import Config
+
+TOLD = ("reward", "pass_rate", "sft/nll", "discriminator/win_rate", "completions/mean_length", "kl")
+"""Metrics of the last step that the card tells."""
+
+
+def model_card(config: Config, methods: list[str], steps: int, last: Mapping[str, Any]) -> str:
+    """The README.md of a trained model.
+
+    Args:
+        methods: Of all stages.
+        steps: Of all stages, done.
+        last: Metrics of the last step.
+    """
+    base = str(config.model.model_name_or_path)
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["uniapl", *dict.fromkeys(methods)]}
+    # A path on the disk of whoever trained is nothing that the Hub could link to.
+    on_the_hub = not Path(base).exists()
+    if on_the_hub:
+        front["base_model"] = base
+    name = base if on_the_hub else Path(base).name
+    numbers = [f"| {key} | {last[key]:.4g} |" for key in TOLD if last.get(key) is not None]
+    data = Path(config.data.path).name if config.data.path else "given as rows"
+    rewards = ", ".join(function.name for function in config.rewards.functions) or "none named in the recipe"
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+            f"# {name}, trained by UniAPL\n",
+            f"Made by [UniAPL](https://arxiv.org/abs/2509.25148) {version('uniapl')}: "
+            f"{' -> '.join(methods)}, {steps} steps, seed {config.seed}.\n",
+            f"- demonstrations and prompts: {data}",
+            f"- rewards: {rewards}",
+            f"- learning rate {config.optim.learning_rate:g}, {config.rollout.num_generations} rollouts per "
+            f"prompt, up to {config.rollout.max_completion_length} tokens each\n",
+            *(["| last step | |", "|---|---|", *numbers, ""] if numbers else []),
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
+            'model = AutoModelForCausalLM.from_pretrained("PATH")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            "```\n",
+        ]
+    )
