@@ -5,6 +5,7 @@ A block that is neither run, nor read as rows or settings, nor exempted by name 
 
 import ast
 import functools
+import io
 import json
 import os
 import re
@@ -60,6 +61,7 @@ EXEMPT = {
     "python -m nltk.downloader": "a download",
     "uniapl demo": "minutes; tests/test_embedded.py runs it small",
     "uniapl compare": "minutes to hours; tests/compare runs it small",
+    "uniapl report runs/primes --figures": "half a minute of matplotlib; tests/test_report.py draws them",
     "uniapl report runs/before": "a comparison's page; tests/compare writes one",
     "uniapl evaluate runs/primes/final --lm-eval-tasks": "benchmarks of the Hub",
     "torchrun": "several processes; tests/integration/test_train.py has two",
@@ -74,6 +76,7 @@ SMALL = {
     "compose": "--benchmarks ifeval=ifeval.jsonl ifbench=ifeval.jsonl",
     "pretrain-discriminator": "--steps 1 --batch-size 2 --max-completion-length 4",
     "report": "",
+    "chat": "--max-new-tokens 4",
 }
 
 
@@ -174,6 +177,7 @@ def test_every_command_is_run_or_exempt(
     document: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workshop)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a prime above 30.\n"))
     unknown = [text for text in code_blocks(document) if kind(text) == "unknown"]
     assert not unknown, "neither commands, nor Python, rows or settings, nor in SHOWN"
     for words in commands(document):
