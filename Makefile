@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 IFEVAL ?= ../shared/data/ifeval/input_data.jsonl
 DEMO ?= runs/demo
 
-.PHONY: demo recipe test torture lint benchmark clean
+.PHONY: demo recipe test torture lint docs benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,10 +33,14 @@ test: lint
 torture: $(VENV)/.developed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py
 
-lint: $(VENV)/.developed
+lint: $(VENV)/.developed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Not --quiet, which hides the warnings from --strict too. The variable silences a notice of the theme's.
+docs: $(VENV)/.developed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: $(VENV)/.developed
 	$(BIN)/python benchmarks/logprob_memory.py

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tiny import SMALL, letter_rows, make_tokenizer
-from uniapl.train.memory import Counter
+from uniapl.train.memory import Counter, MemoryEstimate
 
 MEASURED = """
 import resource, sys
@@ -40,6 +40,16 @@ def test_the_counter_counts_what_lives() -> None:
         assert counter.live == 400, "its view still lives"
         del view
         assert counter.live == 0
+
+
+def test_it_says_what_stays_and_what_comes_and_goes() -> None:
+    """A discriminator does both: its weights stay, its update does not."""
+    gib = 2**30
+    stays, passes = {"policy": 2 * gib, "discriminator": 3 * gib}, {"update": 4 * gib, "discriminator": gib}
+    estimate = MemoryEstimate(device="cuda", available=10 * gib, stays=stays, passes=passes)
+    assert estimate.peak == 9 * gib
+    said = "All the time: policy 2.0 GiB, discriminator 3.0 GiB; on top of it, one after the other: "
+    assert said + "update 4.0 GiB, discriminator 1.0 GiB" in str(estimate)
 
 
 @pytest.mark.parametrize(

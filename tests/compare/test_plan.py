@@ -108,6 +108,6 @@ def test_settings_are_what_the_search_found() -> None:
         assert settings.items() <= SETTINGS[method].items(), method
 
 
-def test_the_readme_s_table_is_the_results() -> None:
+def test_the_published_table_is_the_results() -> None:
     text = results.markdown(results.short_table(published()["table"]))
-    assert text in (RESULTS.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert text in (RESULTS.parents[1] / "choosing-a-method.md").read_text(encoding="utf-8")

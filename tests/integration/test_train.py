@@ -454,45 +454,6 @@ def test_a_run_on_two_processes_equals_one_on_one(model_dir: Path, tmp_path: Pat
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def code_blocks(document: Path) -> list[str]:
-    """The indented blocks of a Markdown file, without their indentation."""
-    blocks: list[list[str]] = [[]]
-    for line in document.read_text().splitlines():
-        if line.startswith("    "):
-            blocks[-1].append(line[4:])
-        elif not line.strip() and blocks[-1]:
-            blocks[-1].append("")
-        elif blocks[-1]:
-            blocks.append([])
-    return ["\n".join(block).strip() + "\n" for block in blocks if block]
-
-
-def test_the_readme_s_example(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows, the reward and the recipe of the README, as they stand there, on a small model."""
-    blocks = code_blocks(Path(__file__).parents[2] / "README.md")
-    monkeypatch.chdir(tmp_path)
-    Path("train.jsonl").write_text(next(b for b in blocks if b.startswith('{"prompt"')))
-    Path("my_reward.py").write_text(next(b for b in blocks if b.startswith("def is_prime")))
-    Path("recipe.yaml").write_text(next(b for b in blocks if b.startswith("model:")))
-    chat = tmp_path / "chat_model"
-    turns = "{% for m in messages %}<turn>{{ m.content }}<eos>{% endfor %}"
-    save_model(chat, chat_template=turns + "{% if add_generation_prompt %}<turn>{% endif %}")
-    flags = [
-        "--model.model-name-or-path",
-        str(chat),
-        "--max-steps",
-        "2",
-        "--rollout.max-completion-length",
-        "4",
-    ]
-    assert cli.run(["check", "recipe.yaml", *flags]) == 0
-    assert cli.run(["train", "recipe.yaml", *flags]) == 0
-    assert cli.run(["train", "recipe.yaml", *flags, "--resume", "auto"]) == 0
-    others = ["--method", "grpo", "--output-dir", "runs/grpo", "--objective.beta", "0.02"]
-    assert cli.run(["train", "recipe.yaml", *flags, *others]) == 0
-    assert AutoModelForCausalLM.from_pretrained("runs/primes/final")
-
-
 def test_verbs_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([]) == 2
     assert cli.run(["--help"]) == 0

@@ -14,7 +14,7 @@ from uniapl.discriminator import Candidate
 
 @dataclass(frozen=True, kw_only=True)
 class DensityRatio:
-    r"""d(x, y) is the mean over tokens of :math:`\log p_{expert}(y_t) - \log p_{against}(y_t)`, in nats.
+    """d(x, y) is the mean over tokens of `log p_expert(y_t) - log p_against(y_t)`, in nats.
 
     The best discriminator's logit is the log density ratio. Here a copy that was fine-tuned on the
     demonstrations stands for the expert, and the start or the current policy for the other side. A mean,

@@ -34,7 +34,7 @@ AT_ONCE = 64
 class Suite:
     """Prompts, and how an answer to one of them is scored.
 
-    Example:
+    Examples:
         Suite(name="ifeval", examples=(...), score=f, headline="prompt_strict")
         where f([example], ["text"], [(5, 1)]) == ([{"prompt_strict": [0.0], "inst_strict": [1.0, 0.0]}],
         None)
@@ -79,7 +79,7 @@ def load_suites(
     stop_ids: Collection[int] = (),
     context_length: int | None = None,
 ) -> tuple[Suite, ...]:
-    """All suites of `evaluation.suites`; see :func:`load_suite`.
+    """All suites of `evaluation.suites`; see `load_suite`.
 
     Raises:
         UsageError: Two have the same name; or what load_suite raises.
@@ -108,7 +108,7 @@ def load_suite(
     """A suite with its prompts tokenised and its scoring tried.
 
     Args:
-        text: As :func:`parse_suite` reads it.
+        text: As `parse_suite` reads it.
         config: `data` says how prompts are read, `rewards` what scores a file's answers (benchmarks, and
             files of their form where there are no rewards, have IFEval's scores), `evaluation` the rest.
         functions: More reward functions, as callables.

@@ -1,7 +1,7 @@
 """The method's mathematics as pure functions of tensors.
 
 Nothing here knows a configuration, a model, a process rank or a random number. Every loss returns a SUM over
-the tokens that its mask selects; :func:`objective` is the only function that divides.
+the tokens that its mask selects; `objective` is the only function that divides.
 
 Letters in the shape annotations: P prompts, G rollouts of one prompt, B rows of a micro-batch, T token
 positions of a row, N selected tokens, D hidden size, V vocabulary size.

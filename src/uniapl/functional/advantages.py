@@ -29,7 +29,7 @@ def group_advantages(
         Advantages. Exactly 0 for unknown rewards and for every group whose known rewards are all equal
         (a mean in floating point would leave a residue that "group" blows up).
 
-    Example:
+    Examples:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[True, True, False]]))
         tensor([[ 0.5000, -0.5000,  0.0000]])
     """

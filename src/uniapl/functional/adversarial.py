@@ -1,4 +1,4 @@
-r"""The adversary's mathematics: the discriminator's loss and the policy's adversarial advantage.
+"""The adversary's mathematics: the discriminator's loss and the policy's adversarial advantage.
 
 d(x, y) is the discriminator's logit, higher = more like the expert; y* is the demonstration, y_i a rollout.
 """
@@ -21,7 +21,7 @@ def bradley_terry_loss(
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    r"""Sum of :math:`-\log \sigma(d(x, y^*) - d(x, y))` over pairs: the expert's answer should win.
+    """Sum of `-log sigmoid(d(x, y*) - d(x, y))` over pairs: the expert's answer should win.
 
     Source: Bradley and Terry (1952); as a discriminator's loss, GAD (arXiv 2511.10643).
 
@@ -29,8 +29,8 @@ def bradley_terry_loss(
         expert_logits: d of the demonstration of each pair. Carries the gradient.
         policy_logits: d of the rollout of the same pair, for the same prompt. Carries the gradient.
         label_smoothing: The share s of pairs that are taken to be the wrong way round: the loss is
-            :math:`-(1 - s) \log \sigma(m) - s \log \sigma(-m)` of the margin m, least at
-            :math:`\log((1 - s) / s)` instead of infinity (as in cDPO; Mitchell 2023).
+            `-(1 - s) log sigmoid(m) - s log sigmoid(-m)` of the margin m, least at
+            `log((1 - s) / s)` instead of infinity (as in cDPO; Mitchell 2023).
     """
     margin = expert_logits - policy_logits
     right, wrong = logsigmoid(margin).sum(), logsigmoid(-margin).sum()
@@ -40,7 +40,7 @@ def bradley_terry_loss(
 def win_probability(
     policy_logits: Float[Tensor, "P G"], expert_logits: Float[Tensor, " P"]
 ) -> Float[Tensor, "P G"]:
-    r""":math:`u_i = \sigma(d(x, y_i) - d(x, y^*))`: that the rollout passes for the expert's answer.
+    """`u_i = sigmoid(d(x, y_i) - d(x, y*))`: that the rollout passes for the expert's answer.
 
     0.5 means indistinguishable. Source: our choice (the Bradley-Terry model read the other way round).
     """
@@ -54,7 +54,7 @@ def adversarial_advantages(
     *,
     assignment: Assignment = "win_probability",
 ) -> Float[Tensor, "P G"]:
-    r"""The group-centred credit B_i that the adversary gives each rollout.
+    """The group-centred credit B_i that the adversary gives each rollout.
 
     Args:
         policy_logits: d of the rollouts; values where ``known`` is False are never read.

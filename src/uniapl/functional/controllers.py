@@ -1,4 +1,4 @@
-r"""Rules that learn lambda, the multiplier of the constraint "the expert gap is at most epsilon".
+"""Rules that learn lambda, the multiplier of the constraint "the expert gap is at most epsilon".
 
 The Lagrangian of: maximise the reward subject to c <= epsilon, where c is 0.5 minus the win rate (below
 epsilon exactly when the expert gap max(0, c) is). Its multiplier grows while the constraint is violated and
@@ -22,7 +22,7 @@ class Multiplier:
 
 
 def expert_gap(win_rate: float) -> float:
-    r""":math:`g = \max(0, 0.5 - \bar u)`: how far the policy is from passing for the expert, in [0, 0.5].
+    """`g = max(0, 0.5 - mean(u))`: how far the policy is from passing for the expert, in [0, 0.5].
 
     Source: our choice; Bradley-Terry pairs give it an absolute zero, which a raw logit has not.
     """
@@ -32,7 +32,7 @@ def expert_gap(win_rate: float) -> float:
 def dual_ascent(
     multiplier: Multiplier, violation: float, *, learning_rate: float, bounds: tuple[float, float]
 ) -> Multiplier:
-    r"""Gradient ascent on the dual, in log space: :math:`\log\lambda` grows by :math:`\eta (c - \epsilon)`.
+    """Gradient ascent on the dual, in log space: `log lambda` grows by `eta (c - epsilon)`.
 
     Source: Safe RLHF (arXiv 2310.12773, section 3.3), which learns log lambda too. A violation is at most 0.5
     here, so the learning rate is larger than for unbounded costs.
@@ -52,7 +52,7 @@ def pid(
     bounds: tuple[float, float],
     decay: float = 0.9,
 ) -> Multiplier:
-    r""":math:`\lambda = K_p P + I + K_d D`, within bounds.
+    """`lambda = K_p P + I + K_d D`, within bounds.
 
     P is a moving average of the violation, I its sum times Ki, never negative, and D the rise of P since the
     last step, none in the first. Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average and its

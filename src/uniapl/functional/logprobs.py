@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK_LOGITS = 2**26
-"""Logits alive at once in :func:`selected_logprobs`: 256 MiB in fp32. Our choice: large enough that the
+"""Logits alive at once in `selected_logprobs`: 256 MiB in fp32. Our choice: large enough that the
 matrix products stay efficient, small beside the weights of the models with large vocabularies."""
 
 
@@ -42,7 +42,7 @@ def selected_logprobs(
     bias: Float[Tensor, " V"] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """:func:`logprobs_from_logits` of ``hidden @ weight.T + bias``, computed in chunks of rows.
+    """`logprobs_from_logits` of ``hidden @ weight.T + bias``, computed in chunks of rows.
 
     The logits of one chunk at a time exist, in the forward and again in the backward pass, which recomputes
     them. Under V = 151,936 the full tensor costs 0.6 MB per token and copy; this costs ``CHUNK_LOGITS``.

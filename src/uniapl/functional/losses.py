@@ -1,8 +1,6 @@
-r"""The token losses and the one place that divides.
+"""The token losses and the one place that divides.
 
-.. math::
-    L = \mu \frac{S_{sft}}{N_{sft}} + (1 - \mu) \frac{S_{rl}}{N_{rl}}
-      + \lambda \frac{S_{adv}}{N_{adv}} + \beta \frac{S_{kl}}{N_{kl}}
+    L = mu S_sft / N_sft + (1 - mu) S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl
 
 Each S is a sum over the tokens of its own component in the whole optimizer step (all micro-batches, all
 processes), each N is the number of those tokens. A mask selects with ``torch.where``: whatever stands at a
@@ -28,7 +26,7 @@ def sft_loss(
     *,
     token_weight: TokenWeight = "none",
 ) -> Float[Tensor, ""]:
-    r"""Sum of :math:`-w_t \log p_t` over the demonstration tokens, with a weight that carries no gradient.
+    """Sum of `-w_t log p_t` over the demonstration tokens, with a weight that carries no gradient.
 
     Args:
         logprobs: Current policy, nats. Carries the gradient.
@@ -60,7 +58,7 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, ""]:
-    r"""Sum of :math:`-\min(\rho_t A, \mathrm{clip}(\rho_t, 1-\epsilon_{low}, 1+\epsilon_{high}) A)`.
+    """Sum of `-min(rho_t A, clip(rho_t, 1-epsilon_low, 1+epsilon_high) A)`.
 
     Source: PPO (arXiv 1707.06347, eq. 7) per token with a group-relative advantage (GRPO, arXiv 2402.03300,
     eq. 3) and two clip widths (DAPO, arXiv 2503.14476). The RL term and the adversarial term both are this
@@ -72,7 +70,8 @@ def clipped_surrogate(
         old_logprobs: The policy that the rollouts came from, at the same temperature. No gradient.
         advantages: One per row, dimensionless. Positive raises the row's probability.
         mask: The rollout tokens that enter this component.
-        clip_low, clip_high: Half-widths of the trust region; 0.2 and 0.2 mean a ratio in [0.8, 1.2].
+        clip_low: Lower half-width of the trust region; 0.2 means a ratio of at least 0.8.
+        clip_high: Upper half-width; 0.2 means a ratio of at most 1.2.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
@@ -102,7 +101,7 @@ def k3_kl(
     ref_logprobs: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
 ) -> Float[Tensor, ""]:
-    r"""Sum of the k3 estimates :math:`r - 1 - \log r`, :math:`r = p_{ref} / p`, of KL(policy || reference).
+    """Sum of the k3 estimates `r - 1 - log r`, `r = p_ref / p`, of KL(policy || reference).
 
     Source: Schulman, "Approximating KL divergence" (2020); GRPO, arXiv 2402.03300, eq. 4. Never negative.
 
@@ -137,7 +136,7 @@ def objective(
     Raises:
         ValueError: A component has no weight or no count, or has a negative count.
 
-    Example:
+    Examples:
         >>> objective({"sft": torch.tensor(6.0)}, {"sft": 0.5}, {"sft": 3})
         tensor(1.)
     """

@@ -5,17 +5,19 @@ from typing import Literal
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
-    r"""Linear from 0 to ``peak`` over the warm-up, then a half cosine down to ``valley``, then ``valley``.
+    """Linear from 0 to ``peak`` over the warm-up, then a half cosine down to ``valley``, then ``valley``.
 
     Source: mu of CHORD (arXiv 2508.11408, section 4.3, and its authors' code). A constant is
     ``peak == valley`` with ``warmup_steps == decay_steps == 0``.
 
     Args:
         step: Counted from 0.
-        warmup_steps, decay_steps: Lengths of the two phases, in steps.
-        peak, valley: The weight at the end of each phase.
+        warmup_steps: Length of the first phase, in steps.
+        decay_steps: Length of the second.
+        peak: The weight at the end of the first.
+        valley: The weight at the end of the second, and from then on.
 
-    Example:
+    Examples:
         >>> [warmup_cosine(s, warmup_steps=2, decay_steps=2, peak=0.8, valley=0.2) for s in (0, 1, 2, 3, 4)]
         [0.0, 0.4, 0.8, 0.5, 0.2]
     """
@@ -28,14 +30,15 @@ def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float
 
 
 def reward_threshold(mean_reward: float, *, threshold: float, peak: float, valley: float) -> float:
-    r""":math:`\max(0, \tau - \bar r)`, between ``valley`` and ``peak``: mu falls as the policy gets better.
+    """`max(0, tau - mean(r))`, between ``valley`` and ``peak``: mu falls as the policy gets better.
 
     Source: CHORD (arXiv 2508.11408, appendix B.1); the limits are our choice.
 
     Args:
         mean_reward: Of the step's rollouts whose reward is known.
         threshold: tau, the reward from which on demonstrations are not needed.
-        peak, valley: mu's limits.
+        peak: mu at most.
+        valley: mu at least.
     """
     return min(peak, max(valley, threshold - mean_reward))
 
@@ -50,7 +53,8 @@ def learning_rate_factor(
     Args:
         step: Counted from 0.
         kind: What follows the warm-up.
-        warmup_steps, total_steps: Length of the warm-up, and of the whole.
+        warmup_steps: Length of the warm-up.
+        total_steps: Length of the whole.
     """
     if step < warmup_steps:
         return step / warmup_steps

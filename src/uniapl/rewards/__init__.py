@@ -7,7 +7,7 @@ answer could not be scored. A function may be sync or async. It is called with t
 `completions`, `completion_ids` and the data's columns that its parameters name (with all of them if it takes
 ``**kwargs``). A completion is a string where the prompt is one, and a list with one assistant message where
 the prompt is a chat. A function that can tell from the data which rows it can score has an attribute
-`check_rows(examples, **args)` that returns a :class:`RowCheck`; it is asked once, before training.
+`check_rows(examples, **args)` that returns a `RowCheck`; it is asked once, before training.
 
 What can go wrong, and the one rule for all of it (docs/architecture.md has the table): the samples concerned
 have NO reward, they are left out of their group's mean and of the loss, and the failure is counted in

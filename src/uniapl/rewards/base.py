@@ -30,7 +30,7 @@ class RewardFunction(Protocol):
 class RowCheck:
     """What a reward function's own `check_rows` found before training.
 
-    Example:
+    Examples:
         RowCheck(unusable={17: "none of its functions agrees with its cases"}, notes=["sandbox: landlock"])
     """
 
@@ -153,7 +153,7 @@ class Rewarder:
     def check_rows(self, examples: Sequence[Example], *, allow_code: bool = False) -> list[str]:
         """Let the functions that know how to look at the data do so; what the user should hear.
 
-        A function may have an attribute `check_rows(examples, **args)` that returns a :class:`RowCheck`, and
+        A function may have an attribute `check_rows(examples, **args)` that returns a `RowCheck`, and
         an attribute `runs_code_from_data`: without `allow_code` it is refused.
 
         Raises:

@@ -46,11 +46,15 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         phase = max(self.passes, key=lambda name: self.passes[name])
-        parts = ", ".join(f"{name} {size(count)}" for name, count in {**self.stays, **self.passes}.items())
+        stays, passes = (
+            ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+            for parts in (self.stays, self.passes)
+        )
         warning = "warning: " if self.peak > self.available else ""
         return (
             f"{warning}about {size(self.peak)} on the {self.device} at its peak ({phase}), if every answer "
-            f"is as long as it may be; {size(self.available)} are free. {parts}"
+            f"is as long as it may be; {size(self.available)} are free. "
+            f"All the time: {stays}; on top of it, one after the other: {passes}"
         )
 
 

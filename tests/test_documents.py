@@ -1,0 +1,289 @@
+"""What README, CONTRIBUTING and docs/ tell people to write and to run: run here on a small model.
+
+A block that is neither run, nor read as rows or settings, nor exempted by name fails.
+"""
+
+import ast
+import functools
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runs import lines
+from tiny import save_model
+from uniapl import cli
+from uniapl.config import Config
+from uniapl.embedded.recipe import RECIPE
+from uniapl.resolve import load_recipe, resolve
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = (
+    "{% for m in messages %}<turn>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<turn>{% endif %}"
+)
+LEFT_OUT = {
+    "docs/log.md": "dated records of what was run once, with the figures that came out",
+    "docs/api.md": "names for mkdocstrings, which the site's test resolves",
+}
+DOCUMENTS = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if str(path.relative_to(ROOT)) not in LEFT_OUT
+]
+
+# Blocks that nobody runs: first line -> what they are.
+SHOWN = {
+    "examples/minimal_loop.py  the whole method on one flat page: read it first": "the repository's tree",
+    "runs/primes/": "a run's files",
+    "checkpoints/step-000050/": "a checkpoint's files",
+    "data[(rows)] --> prompts & demonstrations": "the picture of a step",
+    '{"base": name, "final": path, "answers": {"expert" and "policy": {"count": 64, "base" and "final":': (
+        "the form of analysis.json"
+    ),
+    "L = mu S_sft / N_sft  +  (1 - mu) w_r S_rl / N_rl  +  lambda S_adv / N_adv  +  beta S_kl / N_kl": (
+        "the objective"
+    ),
+}
+# Commands that are not run: how they begin -> why. Their targets, extras, flags and recipes are looked up.
+EXEMPT = {
+    "make ": "the virtual environment alone takes minutes",
+    "pip install": "the index",
+    "git clone": "there is no one address",
+    "cd uniapl": "goes with git clone",
+    "python -m nltk.downloader": "a download",
+    "uniapl demo": "minutes; tests/test_embedded.py runs it small",
+    "uniapl collect": "an endpoint; tests/test_collect.py has one",
+    "uniapl compare": "minutes to hours; tests/compare runs it small",
+    "uniapl report runs/primes --figures": "half a minute of matplotlib; tests/test_report.py draws them",
+    "uniapl report runs/before": "a comparison's page; tests/compare writes one",
+    "uniapl evaluate runs/primes/final --lm-eval-tasks": "benchmarks of the Hub",
+    "torchrun": "several processes; tests/integration/test_train.py has two",
+    "uniapl check recipes/qwen3": "Qwen's shape; tests/test_recipes.py checks all four",
+    "uniapl train recipes/qwen3": "a GPU",
+}
+# What makes the others small, and keeps them off the Hub.
+SMALL = {
+    "train": "--max-steps 2 --rollout.max-completion-length 4",
+    "check": "--max-steps 2 --rollout.max-completion-length 4",
+    "evaluate": "--max-completion-length 4 --overwrite",
+    "compose": "--benchmarks ifeval=ifeval.jsonl ifbench=ifeval.jsonl",
+    "pretrain-discriminator": "--steps 1 --batch-size 2 --max-completion-length 4",
+    "report": "",
+    "chat": "--max-new-tokens 4",
+}
+
+
+def code_blocks(document: Path) -> list[str]:
+    """The indented blocks of a Markdown file, without their indentation."""
+    blocks: list[list[str]] = [[]]
+    for line in document.read_text().splitlines():
+        if line.startswith("    "):
+            blocks[-1].append(line[4:])
+        elif not line.strip() and blocks[-1]:
+            blocks[-1].append("")
+        elif blocks[-1]:
+            blocks.append([])
+    return ["\n".join(block).strip() + "\n" for block in blocks if block]
+
+
+def block(document: str, beginning: str) -> str:
+    return next(b for b in code_blocks(ROOT / document) if b.startswith(beginning))
+
+
+def kind(text: str) -> str:
+    """What a block is, by how it begins; "unknown" where nobody has said."""
+    first = text.splitlines()[0]
+    if first in SHOWN:
+        return "shown"
+    if re.match(r"(uniapl|make|pip|python|git|torchrun|accelerate|cd|source) ", first):
+        return "commands"
+    if first.startswith('{"'):
+        return "rows"
+    if re.match(r"(def|import|from) ", first):
+        return "python"
+    read = yaml.safe_load(text)
+    return "settings" if isinstance(read, dict) and read.keys() <= Config.model_fields.keys() else "unknown"
+
+
+def of_kind(document: Path, wanted: str) -> list[str]:
+    return [text for text in code_blocks(document) if kind(text) == wanted]
+
+
+def commands(document: Path) -> list[list[str]]:
+    """Each as its words, without what stands behind #."""
+    text = "".join(of_kind(document, "commands")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
+
+
+def exempt(words: list[str]) -> bool:
+    return any(" ".join(words).startswith(beginning) for beginning in EXEMPT)
+
+
+def read_rows(text: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    while text := text.strip():
+        row, end = json.JSONDecoder().raw_decode(text)
+        rows.append(row)
+        text = text[end:]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader of the README has come to: rows, a reward, a recipe, a model by its name, two runs."""
+    here = tmp_path_factory.mktemp("workshop")
+    save_model(here / "Qwen" / "Qwen3-0.6B", chat_template=TEMPLATE)
+    for name in ("CHECKPOINT", "BACKBONE"):
+        shutil.copytree(here / "Qwen" / "Qwen3-0.6B", here / name)
+    rows = block("README.md", '{"prompt"')
+    for name in ("train.jsonl", "held_out.jsonl", "prompts.jsonl"):
+        (here / name).write_text(rows)
+    ifeval = {
+        "key": 1,
+        "prompt": "Name a bird.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{}],
+    }
+    (here / "ifeval.jsonl").write_text(json.dumps(ifeval) + "\n")
+    (here / "my_reward.py").write_text(block("README.md", "def is_prime"))
+    (here / "recipe.yaml").write_text(block("README.md", "model:"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert cli.run(["train", "recipe.yaml", *SMALL["train"].split()]) == 0
+    for name in ("grpo", "demo", "demo-grpo"):
+        shutil.copytree(here / "runs" / "primes", here / "runs" / name)
+    return here
+
+
+def runnable(words: list[str]) -> list[str]:
+    verb, *rest = words[1:]
+    small = SMALL[verb].split()
+    if verb == "evaluate":
+        rest = ["ifeval=ifeval.jsonl" if word == "ifeval" else word for word in rest]
+    if verb == "train" and not {"--resume", "--overwrite"} & set(rest):
+        small += ["--overwrite", "True"]
+    return [verb, *rest, *small]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_is_run_or_exempt(
+    document: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workshop)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Name a prime above 30.\n"))
+    unknown = [text for text in code_blocks(document) if kind(text) == "unknown"]
+    assert not unknown, "neither commands, nor Python, rows or settings, nor in SHOWN"
+    for words in commands(document):
+        if exempt(words):
+            continue
+        assert words[0] == "uniapl", f"neither run nor exempt: {words}"
+        try:
+            code = cli.run(runnable(words))
+        except SystemExit as end:
+            code = end.code
+        assert not code, f"{' '.join(words)}: exit code {code}"
+
+
+def test_what_is_exempt_names_targets_extras_flags_and_recipes_that_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    used: set[str] = set()
+    for words in [words for document in DOCUMENTS for words in commands(document) if exempt(words)]:
+        line = " ".join(words)
+        used |= {beginning for beginning in EXEMPT if line.startswith(beginning)}
+        if words[0] == "make":
+            assert words[1] in targets, line
+        elif line.startswith("pip install"):
+            for extra in re.findall(r"\[(\w+)\]", line):
+                assert extra in extras, line
+        elif line.startswith("uniapl demo"):
+            resolve(RECIPE, words[2:])
+        elif any(word.startswith("recipes/") for word in words):
+            at = next(index for index, word in enumerate(words) if word.startswith("recipes/"))
+            resolve(load_recipe(ROOT / words[at]), words[at + 1 :])
+    assert used == EXEMPT.keys(), "exemptions that nothing needs any more"
+
+
+def test_inline_extras_and_shown_blocks_are_still_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    named = re.findall(r'pip install -e "\.\[(\w+)\]"', text)
+    assert set(named) <= extras.keys()
+    firsts = {each.splitlines()[0] for document in DOCUMENTS for each in code_blocks(document)}
+    assert SHOWN.keys() <= firsts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [text for document in DOCUMENTS for text in of_kind(document, "settings")],
+    ids=lambda t: t.split()[0],
+)
+def test_settings_are_accepted(text: str) -> None:
+    resolve(yaml.safe_load(text))
+
+
+def test_rows_have_a_prompt() -> None:
+    texts = [text for document in DOCUMENTS for text in of_kind(document, "rows")]
+    assert len(texts) >= 3
+    assert all("prompt" in row for text in texts for row in read_rows(text))
+
+
+def test_python_blocks_do_what_the_text_says(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workshop)
+    found: dict[str, Any] = {"rows": read_rows(block("README.md", '{"prompt"'))}
+    blocks = [text for document in DOCUMENTS for text in of_kind(document, "python")]
+    for text in sorted(blocks, key=lambda text: text.startswith("import")):
+        small = text.replace('"max_steps": 200', '"max_steps": 1, "rollout": {"max_completion_length": 4}')
+        ast.parse(text)
+        exec(small, found)
+    assert found["is_prime"](["11", "12", "x"], [100, 100, 100]) == [1.0, 0.0, 0.0]
+    assert found["short"](["one two", [{"content": "word " * 21}]]) == [1.0, 0.0]
+    assert found["has_word"](["a cat", "a dog", "a cow"], ["cat", "cat", None]) == [1.0, 0.0, None]
+    assert found["result"].steps == 1
+
+
+def test_the_readme_s_rows_teach_what_it_says(workshop: Path) -> None:
+    """Both rows feed RL, and the one with a completion feeds SFT."""
+    last = lines(workshop / "runs" / "primes" / "metrics.jsonl")[-1]
+    assert last["tokens/sft"] > 0
+    assert {line["row"] for line in lines(workshop / "runs" / "primes" / "completions.jsonl")} == {1, 2}
+
+
+@functools.cache
+def anchors(document: Path) -> set[str]:
+    """As GitHub and MkDocs make them of headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_anchors_hold(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", document.read_text()):
+        there = (document.parent / target) if target else document
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.resolve()), f"{target}#{anchor}"
+
+
+def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = [page for page in tmp_path.rglob("*.html") if page.name != "compare.html"]
+    assert len(pages) > 20
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"?([^\" >]+)", page.read_text())
+        assert not [address for address in loaded if re.match(r"(https?:)?//", address)], page.name
+        assert 'class="mermaid"' not in page.read_text(), "the theme would fetch a script to draw it"
