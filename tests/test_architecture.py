@@ -33,7 +33,7 @@ LAYERS = [
         "resolve",
     },
     {"evaluation"},
-    {"compose", "chat"},
+    {"compose", "collect", "chat"},
     {"report"},
     {"train"},
     {"embedded"},

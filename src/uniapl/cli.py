@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a verb needs it: `uniapl --help` answers at once."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -28,6 +29,7 @@ verbs:
   report RUN ... [-o FILE]              a page on a run, or on several: curves, lengths, every sampled answer
   chat MODEL                            what a model answers, line by line
   compose PROMPTS -o TRAIN.jsonl        prompts times checkable instructions: a training set
+  collect PROMPTS -o TRAIN.jsonl        an expert's answers from an OpenAI-compatible endpoint
   pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
 
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
@@ -67,6 +69,7 @@ def run(arguments: list[str]) -> int:
         "report": report,
         "chat": chat,
         "compose": compose,
+        "collect": collect,
         "pretrain-discriminator": pretrain_discriminator,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -127,7 +130,7 @@ def train(arguments: list[str]) -> int:
         train_resolved(resolved, show="quiet" if shows else "text")
         return 0
     # Reward functions may print what they like; what a script reads is the metrics alone.
-    metrics = sys.stdout
+    metrics = functools.partial(print, file=sys.stdout, flush=True)
     with contextlib.redirect_stdout(sys.stderr):
         train_resolved(resolved, show=metrics)
     return 0
@@ -187,6 +190,18 @@ def compose(arguments: list[str]) -> int:
     from uniapl.compose.command import compose as run_composing
 
     run_composing(arguments)
+    return 0
+
+
+def collect(arguments: list[str]) -> int:
+    """`uniapl collect PROMPTS -o TRAIN.jsonl [--url ...] [--model ...] [--num-samples 4] [--json]`."""
+    from uniapl.collect.command import collect as run_collecting
+
+    try:
+        run_collecting(arguments)
+    except KeyboardInterrupt:
+        said = "interrupted; answers so far are kept, the same command goes on with the others"
+        raise Interrupted(said, signal.SIGINT) from None
     return 0
 
 

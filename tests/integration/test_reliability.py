@@ -1,4 +1,4 @@
-"""Runs that are killed at awkward moments, and disks that fail: what `make torture` found, each in small."""
+"""Runs that are killed at awkward moments, and disks that fail: `make torture` in small, at chosen places."""
 
 import errno
 import json

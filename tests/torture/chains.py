@@ -18,6 +18,7 @@ AT_START = "random moment of the start"
 AS_COMMAND = "random moment, started by exec"
 KILLED = -signal.SIGKILL
 MOST_STARTS = 100
+FINISHED_KILLS = 4
 SAVES_PER_LIFE = 4
 """At most, between a start and a kill."""
 
@@ -64,13 +65,12 @@ def live(setting: Setting, seed: int, wanted: Sequence[str], *, as_command: bool
     rng = Random(seed)
     chain = Chain(run=setting.directory / f"chain-{seed}", as_command=as_command)
     pending = list(wanted)
-    # A run that is done is started once more, and killed again: it has to stay as it is.
-    ends_left = 2
-    while ends_left and not chain.complaints:
+    finished = False
+    while not chain.complaints:
         if chain.starts == MOST_STARTS:
             chain.complaints.append(f"no end in {MOST_STARTS} starts")
             break
-        point = pending.pop(0) if pending and rng.random() < 0.6 else None
+        point = pending.pop(0) if pending and (finished or rng.random() < 0.6) else None
         try:
             code = _life(setting, chain, rng, point)
         except TimeoutError as error:
@@ -78,7 +78,11 @@ def live(setting: Setting, seed: int, wanted: Sequence[str], *, as_command: bool
             break
         if code == 0:
             chain.complaints += differences(chain.run, setting.reference)
-            ends_left -= 1
+            if finished and not pending:
+                break
+            if not finished:
+                # A run that is done is started again, and killed again: it has to stay as it is.
+                finished, pending = True, rng.sample(points.POINTS, FINISHED_KILLS)
         elif code != KILLED:
             chain.complaints.append(f"exit code {code}")
     if not chain.complaints:

@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,8 +20,8 @@ from rich.text import Text
 
 from uniapl.train.metrics import json_line
 
-Show = Literal["text", "quiet"] | TextIO
-"""Everything; nothing; or each step's metrics as a line of JSON to a stream, and messages to stderr."""
+Show = Literal["text", "quiet"] | Callable[[str], None]
+"""Everything; nothing; or each step's metrics as a line of JSON to a function, and messages to stderr."""
 
 # Column -> metric key -> format. Only metrics that a step has are shown.
 COLUMNS = (
@@ -131,7 +131,7 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         self._metrics = metrics
         self._progress.update(self._task, pace=f"{metrics['step_time']:.1f} s/step")
         if self._json is not None:
-            print(json_line(metrics), file=self._json, flush=True)
+            self._json(json_line(metrics))
         elif line:
             self.say(f"{step:>{len(str(self._total))}}/{self._total} {_numbers(COLUMNS, metrics, ' ')}")
 

@@ -1,0 +1,1 @@
+"""Expert demonstrations from an OpenAI-compatible chat endpoint: `uniapl collect`."""
