@@ -137,6 +137,7 @@ def test_messages_unicode_and_prompts_that_come_twice(tmp_path: Path) -> None:
     assert len(endpoint.asked) == 3, "rows 1 and 4 are one request"
     written = lines(tmp_path / "out.jsonl")
     assert [row["id"] for row in written] == [1, 2, 3, 4]
+    assert all("messages" not in row for row in written), "training would look for the answer there"
     assert [row["prompt"] for row in written] == [chat, chat[1:], "größe 猫\u2028", chat]
     assert [row["completion"] for row in written] == [
         "GRÖSSE 猫",
@@ -362,6 +363,16 @@ def test_a_row_that_is_refused_is_not_repeated_and_all_of_them_end_the_run(
         assert collect(endpoint, tmp_path, "--concurrency", "1", prompts=many) == 2
     assert f"{endpoint.url}: status {number}: temperature must be less than 2" in capsys.readouterr().err
     assert len(endpoint.asked) == 8
+
+
+def test_failures_with_answers_between_them_do_not_end_a_run(tmp_path: Path) -> None:
+    def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
+        (echo if len(endpoint.asked) % 2 else status(400))(endpoint, handler, body)
+
+    with serving(reply) as endpoint:
+        many = [f"prompt {n}" for n in range(30)]
+        assert collect(endpoint, tmp_path, "--concurrency", "1", prompts=many) == 1
+    assert len(endpoint.asked) == 30
 
 
 @pytest.mark.parametrize("flags", [[], ["--model", "expert"]])
