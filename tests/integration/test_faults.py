@@ -174,6 +174,17 @@ def test_two_runs_never_share_a_directory(model_dir: Path, tmp_path: Path) -> No
     train(values)
 
 
+def test_a_refusal_is_told_also_where_nothing_can_be_cleaned_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", read_only)
+    with pytest.raises(uniapl.UsageError, match="the reason"), exclusive(tmp_path / "run"):
+        raise uniapl.UsageError("the reason")
+
+
 def test_a_run_that_does_not_fit_on_the_disk_is_not_begun(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

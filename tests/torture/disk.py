@@ -16,6 +16,7 @@ from torture import children
 from torture.differences import differences, whole_checkpoints, wrong_checkpoints
 from torture.setting import LAST_STEP, Setting, log_of, steps_done
 from uniapl.train import checkpoint
+from uniapl.train.storage import LOCK
 
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000
 """Of clone(2)."""
@@ -72,6 +73,13 @@ def starve(setting: Setting, what: str, amount: int) -> Shortage:
     meanwhile: Callable[[float], bool] | None = None
     size = str(amount) if what == "small disk" else ROOM
     with _tmpfs(disk, size):
+        if what == "read-only after step" and amount:
+            # The run's lock is open for writing all the time: on this disk it would keep it writable.
+            run.mkdir()
+            elsewhere = disk.with_suffix(".lock")
+            for lock in (elsewhere, run / LOCK):
+                lock.touch()
+            _must(_mount("--bind", str(elsewhere), str(run / LOCK)))
         if what == "read-only after step" and not amount:
             _must(_mount("-o", "remount,ro", str(disk)))
         elif what != "small disk":
@@ -119,7 +127,7 @@ def _tmpfs(path: Path, size: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        subprocess.run(["umount", "--recursive", str(path)], check=True)
 
 
 def _fill(filler: Path) -> bool:

@@ -41,8 +41,9 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         # A run that was refused leaves nothing behind.
-        if [path.name for path in run_dir.iterdir()] == [LOCK]:
-            shutil.rmtree(run_dir)
+        with contextlib.suppress(OSError):
+            if [path.name for path in run_dir.iterdir()] == [LOCK]:
+                shutil.rmtree(run_dir)
         lock.release()
 
 
