@@ -223,12 +223,17 @@ def test_a_run_that_dies_goes_on_with_what_is_missing(
     with serving(reply) as endpoint:
         path = write(tmp_path / "prompts.jsonl", prompts)
         command = ["collect", str(path), "-o", str(tmp_path / "out.jsonl"), "--url", endpoint.url]
-        program = f"from uniapl import cli; cli.main({[*command, '--concurrency', '3']!r})"
+        # What is started in the background may have been told to ignore Ctrl-C.
+        heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        program = f"{heeding}; from uniapl import cli; cli.main({[*command, '--concurrency', '3']!r})"
         with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
             while len(endpoint.asked) < 8 and process.poll() is None:
                 time.sleep(0.01)
             process.send_signal(number)
-            _, said = process.communicate(timeout=60)
+            try:
+                _, said = process.communicate(timeout=60)
+            finally:
+                process.kill()
         assert process.returncode == code
         assert number == signal.SIGKILL or "the same command goes on" in said
         assert not (tmp_path / "out.jsonl").exists()

@@ -118,15 +118,18 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
         optimizer = torch.optim.AdamW(model.parameters())
         shape = _update_shape(config, materials)
 
-        def update() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                # Twice: from the second micro-batch on there are gradients to add to.
-                for _ in range(2):
+        def update(*, learning: bool = True) -> None:
+            for parameter in model.parameters():
+                # From the second micro-batch on there are gradients to add to.
+                parameter.grad = torch.zeros_like(parameter)
+            if learning:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     _learn(model, shape, reads_twice=objective.beta > 0)
             optimizer.step()
             optimizer.zero_grad()
 
-        update()
+        # The first step makes the moments.
+        update(learning=False)
         passes["update"] = counter.taken_by(update)
         if objective.uses_rollouts:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -35,8 +35,8 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         # A file system without locks: nothing is worse there than it was before.
         yield
         return
-    except OSError as error:
-        raise UsageError(f"output_dir '{run_dir}' cannot be written: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name that a file system knows
+        raise UsageError(f"output_dir {str(run_dir)!r} cannot be written: {error}") from error
     try:
         yield
     finally:
