@@ -73,11 +73,14 @@ def test_a_rate_at_the_edge_brings_in_the_next_one(directory: Path, monkeypatch:
 
 
 KILLED = """
+import signal
 import sys
 from pathlib import Path
 from fakes import cells, fake_cell
 from uniapl.compare.runner import run_cells
 if __name__ == "__main__":
+    # What is started in the background may have been told to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_cells(cells(6, seconds=0.5), Path(sys.argv[1]), jobs=1, run=fake_cell)
 """
 
