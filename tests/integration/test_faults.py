@@ -133,6 +133,7 @@ def test_what_fits_in_no_part_ends_the_run(
     with pytest.raises(UniAPLError, match=f"out of memory in the .*update: {said}.*lower rollout") as stopped:
         train(recipe(model_dir, tmp_path / "run"))
     assert stopped.value.exit_code == 1
+    assert json.loads((tmp_path / "run" / "ending.json").read_text())["state"] == "stopped"
 
 
 def test_an_error_that_is_not_about_memory_is_not_hidden(
@@ -172,6 +173,17 @@ def test_two_runs_never_share_a_directory(model_dir: Path, tmp_path: Path) -> No
     ):
         train(values)
     train(values)
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("uniapl.train.storage.FileLock.acquire", unsupported)
+    with exclusive(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_a_refusal_is_told_also_where_nothing_can_be_cleaned_up(

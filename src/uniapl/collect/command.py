@@ -1,6 +1,7 @@
 """The verb `collect`: prompts in, an expert's answers out, as a training file."""
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -139,7 +140,7 @@ def _ask(
 
         bodies = {key: settings.body(question.prompt, sample) for key, (question, sample) in missing.items()}
         if bodies:
-            ask_all(bodies, endpoint, concurrency=options.concurrency, keep=keep, failed=failed)
+            asyncio.run(ask_all(bodies, endpoint, concurrency=options.concurrency, keep=keep, failed=failed))
     return progress, dict(sorted(failures.items()))
 
 

@@ -34,7 +34,7 @@ def only_model(endpoint: Endpoint) -> str:
     return models[0]
 
 
-def ask_all(
+async def ask_all(
     bodies: Mapping[str, dict[str, Any]],
     endpoint: Endpoint,
     *,
@@ -53,16 +53,6 @@ def ask_all(
         UniAPLError: The endpoint cannot be reached, or answers nothing any more.
         UsageError: It refuses what it is asked.
     """
-    asyncio.run(_ask_all(bodies, endpoint, concurrency, keep, failed))
-
-
-async def _ask_all(
-    bodies: Mapping[str, dict[str, Any]],
-    endpoint: Endpoint,
-    concurrency: int,
-    keep: Callable[[str, Answer], None],
-    failed: Callable[[str, str], None],
-) -> None:
     waiting = iter(bodies.items())
     in_a_row = 0
 

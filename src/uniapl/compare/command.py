@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from uniapl.compare.plan import PIPELINES, SEARCH_SEED, Cell
 from uniapl.compare.runner import run_cells, search
 from uniapl.errors import UsageError
 from uniapl.files import write_text
+from uniapl.report.comparison import render_comparison
 
 PARTS = ("search", "table", "fronts", "ablations")
 
@@ -25,13 +25,11 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
     """`uniapl compare`: what results.json holds.
 
     Raises:
-        UsageError: A method or a part that is none, or matplotlib is not installed.
+        UsageError: A method or a part that is none.
         UniAPLError: Some cells failed.
     """
     options = _parse(arguments)
     directory, methods, seeds, jobs = options.output_dir, options.methods, options.seeds, options.jobs
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("uniapl compare draws with matplotlib: pip install 'uniapl[report]'")
     summary: dict[str, Any] = {
         "versions": {name: importlib.metadata.version(name) for name in ("uniapl", "torch", "transformers")},
         "seeds": list(range(seeds)),
@@ -61,9 +59,7 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         uniapl = run(plan.table_cells(["uniapl"], seeds))
         summary["ablations"] = results.ablations({n: run(cells) for n, cells in variants.items()}, uniapl)
     write_text(directory / "results.json", json.dumps(summary, indent=1))
-    from uniapl.compare.report import render
-
-    write_text(directory / "compare.html", render(summary))
+    write_text(directory / "compare.html", render_comparison(summary, title=directory.resolve().name))
     _show(summary, directory)
     return summary
 

@@ -22,7 +22,7 @@ FRONT_MEASURES = {
     "distance_at_equal_good": "distance at equal good",
     "best_good": "best good",
 }
-ABLATION_MEASURES = ("good", "fluency", "expert_nll", "length_distance")
+ABLATION_MEASURES = ("good", "fluency", "expert nll", "length distance")
 
 
 def is_comparison(directory: Path) -> bool:
@@ -60,14 +60,12 @@ def render_comparison(summary: Mapping[str, Any], *, title: str) -> str:
         introduction=(
             f"The embedded task, seeds {', '.join(map(str, summary['seeds']))}; every run samples at most "
             f"{summary['budget']['rollouts']:,} rollouts and learns from "
-            f"{summary['budget']['demonstrations']:,} demonstrations. Square brackets: 95 % bootstrap "
-            f"intervals over seeds. {versions}."
+            f"{summary['budget']['demonstrations']:,} demonstrations (sft: as many more as the others have "
+            f"rollouts). Square brackets: 95 % bootstrap intervals over seeds. {versions}."
         ),
         tables=list(_tables(summary)),
-        chosen=[
-            (method, ", ".join(f"{key} = {value}" for key, value in settings.items()))
-            for method, settings in summary["settings"].items()
-        ],
+        chosen=_settings(summary["settings"]),
+        found=_settings(summary.get("search", {})),
         data={"themes": themes, "analyses": [], "stages": []},
     )
 
@@ -88,27 +86,37 @@ def _tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
     best = table["best_baseline"]
     header = [
-        "method", "good", f"minus {best}", "good, new combinations", "fluency", "expert nll",
-        "length distance", "distinct-2", "rollout tokens", "seconds",
+        "method", "good", f"minus {best}", "good, new combinations", f"minus {best}", "passed", "fluency",
+        "expert nll", "length distance", "reference nll", "distinct-2", "rollout tokens", "trained tokens",
+        "seconds", *(f"tokens to {level:.2f}" for level in table["levels"]),
     ]  # fmt: skip
     rows: list[list[str]] = []
     for method, row in table["methods"].items():
         here, there, cost = row["held_out"], row["held_out_combinations"], row["cost"]
-        difference = row.get("minus_best_baseline", {}).get("held_out") if method != best else None
+        differences = row.get("minus_best_baseline", {})
+        reached = row.get("rollout_tokens_to_reach", {}).values()
         rows.append(
             [
                 method,
                 _interval(here["good"]),
-                _interval(difference, sign="+"),
+                _interval(differences.get("held_out"), sign="+"),
                 _interval(there["good"]),
-                *(
-                    f"{here[name]['mean']:.3f}"
-                    for name in ("fluency", "expert_nll", "length_distance", "distinct_2")
-                ),
-                *(f"{cost[name]:,.0f}" for name in ("rollout_tokens", "seconds")),
+                _interval(differences.get("held_out_combinations"), sign="+"),
+                *(f"{here[name]['mean']:.3f}" for name in ("passed", "fluency", "expert_nll")),
+                f"{here['length_distance']['mean']:.2f}",
+                *(f"{here[name]['mean']:.3f}" for name in ("reference_nll", "distinct_2")),
+                *(f"{cost[name]:,.0f}" for name in ("rollout_tokens", "trained_tokens", "seconds")),
+                *("never" if tokens is None else f"{tokens:,.0f}" for tokens in reached),
             ]
         )
     return {"header": header, "rows": rows}
+
+
+def _settings(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [
+        (method, ", ".join(f"{key} = {value}" for key, value in values.items()))
+        for method, values in settings.items()
+    ]
 
 
 def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:

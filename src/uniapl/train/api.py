@@ -28,7 +28,7 @@ from uniapl.train.loop import run_stage
 from uniapl.train.run import Evaluate, discriminator_kind, ending, save_model, start_run
 from uniapl.train.stage import Stage, build_stage
 from uniapl.train.state import read_state
-from uniapl.train.trackers import check_trackers, start_trackers
+from uniapl.train.trackers import check_trackers, tracked
 from uniapl.train.trouble import disk_errors_explained, memory_errors_explained
 
 
@@ -64,7 +64,7 @@ def train(
         UsageError: The configuration, the data or the model cannot work; nothing was trained.
         HealthStop: A health rule ended the run; a checkpoint was saved.
         Interrupted: Ctrl-C or SIGTERM did; a checkpoint was saved.
-        UniAPLError: The disk is full, read-only or broken; the last checkpoint is whole.
+        UniAPLError: The disk is full, read-only or broken, or memory too small; the last checkpoint is whole.
     """
     if isinstance(config, (str, Path)):
         config = load_recipe(config)
@@ -138,13 +138,13 @@ def _train_in_directory(
         storage.check_space(directory, _bytes_to_write(stages, stage, directory, state))
     run = start_run(resolved, stages, accelerator, materials, view, state)
     last_step = sum(stage.config.max_steps for stage in stages)
-    start_trackers(accelerator, resolved)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     with (
         ending(run),
         disk_errors_explained(directory, started=True),
         memory_errors_explained(view),
+        tracked(accelerator, resolved),
         view,
         run.signals_handled(),
     ):
@@ -157,7 +157,6 @@ def _train_in_directory(
             stage = build(index)
             run_stage(run, stage)
         save_model(run, stage, directory / "final")
-    accelerator.end_training()
     view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.metrics_log.path}")
     return RunResult(
         output_dir=directory,

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uniapl.train.metrics import json_line
+from uniapl.types import prompt_text
 
 Show = Literal["text", "quiet"] | Callable[[str], None]
 """Everything; nothing; or each step's metrics as a line of JSON to a function, and messages to stderr."""
@@ -142,10 +143,8 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         for record in shown[:2]:
             answer = record["completions"][0]
             reward = "" if answer["reward"] is None else f" {answer['reward']:.2f}"
-            prompt = record["prompt"]
-            asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
             for title, text in (
-                ("  prompt", asked),
+                ("  prompt", prompt_text(record["prompt"])),
                 (f"  policy{reward}", answer["text"]),
                 ("  expert", record["demonstration"]),
             ):
@@ -161,7 +160,9 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         table = Table.grid(padding=(0, 2))
         for title, columns in ROWS.items():
             numbers = _numbers(columns, self._metrics, "  ")
-            if numbers and (title == "answers" or self._metrics.get(columns[2][1])):
+            # A force without tokens in this step did not act.
+            silent = any(name == "tokens" and not self._metrics.get(key) for name, key, _ in columns)
+            if numbers and not silent:
                 table.add_row(Text(title, style="dim"), Text(numbers))
         for name, message in self.warnings.items():
             table.add_row(Text(name, style="yellow"), Text(message))

@@ -76,16 +76,16 @@ class Counter(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, count = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)
-        self.live += size
+        self.live += count
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._forget, key, count)
 
-    def _forget(self, key: int, size: int) -> None:
-        self.live -= size
+    def _forget(self, key: int, count: int) -> None:
+        self.live -= count
         self._seen.discard(key)
 
     def taken_by(self, compute: Callable[[], None]) -> int:
@@ -162,18 +162,14 @@ def _model(load: Any, config: ModelConfig) -> Any:
     ).eval()
 
 
-def _longest(materials: Materials, *, demonstrations: bool) -> int:
-    lengths = [
-        len(example.demonstration_ids or () if demonstrations else example.prompt_ids)
-        for example in materials.dataset.examples
-    ]
-    return max(lengths)
+def _longest_prompt(materials: Materials) -> int:
+    return max(len(example.prompt_ids) for example in materials.dataset.examples)
 
 
 def _update_shape(config: Config, materials: Materials) -> tuple[int, int]:
     """(rows, padded tokens of each) of the largest micro-batch."""
     objective, batching = config.objective, config.batching
-    prompt = _longest(materials, demonstrations=False)
+    prompt = _longest_prompt(materials)
     lengths: list[int] = []
     if objective.uses_rollouts:
         rollouts = batching.prompts_per_step * config.rollout.num_generations
@@ -222,7 +218,7 @@ def _rollout(counter: Counter, model: Any, config: Config, materials: Materials)
     """The larger of reading the prompts, and of one more token for every row at its full length."""
     settings = config.rollout
     prompts = min(config.batching.prompts_per_step, max(1, settings.max_rows // settings.num_generations))
-    prompt = _longest(materials, demonstrations=False)
+    prompt = _longest_prompt(materials)
 
     def read() -> None:
         model(**_inputs(prompts, prompt), use_cache=True, logits_to_keep=1)

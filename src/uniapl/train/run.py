@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
-from uniapl.errors import HealthStop, Interrupted
+from uniapl.errors import Interrupted, UniAPLError
 from uniapl.files import write_text
 from uniapl.report import write_report
 from uniapl.report.reading import ENDING
@@ -206,11 +206,11 @@ def ending(run: Run) -> Iterator[None]:
     """However the run ends, it is written down; after a crash of the program itself nothing is."""
     try:
         yield
-    except HealthStop as stop:
-        end_run(run, "stopped", str(stop))
-        raise
     except Interrupted as interruption:
         end_run(run, "interrupted", str(interruption))
+        raise
+    except UniAPLError as error:
+        end_run(run, "stopped", str(error))
         raise
     end_run(run, "finished")
 

@@ -25,16 +25,14 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     lock = FileLock(run_dir / LOCK, timeout=0)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        # Some file systems have no locks: there, nobody is kept out.
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire()
     except Timeout:
         raise UsageError(
             f"another run is at work in output_dir '{run_dir}': wait for its end, or choose another "
             "--output-dir"
         ) from None
-    except NotImplementedError:
-        # A file system without locks: nothing is worse there than it was before.
-        yield
-        return
     except (OSError, ValueError) as error:  # ValueError: no name that a file system knows
         raise UsageError(f"output_dir {str(run_dir)!r} cannot be written: {error}") from error
     try:

@@ -1,7 +1,8 @@
 """Metrics sent to a tracker beside metrics.jsonl: what `report_to` names, through accelerate."""
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,6 @@ from accelerate import Accelerator
 
 from uniapl.errors import UsageError
 from uniapl.resolve import Resolved, flatten
-
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
-"""Tracker -> what has to be installed for it."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -21,14 +19,17 @@ def check_trackers(names: Sequence[str]) -> None:
         UsageError: Naming it and what to install.
     """
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise UsageError(f"report_to: '{name}' is not installed: pip install {PACKAGES[name]}")
+        # Each is called like its package.
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"report_to: '{name}' is not installed: pip install {name}")
 
 
-def start_trackers(accelerator: Accelerator, resolved: Resolved) -> None:
-    """Open the trackers with the run's name and its values."""
+@contextlib.contextmanager
+def tracked(accelerator: Accelerator, resolved: Resolved) -> Iterator[None]:
+    """Open the trackers with the run's name and its values, and close them however the run ends."""
     config = resolved.config
     if not config.report_to:
+        yield
         return
     values = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -39,6 +40,12 @@ def start_trackers(accelerator: Accelerator, resolved: Resolved) -> None:
     accelerator.init_trackers(
         "uniapl", values, {key: value for key, value in kwargs.items() if key in config.report_to}
     )
+    try:
+        yield
+    finally:
+        # Not accelerate's end_training, which takes the processes' group with it.
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def track(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
