@@ -27,6 +27,7 @@ LAYERS = [
         "data",
         "streams",
         "batching",
+        "packing",
         "rollout",
         "rewards",
         "discriminator",

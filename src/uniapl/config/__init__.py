@@ -131,7 +131,14 @@ class BatchingConfig(Section):
         default=None, ge=1, description="Rows of a micro-batch at most; by default only the tokens count."
     )
     max_tokens: int = Field(
-        default=16384, ge=1, description="Padded tokens of a micro-batch at most, one row at least."
+        default=16384,
+        ge=1,
+        description="Tokens of a micro-batch at most, with padding; one row at least.",
+    )
+    packing: bool = Field(
+        default=True,
+        description="No padding, each prompt once, and no rows that teach nothing, where the model's "
+        "attention allows it; false: padded rows, the reference.",
     )
 
 

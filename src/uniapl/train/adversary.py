@@ -28,6 +28,7 @@ from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.loading import check_vocabulary, from_pretrained, load_model
+from uniapl.packing import can_pack
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
 from uniapl.train.setup import Materials, is_held_out
@@ -221,6 +222,7 @@ def build_adversary(
             against=policy if settings.against == "policy" else frozen(config.model, start),
             pad_id=materials.pad_id,
             max_tokens=max_tokens,
+            packed=config.batching.packing,
             device=accelerator.device,
             autocast=accelerator.autocast,
         )
@@ -257,6 +259,8 @@ def _build_learner(
         known = [example for example in materials.dataset.examples if not is_held_out(example, config)]
         context = another_example(known, config.seed)
     module.eval()
+    with accelerator.autocast():
+        packs = can_pack(module.trunk)
     optimizer = AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     wrapped, prepared = accelerator.prepare(module, optimizer)
     return Learner(
@@ -266,6 +270,7 @@ def _build_learner(
             max_tokens=config.batching.max_tokens,
             label_smoothing=settings.label_smoothing,
             context=context,
+            packed=config.batching.packing and packs,
             autocast=accelerator.autocast,
         ),
         module=wrapped,

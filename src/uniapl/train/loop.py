@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from uniapl.batching import Row, component_counts, demonstration_row, micro_batches, nothing_to_learn
+from uniapl.batching import Row, component_counts, demonstration_row, micro_batches, nothing_to_learn, shares
 from uniapl.errors import HealthStop
 from uniapl.rewards import RewardOutcome
 from uniapl.streams import Stream
@@ -198,11 +198,14 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     else:
         demonstrated = []
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature) + demonstrated
+    weights = stage.weights(stage.mu(groups))
+    learnt = [row for row in rows if row.teaches(weights)] if stage.packing else rows
     batches = micro_batches(
-        rows[accelerator.process_index :: accelerator.num_processes],
+        shares(learnt, accelerator.num_processes)[accelerator.process_index],
         pad_id=run.materials.pad_id,
         max_tokens=run.max_tokens(stage),
         max_rows=config.batching.per_device_train_batch_size,
+        packed=stage.packing,
         device=accelerator.device,
     )
     if accelerator.num_processes > 1:
@@ -211,7 +214,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         rows=rows,
         batches=batches,
         counts=component_counts(rows),
-        weights=stage.weights(stage.mu(groups)),
+        weights=weights,
         lambda_adv=stage.lambda_adv,
         credits=credits,
         tokens=sum(len(row.completion_ids) for row in rows),

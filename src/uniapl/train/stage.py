@@ -55,6 +55,8 @@ class Stage:
     """lambda_adv, learned or not."""
     step: int = 0
     """Steps of this stage that are done."""
+    packing: bool = False
+    """Rows are packed: the recipe wants it, and the model can."""
     tokens: int = 0
     """Tokens of completions that this stage has learnt from."""
     stopping: Stopping = field(default_factory=Stopping)
@@ -272,4 +274,5 @@ def build_stage(
         adversary=adversary,
         sampler=sampler,
         multiplier=Multiplier(value=objective.lambda_adv),
+        packing=config.batching.packing and inner.packs,
     )

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
 from uniapl.functional import clip_fractions, clipped_surrogate, k3_kl, objective, sft_loss
 from uniapl.functional.losses import TokenWeight
+from uniapl.train.policy import inputs_of
 from uniapl.types import MicroBatch
 
 
@@ -74,9 +75,8 @@ def policy_step(
         kept.append(old)
         sums = _component_sums(logprobs, old, batch, clip, token_weight)
         if reference is not None:
-            inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
             with torch.no_grad(), accelerator.autocast():
-                ref_logprobs, _ = reference(*inputs, batch.rollout_mask, batch.temperature)
+                ref_logprobs, _ = reference(*inputs_of(batch, batch.rollout_mask))
             sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
         loss = objective(sums, weights, counts)
         _measure(measured, sums, loss, logprobs.detach(), old, entropy, batch, clip)
@@ -239,8 +239,7 @@ def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[s
 
 def _forward(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [B, T] of what is learnt from."""
-    mask = batch.sft_mask | batch.rollout_mask
-    return policy(batch.input_ids, batch.attention_mask, batch.position_ids, mask, batch.temperature)
+    return policy(*inputs_of(batch, batch.sft_mask | batch.rollout_mask))
 
 
 def _component_sums(
@@ -276,6 +275,7 @@ def _measure(
     for name, value in sums.items():
         _add(measured, name, value.detach())
     _add(measured, "nll", sft_loss(logprobs, batch.sft_mask))
+    _add(measured, "measured", batch.rollout_mask.sum())
     _add(measured, "entropy", torch.where(batch.rollout_mask, entropy, 0.0).sum())
     low, high = clip_fractions(logprobs, old, batch.advantages, batch.rl_mask, **clip)
     _add(measured, "clip_low", low)
