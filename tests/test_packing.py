@@ -278,6 +278,12 @@ def test_a_run_is_the_same_packed_and_padded(method: str, model_dir: Path, tmp_p
                 ), key
 
 
+def test_a_run_says_that_it_cannot_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gemma = save_model(tmp_path / "gemma", family="gemma2_softcap")
+    train(recipe(gemma, tmp_path / "run", max_steps=1))
+    assert "cannot read packed rows" in capsys.readouterr().out
+
+
 def test_saved_weights_do_not_name_the_attention(tmp_path: Path) -> None:
     model = make_model()
     assert Policy(model).packs

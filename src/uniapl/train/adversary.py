@@ -261,7 +261,9 @@ def _build_learner(
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    optimizer = AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = AdamW(
+        module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     wrapped, prepared = accelerator.prepare(module, optimizer)
     return Learner(
         discriminator=BradleyTerryDiscriminator(

@@ -140,6 +140,8 @@ def _train_in_directory(
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
+    if config.batching.packing and not stage.packing:
+        view.say("note: this model's attention cannot read packed rows: updates read padded ones")
     with (
         ending(run),
         disk_errors_explained(directory, started=True),

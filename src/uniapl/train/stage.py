@@ -239,6 +239,7 @@ def build_stage(
         lr=optim.learning_rate,
         betas=(optim.adam_beta1, optim.adam_beta2),
         weight_decay=optim.weight_decay,
+        fused=True,
     )
     reference = None
     if objective.beta > 0:
