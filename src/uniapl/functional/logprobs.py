@@ -93,7 +93,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             total = probs.sum(-1)
             log_partition[rows] = highest.squeeze(-1) + total.log()
             logprobs[rows] = logits.gather(-1, token_ids[rows, None]).squeeze(-1) - log_partition[rows]
-            entropy[rows] = log_partition[rows] - torch.linalg.vecdot(probs, logits) / total
+            entropy[rows] = log_partition[rows] - torch.einsum("nv,nv->n", probs, logits) / total
             kept = probs.div_(total.unsqueeze(-1)) if len(chunks) == 1 else None
         ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, log_partition, kept)
         ctx.chunk_size = chunk_size
