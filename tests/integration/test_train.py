@@ -126,7 +126,7 @@ def test_the_reference_may_be_the_policy_of_a_later_step(model_dir: Path, tmp_pa
     assert records[4]["kl"] == pytest.approx(0, abs=1e-6)
     assert all(record["kl"] > 1e-4 for record in records[5:])
     for step, kept in ((3, False), (6, True)):
-        assert (checkpoint.checkpoint_path(whole, step) / "reference").exists() == kept
+        assert (checkpoint.checkpoint_path(whole, step) / "reference.safetensors").exists() == kept
     run_until(7, recipe(model_dir, broken, **values))
     # What was kept holds, whatever the recipe says of it now.
     later = {"reference_step": 7, "beta": 0.3}

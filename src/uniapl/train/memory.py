@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
+from uniapl.adapters import add_adapter
 from uniapl.batching import by_length
 from uniapl.config import Config, ModelConfig
 from uniapl.functional import selected_logprobs
 from uniapl.loading import load_model_config
 from uniapl.rollout.local import inverse_cdf, truncate
+from uniapl.train.recompute import recomputed
 from uniapl.train.setup import Materials
 from uniapl.train.storage import size
 
@@ -111,19 +113,23 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
     counter = Counter()
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.device(device):
         model = _model(AutoModelForCausalLM, config.model)
-        weights = counter.live
-        stays |= {"policy": weights, "optimizer": MOMENTS * weights}
+        if config.model.lora_r is not None:
+            add_adapter(model, config.model, seed=config.seed)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        changing = sum(parameter.nbytes for parameter in trained)
+        stays |= {"policy": counter.live, "optimizer": MOMENTS * changing}
         if objective.beta > 0:
-            stays["reference"] = weights
-        optimizer = torch.optim.AdamW(model.parameters())
+            stays["reference"] = changing
+        optimizer = torch.optim.AdamW(trained)
         shape = _update_shape(config, materials)
 
         def update(*, learning: bool = True) -> None:
-            for parameter in model.parameters():
+            for parameter in trained:
                 # From the second micro-batch on there are gradients to add to.
                 parameter.grad = torch.zeros_like(parameter)
             if learning:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                again = recomputed(model, config.optim.gradient_checkpointing)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16), again:
                     _learn(model, shape, reads_twice=objective.beta > 0)
             optimizer.step()
             optimizer.zero_grad()
@@ -141,9 +147,10 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
             if own is not None:
                 trunk = _model(AutoModel, ModelConfig(model_name_or_path=own))
             bytes_of_it = sum(p.nbytes for p in trunk.parameters()) if own is None else counter.live - before
-            trained = settings.kind == "bradley-terry" and settings.lora_rank is None
-            if trained or own is not None:
-                stays["discriminator"] = bytes_of_it * (1 + MOMENTS * trained)
+            learns = settings.kind == "bradley-terry" and settings.lora_rank is None
+            if learns or own is not None:
+                stays["discriminator"] = bytes_of_it * (1 + MOMENTS * learns)
+                trunk.requires_grad_(True)
             if settings.kind == "bradley-terry":
                 limit = config.batching.max_tokens
                 rows = config.batching.prompts_per_step * (config.rollout.num_generations + 1)
