@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,12 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 
     _tensors(path)
     try:
-        adapted: Any = PeftModel.from_pretrained(model, str(path))
-        return adapted.merge_and_unload()
+        with warnings.catch_warnings():
+            # What peft asks of transformers in an outdated way is nothing that a user could mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted: Any = PeftModel.from_pretrained(model, str(path))
+        # peft had frozen it; a run may start from it.
+        return adapted.merge_and_unload().requires_grad_(True)
     except Exception as error:  # peft and torch raise many kinds on an adapter of another model
         raise UsageError(f"cannot load the adapter '{path}': {error!s:.300}") from error
 

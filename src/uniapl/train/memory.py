@@ -111,10 +111,14 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
         stays["process"] = psutil.Process().memory_info().rss
     passes: dict[str, int] = {}
     counter = Counter()
+    model, backbone = _model(AutoModelForCausalLM, config.model), settings.model_name_or_path
+    if config.model.lora_r is not None:
+        add_adapter(model, config.model, seed=config.seed)
+    trunk = model.base_model
+    if objective.lambda_adv > 0 and settings.kind != "remote" and backbone is not None:
+        trunk = _model(AutoModel, ModelConfig(model_name_or_path=backbone))
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.device(device):
-        model = _model(AutoModelForCausalLM, config.model)
-        if config.model.lora_r is not None:
-            add_adapter(model, config.model, seed=config.seed)
+        _take_memory(model, device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         changing = sum(parameter.nbytes for parameter in trained)
         stays |= {"policy": counter.live, "optimizer": MOMENTS * changing}
@@ -141,15 +145,13 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 passes["rollout"] = _rollout(counter, model, config, materials)
         if objective.lambda_adv > 0 and settings.kind != "remote":
-            own = settings.model_name_or_path
-            before = counter.live
-            trunk = model.base_model
-            if own is not None:
-                trunk = _model(AutoModel, ModelConfig(model_name_or_path=own))
-            bytes_of_it = sum(p.nbytes for p in trunk.parameters()) if own is None else counter.live - before
+            if backbone is not None:
+                _take_memory(trunk, device)
             learns = settings.kind == "bradley-terry" and settings.lora_rank is None
-            if learns or own is not None:
-                stays["discriminator"] = bytes_of_it * (1 + MOMENTS * learns)
+            if learns or backbone is not None:
+                # The policy's adapter is merged into a copy of it.
+                weights = sum(p.nbytes for name, p in trunk.named_parameters() if ".lora_" not in name)
+                stays["discriminator"] = weights * (1 + MOMENTS * learns)
                 trunk.requires_grad_(True)
             if settings.kind == "bradley-terry":
                 limit = config.batching.max_tokens
@@ -162,11 +164,19 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
 
 
 def _model(load: Any, config: ModelConfig) -> Any:
+    """A model of shapes alone: peft moves what it adds, which tensors that play at having memory cannot."""
     described = load_model_config(config)
     optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    return load.from_config(
-        described, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **optional
-    ).eval()
+    with torch.device("meta"):
+        return load.from_config(
+            described, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **optional
+        ).eval()
+
+
+def _take_memory(model: Any, device: torch.device) -> None:
+    model.to_empty(device=device)
+    # What was tied has been given memory of its own.
+    model.tie_weights()
 
 
 def _longest_prompt(materials: Materials) -> int:
