@@ -302,9 +302,15 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
     """Stays: the base and the adapter; of the optimizer and the reference, the adapter's share."""
     path = write_recipe(tmp_path, model_dir, objective={"beta": 0.1, "reference_step": 0})
 
-    def stays(*flags: str) -> dict[str, int]:
+    def memory(*flags: str) -> dict[str, Any]:
         assert cli.run(["check", str(path), "--json", *flags]) == 0
-        return json.loads(capsys.readouterr().out)["memory"][0]["stays"]
+        return json.loads(capsys.readouterr().out)["memory"][0]
+
+    def stays(*flags: str) -> dict[str, int]:
+        return memory(*flags)["stays"]
+
+    def update(*flags: str) -> int:
+        return memory(*flags)["passes"]["update"]
 
     whole = stays()
     lora = stays("--model.lora-r", "4", "--discriminator.lora-rank", "2")
@@ -316,6 +322,7 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
     # A copy of the base learns as a whole, whatever the policy is.
     copied = stays("--model.lora-r", "4")["discriminator"]
     assert copied == whole["discriminator"]
+    assert update("--optim.gradient-checkpointing", "True") < 0.6 * update()
     flags = ["--model.lora-r", "4", "--model.lora-target-modules", "wq"]
     assert cli.run(["check", str(path), *flags]) == 2
     assert "lora_target_modules: no adapter for wq" in capsys.readouterr().err
