@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # What developers need on top: every extra, and the tools.
 $(VENV)/.developed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev \
-		--editable ".[report,remote,collect,eval,sandbox]"
+		--editable ".[report,remote,collect,eval,peft,sandbox]"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import uniapl
 from tiny import letter_rows
+from uniapl.train import checkpoint
 
 
 def recipe(model_dir: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -44,6 +47,24 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if not k.startswith("time/") and k != "step_time"} for r in records]
+
+
+def assert_same_run(got: Path, expected: Path, step: int) -> None:
+    """Bit for bit: what was written of each step, and all of the last checkpoint."""
+    assert timeless(lines(got / "metrics.jsonl")) == timeless(lines(expected / "metrics.jsonl"))
+    assert lines(got / "completions.jsonl") == lines(expected / "completions.jsonl")
+    ours, theirs = (checkpoint.checkpoint_path(run, step) for run in (got, expected))
+    names = {file.name for file in theirs.iterdir()}
+    assert names & {"model.safetensors", "adapter_model.safetensors"}
+    assert {"discriminator.safetensors", "policy_optimizer.safetensors"} <= names
+    assert {file.name for file in ours.iterdir()} == names
+    for name in names - {"manifest.json"}:
+        if name.endswith(".safetensors"):
+            mine, other = load_file(ours / name), load_file(theirs / name)
+            assert mine.keys() == other.keys()
+            assert all(torch.equal(mine[key], other[key]) for key in mine), name
+        else:
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
 class Killed(BaseException):

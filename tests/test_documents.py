@@ -69,7 +69,7 @@ EXEMPT = {
     "uniapl report runs/before": "a comparison's page; tests/compare writes one",
     "uniapl evaluate runs/primes/final --lm-eval-tasks": "benchmarks of the Hub",
     "torchrun": "several processes; tests/integration/test_train.py has two",
-    "uniapl check recipes/qwen3": "Qwen's shape; tests/test_recipes.py checks all four",
+    "uniapl check recipes/qwen3": "Qwen's shape; tests/test_recipes.py checks all of them",
     "uniapl train recipes/qwen3": "a GPU",
 }
 # What makes the others small, and keeps them off the Hub.

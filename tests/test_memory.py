@@ -57,8 +57,9 @@ def test_it_says_what_stays_and_what_comes_and_goes() -> None:
     [
         ({}, {"method": "uniapl", "objective": {"beta": 0.1, "reference_step": 0}}),
         ({"vocab_size": 100_000, "hidden_size": 128, "num_hidden_layers": 3}, {"method": "grpo"}),
+        ({}, {"model.lora_r": 8, "discriminator.lora_rank": 8}),
     ],
-    ids=["discriminator and reference", "a large vocabulary"],
+    ids=["discriminator and reference", "a large vocabulary", "adapters"],
 )
 def test_the_estimate_is_near_what_a_run_takes(
     model: dict[str, Any], changes: dict[str, Any], tmp_path: Path

@@ -28,6 +28,7 @@ verbs:
   evaluate MODEL --suites ifeval ...    scores on IFEval, IFBench, files of yours, beside their floors
   report RUN ... [-o FILE]              a page on a run, or on several: curves, lengths, every sampled answer
   chat MODEL                            what a model answers, line by line
+  export RUN -o DIRECTORY               a run's or a checkpoint's model, an adapter merged into its base
   compose PROMPTS -o TRAIN.jsonl        prompts times checkable instructions: a training set
   collect PROMPTS -o TRAIN.jsonl        an expert's answers from an OpenAI-compatible endpoint
   pretrain-discriminator DATA ...       a frozen discriminator (POLAR's way) from what several policies write
@@ -68,6 +69,7 @@ def run(arguments: list[str]) -> int:
         "evaluate": evaluate,
         "report": report,
         "chat": chat,
+        "export": export,
         "compose": compose,
         "collect": collect,
         "pretrain-discriminator": pretrain_discriminator,
@@ -144,6 +146,17 @@ def chat(arguments: list[str]) -> int:
 
     logging.disable_progress_bar()
     run_chat(arguments)
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """`uniapl export RUN_OR_CHECKPOINT -o DIRECTORY`."""
+    from transformers.utils import logging
+
+    from uniapl.train.export import export as run_export
+
+    logging.disable_progress_bar()
+    run_export(arguments)
     return 0
 
 

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from uniapl.adapters import add_adapter, base_of, is_adapter, load_adapter, merge_adapter
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
 
@@ -51,23 +52,54 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The architecture's description, without weights."""
-    return _from_pretrained(AutoConfig.from_pretrained, "model", config)
+    """The architecture's description, without weights; an adapter has its base's."""
+    return _from_pretrained(AutoConfig.from_pretrained, _what(config), base_of(config))
 
 
 def load_model(config: ModelConfig, path: str | Path | None = None) -> PreTrainedModel:
-    """The causal language model in fp32 (training computes in bf16 under autocast where that is on)."""
-    optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    """The causal language model in fp32 (training computes in bf16 under autocast where that is on).
+
+    An adapter's directory gives its base with the adapter merged.
+    """
     if path is not None:
         config = config.model_copy(update={"model_name_or_path": str(path), "model_revision": None})
+    model, name = _load_base(config), config.model_name_or_path
+    return merge_adapter(model, name) if name is not None and is_adapter(name) else model
+
+
+def load_policy(config: ModelConfig, path: Path | None = None, *, seed: int) -> PreTrainedModel:
+    """What is trained, with the weights in `path`: the whole model, or with `lora_r` a base and its adapter.
+
+    Args:
+        path: Weights of a stage or a checkpoint; None: the run's own start.
+        seed: Of a fresh adapter.
+    """
+    if config.lora_r is None:
+        return load_model(config, path)
+    model = _load_base(config)
+    add_adapter(model, config, seed=seed)
+    start = path or config.model_name_or_path
+    if start is not None and is_adapter(start):
+        load_adapter(model, start)
+    return model
+
+
+def _load_base(config: ModelConfig) -> PreTrainedModel:
+    optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     return _from_pretrained(
         AutoModelForCausalLM.from_pretrained,
-        "model",
-        config,
+        _what(config),
+        base_of(config),
         dtype=torch.float32,
         use_safetensors=True,
         **optional,
     )
+
+
+def _what(config: ModelConfig) -> str:
+    """What is loaded, as an error calls it."""
+    name = config.model_name_or_path
+    return f"base of the adapter '{name}':" if is_adapter(name) else "model"
 
 
 def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, **arguments: Any) -> Any:
@@ -88,6 +120,7 @@ def load_stop_ids(
     config: ModelConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
     """The end tokens of the tokenizer, of the model's configuration and of its generation settings."""
+    config = base_of(config)
     name = str(config.model_name_or_path)
     try:
         generation = GenerationConfig.from_pretrained(name, revision=config.model_revision or "main")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import uniapl
-from runs import has_letter, lines, recipe, run_until, timeless, train, write_recipe
+from runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train, write_recipe
 from tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.methods import METHODS
@@ -62,22 +62,6 @@ def test_every_method_runs_and_only_its_forces_act(method: str, model_dir: Path,
     start = AutoModelForCausalLM.from_pretrained(model_dir)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
     assert result.steps == 4
-
-
-def assert_same_run(got: Path, expected: Path, step: int) -> None:
-    assert timeless(lines(got / "metrics.jsonl")) == timeless(lines(expected / "metrics.jsonl"))
-    assert lines(got / "completions.jsonl") == lines(expected / "completions.jsonl")
-    ours, theirs = (checkpoint.checkpoint_path(run, step) for run in (got, expected))
-    names = {file.name for file in theirs.iterdir()}
-    assert {"model.safetensors", "discriminator.safetensors", "policy_optimizer.safetensors"} <= names
-    assert {file.name for file in ours.iterdir()} == names
-    for name in names - {"manifest.json"}:
-        if name.endswith(".safetensors"):
-            mine, other = load_file(ours / name), load_file(theirs / name)
-            assert mine.keys() == other.keys()
-            assert all(torch.equal(mine[key], other[key]) for key in mine), name
-        else:
-            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("killed_at", [6, 8])
@@ -126,7 +110,7 @@ def test_the_reference_may_be_the_policy_of_a_later_step(model_dir: Path, tmp_pa
     assert records[4]["kl"] == pytest.approx(0, abs=1e-6)
     assert all(record["kl"] > 1e-4 for record in records[5:])
     for step, kept in ((3, False), (6, True)):
-        assert (checkpoint.checkpoint_path(whole, step) / "reference").exists() == kept
+        assert (checkpoint.checkpoint_path(whole, step) / "reference.safetensors").exists() == kept
     run_until(7, recipe(model_dir, broken, **values))
     # What was kept holds, whatever the recipe says of it now.
     later = {"reference_step": 7, "beta": 0.3}
@@ -428,10 +412,17 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
-def test_a_run_on_two_processes_equals_one_on_one(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "adapters",
+    [{}, {"model.lora_r": 4, "discriminator.lora_rank": 2, "optim.gradient_checkpointing": True}],
+    ids=["whole models", "adapters"],
+)
+def test_a_run_on_two_processes_equals_one_on_one(
+    adapters: dict[str, Any], model_dir: Path, tmp_path: Path
+) -> None:
     """Rollouts, rewards and both models' updates are shared out; 3 prompts do not divide by 2 processes."""
     objective = {"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 4, "reference_step": 2}
-    changes = {"objective": objective, "gradient_steps": 2}
+    changes = {"objective": objective, "gradient_steps": 2, **adapters}
     path = write_recipe(tmp_path, model_dir, **changes)
     arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -449,7 +440,8 @@ def test_a_run_on_two_processes_equals_one_on_one(model_dir: Path, tmp_path: Pat
     one, two = (lines(tmp_path / output / "completions.jsonl") for output in ("one", "two"))
     for mine, other in zip(one, two, strict=True):
         assert [c["text"] for c in mine["completions"]] == [c["text"] for c in other["completions"]]
-    saved, other = (load_file(tmp_path / output / "final" / "model.safetensors") for output in ("one", "two"))
+    name = "adapter_model.safetensors" if adapters else "model.safetensors"
+    saved, other = (load_file(tmp_path / output / "final" / name) for output in ("one", "two"))
     for name, tensor in saved.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
 

@@ -21,6 +21,31 @@ class ModelConfig(Section):
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
     attn_implementation: str | None = Field(default=None, description="As in transformers: sdpa, eager, ...")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    lora_r: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train an adapter of this rank (LoRA) and leave the model's weights as they are; None: "
+        "train all weights.",
+    )
+    lora_alpha: int | None = Field(
+        default=None, ge=1, description="The adapter's change is scaled by lora_alpha / lora_r; None: by 2."
+    )
+    lora_target_modules: tuple[str, ...] = Field(
+        default=("all-linear",),
+        min_length=1,
+        description="Layers that get an adapter, by the ends of their names; all-linear: all but the head.",
+    )
+
+    @field_validator("lora_target_modules", mode="before")
+    @classmethod
+    def _one_module_is_enough(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _an_adapter_has_a_rank(self) -> "ModelConfig":
+        if self.lora_r is None and (self.lora_alpha or self.lora_target_modules != ("all-linear",)):
+            raise ValueError("lora_alpha and lora_target_modules are an adapter's: give lora_r, its rank")
+        return self
 
 
 class DataConfig(Section):
@@ -119,6 +144,11 @@ class OptimConfig(Section):
         default="constant", description="After the warm-up: stay, or fall to 0 by the last step."
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate.")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the update's backward pass instead of keeping them: less "
+        "memory, a third more work there; sampling keeps its cache.",
+    )
     bf16: bool | None = Field(default=None, description="bf16 autocast; by default on GPUs, not on CPUs.")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uniapl.adapters import merge_in_place
 from uniapl.batching import by_length, by_prompt, pad_right, spans_of
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.lora import LoraTrunk
@@ -124,6 +125,7 @@ class BradleyTerry(nn.Module):
                 "discriminator.model_name_or_path"
             )
         trunk: Any = copy.deepcopy(model.base_model)
+        merge_in_place(trunk)
         return BradleyTerry(trunk).to(model.device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, spans: Sequence[Span] = ()) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uniapl.adapters import linear_layers, without_adapter
 from uniapl.errors import UsageError
 from uniapl.types import derive_seed
 
@@ -20,7 +21,8 @@ class LoraTrunk(nn.Module):
     """A trunk that reads with the policy's weights as they are now, each linear layer changed by its adapter.
 
     y + SCALE B A x, with B starting at zero (LoRA, arXiv 2106.09685). The adapters are there while it reads
-    and at no other time: the policy samples, learns and is saved as if they did not exist.
+    and at no other time: the policy samples, learns and is saved as if they did not exist. Of a policy that
+    is an adapter itself it reads with the base alone.
     """
 
     def __init__(self, model: PreTrainedModel, rank: int, *, seed: int) -> None:
@@ -35,14 +37,13 @@ class LoraTrunk(nn.Module):
         self._trunk = [trunk]
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        for name, layer in trunk.named_modules():
-            if isinstance(layer, nn.Linear):
-                key = name.replace(".", "/")
-                generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
-                down = torch.empty(rank, layer.in_features)
-                nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
-                self.down[key] = nn.Parameter(down.to(layer.weight.device))
-                self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+        for name, layer in linear_layers(trunk).items():
+            key = name.replace(".", "/")
+            generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
+            down = torch.empty(rank, layer.in_features)
+            nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
+            self.down[key] = nn.Parameter(down.to(layer.weight.device))
+            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
         if not self.down:
             raise UsageError(
                 f"{type(model).__name__} has no linear layer to adapt: leave out discriminator.lora_rank"
@@ -89,7 +90,8 @@ class LoraTrunk(nn.Module):
         for parameter in trained:
             parameter.requires_grad_(False)
         try:
-            yield
+            with without_adapter(trunk):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -31,6 +31,7 @@ from uniapl.loading import check_vocabulary, from_pretrained, load_model
 from uniapl.packing import can_pack
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
+from uniapl.train.reference import reference_at_start
 from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.step import OutOfMemoryError, discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
@@ -165,7 +166,6 @@ class Adversary:
 
 def build_adversary(
     config: Config,
-    model: PreTrainedModel,
     policy: Policy,
     materials: Materials,
     accelerator: Accelerator,
@@ -175,8 +175,7 @@ def build_adversary(
     """An adversary that has learnt nothing yet.
 
     Args:
-        model: The policy's language model, whose copy is the trunk unless the configuration names another.
-        policy: The policy itself.
+        policy: Whose trunk is copied, unless the configuration names another.
         start: Directory with the weights that the stage started from; None for the run's own start.
     """
     settings = config.discriminator
@@ -185,7 +184,7 @@ def build_adversary(
         return str(materials.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     if settings.kind == "bradley-terry":
-        learner = _build_learner(config, model, materials, accelerator)
+        learner = _build_learner(config, policy.model, materials, accelerator)
         return Adversary(
             discriminator=learner.discriminator, learner=learner, state=AdversaryState(), decode=decode
         )
@@ -210,16 +209,13 @@ def build_adversary(
             device=accelerator.device,
         )
     else:
-
-        def frozen(where: ModelConfig, weights: Path | None) -> Policy:
-            loaded = load_model(where, weights).to(accelerator.device)
-            check_vocabulary(loaded, materials.tokenizer)
-            return Policy(loaded, accelerator.autocast).requires_grad_(False)
-
-        expert = ModelConfig(model_name_or_path=name, trust_remote_code=settings.trust_remote_code)
+        where = ModelConfig(model_name_or_path=name, trust_remote_code=settings.trust_remote_code)
+        expert = load_model(where).to(accelerator.device)
+        check_vocabulary(expert, materials.tokenizer)
+        at_start = settings.against == "start"
         discriminator = DensityRatio(
-            expert=frozen(expert, None),
-            against=policy if settings.against == "policy" else frozen(config.model, start),
+            expert=Policy(expert, accelerator.autocast).requires_grad_(False),
+            against=reference_at_start(policy, config.model, start) if at_start else policy,
             pad_id=materials.pad_id,
             max_tokens=max_tokens,
             packed=config.batching.packing,

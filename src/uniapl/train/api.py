@@ -17,9 +17,10 @@ from accelerate.utils import (
     set_seed,
 )
 
+from uniapl.adapters import is_adapter
 from uniapl.config import Config
 from uniapl.errors import UsageError
-from uniapl.loading import check_vocabulary, load_model
+from uniapl.loading import check_vocabulary, load_policy
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup, storage
 from uniapl.train.console import RunView, Show
@@ -123,7 +124,7 @@ def _train_in_directory(
     if config.resume == "auto" and found is None:
         view.say(f"note: no checkpoint in '{directory}': starting from step 1")
     state = _resume_state(found, resolved, stages, materials, view) if found else {"stage": 0, "step": 0}
-    model = load_model(config.model, found).to(accelerator.device)
+    model: Any = load_policy(config.model, found, seed=config.seed).to(accelerator.device)
     check_vocabulary(model, materials.tokenizer)
     first: int = state["stage"]
 
@@ -175,7 +176,7 @@ def _bytes_to_write(
     saves = sum(-(-s.config.max_steps // s.config.save_steps) for s in stages)
     # One more than the limit: the oldest goes when the newest is whole.
     kept = min(stage.config.save_total_limit + 1, saves)
-    models = len(stages) * sum(tensor.nbytes for tensor in stage.model.state_dict().values())
+    models = len(stages) * stage.model_bytes()
     folders = [directory / name for name in setup.RUN_DIRECTORIES]
     there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there
@@ -249,6 +250,13 @@ def _resume_state(
         raise UsageError(
             f"checkpoint '{found}' is of a run of {' -> '.join(state['methods'])}, the recipe now says "
             f"{' -> '.join(methods)}; to train on from its weights, give it as model.model_name_or_path"
+        )
+    lora, adapted = resolved.config.model.lora_r is not None, is_adapter(found)
+    if lora != adapted:
+        made, says = ("an adapter", "a whole model") if adapted else ("a whole model", "an adapter")
+        raise UsageError(
+            f"checkpoint '{found}' is of {made}, the recipe trains {says}: change model.lora_r back, or "
+            "start anew from its weights by model.model_name_or_path"
         )
     stage = stages[state["stage"]].config
     if stage.objective.lambda_adv > 0 and "adversary" not in state:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from uniapl.adapters import base_of
 from uniapl.config import Config
 
 TOLD = ("reward", "pass_rate", "sft/nll", "discriminator/win_rate", "completions/mean_length", "kl")
@@ -21,8 +22,11 @@ def model_card(config: Config, methods: list[str], steps: int, last: Mapping[str
         steps: Of all stages, done.
         last: Metrics of the last step.
     """
-    base = str(config.model.model_name_or_path)
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["uniapl", *dict.fromkeys(methods)]}
+    rank = config.model.lora_r
+    # An adapter that goes on from another one is their common base's.
+    base = str((base_of(config.model) if rank else config.model).model_name_or_path)
+    tags = ["uniapl", *dict.fromkeys(methods), *(["lora"] if rank else [])]
+    front: dict[str, Any] = {"library_name": "peft" if rank else "transformers", "tags": tags}
     # A path on the disk of whoever trained is nothing that the Hub could link to.
     on_the_hub = not Path(base).exists()
     if on_the_hub:
@@ -37,6 +41,7 @@ def model_card(config: Config, methods: list[str], steps: int, last: Mapping[str
             f"# {name}, trained by UniAPL\n",
             f"Made by [UniAPL](https://arxiv.org/abs/2509.25148) {version('uniapl')}: "
             f"{' -> '.join(methods)}, {steps} steps, seed {config.seed}.\n",
+            *([f"A LoRA adapter of rank {rank}: needs {name} and peft.\n"] if rank else []),
             f"- demonstrations and prompts: {data}",
             f"- rewards: {rewards}",
             f"- learning rate {config.optim.learning_rate:g}, {config.rollout.num_generations} rollouts per "

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from uniapl.config import Config
+from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.resolve import Resolved, flatten, stages_of
 from uniapl.train import setup
@@ -105,6 +106,8 @@ def _memory(config: Config, materials: setup.Materials) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = estimate_memory(config, materials, device)
+    except UsageError:
+        raise
     except Exception as error:  # whatever a model's own code does on tensors without data
         return {"text": f"memory: it could not be estimated ({error})"}
     return {**asdict(found), "peak": found.peak, "text": str(found)}

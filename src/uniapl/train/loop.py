@@ -20,6 +20,7 @@ from uniapl.streams import Stream
 from uniapl.train import metrics, setup
 from uniapl.train.credit import Credit, assign_credit, failed_prompts, rollout_rows
 from uniapl.train.fitting import within_memory
+from uniapl.train.recompute import recomputed
 from uniapl.train.run import Run, finish_step
 from uniapl.train.stage import Stage
 from uniapl.train.step import PolicyStep, measure_forces, policy_step
@@ -226,19 +227,20 @@ def look_at_forces(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float
     every = stage.config.gradient_steps
     if not every or stage.step % every:
         return {}
-    forces, _ = within_memory(
-        run,
-        batch.batches,
-        None,
-        lambda batches, _: measure_forces(
-            run.accelerator,
-            stage.policy,
-            batches,
-            batch.counts,
-            batch.weights,
-            token_weight=stage.config.objective.sft_token_weight,
-        ),
-    )
+    with recomputed(stage.model, stage.config.optim.gradient_checkpointing):
+        forces, _ = within_memory(
+            run,
+            batch.batches,
+            None,
+            lambda batches, _: measure_forces(
+                run.accelerator,
+                stage.policy,
+                batches,
+                batch.counts,
+                batch.weights,
+                token_weight=stage.config.objective.sft_token_weight,
+            ),
+        )
     return forces
 
 
@@ -268,9 +270,10 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
 
     batches, update = batch.batches, None
     all_applied = True
-    for _ in range(objective.num_iterations):
-        update, batches = within_memory(run, batches, update.old_logprobs if update else None, step)
-        all_applied &= update.applied
+    with recomputed(stage.model, stage.config.optim.gradient_checkpointing):
+        for _ in range(objective.num_iterations):
+            update, batches = within_memory(run, batches, update.old_logprobs if update else None, step)
+            all_applied &= update.applied
     assert update is not None
     return replace(update, applied=all_applied)
 

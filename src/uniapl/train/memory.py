@@ -13,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
+from uniapl.adapters import add_adapter
 from uniapl.batching import Row, by_length, by_prompt, collate
 from uniapl.config import BatchingConfig, Config, ModelConfig
 from uniapl.functional import selected_logprobs
 from uniapl.loading import load_model_config
 from uniapl.packing import NAME, Packing, packed_hidden
 from uniapl.rollout.local import inverse_cdf, truncate
+from uniapl.train.recompute import recomputed
 from uniapl.train.setup import Materials
 from uniapl.train.storage import size
 
@@ -115,20 +117,28 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
     width = max(row.length for row in rows)
     compared = Reading.of(rows[: max(2, config.batching.max_tokens // width)], packed=packed)
     counter = Counter()
+    model, backbone = _model(AutoModelForCausalLM, config.model), settings.model_name_or_path
+    if config.model.lora_r is not None:
+        add_adapter(model, config.model, seed=config.seed)
+    trunk = model.base_model
+    if objective.lambda_adv > 0 and settings.kind != "remote" and backbone is not None:
+        trunk = _model(AutoModel, ModelConfig(model_name_or_path=backbone))
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.device(device):
-        model = _model(AutoModelForCausalLM, config.model)
-        weights = counter.live
-        stays |= {"policy": weights, "optimizer": MOMENTS * weights}
+        _take_memory(model, device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        changing = sum(parameter.nbytes for parameter in trained)
+        stays |= {"policy": counter.live, "optimizer": MOMENTS * changing}
         if objective.beta > 0:
-            stays["reference"] = weights
-        optimizer = torch.optim.AdamW(model.parameters())
+            stays["reference"] = changing
+        optimizer = torch.optim.AdamW(trained)
 
         def update(*, learning: bool = True) -> None:
-            for parameter in model.parameters():
+            for parameter in trained:
                 # From the second micro-batch on there are gradients to add to.
                 parameter.grad = torch.zeros_like(parameter)
             if learning:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                again = recomputed(model, config.optim.gradient_checkpointing)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16), again:
                     _learn(model, largest, reads_twice=objective.beta > 0)
             optimizer.step()
             optimizer.zero_grad()
@@ -140,15 +150,14 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 passes["rollout"] = _rollout(counter, model, config, materials)
         if objective.lambda_adv > 0 and settings.kind != "remote":
-            own = settings.model_name_or_path
-            before = counter.live
-            trunk = model.base_model
-            if own is not None:
-                trunk = _model(AutoModel, ModelConfig(model_name_or_path=own))
-            bytes_of_it = sum(p.nbytes for p in trunk.parameters()) if own is None else counter.live - before
-            trained = settings.kind == "bradley-terry" and settings.lora_rank is None
-            if trained or own is not None:
-                stays["discriminator"] = bytes_of_it * (1 + MOMENTS * trained)
+            if backbone is not None:
+                _take_memory(trunk, device)
+            learns = settings.kind == "bradley-terry" and settings.lora_rank is None
+            if learns or backbone is not None:
+                # The policy's adapter is merged into a copy of it.
+                weights = sum(p.nbytes for name, p in trunk.named_parameters() if ".lora_" not in name)
+                stays["discriminator"] = weights * (1 + MOMENTS * learns)
+                trunk.requires_grad_(True)
             if settings.kind == "bradley-terry":
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     passes["discriminator"] = counter.taken_by(lambda: _discriminate(trunk, compared))
@@ -156,14 +165,22 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
 
 
 def _model(load: Any, config: ModelConfig) -> Any:
+    """A model of shapes alone: peft moves what it adds, which tensors that play at having memory cannot."""
     described = load_model_config(config)
     optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    model = load.from_config(
-        described, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **optional
-    ).eval()
+    with torch.device("meta"):
+        model = load.from_config(
+            described, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **optional
+        ).eval()
     if model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = NAME
     return model
+
+
+def _take_memory(model: Any, device: torch.device) -> None:
+    model.to_empty(device=device)
+    # What was tied has been given memory of its own.
+    model.tie_weights()
 
 
 def _longest_prompt(materials: Materials) -> int:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
+from uniapl.adapters import save_weights
 from uniapl.config import Config
 from uniapl.errors import Interrupted, UniAPLError
 from uniapl.files import write_text
@@ -233,7 +234,7 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
     """Everything that the run needs to go on as if it had never stopped."""
 
     def fill(directory: Path) -> None:
-        stage.model.save_pretrained(directory)
+        save_weights(stage.model, directory)
         run.materials.tokenizer.save_pretrained(directory)
         state = {
             "step": run.step,
@@ -271,7 +272,7 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
     """The policy and its tokenizer, as `transformers` loads them, with a card."""
 
     def fill(directory: Path) -> None:
-        stage.model.save_pretrained(directory)
+        save_weights(stage.model, directory)
         run.materials.tokenizer.save_pretrained(directory)
         last = run.history[-1] if run.history else {}
         card = model_card(run.config, run.methods[: stage.index + 1], run.step, last)

@@ -17,6 +17,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from uniapl import data
+from uniapl.adapters import require_peft
 from uniapl.config import Config, ModelConfig
 from uniapl.data import Dataset
 from uniapl.discriminator.polar import PolarFormat
@@ -82,10 +83,7 @@ def load_materials(
         UsageError: Anything that would have to fail later, named with its remedy.
     """
     config = resolved.config
-    if config.eval_steps and not config.evaluation.suites:
-        raise UsageError(
-            "eval_steps: there is nothing to look at; name files or benchmarks in evaluation.suites"
-        )
+    _check_recipe(config)
     tokenizer = load_tokenizer(config.model)
     model_config = load_model_config(config.model)
     rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
@@ -132,6 +130,15 @@ def load_materials(
         notes=tuple(notes),
         suites=suites,
     )
+
+
+def _check_recipe(config: Config) -> None:
+    if config.eval_steps and not config.evaluation.suites:
+        raise UsageError(
+            "eval_steps: there is nothing to look at; name files or benchmarks in evaluation.suites"
+        )
+    if config.model.lora_r is not None:
+        require_peft()
 
 
 def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Sequence[str] = ()) -> None:
@@ -200,7 +207,8 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
             f"discriminator.held_out_share {settings.held_out_share} holds out {len(held_out)} of "
             f"{len(paired)} prompts with a demonstration: some must be held out, and some learnt from"
         )
-    if settings.lora_rank is not None and settings.freeze_step is not None:
+    moves = config.model.lora_r is None
+    if settings.lora_rank is not None and settings.freeze_step is not None and moves:
         raise UsageError(
             "discriminator.freeze_step cannot freeze adapters (lora_rank) on a policy that goes on learning"
         )

@@ -20,19 +20,24 @@ from uniapl.functional import (
     reward_threshold,
     warmup_cosine,
 )
-from uniapl.loading import load_model
 from uniapl.rollout import Sampler
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint, metrics
 from uniapl.train.adversary import Adversary, build_adversary
 from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
+from uniapl.train.recompute import checkpointed_layers
+from uniapl.train.reference import Reference, reference_at_start, trained_weights
 from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.stopping import Stopping
 from uniapl.types import RolloutGroup
 
-REFERENCE = "reference"
-"""Directory of a checkpoint: the weights that the KL stays near, where they are not the stage's start."""
+REFERENCE = "reference.safetensors"
+"""File of a checkpoint: the weights that the KL stays near, where they are not the stage's start."""
+
+
+WITH_MOMENTS = 3
+"""Weights and AdamW's two moments of them, each as large."""
 
 
 @dataclass(kw_only=True)
@@ -45,9 +50,9 @@ class Stage:
     """The language model inside `policy`: what is sampled from and saved."""
     policy: nn.Module
     optimizer: Optimizer
-    reference: Policy | None
+    reference: Reference | None
     """What the KL term stays near; None: there is no such term, or not yet."""
-    later_reference: Policy | None
+    later_reference: Reference | None
     """What is to be the reference, from `reference_step` on: a run that fits in memory now fits then too."""
     adversary: Adversary | None
     sampler: Sampler
@@ -143,13 +148,10 @@ class Stage:
             "kl": objective.beta if self.reference is not None else 0.0,
         }
 
-    def set_reference(self, weights: PreTrainedModel | None = None) -> None:
-        """From `reference_step` on the reference is the policy as it is then, or `weights` kept of it."""
-        if self.later_reference is None:
-            return
-        if weights is not None or self.step >= self.config.objective.reference_step:
-            source = self.model if weights is None else weights
-            self.later_reference.model.load_state_dict(source.state_dict())
+    def set_reference(self) -> None:
+        """From `reference_step` on the reference is the policy as it is then."""
+        if self.later_reference is not None and self.step >= self.config.objective.reference_step:
+            self.later_reference.follow()
             self.reference, self.later_reference = self.later_reference, None
 
     def set_learning_rate(self) -> float:
@@ -167,13 +169,16 @@ class Stage:
 
     def checkpoint_bytes(self) -> int:
         """What a checkpoint takes on the disk, but for some small files."""
-        kept = _bytes(self.model) + _optimizer_bytes(self.model)
+        kept = self.model_bytes() * WITH_MOMENTS
         if self.reference is not None and self.config.objective.reference_step > 0:
-            kept += _bytes(self.model)
+            kept += self.model_bytes()
         if self.adversary is not None and self.adversary.learner is not None:
-            module = self.adversary.learner.discriminator.module
-            kept += _bytes(module) + _optimizer_bytes(module)
+            kept += _bytes(self.adversary.learner.discriminator.module) * WITH_MOMENTS
         return kept
+
+    def model_bytes(self) -> int:
+        """What the policy takes on the disk: all of it, or its adapter."""
+        return _bytes(self.model)
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write all tensors of the stage below `directory`; return the rest, as JSON values."""
@@ -186,7 +191,7 @@ class Stage:
             "stop_rule": self.config.stop.model_dump(),
         }
         if self.reference is not None and self.config.objective.reference_step > 0:
-            self.reference.model.save_pretrained(directory / REFERENCE)
+            self.reference.save(directory / REFERENCE)
         if self.adversary is not None:
             state |= self.adversary.save(directory)
             state["multiplier"] = asdict(self.multiplier)
@@ -201,7 +206,8 @@ class Stage:
             self.stopping = Stopping(**state["stopping"])
         checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
         if self.later_reference is not None and (directory / REFERENCE).exists():
-            self.set_reference(load_model(self.config.model, directory / REFERENCE))
+            self.later_reference.load(directory / REFERENCE)
+            self.reference, self.later_reference = self.later_reference, None
         if self.adversary is not None:
             self.adversary.load(directory, state)
             # A fixed lambda is the recipe's, whatever it was before.
@@ -210,12 +216,7 @@ class Stage:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
-
-
-def _optimizer_bytes(module: nn.Module) -> int:
-    """Of AdamW's two moments."""
-    return 2 * sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    return sum(tensor.nbytes for tensor in trained_weights(module).values())
 
 
 def build_stage(
@@ -234,21 +235,20 @@ def build_stage(
         start: Directory with the weights that the stage started from; None for the run's own start.
     """
     objective, optim = config.objective, config.optim
+    if optim.gradient_checkpointing:
+        checkpointed_layers(model)
     optimizer = AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=optim.learning_rate,
         betas=(optim.adam_beta1, optim.adam_beta2),
         weight_decay=optim.weight_decay,
         fused=True,
     )
-    reference = None
-    if objective.beta > 0:
-        start_model = load_model(config.model, start).to(accelerator.device)
-        reference = Policy(start_model, accelerator.autocast).requires_grad_(False)
     inner = Policy(model, accelerator.autocast)
+    reference = reference_at_start(inner, config.model, start) if objective.beta > 0 else None
     adversary = None
     if objective.lambda_adv > 0:
-        adversary = build_adversary(config, model, inner, materials, accelerator, start=start)
+        adversary = build_adversary(config, inner, materials, accelerator, start=start)
     policy, prepared = accelerator.prepare(inner, optimizer)
     rollout = config.rollout
     sampler = LocalSampler(

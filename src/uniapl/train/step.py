@@ -129,7 +129,8 @@ def measure_forces(
             return objective({name: sums[name]}, weights, counts)
 
         accumulate_gradients(accelerator, policy, (lambda b=b: loss_of(b) for b in batches))
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         gradients[name] = torch.cat([part.flatten().float() for part in parts])
         policy.zero_grad()
     norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}

@@ -1,0 +1,60 @@
+"""`uniapl export`: the model of a run or a checkpoint, whole, as transformers loads it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uniapl.adapters import is_adapter
+from uniapl.config import ModelConfig
+from uniapl.errors import UsageError
+from uniapl.loading import load_model, load_tokenizer
+from uniapl.train import checkpoint
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a run's result, or a checkpoint's weights, to a directory; an adapter is merged into its base.
+
+    Raises:
+        UsageError: There is no model, it is damaged, or the directory is taken or cannot be written.
+    """
+    options = _parser().parse_args(arguments)
+    source, output = _source(options.source), options.output
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UsageError(f"'{output}' is there already: choose another directory, or delete it")
+        config = ModelConfig(model_name_or_path=str(source), trust_remote_code=options.trust_remote_code)
+        tokenizer: Any = load_tokenizer(config)
+        model = load_model(config)
+
+        def fill(directory: Path) -> None:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+
+        checkpoint.write_directory(output, fill)
+    except OSError as error:
+        raise UsageError(f"'{output}' cannot be written: {error}") from error
+    merged = ", its adapter merged" if is_adapter(source) else ""
+    print(f"{output}: the model of {source}{merged}")
+
+
+def _source(path: Path) -> Path:
+    """Where the weights lie that are meant by a run's directory or a model's own."""
+    if not path.is_dir():
+        raise UsageError(f"'{path}' is no directory of a run, a checkpoint or a model")
+    saved = checkpoint.checkpoints(path)
+    found = path / "final" if saved or (path / "final").is_dir() else path
+    if not found.is_dir():
+        raise UsageError(f"the run '{path}' has no result yet; its newest checkpoint is {saved[-1]}")
+    if (found / checkpoint.MANIFEST).is_file() and (wrong := checkpoint.defects(found)):
+        raise UsageError(f"'{found}' is damaged: {'; '.join(wrong)}")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uniapl export", description=export.__doc__)
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_CHECKPOINT", type=Path, help="its directory; any model's will do")
+    add("-o", "--output", metavar="DIRECTORY", type=Path, required=True, help="a new directory")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    return parser
