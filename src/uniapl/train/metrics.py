@@ -47,6 +47,7 @@ def update_metrics(
         "clip_ratio/high_mean": per("rl", "clip_high"),
         "sampling/sampling_logp_difference/mean": per("kl", "sampling_difference"),
         "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if counts["kl"] else None,
+        "sampling/importance_sampling_ratio/mean": per("kl", "importance"),
     }
 
 
