@@ -61,6 +61,8 @@ EXEMPT = {
     "pip install": "the index",
     "git clone": "there is no one address",
     "cd uniapl": "goes with git clone",
+    "export VLLM": "goes with vllm serve",
+    "vllm serve": "a GPU; tests/with_vllm has a server on a CPU",
     "python -m nltk.downloader": "a download",
     "uniapl collect": "an endpoint; tests/test_collect.py has one",
     "uniapl demo": "minutes; tests/test_embedded.py runs it small",
@@ -106,7 +108,7 @@ def kind(text: str) -> str:
     first = text.splitlines()[0]
     if first in SHOWN:
         return "shown"
-    if re.match(r"(uniapl|make|pip|python|git|torchrun|accelerate|cd|source) ", first):
+    if re.match(r"(uniapl|make|pip|python|git|torchrun|accelerate|cd|source|export) ", first):
         return "commands"
     if first.startswith('{"'):
         return "rows"

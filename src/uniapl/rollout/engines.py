@@ -48,7 +48,7 @@ def check_vllm(config: RolloutConfig) -> None:
 
 
 def _installed(name: str) -> bool:
-    """Whether it can be imported; a directory of that name, which Python would take for a package, is not it."""
+    """Whether it can be imported. A directory of that name, which Python takes for a package, is not it."""
     found = importlib.util.find_spec(name)
     return found is not None and found.origin is not None
 
