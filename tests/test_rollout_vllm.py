@@ -1,5 +1,6 @@
 """Rollouts from a stand-in for vLLM: versions, the canary, deadlines, a server that dies, whole runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -226,6 +227,28 @@ def test_settings_that_cannot_work(
         assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_memory_counts_the_engine_instead_of_the_local_cache(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Colocated, its share of what is free; behind a server, nothing."""
+    install(monkeypatch)
+    path = str(write_recipe(tmp_path, model_dir))
+    found: dict[str, dict[str, Any]] = {}
+    for name, flags in {
+        "local": "",
+        "colocate": "--rollout.sampler vllm --rollout.vllm-gpu-memory-utilization 0.25",
+        "server": "--rollout.sampler vllm --rollout.vllm-mode server",
+    }.items():
+        assert cli.run(["check", path, "--json", *flags.split()]) == 0
+        (found[name],) = json.loads(capsys.readouterr().out)["memory"]
+    assert "rollout" in found["local"]["passes"]
+    for name in ("colocate", "server"):
+        assert "rollout" not in found[name]["passes"]
+    assert "vllm" not in found["server"]["stays"]
+    colocated = found["colocate"]
+    assert colocated["stays"]["vllm"] == pytest.approx(0.25 * colocated["available"], rel=0.2)
+
+
 def test_a_killed_run_resumes_to_the_same_result(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
     """As exactly as the sampler repeats itself, which this one does; vLLM on a GPU does not."""
     whole, broken = (
@@ -241,18 +264,18 @@ def test_a_killed_run_resumes_to_the_same_result(model_dir: Path, tmp_path: Path
 
 def test_two_processes_speak_through_one(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
     """Three prompts on two processes: the answers of one process; the weights are sent once a step."""
-    path = write_recipe(tmp_path, model_dir)
+    path = write_recipe(tmp_path, model_dir, max_steps=2)
     values = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump(values | {"rollout": values["rollout"] | behind(server)}))
     arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for start, output in (([], "one"), (launcher, "two")):
-        before = server.loads
-        command = [sys.executable, *start, *arguments, str(tmp_path / output)]
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-        assert server.loads - before == 5
+    assert cli.run([*arguments[2:], str(tmp_path / "one")]) == 0
+    before = server.loads
+    command = [sys.executable, *launcher, *arguments, str(tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert server.loads - before == 3, "before training, and in each step"
     assert texts(tmp_path / "two") == texts(tmp_path / "one")
     server.deaf = True
     command = [sys.executable, *launcher, *arguments, str(tmp_path / "deaf")]
