@@ -176,7 +176,9 @@ def _bytes_to_write(
     saves = sum(-(-s.config.max_steps // s.config.save_steps) for s in stages)
     # One more than the limit: the oldest goes when the newest is whole.
     kept = min(stage.config.save_total_limit + 1, saves)
-    models = len(stages) * stage.model_bytes()
+    # Weights on their way to vLLM are one more.
+    copies = len(stages) + any(s.config.rollout.sampler == "vllm" for s in stages)
+    models = copies * stage.model_bytes()
     folders = [directory / name for name in setup.RUN_DIRECTORIES]
     there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there

@@ -239,6 +239,7 @@ def look_at_forces(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float
                 batch.counts,
                 batch.weights,
                 token_weight=stage.config.objective.sft_token_weight,
+                importance_cap=stage.config.rollout.importance_cap,
             ),
         )
     return forces
@@ -266,6 +267,7 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
             max_grad_norm=stage.config.optim.max_grad_norm,
             reference=stage.reference,
             old_logprobs=old_logprobs,
+            importance_cap=stage.config.rollout.importance_cap,
         )
 
     batches, update = batch.batches, None

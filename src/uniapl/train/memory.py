@@ -146,7 +146,10 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
         # The first step makes the moments.
         update(learning=False)
         passes["update"] = counter.taken_by(update)
-        if objective.uses_rollouts:
+        if objective.uses_rollouts and config.rollout.sampler == "vllm":
+            if config.rollout.vllm_mode == "colocate":
+                stays["vllm"] = round(config.rollout.vllm_gpu_memory_utilization * _available(device))
+        elif objective.uses_rollouts:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 passes["rollout"] = _rollout(counter, model, config, materials)
         if objective.lambda_adv > 0 and settings.kind != "remote":

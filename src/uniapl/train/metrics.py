@@ -29,7 +29,7 @@ def update_metrics(
     looked_at = sums["measured"]
 
     def of_rollouts(name: str) -> float | None:
-        return sums[name] / looked_at if looked_at else None
+        return sums[name] / looked_at if looked_at and name in sums else None
 
     return {
         "loss": sums["loss"],
@@ -52,6 +52,7 @@ def update_metrics(
         "clip_ratio/high_mean": per("rl", "clip_high"),
         "sampling/sampling_logp_difference/mean": of_rollouts("sampling_difference"),
         "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if looked_at else None,
+        "sampling/importance_sampling_ratio/mean": of_rollouts("importance"),
     }
 
 

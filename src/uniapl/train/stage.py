@@ -21,13 +21,13 @@ from uniapl.functional import (
     warmup_cosine,
 )
 from uniapl.rollout import Sampler
-from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint, metrics
 from uniapl.train.adversary import Adversary, build_adversary
 from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
 from uniapl.train.recompute import checkpointed_layers
 from uniapl.train.reference import Reference, reference_at_start, trained_weights
+from uniapl.train.sampling import build_sampler
 from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.stopping import Stopping
 from uniapl.types import RolloutGroup
@@ -250,20 +250,6 @@ def build_stage(
     if objective.lambda_adv > 0:
         adversary = build_adversary(config, inner, materials, accelerator, start=start)
     policy, prepared = accelerator.prepare(inner, optimizer)
-    rollout = config.rollout
-    sampler = LocalSampler(
-        model=model,
-        stop_ids=materials.stop_ids,
-        pad_id=materials.pad_id,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_rows=rollout.max_rows,
-        autocast=accelerator.autocast,
-    )
-    if objective.uses_rollouts:
-        sampler.check()
     return Stage(
         config=config,
         index=index,
@@ -273,7 +259,7 @@ def build_stage(
         reference=None if objective.reference_step else reference,
         later_reference=reference if objective.reference_step else None,
         adversary=adversary,
-        sampler=sampler,
+        sampler=build_sampler(config, model, materials, accelerator),
         multiplier=Multiplier(value=objective.lambda_adv),
         packing=config.batching.packing and inner.packs,
     )
