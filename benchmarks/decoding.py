@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decoding.py [--sizes embedded medium wide] [--repeats 5] [--json FILE]
 
-All three sample 8 answers to each of 8 prompts from the same random weights, and every answer ends where it was
-planned to (log-normal lengths, 40 % of the limit on average), so that all do the same work. They take turns after
-a warm-up; what else the machine does falls on all alike only roughly. The floor is the multiplications and
-additions of the living rows at the rate at which this machine multiplies matrices of that many rows.
+All three sample 8 answers to each of 8 prompts from the same weights, and every answer ends where it was
+planned to (log-normal lengths, 40 % of the limit on average), so that all do the same work. They take turns
+after a warm-up; seconds are the processor's own, as others may work on the machine too. The floor is the
+living rows' multiplications and additions at the rate at which this machine multiplies that many rows.
 """
 
 import argparse
@@ -111,7 +111,9 @@ def load(size: Size) -> Any:
 def ways(model: Any, size: Size) -> dict[str, Callable[[], Sequence[int]]]:
     """Name -> sample everything; the answers' lengths."""
     generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(3, model.config.vocab_size, (size.prompts, size.prompt_length), generator=generator)
+    prompts = torch.randint(
+        3, model.config.vocab_size, (size.prompts, size.prompt_length), generator=generator
+    )
     lengths = planned(size.new_tokens).flatten()
     settings: dict[str, Any] = {"model": model, "stop_ids": {STOP}, "pad_id": 0}
     settings["max_completion_length"] = size.new_tokens
@@ -177,10 +179,10 @@ def rate(model: Any, rows: int) -> float:
         repeats = max(1, int(1e8 / (rows * weight.numel())))
         best = math.inf
         for _ in range(10):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(repeats):
                 x @ weight
-            best = min(best, (time.perf_counter() - start) / repeats)
+            best = min(best, (time.process_time() - start) / repeats)
         RATES[key] = 2 * rows * weight.numel() / best
     return RATES[key]
 
@@ -195,9 +197,9 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": sum(wanted),

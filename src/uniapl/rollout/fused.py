@@ -91,7 +91,7 @@ class Projection(NamedTuple):
     """A linear map of rows [n, in]."""
 
     weight: Tensor
-    """[in, out]: on a CPU the faster way round for few rows."""
+    """[in, out]: on a CPU the faster way round for few rows, up to twice as fast for eight."""
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Weights:
     """A model's weights as they are now, in the precision of the autocast that is active."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Copy the layers; embedding and head are used in place where their precision is the right one."""
+        """Copy all but the embedding and the norms."""
         parts: Any = model
         attention = parts.model.layers[0].self_attn
         device = model.device.type
@@ -142,8 +142,9 @@ class Weights:
             _read_layer(layer, _window(parts.config, index), self.dtype)
             for index, layer in enumerate(parts.model.layers)
         ]
+        self.windows = {layer.window for layer in self.layers}
         self.norm = _norm(parts.model.norm)
-        self.head = _projection(parts.lm_head.weight, parts.lm_head.bias, self.dtype)
+        self.head = _join([parts.lm_head], self.dtype)
         self.rotary: nn.Module = parts.model.rotary_emb
         self.scaling: float = attention.scaling
         self.head_dim: int = attention.head_dim
@@ -198,12 +199,7 @@ def _join(linears: Sequence[nn.Linear], dtype: torch.dtype, *, order: Tensor | N
     bias = torch.cat(biases) if biases else None
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    joined = _projection(weight, bias, dtype)
-    return Projection(joined.weight.contiguous(), joined.bias)
-
-
-def _projection(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Projection:
-    return Projection(weight.to(dtype).T, None if bias is None else bias.to(dtype))
+    return Projection(weight.to(dtype).T.contiguous(), None if bias is None else bias.to(dtype))
 
 
 def _norm(module: Any) -> Norm:
@@ -248,21 +244,20 @@ class FusedDecoder:
     def prefill(self) -> Tensor:
         """The logits behind the prompts, each of which is read once, for all rows: [rows, vocabulary]."""
         padded = [(0,) * (self.width - len(prompt)) + tuple(prompt) for prompt in self.prompts]
-        masks: Masks = {layer.window: None for layer in self.weights.layers}
-        masks = {window: self._causal_mask(window) for window in masks}
+        masks: Masks = {window: self._causal_mask(window) for window in self.weights.windows}
         logits = self._forward(torch.tensor(padded, device=self.start.device), masks)
         # Layer by layer: what is held twice is one layer's.
         for cache in (*self.keys, *self.values):
             prompts = cache[: len(padded), :, : self.width]
             cache[:, :, : self.width] = prompts.repeat_interleave(self.num_generations, dim=0)
         self.start = self.start.repeat_interleave(self.num_generations)
-        if self.start.any():
+        if len({len(prompt) for prompt in self.prompts}) > 1:
             self.seen = (self.columns >= self.start.unsqueeze(-1))[:, None, None]
         return logits.repeat_interleave(self.num_generations, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The logits behind one more token of each row, [n, vocabulary]."""
-        masks: Masks = {layer.window: None for layer in self.weights.layers}
+        masks: Masks = dict.fromkeys(self.weights.windows)
         if self.seen is not None:
             masks = {w: self.seen[..., self._first(w) : self.length + 1] for w in masks}
         return self._forward(tokens.unsqueeze(-1), masks)
@@ -293,20 +288,20 @@ class FusedDecoder:
 
     def _forward(self, tokens: Tensor, masks: Masks) -> Tensor:
         """The logits behind the last of the tokens [n, t], which take the next t columns."""
-        weights, (n, t) = self.weights, tokens.shape
+        weights, (n, t), head_dim = self.weights, tokens.shape, self.weights.head_dim
         columns = slice(self.length, self.length + t)
         positions = (self.columns[columns] - self.start.unsqueeze(-1)).clamp(min=0)
         turn = self.rotations[positions.flatten()].unsqueeze(1)
         x = F.embedding(tokens.flatten(), weights.embedding)
         with torch.autocast(x.device.type, enabled=False):
             for layer, keys, values in zip(weights.layers, self.keys, self.values, strict=True):
-                heads = layer.qkv(layer.attention_norm(x)).unflatten(-1, (-1, weights.head_dim))
+                heads = layer.qkv(layer.attention_norm(x)).view(n * t, -1, head_dim)
                 turned, value = heads.tensor_split([weights.heads + weights.key_heads], dim=1)
                 if layer.head_norm is not None:
                     turned = layer.head_norm(turned)
                 query, key = _rotate(turned, turn).to(weights.dtype).tensor_split([weights.heads], dim=1)
-                keys[:n, :, columns] = key.unflatten(0, (n, t)).transpose(1, 2)
-                values[:n, :, columns] = value.unflatten(0, (n, t)).transpose(1, 2)
+                keys[:n, :, columns] = key.view(n, t, -1, head_dim).transpose(1, 2)
+                values[:n, :, columns] = value.view(n, t, -1, head_dim).transpose(1, 2)
                 seen = (slice(n), slice(None), slice(self._first(layer.window), columns.stop))
                 x += layer.out(
                     _attend(query, keys[seen], values[seen], masks[layer.window], scaling=weights.scaling)
@@ -314,12 +309,12 @@ class FusedDecoder:
                 gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
                 x += layer.down(layer.activation(gate) * up)
             self.length = columns.stop
-            return weights.head(weights.norm(x.unflatten(0, (n, t))[:, -1])).float()
+            return weights.head(weights.norm(x.view(n, t, -1)[:, -1])).float()
 
 
 def _rotate(heads: Tensor, turn: Tensor) -> Tensor:
     """The rotary embedding of heads [.., head_dim] whose pairs are neighbours."""
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(heads.float().view(*heads.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
@@ -328,9 +323,9 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *,
 
     The query heads that share a key stand behind each other like tokens: no key has to be repeated.
     """
-    n, key_heads = keys.shape[:2]
-    query = query.unflatten(1, (key_heads, -1)).unflatten(0, (n, -1)).transpose(1, 2)
+    (n, key_heads, _, head_dim), (rows, heads, _) = keys.shape, query.shape
+    query = query.view(n, rows // n, key_heads, heads // key_heads, head_dim).transpose(1, 2)
     attended = F.scaled_dot_product_attention(
         query.flatten(2, 3), keys, values, attn_mask=mask, scale=scaling
     )
-    return attended.unflatten(2, query.shape[2:4]).transpose(1, 2).flatten(0, 1).flatten(1)
+    return attended.unflatten(2, query.shape[2:4]).transpose(1, 2).reshape(rows, -1)

@@ -15,8 +15,8 @@ from uniapl.rollout.fused import FusedDecoder, Weights, fits, same_logits
 from uniapl.rollout.plain import PlainDecoder
 from uniapl.types import Rollout, TokenIds
 
-LOOK_EVERY = 8
-"""Tokens between two looks at which rows have finished, on an accelerator: each look waits for it."""
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Tokens between two looks at which rows have finished: an accelerator has to be waited for."""
 BLOCK = 256
 """Probabilities that are summed before the draw looks at single ones. Our choice: near the root of V."""
 
@@ -119,7 +119,7 @@ class LocalSampler:
     def _decode(self, decoder: Decoder, uniforms: Tensor) -> list[Answer]:
         """The answer of every row, the rows of a prompt side by side."""
         device = self.model.device
-        look_every = 1 if device.type == "cpu" else LOOK_EVERY
+        look_every = LOOK_EVERY.get(device.type, LOOK_EVERY["cuda"])
         uniforms = uniforms.to(device)
         stop = torch.tensor(sorted(self.stop_ids), device=device)
         total = len(uniforms)

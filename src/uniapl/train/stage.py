@@ -257,6 +257,7 @@ def build_stage(
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         max_rows=rollout.max_rows,
+        decoding=rollout.decoding,
         autocast=accelerator.autocast,
     )
     if objective.uses_rollouts:
