@@ -93,6 +93,11 @@ class RolloutConfig(Section):
         default=0, ge=0, description="Sample among the k likeliest tokens, 0: all; log-probs as for top_p."
     )
     max_rows: int = Field(default=256, ge=1, description="Rows that are decoded at the same time.")
+    decoding: Literal["fused", "plain"] = Field(
+        default="fused",
+        description="fused: few operations per token, for models like Llama, Mistral, Qwen2, Qwen3; plain: "
+        "the model's own forward, which is the reference, and what other models get anyway.",
+    )
     sampler: Literal["local", "vllm"] = Field(
         default="local", description="transformers in the training process, or vLLM (docs/gpus.md)."
     )

@@ -19,7 +19,8 @@ from uniapl.config import BatchingConfig, Config, ModelConfig
 from uniapl.functional import selected_logprobs
 from uniapl.loading import load_model_config
 from uniapl.packing import NAME, Packing, packed_hidden
-from uniapl.rollout.local import inverse_cdf, truncate
+from uniapl.rollout.fused import FusedDecoder, Weights, fits
+from uniapl.rollout.local import inverse_cdf, relative_probs, truncate
 from uniapl.train.recompute import recomputed
 from uniapl.train.setup import Materials
 from uniapl.train.storage import size
@@ -286,10 +287,25 @@ def _inputs(rows: int, width: int) -> dict[str, Tensor]:
 
 
 def _rollout(counter: Counter, model: Any, config: Config, materials: Materials) -> int:
-    """The larger of reading the prompts, and of one more token for every row at its full length."""
+    """What reading the prompts takes, and one more token for every row at its full length."""
     settings = config.rollout
     prompts = min(config.batching.prompts_per_step, max(1, settings.max_rows // settings.num_generations))
     prompt = _longest_prompt(materials)
+
+    def choose(logits: Tensor) -> None:
+        probs = relative_probs(logits, temperature=settings.temperature)
+        inverse_cdf(truncate(probs, top_p=settings.top_p, top_k=settings.top_k), torch.zeros(len(probs)))
+
+    def fused() -> None:
+        decoder = FusedDecoder(
+            Weights(model),
+            [(0,) * prompt] * prompts,
+            settings.num_generations,
+            settings.max_completion_length,
+        )
+        logits = decoder.prefill()
+        decoder.length = len(decoder.columns) - 1
+        choose(decoder.step(logits.argmax(-1)))
 
     def read() -> None:
         model(**_inputs(prompts, prompt), use_cache=True, logits_to_keep=1)
@@ -304,10 +320,10 @@ def _rollout(counter: Counter, model: Any, config: Config, materials: Materials)
             "input_ids": torch.zeros(rows, 1, dtype=torch.int64),
             "attention_mask": torch.ones(rows, width, dtype=torch.int64),
         }
-        logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        probs = torch.log_softmax(logits / 1.0, dim=-1).exp()
-        inverse_cdf(truncate(probs, top_p=settings.top_p, top_k=settings.top_k), torch.zeros(rows))
+        choose(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1].float())
 
+    if settings.decoding == "fused" and fits(model):
+        return counter.taken_by(fused)
     return max(counter.taken_by(read), counter.taken_by(decode))
 
 

@@ -41,6 +41,7 @@ def build_sampler(
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             max_rows=rollout.max_rows,
+            decoding=rollout.decoding,
             autocast=accelerator.autocast,
         )
     else:
