@@ -1,4 +1,4 @@
-"""Time, interleaved; the machine's limits, measured in the same run; and the figures as a table and as JSON."""
+"""Time, interleaved; the machine's limits, measured in the same run; the figures as a table and as JSON."""
 
 import json
 import os
@@ -75,7 +75,9 @@ def _token_flops(model: PreTrainedModel) -> tuple[float, float, float]:
     return 2 * layers, 2 * config.vocab_size * config.hidden_size, attention
 
 
-def update_work(model: PreTrainedModel, shape: Shape, lengths: Sequence[int]) -> tuple[float, float]:
+def update_work(
+    model: PreTrainedModel, prompt_lengths: Sequence[int], lengths: Sequence[int]
+) -> tuple[float, float]:
     """FLOPs and bytes that an update cannot do without: no padding, the head for answers alone.
 
     Backward costs twice the forward. Bytes: weights twice, the gradient written and read twice, and AdamW's
@@ -83,8 +85,9 @@ def update_work(model: PreTrainedModel, shape: Shape, lengths: Sequence[int]) ->
     """
     layer, head, attention = _token_flops(model)
     flops = 0.0
-    for length in lengths:
-        total = shape.prompt_length + length
+    generations = len(lengths) // len(prompt_lengths)
+    for row, length in enumerate(lengths):
+        total = prompt_lengths[row // generations] + length
         flops += 3 * (layer * total + head * length + attention * total**2 / 2)
     return flops, 4.0 * 11 * sum(p.numel() for p in model.parameters())
 

@@ -1,4 +1,4 @@
-"""Answers of planned lengths, on both sides: the end token is impossible before an answer's end, certain at it."""
+"""Answers of planned lengths, on both sides: the end token never comes before its place, and always there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +56,7 @@ def our_sampler_planned(plan: Plan) -> Iterator[None]:
         return drawn
 
     def planned_choice(self: LocalSampler, logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return choose(self, end_where(logits, numbers >= 1), numbers.clamp(max=0.5))
+        return choose(self, end_where(logits, numbers >= 1), numbers.frac())
 
     with (
         mock.patch.object(LocalSampler, "_uniforms", planned_uniforms),

@@ -1,4 +1,4 @@
-"""The whole step: sampling, rewards, advantages, update; ours by `uniapl.train`, TRL's by `GRPOTrainer.train`.
+"""The whole step: sampling, rewards, advantages, update, by `uniapl.train` and by `GRPOTrainer.train`.
 
     python benchmarks/trl/step.py [--models 20m] [--steps 4] [--bf16] [--device cuda] [--json FILE]
 
@@ -35,6 +35,8 @@ from work import (
 )
 
 import uniapl
+from uniapl.config import DataConfig
+from uniapl.data import tokenize_row
 from uniapl.resolve import merge
 
 STEADY = {
@@ -78,7 +80,7 @@ def our_run(shape: Shape, folder: Path, options: Namespace, **changes: Any) -> R
     lengths = planned_lengths(shape, steps * shape.rows)
 
     def run() -> list[dict[str, float]]:
-        with our_sampler_planned(Plan(lengths)):
+        with our_sampler_planned(Plan(lengths)), contextlib.redirect_stdout(None):
             uniapl.train(values, train_dataset=rows, reward_functions=[random_reward])
         records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         return [
@@ -106,6 +108,11 @@ def their_run(shape: Shape, folder: Path, options: Namespace, micro_batch: int, 
     return run
 
 
+def prompt_lengths(tokenizer: Any, rows: list[dict[str, Any]]) -> list[int]:
+    """Tokens of each row's prompt."""
+    return [len(tokenize_row(n, row, tokenizer, DataConfig()).prompt_ids) for n, row in enumerate(rows)]
+
+
 def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[str, Any]:
     """One table: our two methods, TRL's defaults and its best settings."""
     with tempfile.TemporaryDirectory() as name:
@@ -120,10 +127,12 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         for _ in range(options.repeats):
             for side, run in sides.items():
                 found[side] += run()
-        model, _ = load(folder, "cpu")
+        model, tokenizer = load(folder, "cpu")
     lengths = planned_lengths(shape, (options.steps + 1) * shape.rows)[shape.rows :]
-    prompts = [shape.prompt_length] * (options.steps * shape.prompts)
-    update = update_work(model, shape, lengths)
+    prompts = prompt_lengths(tokenizer, data_rows(shape, (options.steps + 1) * shape.prompts))[
+        shape.prompts :
+    ]
+    update = update_work(model, prompts, lengths)
     rollout = rollout_work(model, prompts, lengths, bf16=options.bf16)
     work = (sum(pair) / options.steps for pair in zip(update, rollout, strict=True))
     parts = {

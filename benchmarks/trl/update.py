@@ -1,6 +1,6 @@
 """The update of the policy: ours beside TRL's, with losses and gradient norms compared before any is timed.
 
-python benchmarks/trl/update.py [--models 20m] [--prompt-length 512] [--bf16] [--device cuda] [--json FILE]
+python benchmarks/trl/update.py [--models 20m] [--prompt-length 512] [--bf16] [--device cuda]
 """
 
 import argparse
@@ -65,7 +65,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
             shape,
             interleaved(sides, options),
             reference="uniapl, defaults",
-            work=update_work(model, shape, work.lengths),
+            work=update_work(model, [*map(len, work.prompts)], work.lengths),
             limits=limits,
             difference=same["largest_relative_difference"],
         )
