@@ -62,6 +62,7 @@ EXEMPT = {
     "git clone": "there is no one address",
     "cd uniapl": "goes with git clone",
     "python -m nltk.downloader": "a download",
+    "python benchmarks/": "minutes each",
     "uniapl collect": "an endpoint; tests/test_collect.py has one",
     "uniapl demo": "minutes; tests/test_embedded.py runs it small",
     "uniapl compare": "minutes to hours; tests/compare runs it small",

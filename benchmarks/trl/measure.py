@@ -14,8 +14,6 @@ import torch
 from transformers import PreTrainedModel
 from work import Shape
 
-WARM_UP = 1
-
 
 def seconds(run: Callable[[], Any], device: str) -> float:
     """Of one call; on a GPU until its work is done."""
@@ -26,22 +24,17 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(sides: Mapping[str, Callable[[], Any]], options: Namespace) -> dict[str, list[float]]:
+def interleaved(
+    sides: Mapping[str, Callable[[], Any]], options: Namespace, *, warm_up: int = 1
+) -> dict[str, list[float]]:
     """Side -> seconds of each repeat; all sides run in turn, so that what else goes on falls on all alike."""
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(WARM_UP + options.repeats):
+    for repeat in range(warm_up + options.repeats):
         for name, run in sides.items():
             took = seconds(run, options.device)
-            if repeat >= WARM_UP:
+            if repeat >= warm_up:
                 found[name].append(took)
     return found
-
-
-def fastest(sides: Mapping[str, Callable[[], Any]], options: Namespace) -> str:
-    """The side that is fastest in its second call."""
-    times = {name: (run(), seconds(run, options.device))[1] for name, run in sides.items()}
-    print("  tried: " + ", ".join(f"{name} {took:.2f} s" for name, took in times.items()), flush=True)
-    return min(times, key=lambda name: times[name])
 
 
 def machine(options: Namespace) -> dict[str, Any]:

@@ -11,63 +11,74 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import fastest, interleaved, machine, table, update_work, write
+from measure import interleaved, machine, seconds, table, update_work, write
 from ours import our_update
 from theirs import BEST, their_update
 from work import Shape, chosen_shapes, make_work, parse, save_model, shapes
 
 TOLERANCE = 1e-4
+OURS = (4, 16)
+"""Rows of a micro-batch that are tried with our settings (less padding), and with TRL's (fewer calls)."""
+THEIRS = (8, 32)
 Step = Callable[[], tuple[float, float]]
 
 
-def agreement(sides: dict[str, Step]) -> dict[str, Any]:
-    """Losses and gradient norms of the first two updates of every side.
+def tried(sides: dict[str, Step], options: Namespace) -> tuple[dict[str, float], float]:
+    """Two updates of every side -> seconds of the second; the largest relative difference between the sides.
 
     Raises:
-        SystemExit: They differ: the sides do not do the same work. Under bf16 nothing is refused.
+        SystemExit: Losses or gradient norms differ: the sides do not do the same work. bf16 may differ.
     """
-    found = {name: [step(), step()] for name, step in sides.items()}
-    first = next(iter(found.values()))
+    values: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, float] = {}
+    for name, step in sides.items():
+        values[name] = [step()]
+        times[name] = seconds(lambda s=step, found=values[name]: found.append(s()), options.device)
+        print(f"  tried {name}: {times[name]:.2f} s", flush=True)
+    first = next(iter(values.values()))
     worst = max(
         abs(theirs - ours) / abs(ours)
-        for pairs in found.values()
+        for pairs in values.values()
         for one, other in zip(first, pairs, strict=True)
         for ours, theirs in zip(one, other, strict=True)
     )
-    return {"values": found, "largest_relative_difference": worst}
+    print(f"  largest relative difference of losses and gradient norms: {worst:.1e}", flush=True)
+    if worst > TOLERANCE and not options.bf16:
+        raise SystemExit(f"the sides do not do the same: {values}")
+    return times, worst
 
 
 def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[str, Any]:
     """One table: our default and best settings, and TRL's."""
     work = make_work(shape)
     longest = shape.prompt_length + shape.completion_length
-    sizes = [size for size in (4, 8, 16, 32) if size <= shape.rows and shape.rows % size == 0]
     with tempfile.TemporaryDirectory() as name:
         folder = save_model(shape, Path(name) / "model")
-        ours = {str(rows): our_update(work, folder, options, max_tokens=rows * longest)[0] for rows in sizes}
-        theirs = {
-            str(rows): their_update(work, folder, options, micro_batch=rows, **BEST)[0] for rows in sizes
-        }
         default, model = our_update(work, folder, options)
-        sides = {"uniapl, defaults": default, "TRL, defaults": their_update(work, folder, options)[0]}
-        everyone = (
-            sides | {f"uniapl {k}": v for k, v in ours.items()} | {f"TRL {k}": v for k, v in theirs.items()}
-        )
-        same = agreement(everyone)
-        print(f"largest relative difference {same['largest_relative_difference']:.1e}", flush=True)
-        if same["largest_relative_difference"] > TOLERANCE and not options.bf16:
-            raise SystemExit(f"the sides do not do the same: {same['values']}")
-        best, their_best = fastest(ours, options), fastest(theirs, options)
-        sides[f"uniapl, {best} rows of tokens"] = ours[best]
-        sides[f"TRL, {their_best} rows, nothing recomputed"] = theirs[their_best]
+        defaults = {"uniapl, defaults": default, "TRL, defaults": their_update(work, folder, options)[0]}
+        ours = {
+            f"uniapl, micro-batches of {rows * longest:,} tokens": our_update(
+                work, folder, options, max_tokens=rows * longest
+            )[0]
+            for rows in OURS
+        }
+        theirs = {
+            f"TRL, micro-batches of {rows} rows, nothing recomputed": their_update(
+                work, folder, options, micro_batch=rows, **BEST
+            )[0]
+            for rows in sorted({min(rows, shape.rows) for rows in THEIRS})
+        }
+        times, difference = tried(defaults | ours | theirs, options)
+        best = [min(side, key=lambda name: times[name]) for side in (ours, theirs)]
+        shown = defaults | {name: (ours | theirs)[name] for name in best}
         return table(
             f"update, prompts of {shape.prompt_length}",
             shape,
-            interleaved(sides, options),
+            interleaved(shown, options, warm_up=0),
             reference="uniapl, defaults",
             work=update_work(model, [*map(len, work.prompts)], work.lengths),
             limits=limits,
-            difference=same["largest_relative_difference"],
+            difference=difference,
         )
 
 

@@ -57,7 +57,7 @@ SHAPES = {
         completion_length=MAX_COMPLETION_LENGTH,
         vocabulary=157,
     ),
-    "20m": Shape(),
+    "20m": Shape(prompts=2),
 }
 """The two sizes that are measured."""
 
