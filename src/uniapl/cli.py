@@ -221,7 +221,7 @@ def pretrain_discriminator(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-    """Without looking for garbage: what torch and transformers make stays, and looking was a fifth of the time."""
+    """Without looking for garbage: what torch and transformers make stays, and looking took a fifth."""
     gc.disable()
     try:
         yield
