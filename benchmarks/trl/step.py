@@ -13,6 +13,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
     }
     return table(
         "whole step",
-        shape,
+        # The embedded task's prompts have lengths of their own.
+        replace(shape, prompt_length=round(sum(prompts) / len(prompts))),
         {side: [record["step"] for record in records] for side, records in found.items()},
         reference="uniapl, grpo",
         work=tuple(work),
