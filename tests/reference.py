@@ -43,6 +43,7 @@ def surrogate(
     mask: list[list[bool]],
     low: float,
     high: float,
+    weights: list[list[float]] | None = None,
 ) -> float:
     total = 0.0
     for b, row in enumerate(logprobs):
@@ -50,8 +51,13 @@ def surrogate(
             if mask[b][t]:
                 ratio = math.exp(logprob - old[b][t])
                 clipped = min(max(ratio, 1 - low), 1 + high)
-                total += -min(ratio * advantages[b], clipped * advantages[b])
+                weight = 1.0 if weights is None else weights[b][t]
+                total += -weight * min(ratio * advantages[b], clipped * advantages[b])
     return total
+
+
+def importance(old: float, sampling: float, cap: float) -> float:
+    return min(math.exp(old - sampling), cap)
 
 
 def k3(logprobs: list[list[float]], ref: list[list[float]], mask: list[list[bool]]) -> float:

@@ -23,6 +23,7 @@ from uniapl.adapters import (
     is_adapter,
     linear_layers,
     merge_in_place,
+    merged,
     read_adapter,
     save_weights,
     without_adapter,
@@ -353,3 +354,15 @@ def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
         pass
     with recomputed(make_model("qwen3"), True) as nothing:
         assert nothing is None
+
+
+def test_a_merged_copy_is_saved_as_a_whole_model(model_dir: Path, tmp_path: Path) -> None:
+    """What vLLM is sent: it answers as the adapter does, which stays what it was."""
+    model = adapted(settings(model_dir))
+    expected = model(IDS).logits
+    merged(model).save_pretrained(tmp_path)
+    assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected, atol=1e-5, rtol=1e-4)
+    assert not is_adapter(tmp_path)
+    assert_close(model(IDS).logits, expected, atol=0.0, rtol=0.0)
+    plain = make_model()
+    assert merged(plain) is plain

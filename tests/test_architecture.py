@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
     {"functional"},
-    {"types", "files"},
+    {"types", "files", "posting"},
     {
         "config",
         "adapters",
@@ -28,6 +28,7 @@ LAYERS = [
         "data",
         "streams",
         "batching",
+        "packing",
         "rollout",
         "rewards",
         "discriminator",

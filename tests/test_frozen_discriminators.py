@@ -133,7 +133,9 @@ def test_polar_needs_a_reference_and_its_own_tokens(polar_dir: Path, tmp_path: P
 
 def density_ratio(max_tokens: int = 10_000) -> DensityRatio:
     expert, start = Policy(make_model(seed=1)), Policy(make_model(seed=2))
-    return DensityRatio(expert=expert, against=start, pad_id=0, max_tokens=max_tokens, device=CPU)
+    return DensityRatio(
+        expert=expert, against=start, pad_id=0, max_tokens=max_tokens, packed=True, device=CPU
+    )
 
 
 def test_density_ratio_by_hand() -> None:
@@ -153,7 +155,7 @@ def test_density_ratio_by_hand() -> None:
 
 def test_density_ratio_of_a_model_with_itself_is_zero() -> None:
     same = Policy(make_model(seed=1))
-    subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=100, device=CPU)
+    subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=100, packed=True, device=CPU)
     assert subject.score(CANDIDATES) == [0.0] * 4
 
 

@@ -71,12 +71,15 @@ def test_the_estimate_is_near_what_a_run_takes(
     make_tokenizer().save_pretrained(tmp_path / "model")
     rows = [row | {"prompt": "a" * 100 + row["prompt"]} for row in letter_rows()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Groups of equal rewards would teach nothing, and take no memory.
+    reward = "def reward(completion_ids, **_):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n"
+    (tmp_path / "varied.py").write_text(reward)
     values = {
         "output_dir": str(tmp_path / "run"),
         "max_steps": 2,
         "model": {"model_name_or_path": str(tmp_path / "model")},
         "data": {"path": str(tmp_path / "rows.jsonl")},
-        "rewards": {"functions": ["lowercase"]},
+        "rewards": {"functions": [f"{tmp_path / 'varied.py'}:reward"]},
         "rollout": {"num_generations": 8, "max_completion_length": 128},
         "batching": {"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens": 4096},
         "discriminator": {"warmup_steps": 0, "min_accuracy": 0.0},

@@ -1,5 +1,6 @@
 """Small models, tokenizers and rows that the tests make themselves: nothing is downloaded."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def make_model(family: str = "qwen3", *, seed: int = 0, scale: float = 4.0) -> PreTrainedModel:
     """A random model; `scale` sharpens its distributions so that mistakes show."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

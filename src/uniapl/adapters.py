@@ -1,6 +1,7 @@
 """LoRA for the policy: low-rank changes of frozen weights, as PEFT makes, reads and merges them."""
 
 import contextlib
+import copy
 import importlib.util
 import json
 import re
@@ -156,6 +157,18 @@ def merge_in_place(trunk: nn.Module) -> None:
         layer.merge()
         trunk.set_submodule(name, layer.get_base_layer())
     trunk.requires_grad_(True)
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as it is, or a copy with its adapter added to the weights: what others load as a whole."""
+    whole: Any = model
+    if getattr(model, "peft_config", None) is not None:
+        whole = copy.deepcopy(model)
+        merge_in_place(whole)
+        del whole.peft_config
+        # By this transformers knows that it is to save an adapter alone.
+        whole._hf_peft_config_loaded = False
+    return whole
 
 
 @contextlib.contextmanager

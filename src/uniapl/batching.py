@@ -1,13 +1,13 @@
-"""Mixing: rows of both kinds -> padded micro-batches with one mask per component, and their global counts."""
+"""Mixing: rows of both kinds -> micro-batches with one mask per component, and their global counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from uniapl.types import Example, MicroBatch, TokenIds
+from uniapl.types import Example, MicroBatch, Span, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,11 @@ class Row:
     def length(self) -> int:
         """Tokens without padding."""
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    def teaches(self, weights: Mapping[str, float]) -> bool:
+        """Whether anything asks for its log-probabilities: an advantage of 0 gives no gradient."""
+        credit = {"rl": self.advantage, "adv": self.adversarial_advantage}
+        return any(weights[name] and credit.get(name, 1.0) for name in self.components)
 
 
 def demonstration_row(example: Example) -> Row:
@@ -67,6 +72,72 @@ def by_length(lengths: Sequence[int], *, max_tokens: int, max_rows: int | None =
     return batches
 
 
+def by_prompt(
+    sequences: Sequence[tuple[TokenIds, TokenIds]], *, max_tokens: int, max_rows: int | None = None
+) -> list[list[int]]:
+    """Indices of (prompt, completion) in batches in which a prompt counts once, the longest prompts' first.
+
+    The completions of a prompt stay together where they fit. A batch holds at most `max_tokens` (or one
+    sequence) and `max_rows`.
+    """
+    groups: dict[TokenIds, list[int]] = {}
+    for index, (prompt, _) in enumerate(sequences):
+        groups.setdefault(prompt, []).append(index)
+
+    def tokens(part: list[int]) -> int:
+        return len(sequences[part[0]][0]) + sum(len(sequences[index][1]) for index in part)
+
+    def fits(tokens: int, rows: int) -> bool:
+        return tokens <= max_tokens and (max_rows is None or rows <= max_rows)
+
+    parts: list[list[int]] = []
+    for group in sorted(groups.values(), key=tokens, reverse=True):
+        parts.append([])
+        for index in group:
+            if parts[-1] and not fits(tokens([*parts[-1], index]), len(parts[-1]) + 1):
+                parts.append([])
+            parts[-1].append(index)
+    batches: list[list[int]] = []
+    taken = 0
+    for part in parts:
+        if not batches or not fits(taken + tokens(part), len(batches[-1]) + len(part)):
+            batches.append([])
+            taken = 0
+        batches[-1] += part
+        taken += tokens(part)
+    return batches
+
+
+def shares(rows: Sequence[Row], number: int) -> list[list[Row]]:
+    """The rows dealt to `number` processes, a prompt's rows to the same one, about as many tokens to each."""
+    groups: dict[TokenIds, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt_ids, []).append(row)
+    dealt: list[list[Row]] = [[] for _ in range(number)]
+    loads = [0] * number
+    for group in sorted(groups.values(), key=lambda group: sum(row.length for row in group), reverse=True):
+        poorest = loads.index(min(loads))
+        dealt[poorest] += group
+        loads[poorest] += len(group[0].prompt_ids) + sum(len(row.completion_ids) for row in group)
+    return dealt
+
+
+def spans_of(
+    sequences: Sequence[tuple[TokenIds, TokenIds]], starts: Sequence[int] | None = None
+) -> tuple[Span, ...]:
+    """Where padded (prompt, completion) lie; `starts`: the padding before each, by default none."""
+    numbers: dict[TokenIds, int] = {}
+    return tuple(
+        Span(
+            start=start,
+            prompt_length=len(prompt),
+            length=len(prompt) + len(completion),
+            prompt=numbers.setdefault(prompt, len(numbers)),
+        )
+        for (prompt, completion), start in zip(sequences, starts or [0] * len(sequences), strict=True)
+    )
+
+
 def pad_right(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
@@ -83,17 +154,21 @@ def micro_batches(
     pad_id: int,
     max_tokens: int,
     max_rows: int | None = None,
-    padding_side: Literal["left", "right"] = "right",
+    packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
-    """Cut rows into micro-batches of at most `max_tokens` padded tokens (or one row) and `max_rows` rows.
+    """Cut rows into micro-batches of at most `max_tokens` tokens (or one row) and `max_rows` rows.
 
-    Rows of like length share one, whatever their kind. No rows at all give one that teaches nothing.
+    Packed, rows of a prompt share one, and it counts once; else rows of like length do, and padding counts.
+    Their kind does not matter. No rows at all give one that teaches nothing.
     """
-    parts = by_length([row.length for row in rows], max_tokens=max_tokens, max_rows=max_rows)
+    if packed:
+        sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
+        parts = by_prompt(sequences, max_tokens=max_tokens, max_rows=max_rows)
+    else:
+        parts = by_length([row.length for row in rows], max_tokens=max_tokens, max_rows=max_rows)
     batches = [
-        collate([rows[i] for i in part], pad_id=pad_id, padding_side=padding_side, device=device)
-        for part in parts
+        collate([rows[i] for i in part], pad_id=pad_id, packed=packed, device=device) for part in parts
     ]
     return batches or [nothing_to_learn(pad_id, device=device)]
 
@@ -120,15 +195,20 @@ def collate(
     *,
     pad_id: int,
     padding_side: Literal["left", "right"] = "right",
+    packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """Pad rows into one micro-batch; masks come from lengths, never from token ids."""
+    """Pad rows into one micro-batch; masks come from lengths, never from token ids.
+
+    Args:
+        packed: Say where the rows lie, so that the model can read them without the padding.
+    """
     width = max(row.length for row in rows)
+    starts = [width - row.length if padding_side == "left" else 0 for row in rows]
 
     def padded(values: Sequence[Sequence[int] | Sequence[float]], fill: int, dtype: torch.dtype) -> Tensor:
         out = torch.full((len(rows), width), fill, dtype=dtype)
-        for number, value in enumerate(values):
-            start = width - len(value) if padding_side == "left" else 0
+        for number, (value, start) in enumerate(zip(values, starts, strict=True)):
             out[number, start : start + len(value)] = torch.tensor(value, dtype=dtype)
         return out.to(device)
 
@@ -165,4 +245,5 @@ def collate(
             0,
             torch.float32,
         ),
+        spans=spans_of([(row.prompt_ids, row.completion_ids) for row in rows], starts) if packed else (),
     )

@@ -40,6 +40,9 @@ SYNONYMS = {
     "batch_size": "batching.prompts_per_step",
     "train_batch_size": "batching.prompts_per_step",
     "num_steps": "max_steps",
+    "use_vllm": "rollout.sampler",
+    "vllm_server_timeout": "rollout.vllm_timeout",
+    "vllm_importance_sampling_cap": "rollout.vllm_importance_sampling_clip_max",
 }
 
 # What pydantic says in Python's words -> what it means in a recipe.

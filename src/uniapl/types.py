@@ -1,8 +1,9 @@
 """What flows through a step: examples, rollouts, their groups, and the micro-batches made of them."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -102,6 +103,27 @@ class RolloutGroup:
     """Its logit of the prompt's demonstration; None where there is none."""
 
 
+class Span(NamedTuple):
+    """Where a row's tokens lie in its padded line, and whose prompt it has.
+
+    Example:
+        Span(start=0, prompt_length=2, length=4, prompt=7) of the padded row [5, 9, 31, 1, 0]
+    """
+
+    start: int
+    prompt_length: int
+    length: int
+    """Of prompt and completion together."""
+    prompt: int
+    """Rows with the same number have the same prompt."""
+
+
+def packed_tokens(spans: Sequence[Span]) -> int:
+    """Tokens of the rows, each prompt counted once."""
+    prompts = {span.prompt: span.prompt_length for span in spans}
+    return sum(prompts.values()) + sum(span.length - span.prompt_length for span in spans)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Padded rows of both kinds, demonstrations and rollouts, with one mask per loss component.
@@ -133,3 +155,12 @@ class MicroBatch:
     """The sampler's for rollouts, 1 for demonstrations."""
     sampling_logprobs: Float[Tensor, "B T"]
     """Nats, reported by the sampler; 0 outside `rollout_mask`."""
+    spans: tuple[Span, ...] = ()
+    """Of each row, so that the model can read them packed; empty: it reads them padded."""
+
+    @property
+    def tokens(self) -> int:
+        """What the model reads: each prompt once and no padding, if packed."""
+        if not self.spans:
+            return self.input_ids.numel()
+        return packed_tokens(self.spans)

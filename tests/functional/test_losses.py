@@ -7,11 +7,18 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from uniapl.functional import clip_fractions, clipped_surrogate, k3_kl, objective, sft_loss
+from uniapl.functional import (
+    clip_fractions,
+    clipped_surrogate,
+    importance_weights,
+    k3_kl,
+    objective,
+    sft_loss,
+)
 
 B, T = 3, 5
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-LOSSES = ("sft", "sft_is", "sft_phi", "sft_luffy", "surrogate", "kl")
+LOSSES = ("sft", "sft_is", "sft_phi", "sft_luffy", "surrogate", "weighted", "kl")
 
 
 @pytest.fixture
@@ -26,6 +33,11 @@ def x() -> dict[str, torch.Tensor]:
             [[0.0, -0.6, 0.1, 0.3, 0.0], [0.0, 0.0, 0.6, -0.5, 0.1], [0.0] * 5], dtype=torch.float64
         ),
         "ref": logprobs + torch.randn(B, T, dtype=torch.float64) * 0.5,
+        # Of the tokens under the mask one weight is over the cap of 2, others are above and below 1.
+        "sampling": logprobs
+        - torch.tensor(
+            [[0.0, 0.5, 0.2, -0.4, 0.0], [0.0, 0.0, 1.7, -0.2, 0.3], [0.0] * 5], dtype=torch.float64
+        ),
         "advantages": torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64),
         "mask": torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool),
     }
@@ -34,6 +46,9 @@ def x() -> dict[str, torch.Tensor]:
 def compute(name: str, x: dict[str, torch.Tensor], logprobs: torch.Tensor) -> torch.Tensor:
     if name == "surrogate":
         return clipped_surrogate(logprobs, x["old"], x["advantages"], x["mask"], **CLIP)
+    if name == "weighted":
+        weights = importance_weights(x["old"], x["sampling"], x["mask"], cap=2.0)
+        return clipped_surrogate(logprobs, x["old"], x["advantages"], x["mask"], weights=weights, **CLIP)
     if name == "kl":
         return k3_kl(logprobs, x["ref"], x["mask"])
     weight = name.removeprefix("sft").removeprefix("_") or "none"
@@ -71,12 +86,20 @@ def test_equal_plain_python(x: dict[str, torch.Tensor]) -> None:
         lists["logprobs"], lists["old"], lists["advantages"], lists["mask"], 0.2, 0.28
     )
     assert math.isclose(float(compute("surrogate", x, x["logprobs"])), expected)
+    weights = [
+        [reference.importance(old, sampling, 2.0) for old, sampling in zip(*rows, strict=True)]
+        for rows in zip(lists["old"], lists["sampling"], strict=True)
+    ]
+    expected = reference.surrogate(
+        lists["logprobs"], lists["old"], lists["advantages"], lists["mask"], 0.2, 0.28, weights
+    )
+    assert math.isclose(float(compute("weighted", x, x["logprobs"])), expected)
     assert math.isclose(
         float(compute("kl", x, x["logprobs"])), reference.k3(lists["logprobs"], lists["ref"], lists["mask"])
     )
 
 
-@pytest.mark.parametrize("name", ["sft", "surrogate", "kl"])
+@pytest.mark.parametrize("name", ["sft", "surrogate", "weighted", "kl"])
 def test_gradient_against_finite_differences(name: str, x: dict[str, torch.Tensor]) -> None:
     assert torch.autograd.gradcheck(lambda lp: compute(name, x, lp), x["logprobs"].requires_grad_())
 
@@ -115,10 +138,19 @@ def test_masked_positions_cannot_be_felt(name: str, poison: float, x: dict[str, 
 def test_equals_the_loss_of_the_selected_tokens_alone(name: str, x: dict[str, torch.Tensor]) -> None:
     """Masking is selecting: the same tokens, each as a row of its own without padding, give the same sum."""
     rows, columns = x["mask"].nonzero(as_tuple=True)
-    alone = {key: x[key][rows, columns].unsqueeze(-1) for key in ("logprobs", "old", "ref")}
+    alone = {key: x[key][rows, columns].unsqueeze(-1) for key in ("logprobs", "old", "ref", "sampling")}
     alone["advantages"] = x["advantages"][rows]
     alone["mask"] = torch.ones(len(rows), 1, dtype=torch.bool)
     assert_close(compute(name, alone, alone["logprobs"]), compute(name, x, x["logprobs"]))
+
+
+def test_importance_weights_by_hand() -> None:
+    # Four times as likely (capped), half as likely, and a demonstration's token, which no sampler has seen.
+    old = torch.tensor([[0.8, 0.1, 0.5]]).log().requires_grad_()
+    sampling = torch.tensor([[0.2, 0.2, 1.0]]).log()
+    weights = importance_weights(old, sampling, torch.tensor([[True, True, False]]), cap=2.0)
+    assert_close(weights, torch.tensor([[2.0, 0.5, 1.0]]))
+    assert not weights.requires_grad
 
 
 def test_on_policy_gradient_is_reinforce(x: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +34,7 @@ from uniapl.functional import (
     clip_fractions,
     clipped_surrogate,
     group_advantages,
+    importance_weights,
     k3_kl,
     objective,
     sft_loss,
@@ -170,6 +171,7 @@ def grpo_trainer(
     folder: Path,
     *,
     rewards: Sequence[float | None] = REWARDS,
+    sampling_logprobs: Mapping[tuple[int, ...], tuple[float, ...]] | None = None,
     **settings: Any,
 ) -> GRPOTrainer:
     """A trainer whose rollouts and rewards are given; one optimizer step is one pass over them."""
@@ -179,7 +181,10 @@ def grpo_trainer(
         return {
             "prompt_ids": [list(ids) for ids in tokenizer(prompts).input_ids],
             "completion_ids": answers,
-            "logprobs": [[0.0] * len(answer) for answer in answers],
+            "logprobs": [
+                [0.0] * len(answer) if sampling_logprobs is None else list(sampling_logprobs[tuple(answer)])
+                for answer in answers
+            ],
         }
 
     def given_rewards(row: list[int], **_: Any) -> list[float | None]:
@@ -278,6 +283,7 @@ def our_grpo_step(
     reference: Qwen3ForCausalLM | None = None,
     beta: float = 0.0,
     kl: Callable[..., Tensor] = k3_kl,
+    importance_cap: float | None = None,
 ) -> Result:
     """The same step ours: three micro-batches of like lengths, right-padded."""
     policy = Policy(model)
@@ -295,7 +301,11 @@ def our_grpo_step(
             old_logprobs = logprobs.detach() if old is None else Policy(old)(*inputs)[0]
             ref_logprobs = None if reference is None else Policy(reference)(*inputs)[0]
         ratio_inputs = (logprobs, old_logprobs, batch.advantages, batch.rl_mask)
-        sums = {"rl": clipped_surrogate(*ratio_inputs, **CLIP)}
+        weights = None
+        if importance_cap is not None:
+            sampled = (old_logprobs, batch.sampling_logprobs, batch.rollout_mask)
+            weights = importance_weights(*sampled, cap=importance_cap)
+        sums = {"rl": clipped_surrogate(*ratio_inputs, weights=weights, **CLIP)}
         if ref_logprobs is not None:
             sums["kl"] = kl(logprobs, ref_logprobs, batch.rollout_mask)
         micro_loss = objective(sums, {"rl": 1.0, "kl": beta}, counts)
@@ -357,6 +367,47 @@ def test_grpo_step_has_trls_dapo_loss_and_gradients(
         assert sum(expected.clipped) < 0.7 * tokens, "and leave others"
     else:
         assert expected.clipped == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3], ids=["no-kl", "kl"])
+def test_importance_weights_are_trls_token_truncate(
+    beta: float, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The sampler was another policy: every token's term, but not the KL's, is weighted and capped."""
+    theirs = tiny_model(0)
+    reference, sampler = moved(theirs, by=-0.01), moved(theirs, by=0.05)
+    ours = deepcopy(theirs)
+    reported: dict[tuple[int, ...], tuple[float, ...]] = {}
+    for number, completion in enumerate(COMPLETIONS):
+        prompt = PROMPTS[number // GROUP]
+        with torch.no_grad():
+            logits = sampler(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(completion)[:, None])
+        reported[completion] = tuple(chosen.squeeze(-1).tolist())
+    reference.save_pretrained(tmp_path / "reference")
+    theirs.config._name_or_path = str(tmp_path / "reference")
+    trainer = grpo_trainer(theirs, tokenizer, tmp_path, beta=beta, sampling_logprobs=reported)
+    # As if a vLLM had answered, and already had these weights.
+    trainer.use_vllm, trainer._last_loaded_step = True, trainer.state.global_step
+    trainer.vllm_importance_sampling_correction = True
+    trainer.vllm_importance_sampling_mode = "token_truncate"
+    trainer.vllm_importance_sampling_clip_max, trainer.vllm_importance_sampling_clip_min = 2.0, None
+    expected = trl_grpo_step(trainer)
+    ratios = torch.cat(
+        [
+            part["importance_sampling_ratio"][part["completion_mask"].bool()]
+            for part in trainer._buffered_inputs
+        ]
+    )
+    assert (ratios == 2).sum() > 2
+    assert (ratios < 0.8).sum() > 2
+
+    rows = [
+        replace(row, sampling_logprobs=reported[row.completion_ids])
+        for row in rows_of(trainer, temperature=1.0)
+    ]
+    weighted = our_grpo_step(ours, rows, reference=reference if beta else None, beta=beta, importance_cap=2.0)
+    assert_same(weighted, expected)
 
 
 def test_trls_default_kl_is_ours_times_the_differentiable_ratio(

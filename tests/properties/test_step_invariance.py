@@ -39,6 +39,7 @@ def step(
     weights: dict[str, float] = WEIGHTS,
     token_weight: TokenWeight = "phi",
     old_logprobs: Sequence[torch.Tensor] | None = None,
+    importance_cap: float | None = None,
     accelerator: Accelerator | None = None,
 ) -> tuple[PolicyStep, list[torch.Tensor]]:
     """One policy step on all components, with a reference; its result and the gradient of every parameter."""
@@ -59,6 +60,7 @@ def step(
         max_grad_norm=1e9,
         reference=Policy(make_model(family, seed=1)),
         old_logprobs=old_logprobs,
+        importance_cap=importance_cap,
     )
     return result, optimizer.gradients
 
@@ -228,6 +230,40 @@ def test_a_second_update_is_measured_against_the_first_one_s_policy() -> None:
     assert second.sums["clip_high"] == sum(
         len(row.completion_ids) for row in rows if "rl" in row.components and row.advantage > 0
     )
+
+
+def test_importance_weights_scale_the_tokens_terms() -> None:
+    """A sampler that was 1.5 or 5 times less sure of a row: the row's advantages count 1.5 and 2 times.
+
+    Imitation and the KL, which speak of no sampler's policy, are as they were.
+    """
+    rows = random_rows()
+    batch = collate(rows, pad_id=0)
+    (logprobs,) = step([batch], rows)[0].old_logprobs
+    less_sure = [(1.5, 5.0)[number % 2] for number in range(len(rows))]
+    sampling = logprobs - torch.tensor(less_sure).log().unsqueeze(-1)
+    reported = replace(batch, sampling_logprobs=torch.where(batch.rollout_mask, sampling, 0.0))
+    weighted = [
+        replace(
+            row,
+            advantage=row.advantage * min(factor, 2.0),
+            adversarial_advantage=row.adversarial_advantage * min(factor, 2.0),
+        )
+        for row, factor in zip(rows, less_sure, strict=True)
+    ]
+    got, gradients = step([reported], rows, importance_cap=2.0)
+    expected, expected_gradients = whole(weighted)
+    for name in ("loss", "sft", "rl", "adv", "kl"):
+        assert got.sums[name] == pytest.approx(expected.sums[name], rel=1e-4, abs=1e-5), name
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
+    tokens = [len(row.completion_ids) if row.sampling_logprobs else 0 for row in rows]
+    mean = sum(n * min(f, 2.0) for n, f in zip(tokens, less_sure, strict=True)) / sum(tokens)
+    assert got.sums["importance"] / component_counts(rows)["kl"] == pytest.approx(mean, rel=1e-4)
+    unweighted, gradients = step([reported], rows)
+    assert "importance" not in unweighted.sums
+    for mine, theirs in zip(gradients, whole(rows)[1], strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

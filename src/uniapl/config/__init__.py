@@ -93,6 +93,43 @@ class RolloutConfig(Section):
         default=0, ge=0, description="Sample among the k likeliest tokens, 0: all; log-probs as for top_p."
     )
     max_rows: int = Field(default=256, ge=1, description="Rows that are decoded at the same time.")
+    decoding: Literal["fused", "plain"] = Field(
+        default="fused",
+        description="fused: few operations per token, for models like Llama, Mistral, Qwen2, Qwen3; plain: "
+        "the model's own forward, which is the reference, and what other models get anyway.",
+    )
+    sampler: Literal["local", "vllm"] = Field(
+        default="local", description="transformers in the training process, or vLLM (docs/gpus.md)."
+    )
+    vllm_mode: Literal["colocate", "server"] = Field(
+        default="colocate",
+        description="vLLM on the trainer's own GPU, or behind `vllm serve`.",
+    )
+    vllm_server_base_url: str = Field(default="http://localhost:8000", description="Of the server.")
+    vllm_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds for one call of vLLM, and for a server to come (back) up.",
+    )
+    vllm_gpu_memory_utilization: float = Field(
+        default=0.3, gt=0, le=1, description="Share of the GPU that a colocated vLLM takes (TRL's default)."
+    )
+    vllm_importance_sampling_clip_max: float = Field(
+        default=2.0,
+        ge=1,
+        description="Cap of the importance weights, which correct for vLLM being another program.",
+    )
+    vllm_max_logp_difference: float = Field(
+        default=0.05,
+        gt=0,
+        description="The run ends when vLLM, sent new weights, differs from the trainer by more nats per "
+        "token in the mean of an answer.",
+    )
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Of the importance weights; None where sampler and trainer are the same program."""
+        return self.vllm_importance_sampling_clip_max if self.sampler == "vllm" else None
 
 
 class RewardFunctionConfig(Section):
@@ -161,7 +198,14 @@ class BatchingConfig(Section):
         default=None, ge=1, description="Rows of a micro-batch at most; by default only the tokens count."
     )
     max_tokens: int = Field(
-        default=16384, ge=1, description="Padded tokens of a micro-batch at most, one row at least."
+        default=16384,
+        ge=1,
+        description="Tokens of a micro-batch at most, with padding; one row at least.",
+    )
+    packing: bool = Field(
+        default=True,
+        description="No padding, each prompt once, and no rows that teach nothing, where the model's "
+        "attention allows it; false: padded rows, the reference.",
     )
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from uniapl.adapters import merge_in_place
-from uniapl.batching import by_length, pad_right
+from uniapl.batching import by_length, by_prompt, pad_right, spans_of
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss
-from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
+from uniapl.packing import Packing, packed_hidden
+from uniapl.types import Example, RolloutGroup, Span, TokenIds, derive_seed
 
 Scored = tuple[TokenIds, TokenIds]
 """Prompt ids and completion ids of what is given a logit."""
@@ -127,19 +128,25 @@ class BradleyTerry(nn.Module):
         merge_in_place(trunk)
         return BradleyTerry(trunk).to(model.device)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [B] of right-padded rows; the last token is found by length, never by token id."""
-        positions = (
-            {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
-        )
-        hidden = self.trunk(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
-        ).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, spans: Sequence[Span] = ()) -> Tensor:
+        """Logits [B] of right-padded rows, read packed if their spans are given.
+
+        The last token is found by length, never by token id.
+        """
         last = attention_mask.sum(-1) - 1
         rows = torch.arange(len(last), device=last.device)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        if spans:
+            packing = Packing(spans, input_ids.shape[1], input_ids.device)
+            hidden = packed_hidden(self.trunk, input_ids, positions, packing)[packing.slots[rows, last]]
+        else:
+            optional = {"position_ids": positions} if self.takes_positions else {}
+            hidden = self.trunk(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **optional
+            ).last_hidden_state[rows, last]
         # In fp32 also under autocast: bf16 would round logits whose small differences are the credit.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden[rows, last].float()).squeeze(-1)
+            return self.head(hidden.float()).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +160,8 @@ class BradleyTerryDiscriminator:
     """Padded tokens of one batch at most: one row at least when scoring, one pair in the loss."""
     label_smoothing: float = 0.0
     context: Context = no_context
+    packed: bool = False
+    """Rows are read packed; :func:`uniapl.packing.can_pack` has said that its trunk can."""
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -165,9 +174,13 @@ class BradleyTerryDiscriminator:
         """The logit of each (prompt ids, completion ids)."""
         self.module.eval()
         logits = [0.0] * len(sequences)
-        lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+        if self.packed:
+            parts = by_prompt(sequences, max_tokens=self.max_tokens)
+        else:
+            lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+            parts = by_length(lengths, max_tokens=self.max_tokens)
         with torch.no_grad(), self.autocast():
-            for part in by_length(lengths, max_tokens=self.max_tokens):
+            for part in parts:
                 batch = self._pad([sequences[i] for i in part])
                 for index, logit in zip(part, self.module(*batch).tolist(), strict=True):
                     logits[index] = logit
@@ -202,9 +215,12 @@ class BradleyTerryDiscriminator:
         policy = torch.cat([group[1:] for group in groups])
         return bradley_terry_loss(expert, policy, label_smoothing=self.label_smoothing)
 
-    def _pad(self, sequences: Sequence[Scored]) -> tuple[Tensor, Tensor]:
+    def _pad(self, sequences: Sequence[Scored]) -> tuple[Tensor, Tensor, tuple[Span, ...]]:
         rows = [prompt + completion for prompt, completion in sequences]
-        return pad_right(rows, self.pad_id, self.module.head.weight.device)
+        return (
+            *pad_right(rows, self.pad_id, self.module.head.weight.device),
+            spans_of(sequences) if self.packed else (),
+        )
 
 
 def _cut(comparisons: Sequence[Comparison], limit: int) -> list[list[Comparison]]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from uniapl.batching import Row, by_length, collate
+from uniapl.batching import Row, by_prompt, collate
 from uniapl.discriminator import Candidate
 
 
@@ -23,11 +23,13 @@ class DensityRatio:
 
     needs_reference: ClassVar[bool] = False
     expert: nn.Module
-    """Called as the policy is: (input_ids, attention_mask, position_ids, mask, temperature)."""
+    """Called as the policy is: (input_ids, attention_mask, position_ids, mask, temperature, spans)."""
     against: nn.Module
     pad_id: int
     max_tokens: int
-    """Padded tokens of one batch at most, one row at least."""
+    """Of one batch at most, one row at least."""
+    packed: bool
+    """Let those of the two that can read packed rows."""
     device: torch.device
     autocast: Callable[..., AbstractContextManager[Any]] = nullcontext
 
@@ -40,11 +42,15 @@ class DensityRatio:
             for c in candidates
         ]
         logits = [0.0] * len(rows)
-        for part in by_length([row.length for row in rows], max_tokens=self.max_tokens):
-            batch = collate([rows[index] for index in part], pad_id=self.pad_id, device=self.device)
-            inputs = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.sft_mask)
+        sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
+        for part in by_prompt(sequences, max_tokens=self.max_tokens):
+            batch = collate(
+                [rows[index] for index in part], pad_id=self.pad_id, packed=self.packed, device=self.device
+            )
+            place = (batch.input_ids, batch.attention_mask, batch.position_ids)
+            inputs = (*place, batch.sft_mask, batch.temperature, batch.spans)
             with self.autocast():
-                expert, against = (m(*inputs, batch.temperature)[0] for m in (self.expert, self.against))
+                expert, against = (module(*inputs)[0] for module in (self.expert, self.against))
             # Both are 0 where nothing is masked in.
             means = (expert - against).sum(-1) / batch.sft_mask.sum(-1)
             for index, mean in zip(part, means.tolist(), strict=True):

@@ -64,12 +64,17 @@ class LoraTrunk(nn.Module):
         attention_mask: Tensor,
         use_cache: bool = False,
         position_ids: Tensor | None = None,
+        **options: Any,
     ) -> Any:
         """What the trunk returns, read through the adapters; no gradient reaches the policy."""
-        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        if self.takes_positions:
+            options["position_ids"] = position_ids
         with self._adapted():
             return self._trunk[0](
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **positions
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+                **options,
             )
 
     @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """A POLAR model behind a server of the user's: vLLM's /pooling or SGLang's /classify."""
 
 import concurrent.futures
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -10,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.polar import PolarFormat, reference_of
-from uniapl.errors import UniAPLError, UsageError
+from uniapl.errors import UniAPLError
+from uniapl.posting import PostingError, ask
 
 FIRST_PAUSE = 0.5
 """Seconds before the second try; each further pause is twice as long. Our choice."""
@@ -59,7 +59,7 @@ class Remote:
             tries += 1
             try:
                 return self._read(self._post(texts), len(texts))
-            except _Failed as error:
+            except PostingError as error:
                 if error.for_good or tries > self.max_retries:
                     raise UniAPLError(
                         f"the discriminator's server {self.url} failed {tries} times, at last: {error}. Once "
@@ -70,32 +70,11 @@ class Remote:
 
     def _post(self, texts: Sequence[str]) -> Any:
         """The JSON that the server answers with."""
-        import httpx
-
         path, body = {
             "vllm": ("/pooling", {"input": list(texts)}),
             "sglang": ("/classify", {"model": self.model, "text": list(texts)}),
         }[self.server]
-        deadline = time.monotonic() + self.timeout
-        received = bytearray()
-        try:
-            with httpx.stream("POST", self.url.rstrip("/") + path, json=body, timeout=self.timeout) as answer:
-                for chunk in answer.iter_bytes():
-                    received += chunk
-                    # httpx's own limit is between two bytes: a server that drips would hold it for ever.
-                    if time.monotonic() > deadline:
-                        raise _Failed(f"no whole answer within {self.timeout:g} s")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Failed(f"{type(error).__name__}: {str(error).rstrip('.')}") from error
-        shown = received[:200].decode(errors="replace")
-        if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
-            raise _Failed(f"status {answer.status_code}: {shown}", for_good=True)
-        if answer.status_code != 200:
-            raise _Failed(f"status {answer.status_code}: {shown}")
-        try:
-            return json.loads(received)
-        except ValueError:
-            raise _Failed(f"an answer that is no JSON: {shown}") from None
+        return ask(self.url.rstrip("/") + path, body, timeout=self.timeout)
 
     def _read(self, answer: Any, count: int) -> list[float]:
         """The scores in an answer, if it has the form that the server documents."""
@@ -106,38 +85,13 @@ class Remote:
                 # One value per sequence, or one per token of which the last one counts.
                 items = sorted(answer["data"], key=lambda item: item["index"])
                 if [item["index"] for item in items] != list(range(count)):
-                    raise _Failed(f"not one score for each of {count} texts")
+                    raise PostingError(f"not one score for each of {count} texts")
                 data = [item["data"] for item in items]
                 scores = [row[-1][0] if isinstance(row[-1], list) else row[-1] for row in data]
             logits = [float(score) for score in scores]
         except (LookupError, TypeError, ValueError) as error:
-            raise _Failed(f"an answer of another form: {type(error).__name__}: {error}") from None
+            raise PostingError(f"an answer of another form: {type(error).__name__}: {error}") from None
         if len(logits) != count or not all(map(math.isfinite, logits)):
             finite = sum(map(math.isfinite, logits))
-            raise _Failed(f"{finite} finite scores among {len(logits)} for {count} texts")
+            raise PostingError(f"{finite} finite scores among {len(logits)} for {count} texts")
         return logits
-
-
-class _Failed(Exception):
-    def __init__(self, what: str, *, for_good: bool = False) -> None:
-        """A try failed; the next one may go better, unless it is the request that is refused."""
-        super().__init__(what)
-        self.for_good = for_good
-
-
-def check_remote(url: str) -> None:
-    """Whether a server can be asked at all.
-
-    Raises:
-        UsageError: httpx is not installed, or the address is none.
-    """
-    try:
-        import httpx
-    except ImportError as error:
-        raise UsageError("discriminator.kind 'remote' needs httpx: pip install 'uniapl[remote]'") from error
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise UsageError(f"discriminator.url '{url}' is no address: {error}") from error
-    if address.scheme not in ("http", "https") or not address.host:
-        raise UsageError(f"discriminator.url '{url}' is no address: it should be as http://host:port")

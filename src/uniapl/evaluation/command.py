@@ -73,6 +73,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_completion_length=evaluation.max_completion_length,
         temperature=evaluation.sampling_temperature,
         max_rows=options.batch_size,
+        decoding=config.rollout.decoding,
     )
     found = {
         suite.name: _answer(suite, sampler, tokenizer, evaluation.num_samples, options.seed, console)
@@ -182,6 +183,7 @@ def _config(options: argparse.Namespace) -> Config:
         "data": given.data.model_dump(),
         "rewards": given.rewards.model_dump(),
         "evaluation": given.evaluation.model_dump(),
+        "rollout": {"decoding": given.rollout.decoding},
     }
     evaluation = ("suites", "max_completion_length", "num_samples", "temperature", "limit", "answer_after")
     data = ("string_prompts", "system_prompt", "chat_template_kwargs")

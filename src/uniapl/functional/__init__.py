@@ -18,6 +18,7 @@ from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
 from uniapl.functional.losses import (
     clip_fractions,
     clipped_surrogate,
+    importance_weights,
     k3_kl,
     objective,
     sft_loss,
@@ -33,6 +34,7 @@ __all__ = [
     "dual_ascent",
     "expert_gap",
     "group_advantages",
+    "importance_weights",
     "k3_kl",
     "learning_rate_factor",
     "logprobs_from_logits",

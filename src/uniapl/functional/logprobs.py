@@ -45,7 +45,8 @@ def selected_logprobs(
     """`logprobs_from_logits` of ``hidden @ weight.T + bias``, computed in chunks of rows.
 
     The logits of one chunk at a time exist, in the forward and again in the backward pass, which recomputes
-    them. Under V = 151,936 the full tensor costs 0.6 MB per token and copy; this costs ``CHUNK_LOGITS``.
+    them unless there is one chunk only. Under V = 151,936 the full tensor costs 0.6 MB per token and copy;
+    this costs ``CHUNK_LOGITS``.
     Source: our choice; the idea is common (Liger, TRL, cut cross-entropy 2411.09009).
 
     Args:
@@ -83,20 +84,25 @@ class _SelectedLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(hidden.shape[0], dtype=out_dtype)
         entropy, log_partition = torch.empty_like(logprobs), torch.empty_like(logprobs)
         head = weight.to(hidden.dtype)
-        for rows in _chunks(hidden.shape[0], chunk_size):
+        chunks = _chunks(hidden.shape[0], chunk_size)
+        kept = None
+        for rows in chunks:
             logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], out_dtype)
-            log_partition[rows] = logits.logsumexp(-1)
+            highest = logits.amax(-1, keepdim=True)
+            probs = (logits - highest).exp_()
+            total = probs.sum(-1)
+            log_partition[rows] = highest.squeeze(-1) + total.log()
             logprobs[rows] = logits.gather(-1, token_ids[rows, None]).squeeze(-1) - log_partition[rows]
-            probs = (logits - log_partition[rows, None]).exp_()
-            entropy[rows] = log_partition[rows] - probs.mul_(logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, log_partition)
+            entropy[rows] = log_partition[rows] - torch.einsum("nv,nv->n", probs, logits) / total
+            kept = probs.div_(total.unsqueeze(-1)) if len(chunks) == 1 else None
+        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, log_partition, kept)
         ctx.chunk_size = chunk_size
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hidden, weight, bias, token_ids, temperature, log_partition = ctx.saved_tensors
+        hidden, weight, bias, token_ids, temperature, log_partition, kept = ctx.saved_tensors
         grad_logprobs: Tensor = grads[0]
         head = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -105,10 +111,13 @@ class _SelectedLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], wide)
-            grad_logits = logits.sub_(log_partition[rows, None]).exp_().neg_()
-            grad_logits.scatter_add_(-1, token_ids[rows, None], grad_logits.new_ones(len(grad_logits), 1))
-            grad_logits.mul_((grad_logprobs[rows] / temperature[rows]).unsqueeze(-1))
+            factor = (grad_logprobs[rows] / temperature[rows]).unsqueeze(-1)
+            if kept is None:
+                logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], wide)
+                grad_logits = logits.sub_(log_partition[rows, None]).exp_().mul_(-factor)
+            else:
+                grad_logits = kept * -factor
+            grad_logits.scatter_add_(-1, token_ids[rows, None], factor)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             narrow = grad_logits.to(hidden.dtype)

@@ -57,6 +57,7 @@ def clipped_surrogate(
     *,
     clip_low: float,
     clip_high: float,
+    weights: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of `-min(rho_t A, clip(rho_t, 1-epsilon_low, 1+epsilon_high) A)`.
 
@@ -72,11 +73,37 @@ def clipped_surrogate(
         mask: The rollout tokens that enter this component.
         clip_low: Lower half-width of the trust region; 0.2 means a ratio of at least 0.8.
         clip_high: Upper half-width; 0.2 means a ratio of at most 1.2.
+        weights: Factors of the tokens' terms (see `importance_weights`). No gradient.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.where(mask, torch.minimum(ratio * row_advantages, clipped * row_advantages), 0.0).sum()
+    terms = torch.minimum(ratio * row_advantages, clipped * row_advantages)
+    if weights is not None:
+        terms = terms * weights
+    return -torch.where(mask, terms, 0.0).sum()
+
+
+def importance_weights(
+    old_logprobs: Float[Tensor, "B T"],
+    sampling_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    cap: float,
+) -> Float[Tensor, "B T"]:
+    """`min(p_old / p_sampling, cap)` of each token under the mask, 1 elsewhere; without gradient.
+
+    Another program than the trainer samples from slightly, or by a step, another policy. The surrogate's
+    terms, so weighted, are an estimate for the trainer's policy; the cap bounds its variance.
+    Source: truncated importance sampling (Ionides 2008), per token as TRL's "token_truncate".
+
+    Args:
+        old_logprobs: The policy that the ratio starts from, computed by the trainer.
+        sampling_logprobs: What the sampler reported, at the same temperature.
+        mask: The rollout tokens.
+        cap: At least 1.
+    """
+    return torch.where(mask, old_logprobs - sampling_logprobs, 0.0).detach().exp().clamp(max=cap)
 
 
 def clip_fractions(

@@ -1,25 +1,36 @@
 """The sampler that runs in the training process, on the very weights that are trained."""
 
 import contextlib
-import inspect
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from uniapl.errors import UsageError
+from uniapl.rollout.fused import FusedDecoder, Weights, fits, same_logits
+from uniapl.rollout.plain import PlainDecoder
 from uniapl.types import Rollout, TokenIds
+
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Tokens between two looks at which rows have finished: an accelerator has to be waited for."""
+BLOCK = 256
+"""Probabilities that are summed before the draw looks at single ones. Our choice: near the root of V."""
+
+
+Decoder = FusedDecoder | PlainDecoder
+Answer = tuple[list[int], list[float]]
+"""Token ids and their log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSampler:
     """Sampling with any causal language model of transformers whose layers all keep a key-value cache.
 
-    Each prompt is prefilled once and its cache expanded to its G rows; prompts are padded on the left, with
-    positions that ignore the padding; rows that have finished leave the batch.
+    Each prompt is read once and its cache copied to its G rows; rows that have finished leave the batch.
     """
 
     model: PreTrainedModel
@@ -33,6 +44,8 @@ class LocalSampler:
     top_k: int = 0
     max_rows: int = 256
     """Rows decoded at the same time: bounds the cache's memory."""
+    decoding: Literal["fused", "plain"] = "fused"
+    """`plain` is the model's own forward: the reference, and what other models than `fused` knows get."""
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """The precision context that training uses, so that both compute the same."""
 
@@ -46,23 +59,18 @@ class LocalSampler:
     ) -> list[tuple[Rollout, ...]]:
         """`num_generations` rollouts for each prompt, in the prompts' order. See :class:`Sampler`."""
         at_once = max(1, self.max_rows // num_generations)
-        # Prompts of like length together: less padding.
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        # Prompts of like length together: less padding. The longest first: what does not fit fails at once.
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rollouts: list[tuple[Rollout, ...]] = [()] * len(prompts)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with self._evaluating():
+            decoder = self._decoder()
             for start in range(0, len(order), at_once):
                 chosen = order[start : start + at_once]
-                with torch.inference_mode(), self.autocast():
-                    rows = self._decode(
-                        [prompts[i] for i in chosen], [seeds[i] for i in chosen], num_generations
-                    )
+                uniforms = self._uniforms([seeds[i] for i in chosen], num_generations)
+                rows = self._decode(decoder([prompts[i] for i in chosen], num_generations), uniforms)
                 for place, index in enumerate(chosen):
                     group = rows[place * num_generations : (place + 1) * num_generations]
                     rollouts[index] = tuple(self._rollout(ids, lp, policy_version) for ids, lp in group)
-        finally:
-            self.model.train(was_training)
         return rollouts
 
     def check(self) -> None:
@@ -74,6 +82,32 @@ class LocalSampler:
         probe = replace(self, max_completion_length=1)
         probe.sample([(self.pad_id,)], seeds=[0], num_generations=2, policy_version=0)
 
+    @functools.cached_property
+    def fused(self) -> bool:
+        """Whether the fused decoder is used: it was asked for, knows the model, and gives the same logits."""
+        if self.decoding == "plain" or not fits(self.model):
+            return False
+        with self._evaluating():
+            return same_logits(self.model)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), self.autocast():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _decoder(self) -> Callable[[Sequence[TokenIds], int], Decoder]:
+        """What makes the decoder of some prompts with G rows each, with the weights as they are now."""
+        if not self.fused:
+            return functools.partial(PlainDecoder, self.model, self.pad_id)
+        return functools.partial(
+            FusedDecoder, Weights(self.model), max_completion_length=self.max_completion_length
+        )
+
     def _rollout(self, ids: list[int], logprobs: list[float], policy_version: int) -> Rollout:
         return Rollout(
             completion_ids=tuple(ids),
@@ -82,47 +116,44 @@ class LocalSampler:
             policy_version=policy_version,
         )
 
-    def _decode(
-        self, prompts: list[TokenIds], seeds: list[int], num_generations: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """(ids, log-probs) of every row, the rows of a prompt side by side."""
+    def _decode(self, decoder: Decoder, uniforms: Tensor) -> list[Answer]:
+        """The answer of every row, the rows of a prompt side by side."""
         device = self.model.device
-        uniforms = self._uniforms(seeds, num_generations).to(device)
-        logits, cache, attention_mask = self._prefill(prompts)
-        if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
-            raise UsageError(
-                f"{type(self.model).__name__} has layers without a key-value cache (state-space or linear "
-                "attention): the local sampler cannot expand a prompt's cache to its rollouts"
-            )
-        cache.batch_repeat_interleave(num_generations)
-        logits = logits.repeat_interleave(num_generations, dim=0)
-        attention_mask = attention_mask.repeat_interleave(num_generations, dim=0)
+        look_every = LOOK_EVERY.get(device.type, LOOK_EVERY["cuda"])
+        uniforms = uniforms.to(device)
         stop = torch.tensor(sorted(self.stop_ids), device=device)
-        total = len(prompts) * num_generations
+        total = len(uniforms)
         alive = torch.arange(total, device=device)
-        ids = torch.zeros(total, self.max_completion_length, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(total, self.max_completion_length, device=device)
-        lengths = torch.full((total,), self.max_completion_length, device=device)
+        finished = torch.zeros(total, dtype=torch.bool, device=device)
+        sampled: list[tuple[Tensor, Tensor, Tensor]] = []
+        logits = decoder.prefill()
         for position in range(self.max_completion_length):
-            tokens, chosen = self._choose(logits, uniforms[alive, position])
-            ids[alive, position], logprobs[alive, position] = tokens, chosen
-            finished = torch.isin(tokens, stop)
-            if finished.any():
-                lengths[alive[finished]] = position + 1
-                keep = (~finished).nonzero().squeeze(-1)
-                alive, tokens, attention_mask = alive[keep], tokens[keep], attention_mask[keep]
-                if not len(alive):
+            tokens, logprobs = self._choose(logits, uniforms[:, position])
+            sampled.append((alive, tokens, logprobs))
+            finished |= torch.isin(tokens, stop)
+            if position + 1 == self.max_completion_length:
+                break
+            if (position + 1) % look_every == 0 and finished.any():
+                keep = close_ranks(finished)
+                if not len(keep):
                     break
-                cache.batch_select_indices(keep)
-            if position + 1 < self.max_completion_length:
-                attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], dim=1)
-                logits = self._forward(tokens.unsqueeze(-1), attention_mask, cache)[0]
-        return [
-            (row_ids[:length], row_logprobs[:length])
-            for row_ids, row_logprobs, length in zip(
-                ids.tolist(), logprobs.tolist(), lengths.tolist(), strict=True
-            )
-        ]
+                decoder.select(keep)
+                alive, tokens, uniforms = alive[keep], tokens[keep], uniforms[keep]
+                finished = finished[keep]
+            logits = decoder.step(tokens)
+        return self._answers(sampled, total)
+
+    def _answers(self, sampled: list[tuple[Tensor, Tensor, Tensor]], total: int) -> list[Answer]:
+        """Each row's answer, from the (rows, tokens, log-probs) of every position."""
+        answers: list[Answer] = [([], []) for _ in range(total)]
+        rows, tokens, logprobs = (torch.cat(column).tolist() for column in zip(*sampled, strict=True))
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            ids, of_row = answers[row]
+            # A row that finished between two looks went on for a few tokens.
+            if not ids or ids[-1] not in self.stop_ids:
+                ids.append(token)
+                of_row.append(logprob)
+        return answers
 
     def _uniforms(self, seeds: list[int], num_generations: int) -> Tensor:
         """One number in [0, 1) per row and position, from each prompt's own seed."""
@@ -134,51 +165,39 @@ class LocalSampler:
             ]
         )
 
-    def _prefill(self, prompts: list[TokenIds]) -> tuple[Tensor, Cache, Tensor]:
-        device = self.model.device
-        width = max(len(prompt) for prompt in prompts)
-        input_ids = torch.full((len(prompts), width), self.pad_id, device=device)
-        attention_mask = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-            attention_mask[row, width - len(prompt) :] = 1
-        logits, cache = self._forward(input_ids, attention_mask, None)
-        return logits, cache, attention_mask
-
-    def _forward(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None
-    ) -> tuple[Tensor, Cache]:
-        """The logits behind the last token of each row, and the grown cache."""
-        accepted = inspect.signature(self.model.forward).parameters
-        optional: dict[str, Any] = {}
-        if "position_ids" in accepted:
-            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            optional["position_ids"] = positions[:, -input_ids.shape[1] :]
-        if "logits_to_keep" in accepted:
-            optional["logits_to_keep"] = 1
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            **optional,
-        )
-        if not isinstance(output.get("past_key_values"), Cache):
-            raise UsageError(f"{type(self.model).__name__} keeps no key-value cache to sample with")
-        return output.logits[:, -1].float(), output.past_key_values
-
     def _choose(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each row, and its log-probability before top-k and top-p cut anything."""
-        logprobs = torch.log_softmax(logits / (self.temperature or 1.0), dim=-1)
         if self.temperature == 0:
-            tokens = logits.argmax(-1)
+            tokens = logits.max(dim=-1).indices
+            probs = relative_probs(logits, temperature=1.0)
         else:
-            tokens = inverse_cdf(truncate(logprobs.exp(), top_p=self.top_p, top_k=self.top_k), uniforms)
-        return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            probs = relative_probs(logits, temperature=self.temperature)
+            tokens = inverse_cdf(truncate(probs, top_p=self.top_p, top_k=self.top_k), uniforms)
+        chosen = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return tokens, chosen.log() - probs.sum(-1).log()
+
+
+def close_ranks(finished: Tensor) -> Tensor:
+    """The rows that go on, so that as few as possible move: the last ones take the places that come free."""
+    count = int((~finished).sum())
+    rows = torch.arange(count, device=finished.device)
+    rows[finished[:count]] = count + (~finished[count:]).nonzero().squeeze(-1)
+    return rows
+
+
+def relative_probs(logits: Tensor, *, temperature: float) -> Tensor:
+    """Probabilities beside the likeliest token's, in the place of the logits [R, V].
+
+    With a large vocabulary a copy costs more than the arithmetic: nothing is copied, not even to normalise.
+    """
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    if temperature != 1:
+        logits.div_(temperature)
+    return logits.exp_()
 
 
 def truncate(probs: Tensor, *, top_p: float, top_k: int) -> Tensor:
-    """Probabilities [R, V] with those outside the k likeliest, and outside the nucleus, set to 0.
+    """Probabilities [R, V], up to a factor; those outside the k likeliest, and outside the nucleus, are 0.
 
     The nucleus is the smallest set of likeliest tokens whose mass reaches top_p of what top-k has left (the
     order and the renormalisation that transformers uses). Not normalised again.
@@ -198,8 +217,28 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """For each row the first token whose cumulative probability exceeds uniform x total mass.
 
     One uniform number per token makes a row's draw independent of the rows beside it. Summed in fp64: with
-    150,000 tokens fp32 sums would move probability between neighbours.
+    150,000 tokens fp32 sums would move probability between neighbours. It suffices for the sums of short
+    blocks and the tokens of the block that is hit: where a number falls in its block is uniform again.
     """
-    cumulative = probs.double().cumsum(-1)
-    target = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    size = probs.shape[-1]
+    if size <= BLOCK:
+        return _pick(probs.double(), uniforms)[0]
+    whole = size // BLOCK
+    blocks = probs[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).sum(-1)
+    rest = probs[:, whole * BLOCK :].sum(-1, keepdim=True)
+    block, within = _pick(torch.cat([blocks, rest], dim=-1).double(), uniforms)
+    columns = BLOCK * block.unsqueeze(-1) + torch.arange(BLOCK, device=probs.device)
+    masses = probs.gather(-1, columns.clamp(max=size - 1)).double().masked_fill(columns >= size, 0.0)
+    # Probabilities that are no numbers, of a model that has diverged, hit anything.
+    return (BLOCK * block + _pick(masses, within)[0]).clamp(max=size - 1)
+
+
+def _pick(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of masses [R, N] the index that its number hits, and where in that mass, in [0, 1)."""
+    edges = F.pad(masses.cumsum(-1), (1, 0))
+    total = edges[:, -1:]
+    # Rounding must not carry a target to the very end, behind which only tokens of probability 0 may follow.
+    target = torch.minimum(uniforms.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
+    index = (torch.searchsorted(edges, target, right=True) - 1).clamp(0, masses.shape[-1] - 1)
+    share = (target - edges.gather(-1, index)) / masses.gather(-1, index)
+    return index.squeeze(-1), share.squeeze(-1)

@@ -28,6 +28,7 @@ from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.loading import check_vocabulary, from_pretrained, load_model
+from uniapl.packing import can_pack
 from uniapl.train import checkpoint
 from uniapl.train.policy import Policy
 from uniapl.train.reference import reference_at_start
@@ -217,6 +218,7 @@ def build_adversary(
             against=reference_at_start(policy, config.model, start) if at_start else policy,
             pad_id=materials.pad_id,
             max_tokens=max_tokens,
+            packed=config.batching.packing,
             device=accelerator.device,
             autocast=accelerator.autocast,
         )
@@ -253,7 +255,11 @@ def _build_learner(
         known = [example for example in materials.dataset.examples if not is_held_out(example, config)]
         context = another_example(known, config.seed)
     module.eval()
-    optimizer = AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    with accelerator.autocast():
+        packs = can_pack(module.trunk)
+    optimizer = AdamW(
+        module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     wrapped, prepared = accelerator.prepare(module, optimizer)
     return Learner(
         discriminator=BradleyTerryDiscriminator(
@@ -262,6 +268,7 @@ def _build_learner(
             max_tokens=config.batching.max_tokens,
             label_smoothing=settings.label_smoothing,
             context=context,
+            packed=config.batching.packing and packs,
             autocast=accelerator.autocast,
         ),
         module=wrapped,

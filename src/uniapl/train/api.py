@@ -141,6 +141,8 @@ def _train_in_directory(
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
+    if config.batching.packing and not stage.packing:
+        view.say("note: this model's attention cannot read packed rows: updates read padded ones")
     with (
         ending(run),
         disk_errors_explained(directory, started=True),
@@ -174,7 +176,9 @@ def _bytes_to_write(
     saves = sum(-(-s.config.max_steps // s.config.save_steps) for s in stages)
     # One more than the limit: the oldest goes when the newest is whole.
     kept = min(stage.config.save_total_limit + 1, saves)
-    models = len(stages) * stage.model_bytes()
+    # Weights on their way to vLLM are one more.
+    copies = len(stages) + any(s.config.rollout.sampler == "vllm" for s in stages)
+    models = copies * stage.model_bytes()
     folders = [directory / name for name in setup.RUN_DIRECTORIES]
     there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there

@@ -30,6 +30,7 @@ def make_evaluate(
             max_completion_length=config.evaluation.max_completion_length,
             temperature=config.evaluation.sampling_temperature,
             max_rows=config.rollout.max_rows,
+            decoding=config.rollout.decoding,
             autocast=accelerator.autocast,
         )
         for suite in materials.suites:

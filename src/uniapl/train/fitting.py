@@ -32,7 +32,7 @@ def within_memory(
         try:
             return compute(batches, old_logprobs), batches
         except OutOfMemoryError:
-            largest = max(gather_object([max(batch.input_ids.numel() for batch in batches)]))
+            largest = max(gather_object([max(batch.tokens for batch in batches)]))
         limit = largest // 2
         pairs = list(zip(batches, old_logprobs or [None] * len(batches), strict=True))
         parts = [part for batch, old in pairs for part in _cut(batch, old, limit)]
@@ -53,7 +53,7 @@ def within_memory(
 
 
 def _cut(batch: MicroBatch, old: Tensor | None, limit: int) -> list[tuple[MicroBatch, Tensor | None]]:
-    if batch.input_ids.numel() <= limit:
+    if batch.tokens <= limit:
         return [(batch, old)]
     parts = halves(batch)
     sizes = [len(part.input_ids) for part in parts]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from uniapl.batching import Row, component_counts, demonstration_row, micro_batches, nothing_to_learn
+from uniapl.batching import Row, component_counts, demonstration_row, micro_batches, nothing_to_learn, shares
 from uniapl.errors import HealthStop
 from uniapl.rewards import RewardOutcome
 from uniapl.streams import Stream
@@ -199,11 +199,14 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     else:
         demonstrated = []
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature) + demonstrated
+    weights = stage.weights(stage.mu(groups))
+    learnt = [row for row in rows if row.teaches(weights)] if stage.packing else rows
     batches = micro_batches(
-        rows[accelerator.process_index :: accelerator.num_processes],
+        shares(learnt, accelerator.num_processes)[accelerator.process_index],
         pad_id=run.materials.pad_id,
         max_tokens=run.max_tokens(stage),
         max_rows=config.batching.per_device_train_batch_size,
+        packed=stage.packing,
         device=accelerator.device,
     )
     if accelerator.num_processes > 1:
@@ -212,7 +215,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         rows=rows,
         batches=batches,
         counts=component_counts(rows),
-        weights=stage.weights(stage.mu(groups)),
+        weights=weights,
         lambda_adv=stage.lambda_adv,
         credits=credits,
         tokens=sum(len(row.completion_ids) for row in rows),
@@ -236,6 +239,7 @@ def look_at_forces(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float
                 batch.counts,
                 batch.weights,
                 token_weight=stage.config.objective.sft_token_weight,
+                importance_cap=stage.config.rollout.importance_cap,
             ),
         )
     return forces
@@ -263,6 +267,7 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
             max_grad_norm=stage.config.optim.max_grad_norm,
             reference=stage.reference,
             old_logprobs=old_logprobs,
+            importance_cap=stage.config.rollout.importance_cap,
         )
 
     batches, update = batch.batches, None

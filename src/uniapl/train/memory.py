@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
 from uniapl.adapters import add_adapter
-from uniapl.batching import by_length
-from uniapl.config import Config, ModelConfig
+from uniapl.batching import Row, by_length, by_prompt, collate
+from uniapl.config import BatchingConfig, Config, ModelConfig
 from uniapl.functional import selected_logprobs
 from uniapl.loading import load_model_config
-from uniapl.rollout.local import inverse_cdf, truncate
+from uniapl.packing import NAME, Packing, packed_hidden
+from uniapl.rollout.fused import FusedDecoder, Weights, fits
+from uniapl.rollout.local import inverse_cdf, relative_probs, truncate
 from uniapl.train.recompute import recomputed
 from uniapl.train.setup import Materials
 from uniapl.train.storage import size
@@ -110,6 +112,11 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
     if device.type == "cpu":
         stays["process"] = psutil.Process().memory_info().rss
     passes: dict[str, int] = {}
+    rows = _longest_step(config, materials)
+    packed = config.batching.packing and config.model.attn_implementation in (None, "sdpa")
+    largest = Reading.of(_largest(rows, config.batching, packed=packed), packed=packed)
+    width = max(row.length for row in rows)
+    compared = Reading.of(rows[: max(2, config.batching.max_tokens // width)], packed=packed)
     counter = Counter()
     model, backbone = _model(AutoModelForCausalLM, config.model), settings.model_name_or_path
     if config.model.lora_r is not None:
@@ -125,7 +132,6 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
         if objective.beta > 0:
             stays["reference"] = changing
         optimizer = torch.optim.AdamW(trained)
-        shape = _update_shape(config, materials)
 
         def update(*, learning: bool = True) -> None:
             for parameter in trained:
@@ -134,14 +140,17 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
             if learning:
                 again = recomputed(model, config.optim.gradient_checkpointing)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16), again:
-                    _learn(model, shape, reads_twice=objective.beta > 0)
+                    _learn(model, largest, reads_twice=objective.beta > 0)
             optimizer.step()
             optimizer.zero_grad()
 
         # The first step makes the moments.
         update(learning=False)
         passes["update"] = counter.taken_by(update)
-        if objective.uses_rollouts:
+        if objective.uses_rollouts and config.rollout.sampler == "vllm":
+            if config.rollout.vllm_mode == "colocate":
+                stays["vllm"] = round(config.rollout.vllm_gpu_memory_utilization * _available(device))
+        elif objective.uses_rollouts:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 passes["rollout"] = _rollout(counter, model, config, materials)
         if objective.lambda_adv > 0 and settings.kind != "remote":
@@ -154,10 +163,6 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
                 stays["discriminator"] = weights * (1 + MOMENTS * learns)
                 trunk.requires_grad_(True)
             if settings.kind == "bradley-terry":
-                limit = config.batching.max_tokens
-                rows = config.batching.prompts_per_step * (config.rollout.num_generations + 1)
-                width = shape[1]
-                compared = (max(2, min(rows, limit // width)), width)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     passes["discriminator"] = counter.taken_by(lambda: _discriminate(trunk, compared))
     return MemoryEstimate(device=device.type, available=_available(device), stays=stays, passes=passes)
@@ -168,9 +173,12 @@ def _model(load: Any, config: ModelConfig) -> Any:
     described = load_model_config(config)
     optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     with torch.device("meta"):
-        return load.from_config(
+        model = load.from_config(
             described, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **optional
         ).eval()
+    if model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = NAME
+    return model
 
 
 def _take_memory(model: Any, device: torch.device) -> None:
@@ -183,23 +191,94 @@ def _longest_prompt(materials: Materials) -> int:
     return max(len(example.prompt_ids) for example in materials.dataset.examples)
 
 
-def _update_shape(config: Config, materials: Materials) -> tuple[int, int]:
-    """(rows, padded tokens of each) of the largest micro-batch."""
-    objective, batching = config.objective, config.batching
-    prompt = _longest_prompt(materials)
-    lengths: list[int] = []
+def _longest_step(config: Config, materials: Materials) -> list[Row]:
+    """The rows of a step in which every text is as long as it may be."""
+    objective, batching, settings = config.objective, config.batching, config.rollout
+    rows: list[Row] = []
     if objective.uses_rollouts:
-        rollouts = batching.prompts_per_step * config.rollout.num_generations
-        lengths += [prompt + config.rollout.max_completion_length] * rollouts
-    if objective.learns_from_demonstrations:
-        demonstrated = [
-            len(e.prompt_ids) + len(e.demonstration_ids)
-            for e in materials.dataset.examples
-            if e.demonstration_ids is not None
+        prompt = _longest_prompt(materials)
+        rows += [
+            _row(number, prompt, settings.max_completion_length)
+            for number in range(batching.prompts_per_step)
+            for _ in range(settings.num_generations)
         ]
-        lengths += [max(demonstrated)] * batching.demonstrations_per_step
-    parts = by_length(lengths, max_tokens=batching.max_tokens, max_rows=batching.per_device_train_batch_size)
-    return max(((len(part), lengths[part[0]]) for part in parts), key=lambda shape: shape[0] * shape[1])
+    if objective.learns_from_demonstrations:
+        prompt, completion = max(
+            (
+                (len(example.prompt_ids), len(example.demonstration_ids))
+                for example in materials.dataset.examples
+                if example.demonstration_ids is not None
+            ),
+            key=sum,
+        )
+        rows += [_row(-1 - n, prompt, completion) for n in range(batching.demonstrations_per_step)]
+    return rows
+
+
+def _row(number: int, prompt: int, completion: int) -> Row:
+    """All rows of a number have the same prompt."""
+    return Row(prompt_ids=(number,) * prompt, completion_ids=(0,) * completion, components=frozenset({"sft"}))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A micro-batch as a model reads it; made where indices have values, read where tensors hold none."""
+
+    input_ids: Tensor
+    packing: Packing | None
+    predicting: Tensor
+    """Indices among the hidden states of those that predict a completion's token."""
+
+    @staticmethod
+    def of(rows: list[Row], *, packed: bool) -> "Reading":
+        batch = collate(rows, pad_id=0, packed=packed)
+        index = torch.arange(batch.input_ids.numel()).view_as(batch.input_ids)
+        packing = None
+        if packed:
+            packing = Packing(batch.spans, batch.input_ids.shape[1], torch.device("cpu"))
+            index = packing.slots
+        return Reading(torch.zeros_like(batch.input_ids), packing, index[:, :-1][batch.sft_mask[:, 1:]])
+
+    def hidden(self, trunk: nn.Module) -> Tensor:
+        """[N, D]."""
+        if self.packing is not None:
+            return packed_hidden(trunk, self.input_ids, self.input_ids, self.packing)
+        mask = torch.ones_like(self.input_ids)
+        return trunk(input_ids=self.input_ids, attention_mask=mask, use_cache=False)[0].flatten(0, 1)
+
+
+def _largest(rows: list[Row], batching: BatchingConfig, *, packed: bool) -> list[Row]:
+    """The rows of the largest micro-batch."""
+    limits = {"max_tokens": batching.max_tokens, "max_rows": batching.per_device_train_batch_size}
+    if packed:
+        parts = by_prompt([(row.prompt_ids, row.completion_ids) for row in rows], **limits)
+    else:
+        parts = by_length([row.length for row in rows], **limits)
+    largest = max(parts, key=lambda part: sum(rows[index].length for index in part))
+    return [rows[index] for index in largest]
+
+
+def _learn(model: Any, reading: Reading, *, reads_twice: bool) -> None:
+    """Forward and backward pass of a micro-batch as the policy does them."""
+    hidden = reading.hidden(model.base_model)[reading.predicting]
+    head = model.get_output_embeddings()
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        token_ids = torch.zeros(len(hidden), dtype=torch.int64)
+        logprobs, _ = selected_logprobs(
+            hidden, head.weight, token_ids, torch.ones(len(hidden)), bias=head.bias
+        )
+    if reads_twice:
+        with torch.no_grad():
+            reading.hidden(model.base_model)
+    logprobs.sum().backward()
+
+
+def _discriminate(trunk: nn.Module, reading: Reading) -> None:
+    reading.hidden(trunk)[:1].float().sum().backward()
+    trunk.zero_grad()
 
 
 def _inputs(rows: int, width: int) -> dict[str, Tensor]:
@@ -207,35 +286,26 @@ def _inputs(rows: int, width: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _learn(model: Any, shape: tuple[int, int], *, reads_twice: bool) -> None:
-    """Forward and backward pass of a micro-batch as the policy does them."""
-    inputs = _inputs(*shape)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    head = model.get_output_embeddings()
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        temperature = torch.ones(len(hidden))
-        logprobs, _ = selected_logprobs(
-            hidden, head.weight, inputs["input_ids"].flatten(), temperature, bias=head.bias
-        )
-    if reads_twice:
-        with torch.no_grad():
-            model.base_model(**inputs, use_cache=False)
-    logprobs.sum().backward()
-
-
-def _discriminate(trunk: nn.Module, shape: tuple[int, int]) -> None:
-    trunk(**_inputs(*shape), use_cache=False).last_hidden_state[:, -1].float().sum().backward()
-    trunk.zero_grad()
-
-
 def _rollout(counter: Counter, model: Any, config: Config, materials: Materials) -> int:
-    """The larger of reading the prompts, and of one more token for every row at its full length."""
+    """What reading the prompts takes, and one more token for every row at its full length."""
     settings = config.rollout
     prompts = min(config.batching.prompts_per_step, max(1, settings.max_rows // settings.num_generations))
     prompt = _longest_prompt(materials)
+
+    def choose(logits: Tensor) -> None:
+        probs = relative_probs(logits, temperature=settings.temperature)
+        inverse_cdf(truncate(probs, top_p=settings.top_p, top_k=settings.top_k), torch.zeros(len(probs)))
+
+    def fused() -> None:
+        decoder = FusedDecoder(
+            Weights(model),
+            [(0,) * prompt] * prompts,
+            settings.num_generations,
+            settings.max_completion_length,
+        )
+        logits = decoder.prefill()
+        decoder.length = len(decoder.columns) - 1
+        choose(decoder.step(logits.argmax(-1)))
 
     def read() -> None:
         model(**_inputs(prompts, prompt), use_cache=True, logits_to_keep=1)
@@ -250,10 +320,10 @@ def _rollout(counter: Counter, model: Any, config: Config, materials: Materials)
             "input_ids": torch.zeros(rows, 1, dtype=torch.int64),
             "attention_mask": torch.ones(rows, width, dtype=torch.int64),
         }
-        logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        probs = torch.log_softmax(logits / 1.0, dim=-1).exp()
-        inverse_cdf(truncate(probs, top_p=settings.top_p, top_k=settings.top_k), torch.zeros(rows))
+        choose(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1].float())
 
+    if settings.decoding == "fused" and fits(model):
+        return counter.taken_by(fused)
     return max(counter.taken_by(read), counter.taken_by(decode))
 
 

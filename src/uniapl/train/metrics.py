@@ -26,6 +26,11 @@ def update_metrics(
         value = sums.get(name or component)
         return value / counts[component] if value is not None and counts[component] else None
 
+    looked_at = sums["measured"]
+
+    def of_rollouts(name: str) -> float | None:
+        return sums[name] / looked_at if looked_at and name in sums else None
+
     return {
         "loss": sums["loss"],
         "loss/sft": per("sft"),
@@ -34,7 +39,7 @@ def update_metrics(
         "loss/kl": per("kl"),
         "sft/nll": per("sft", "nll"),
         "kl": per("kl") if "kl" in sums else None,
-        "entropy": per("kl", "entropy"),
+        "entropy": of_rollouts("entropy"),
         "weight/mu": weights["sft"],
         "weight/rl": weights["rl"],
         "tokens/sft": counts["sft"],
@@ -45,8 +50,9 @@ def update_metrics(
         "grad_norm": step.grad_norm,
         "clip_ratio/low_mean": per("rl", "clip_low"),
         "clip_ratio/high_mean": per("rl", "clip_high"),
-        "sampling/sampling_logp_difference/mean": per("kl", "sampling_difference"),
-        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if counts["kl"] else None,
+        "sampling/sampling_logp_difference/mean": of_rollouts("sampling_difference"),
+        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if looked_at else None,
+        "sampling/importance_sampling_ratio/mean": of_rollouts("importance"),
     }
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from uniapl.functional import logprobs_from_logits, selected_logprobs
+from uniapl.packing import Packing, can_pack, packed_hidden
+from uniapl.types import MicroBatch, Span
+
+
+def inputs_of(batch: MicroBatch, mask: Tensor) -> tuple[Any, ...]:
+    """What a policy's forward takes to give the log-probabilities of a batch's tokens under `mask`."""
+    return batch.input_ids, batch.attention_mask, batch.position_ids, mask, batch.temperature, batch.spans
 
 
 class Policy(nn.Module):
@@ -31,6 +38,7 @@ class Policy(nn.Module):
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         with autocast():
             self.has_linear_head = self._check_head()
+            self.packs = self.has_linear_head and can_pack(model.base_model)
 
     def forward(
         self,
@@ -39,6 +47,7 @@ class Policy(nn.Module):
         position_ids: Tensor,
         mask: Tensor,
         temperature: Tensor,
+        spans: Sequence[Span] = (),
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the tokens under `mask`, 0 elsewhere.
 
@@ -46,6 +55,8 @@ class Policy(nn.Module):
             input_ids, attention_mask, position_ids: [B, T], as in MicroBatch.
             mask: [B, T]; never True in the first column, which no token precedes.
             temperature: [B], one per row.
+            spans: Of each row, so that the model reads them packed; it reads them padded where it cannot, or
+                where there are none.
 
         Returns:
             `logprobs` and `entropy`, [B, T], nats, aligned to the token they speak of.
@@ -55,7 +66,12 @@ class Policy(nn.Module):
         temperatures = temperature.unsqueeze(-1).expand_as(chosen)[chosen]
         inputs = self._inputs(input_ids, attention_mask, position_ids)
         if self.has_linear_head:
-            hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][chosen]
+            if spans and self.packs:
+                packing = Packing(spans, input_ids.shape[1], input_ids.device)
+                hidden = packed_hidden(self.model.base_model, input_ids, position_ids, packing)
+                hidden = hidden[packing.slots[:, :-1][chosen]]
+            else:
+                hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][chosen]
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
                 hidden = hidden.to(torch.get_autocast_dtype(device))

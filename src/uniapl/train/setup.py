@@ -21,15 +21,16 @@ from uniapl.adapters import require_peft
 from uniapl.config import Config, ModelConfig
 from uniapl.data import Dataset
 from uniapl.discriminator.polar import PolarFormat
-from uniapl.discriminator.remote import check_remote
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
 from uniapl.files import write_text
 from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
+from uniapl.posting import check_address
 from uniapl.report.reading import ENDING, MODEL_ANALYSIS
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
+from uniapl.rollout.engines import check_vllm
 from uniapl.streams import split_streams
 from uniapl.train import checkpoint
 from uniapl.types import Example, derive_seed
@@ -44,7 +45,9 @@ RUN_FILES = (
     "health.jsonl",
     *AFTERWARDS,
 )
-RUN_DIRECTORIES = ("checkpoints", "stages", "final", "skipped")
+WEIGHTS_IN_TRANSIT = "weights-for-vllm"
+"""Directory of a run: there only while vLLM loads it."""
+RUN_DIRECTORIES = ("checkpoints", "stages", "final", "skipped", WEIGHTS_IN_TRANSIT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +195,8 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
         raise UsageError(said)
     if objective.uses_rollouts and not prompts:
         raise UsageError(f"method '{method}' samples answers, but no row is worth sampling for")
+    if objective.uses_rollouts and config.rollout.sampler == "vllm":
+        check_vllm(config.rollout)
 
 
 def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
@@ -223,7 +228,7 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
     if settings.kind == "remote":
         if settings.url is None:
             raise UsageError("discriminator.kind 'remote' needs discriminator.url")
-        check_remote(settings.url)
+        check_address("discriminator.url", settings.url)
     name, trusted = settings.model_name_or_path, settings.trust_remote_code
     if settings.kind == "density-ratio":
         load_model_config(ModelConfig(model_name_or_path=name, trust_remote_code=trusted))

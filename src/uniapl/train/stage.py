@@ -21,13 +21,13 @@ from uniapl.functional import (
     warmup_cosine,
 )
 from uniapl.rollout import Sampler
-from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint, metrics
 from uniapl.train.adversary import Adversary, build_adversary
 from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
 from uniapl.train.recompute import checkpointed_layers
 from uniapl.train.reference import Reference, reference_at_start, trained_weights
+from uniapl.train.sampling import build_sampler
 from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.stopping import Stopping
 from uniapl.types import RolloutGroup
@@ -60,6 +60,8 @@ class Stage:
     """lambda_adv, learned or not."""
     step: int = 0
     """Steps of this stage that are done."""
+    packing: bool = False
+    """Rows are packed: the recipe wants it, and the model can."""
     tokens: int = 0
     """Tokens of completions that this stage has learnt from."""
     stopping: Stopping = field(default_factory=Stopping)
@@ -240,6 +242,7 @@ def build_stage(
         lr=optim.learning_rate,
         betas=(optim.adam_beta1, optim.adam_beta2),
         weight_decay=optim.weight_decay,
+        fused=True,
     )
     inner = Policy(model, accelerator.autocast)
     reference = reference_at_start(inner, config.model, start) if objective.beta > 0 else None
@@ -247,20 +250,6 @@ def build_stage(
     if objective.lambda_adv > 0:
         adversary = build_adversary(config, inner, materials, accelerator, start=start)
     policy, prepared = accelerator.prepare(inner, optimizer)
-    rollout = config.rollout
-    sampler = LocalSampler(
-        model=model,
-        stop_ids=materials.stop_ids,
-        pad_id=materials.pad_id,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_rows=rollout.max_rows,
-        autocast=accelerator.autocast,
-    )
-    if objective.uses_rollouts:
-        sampler.check()
     return Stage(
         config=config,
         index=index,
@@ -270,6 +259,7 @@ def build_stage(
         reference=None if objective.reference_step else reference,
         later_reference=reference if objective.reference_step else None,
         adversary=adversary,
-        sampler=sampler,
+        sampler=build_sampler(config, model, materials, accelerator),
         multiplier=Multiplier(value=objective.lambda_adv),
+        packing=config.batching.packing and inner.packs,
     )

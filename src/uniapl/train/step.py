@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
-from uniapl.functional import clip_fractions, clipped_surrogate, k3_kl, objective, sft_loss
+from uniapl.functional import (
+    clip_fractions,
+    clipped_surrogate,
+    importance_weights,
+    k3_kl,
+    objective,
+    sft_loss,
+)
 from uniapl.functional.losses import TokenWeight
+from uniapl.train.policy import inputs_of
 from uniapl.types import MicroBatch
 
 
@@ -49,6 +57,7 @@ def policy_step(
     max_grad_norm: float,
     reference: nn.Module | None = None,
     old_logprobs: Sequence[Tensor] | None = None,
+    importance_cap: float | None = None,
 ) -> PolicyStep:
     """One optimizer step on the mixed batch: per micro-batch one forward for all components and one backward.
 
@@ -60,6 +69,7 @@ def policy_step(
         reference: The policy that the KL term stays near; needed when the weight of "kl" is positive.
         old_logprobs: From the first update on these rollouts. None means on-policy: the update's own
             log-probabilities, detached, are the old ones.
+        importance_cap: Of the weights that correct for a sampler that is another program; None: no weights.
 
     Raises:
         OutOfMemoryError: The same step on smaller micro-batches has the same result.
@@ -72,14 +82,16 @@ def policy_step(
         logprobs, entropy = _forward(policy, batch)
         old = logprobs.detach() if old_logprobs is None else old_logprobs[number]
         kept.append(old)
-        sums = _component_sums(logprobs, old, batch, clip, token_weight)
+        importance = _importance(old, batch, importance_cap)
+        sums = _component_sums(logprobs, old, batch, clip, token_weight, importance)
         if reference is not None:
-            inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
             with torch.no_grad(), accelerator.autocast():
-                ref_logprobs, _ = reference(*inputs, batch.rollout_mask, batch.temperature)
+                ref_logprobs, _ = reference(*inputs_of(batch, batch.rollout_mask))
             sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
         loss = objective(sums, weights, counts)
         _measure(measured, sums, loss, logprobs.detach(), old, entropy, batch, clip)
+        if importance is not None:
+            _add(measured, "importance", torch.where(batch.rollout_mask, importance, 0.0).sum())
         return loss
 
     optimizer.zero_grad()
@@ -103,6 +115,7 @@ def measure_forces(
     weights: dict[str, float],
     *,
     token_weight: TokenWeight,
+    importance_cap: float | None = None,
 ) -> dict[str, float]:
     """How strongly each force pulls at the weights, and whether they pull the same way.
 
@@ -125,7 +138,9 @@ def measure_forces(
         def loss_of(batch: MicroBatch, name: str = name) -> Tensor:
             logprobs, _ = _forward(policy, batch)
             clip = {"clip_low": 1.0, "clip_high": 1.0}
-            sums = _component_sums(logprobs, logprobs.detach(), batch, clip, token_weight)
+            old = logprobs.detach()
+            importance = _importance(old, batch, importance_cap)
+            sums = _component_sums(logprobs, old, batch, clip, token_weight, importance)
             return objective({name: sums[name]}, weights, counts)
 
         accumulate_gradients(accelerator, policy, (lambda b=b: loss_of(b) for b in batches))
@@ -240,18 +255,30 @@ def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[s
 
 def _forward(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [B, T] of what is learnt from."""
-    mask = batch.sft_mask | batch.rollout_mask
-    return policy(batch.input_ids, batch.attention_mask, batch.position_ids, mask, batch.temperature)
+    return policy(*inputs_of(batch, batch.sft_mask | batch.rollout_mask))
+
+
+def _importance(old: Tensor, batch: MicroBatch, cap: float | None) -> Tensor | None:
+    """The tokens' importance weights; None where sampler and trainer are the same program."""
+    if cap is None:
+        return None
+    return importance_weights(old, batch.sampling_logprobs, batch.rollout_mask, cap=cap)
 
 
 def _component_sums(
-    logprobs: Tensor, old: Tensor, batch: MicroBatch, clip: dict[str, float], token_weight: TokenWeight
+    logprobs: Tensor,
+    old: Tensor,
+    batch: MicroBatch,
+    clip: dict[str, float],
+    token_weight: TokenWeight,
+    weights: Tensor | None,
 ) -> dict[str, Tensor]:
     """The sum of each of the three forces."""
+    adversarial = batch.adversarial_advantages
     return {
         "sft": sft_loss(logprobs, batch.sft_mask, token_weight=token_weight),
-        "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, **clip),
-        "adv": clipped_surrogate(logprobs, old, batch.adversarial_advantages, batch.adv_mask, **clip),
+        "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, weights=weights, **clip),
+        "adv": clipped_surrogate(logprobs, old, adversarial, batch.adv_mask, weights=weights, **clip),
     }
 
 
@@ -277,6 +304,7 @@ def _measure(
     for name, value in sums.items():
         _add(measured, name, value.detach())
     _add(measured, "nll", sft_loss(logprobs, batch.sft_mask))
+    _add(measured, "measured", batch.rollout_mask.sum())
     _add(measured, "entropy", torch.where(batch.rollout_mask, entropy, 0.0).sum())
     low, high = clip_fractions(logprobs, old, batch.advantages, batch.rl_mask, **clip)
     _add(measured, "clip_low", low)

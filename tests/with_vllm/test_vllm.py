@@ -1,0 +1,228 @@
+"""vLLM itself, on a CPU: `make test-vllm`. It has the trainer's weights in every step, or the run ends.
+
+Of an untied model: vLLM's CPU build keeps the old output head of a tied one, which is the last test.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from runs import lines, recipe, train
+from tiny import SMALL, make_tokenizer
+from uniapl.errors import UniAPLError
+from uniapl.rollout.engines import Colocated, Server
+from uniapl.rollout.vllm import Engine, VLLMSampler
+from uniapl.types import Rollout
+
+pytest.importorskip("vllm")
+
+PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21)]
+TEMPERATURE = 0.7
+TOLERANCE = 2e-2
+"""Nats by which the log-probability of a token may differ; they are computed in fp32 by other kernels."""
+
+
+def make_model(seed: int, *, tied: bool = False) -> PreTrainedModel:
+    """vLLM's attention on a CPU wants heads of 32."""
+    torch.manual_seed(seed)
+    # Weights so large that no two seeds, and no two steps, have distributions alike.
+    shape = {"head_dim": 32, "initializer_range": 0.1, "tie_word_embeddings": tied}
+    return AutoModelForCausalLM.from_config(Qwen3Config(**(SMALL | shape))).eval()
+
+
+def make_sampler(engine: Engine, model: PreTrainedModel, directory: Path) -> VLLMSampler:
+    return VLLMSampler(
+        engine=engine,
+        model=model,
+        autocast=nullcontext,
+        directory=directory / "weights",
+        dtype=None,
+        canary=PROMPTS[0],
+        tolerance=TOLERANCE,
+        temperature=TEMPERATURE,
+        stop_ids={1, 2, 3},
+        max_completion_length=12,
+    )
+
+
+def sample(sampler: VLLMSampler, version: int) -> list[tuple[Rollout, ...]]:
+    seeds = range(100, 100 + len(PROMPTS))
+    return sampler.sample(PROMPTS, seeds=list(seeds), num_generations=6, policy_version=version)
+
+
+def move(model: PreTrainedModel, seed: int) -> None:
+    """An update that changes every distribution."""
+    model.load_state_dict(make_model(seed).state_dict())
+
+
+def worst_difference(model: PreTrainedModel, groups: list[tuple[Rollout, ...]]) -> float:
+    """Of the reported log-probabilities from the model's, computed here, row by row."""
+    worst = 0.0
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for rollout in group:
+            ids = torch.tensor([[*prompt, *rollout.completion_ids]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+            logprobs = torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+            worst = max(worst, float((logprobs - torch.tensor(rollout.sampling_logprobs)).abs().max()))
+    return worst
+
+
+def check_sampling(sampler: VLLMSampler, model: PreTrainedModel) -> None:
+    """Weights that change with every version arrive; answers end as they should; a skipped one is noticed."""
+    before: list[list[tuple[int, ...]]] = []
+    for version in range(4):
+        move(model, seed=version)
+        groups = sample(sampler, version)
+        assert worst_difference(model, groups) < TOLERANCE
+        rollouts = [rollout for group in groups for rollout in group]
+        assert {r.policy_version for r in rollouts} == {version}
+        assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+        for rollout in rollouts:
+            *body, last = rollout.completion_ids
+            assert not {1, 2, 3} & set(body)
+            assert (last in (1, 2, 3)) == (rollout.finish_reason == "stop")
+            assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 12
+        assert len({r.completion_ids for r in groups[0]}) > 1, "the rollouts of a group differ"
+        ids = [[r.completion_ids for r in group] for group in groups]
+        assert ids not in before, "the weights decide"
+        before.append(ids)
+    again = [[r.completion_ids for r in group] for group in sample(sampler, 3)]
+    assert again == before[-1], "the seeds decide"
+    assert worst_difference(make_model(seed=0), groups) > 10 * TOLERANCE, "old weights would be seen"
+
+    class Deaf:
+        """Does as if it took the weights."""
+
+        def load(self, directory: Path) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(engine, name)
+
+    engine, sampler.engine = sampler.engine, Deaf()  # type: ignore[assignment]
+    move(model, seed=4)
+    with pytest.raises(UniAPLError, match="after step 4 are not those that it samples with"):
+        sample(sampler, 4)
+
+
+def colocated(*, max_model_len: int = 64) -> Colocated:
+    return Colocated(
+        temperature=TEMPERATURE,
+        max_model_len=max_model_len,
+        max_rows=16,
+        gpu_memory_utilization=0.3,
+        dtype="float32",
+        on_gpu=False,
+        timeout=300.0,
+    )
+
+
+def test_colocated(tmp_path: Path) -> None:
+    model = make_model(0)
+    check_sampling(make_sampler(colocated(), model, tmp_path), model)
+    assert not (tmp_path / "weights").exists()
+
+
+def start_server(directory: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+    flags = "--dtype float32 --enforce-eager --max-model-len 64 --max-num-seqs 16"
+    flags += f" --logprobs-mode processed_logprobs --port {port} --host 127.0.0.1"
+    return subprocess.Popen(
+        # What `vllm serve` starts; that command does not find its own version under the CPU build's name.
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, *flags.split()],
+        env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+        stdout=log.open("ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """With the processes that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model(0).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server(model_dir: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Server]]:
+    port = free_port()
+    process = start_server(model_dir, port, tmp_path / "server.log")
+    engine = Server(url=f"http://127.0.0.1:{port}", temperature=TEMPERATURE, timeout=300.0)
+    try:
+        engine.wait()
+        yield process, engine
+    finally:
+        stop(process)
+
+
+def test_server(server: tuple[subprocess.Popen[bytes], Server], model_dir: Path, tmp_path: Path) -> None:
+    _, engine = server
+    model = make_model(0)
+    check_sampling(make_sampler(engine, model, tmp_path), model)
+
+
+def test_a_server_that_was_restarted_gets_the_weights_again(
+    server: tuple[subprocess.Popen[bytes], Server], model_dir: Path, tmp_path: Path
+) -> None:
+    process, engine = server
+    model = make_model(5)
+    sampler = make_sampler(engine, model, tmp_path)
+    first = sample(sampler, 1)
+    stop(process)
+    port = int(engine.url.rpartition(":")[2])
+    successor = start_server(model_dir, port, tmp_path / "successor.log")
+    try:
+        # Of the same version: nobody would have sent weights if it had not been noticed.
+        again = sample(sampler, 1)
+    finally:
+        stop(successor)
+    assert worst_difference(model, again) < TOLERANCE
+    assert [[r.completion_ids for r in g] for g in again] == [[r.completion_ids for r in g] for g in first]
+
+
+def test_a_run(model_dir: Path, tmp_path: Path) -> None:
+    """Every step's rollouts are of that step's weights, as the trainer's own numbers say."""
+    values = recipe(model_dir, tmp_path / "run", rollout={"sampler": "vllm", "vllm_timeout": 300.0})
+    train(values)
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(records) == 4
+    for record in records:
+        assert record["sampling/sampling_logp_difference/max"] < TOLERANCE
+        assert abs(record["sampling/importance_sampling_ratio/mean"] - 1) < TOLERANCE
+    assert records[0]["loss"] != records[-1]["loss"]
+
+
+def test_the_cpu_build_does_not_reload_a_tied_head(tmp_path: Path) -> None:
+    """A fault of vLLM's that the canary finds. Once this fails, docs/gpus.md need not mention it."""
+    model = make_model(0, tied=True)
+    sampler = make_sampler(colocated(), model, tmp_path)
+    sample(sampler, 0)
+    model.load_state_dict(make_model(1, tied=True).state_dict())
+    with pytest.raises(UniAPLError, match="are not those that it samples with"):
+        sample(sampler, 1)
