@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from uniapl.errors import Interrupted, UniAPLError, UsageError
@@ -122,9 +123,10 @@ def train(arguments: list[str]) -> int:
         raise UsageError("--quiet and --json: choose one")
     arguments = [a for a in arguments if a not in ("--quiet", "--json")]
     resolved = _resolve("train", arguments)
-    from transformers.utils import logging
+    with _importing():
+        from transformers.utils import logging
 
-    from uniapl.train.api import train_resolved
+        from uniapl.train.api import train_resolved
 
     # Bars for every file that is loaded or saved would tear the run's own display.
     logging.disable_progress_bar()
@@ -164,7 +166,8 @@ def check(arguments: list[str]) -> int:
     """`uniapl check RECIPE.yaml [--key value ...] [--json]`."""
     as_json = "--json" in arguments
     resolved = _resolve("check", [a for a in arguments if a != "--json"])
-    from uniapl.train.check import check_run, print_report
+    with _importing():
+        from uniapl.train.check import check_run, print_report
 
     # Reward functions may print what they like; what a script reads is the report alone.
     with contextlib.redirect_stdout(sys.stderr):
@@ -227,6 +230,16 @@ def pretrain_discriminator(arguments: list[str]) -> int:
     logging.disable_progress_bar()
     run_pretraining(arguments)
     return 0
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Without looking for garbage: what torch and transformers make stays, and looking took a fifth."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _resolve(verb: str, arguments: list[str]) -> "Resolved":

@@ -112,11 +112,7 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
     if device.type == "cpu":
         stays["process"] = psutil.Process().memory_info().rss
     passes: dict[str, int] = {}
-    rows = _longest_step(config, materials)
-    packed = config.batching.packing and config.model.attn_implementation in (None, "sdpa")
-    largest = Reading.of(_largest(rows, config.batching, packed=packed), packed=packed)
-    width = max(row.length for row in rows)
-    compared = Reading.of(rows[: max(2, config.batching.max_tokens // width)], packed=packed)
+    largest, compared = _readings(config, materials)
     counter = Counter()
     model, trunk = _models(config)
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.device(device):
@@ -196,6 +192,16 @@ def _take_memory(model: Any, device: torch.device) -> None:
 
 def _longest_prompt(materials: Materials) -> int:
     return max(len(example.prompt_ids) for example in materials.dataset.examples)
+
+
+def _readings(config: Config, materials: Materials) -> "tuple[Reading, Reading]":
+    """The largest micro-batches of policy and discriminator."""
+    rows = _longest_step(config, materials)
+    packed = config.batching.packing and config.model.attn_implementation in (None, "sdpa")
+    most = max(2, config.batching.max_tokens // max(row.length for row in rows))
+    parts = (_largest(rows, config.batching, packed=packed), rows[:most])
+    policy, discriminator = (Reading.of(part, packed=packed) for part in parts)
+    return policy, discriminator
 
 
 def _longest_step(config: Config, materials: Materials) -> list[Row]:

@@ -1,0 +1,96 @@
+"""How long `uniapl --help` and `uniapl check` take, and which imports take the time.
+
+python benchmarks/startup.py [--repeats 5] [--json FILE]
+"""
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+LIMITS = {"uniapl --help": 0.3, "uniapl check": 5.0}
+"""Seconds."""
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """Both commands; check has a small recipe on the embedded model."""
+    rows = [{"prompt": "write one sentence", "completion": "the cat sees a dog ."}] * 64
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"model_name_or_path": str(files("uniapl.embedded") / "base")},
+        "data": {"path": str(folder / "train.jsonl"), "string_prompts": "chat"},
+        "rewards": {"functions": ["lowercase"]},
+        "rollout": {"max_completion_length": 48},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    start = [sys.executable, "-m", "uniapl.cli"]
+    return {
+        "uniapl --help": [*start, "--help"],
+        "uniapl check": [*start, "check", str(folder / "recipe.yaml")],
+    }
+
+
+def seconds(command: list[str]) -> tuple[float, float]:
+    """By the clock, and of the processors alone: what else the machine does falls on the first."""
+    start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - start, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+
+
+def imports(command: list[str], *, count: int = 8) -> dict[str, float]:
+    """The packages whose imports take longest, each with all that it imports, in seconds."""
+    timed = [command[0], "-X", "importtime", *command[1:]]
+    text = subprocess.run(timed, check=True, capture_output=True, text=True).stderr
+    lines = re.findall(r"^import time:\s+\d+ \|\s+(\d+) \| \s*([\w.]+)$", text, re.MULTILINE)
+    found = {name: int(microseconds) / 1e6 for microseconds, name in lines if "." not in name}
+    return dict(sorted(found.items(), key=lambda item: item[1], reverse=True)[:count])
+
+
+def main() -> None:
+    """Print both commands' times beside their limits; exit 1 where one is over it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        todo = commands(Path(name))
+        times: dict[str, list[float]] = {what: [] for what in todo}
+        used: dict[str, list[float]] = {what: [] for what in todo}
+        # The first round reads the files from the disk.
+        for repeat in range(options.repeats + 1):
+            for what, command in todo.items():
+                took, processors = seconds(command)
+                if repeat:
+                    times[what].append(took)
+                    used[what].append(processors)
+        for what, command in todo.items():
+            middle, longest = statistics.median(times[what]), imports(command)
+            found[what] = {
+                "seconds": times[what],
+                "processor_seconds": used[what],
+                "limit": LIMITS[what],
+                "imports": longest,
+            }
+            print(f"{what}: {middle:.2f} s ({min(times[what]):.2f} to {max(times[what]):.2f})", end="")
+            print(f", on processors {statistics.median(used[what]):.2f} s, limit {LIMITS[what]} s; imports:")
+            print("    " + ", ".join(f"{package} {took:.2f}" for package, took in longest.items()))
+    if options.json:
+        options.json.write_text(json.dumps({"benchmark": "startup", "commands": found}, indent=1) + "\n")
+    if any(min(times[what]) > LIMITS[what] for what in LIMITS):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Our side, by the product's own parts: a stage as `uniapl train` builds it, and its update of the policy."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from work import Work, data_rows, load, random_reward
+
+from uniapl.batching import Row, component_counts, micro_batches
+from uniapl.resolve import merge, resolve, stages_of
+from uniapl.train import setup
+from uniapl.train.api import make_accelerator
+from uniapl.train.credit import assign_credit, rollout_rows
+from uniapl.train.stage import Stage, build_stage
+from uniapl.train.step import policy_step
+from uniapl.types import Example, Rollout, RolloutGroup
+
+
+def recipe(work_or_shape: Any, folder: Path, options: Namespace) -> dict[str, Any]:
+    """GRPO with the product's defaults on the benchmark's model and sizes."""
+    shape = getattr(work_or_shape, "shape", work_or_shape)
+    return {
+        "method": "grpo",
+        "model": {"model_name_or_path": str(folder)},
+        "rollout": {
+            "num_generations": shape.generations,
+            "max_completion_length": shape.completion_length,
+        },
+        "batching": {"prompts_per_step": shape.prompts},
+        "optim": {"bf16": options.bf16},
+        "rewards": {"timeout": None},
+    }
+
+
+def our_stage(
+    work: Work, folder: Path, options: Namespace, **changes: Any
+) -> tuple[Accelerator, Stage, setup.Materials]:
+    """Policy, optimizer and sampler of a run's first stage."""
+    resolved = resolve(merge(recipe(work, folder, options), changes))
+    stages = stages_of(resolved)
+    rows = data_rows(work.shape, 4)
+    materials = setup.load_materials(
+        resolved, stages, train_dataset=rows, reward_functions=[random_reward], with_suites=False
+    )
+    accelerator = make_accelerator(resolved.config)
+    model, _ = load(folder, options.device)
+    return (
+        accelerator,
+        build_stage(stages[0].config, 0, model, materials, accelerator, start=None),
+        materials,
+    )
+
+
+def our_rows(work: Work, stage: Stage) -> list[Row]:
+    """The rows of a step whose answers and rewards are given."""
+    size = work.shape.generations
+    groups = [
+        RolloutGroup(
+            example=Example(
+                row=number + 1,
+                prompt="",
+                prompt_ids=tuple(prompt),
+                demonstration=None,
+                demonstration_ids=None,
+                columns={},
+            ),
+            rollouts=tuple(
+                Rollout(
+                    completion_ids=tuple(answer),
+                    sampling_logprobs=(0.0,) * len(answer),
+                    finish_reason="stop",
+                    policy_version=0,
+                )
+                for answer in work.answers[number * size : (number + 1) * size]
+            ),
+            rewards=tuple(work.rewards[number * size : (number + 1) * size]),
+            reward_parts={},
+        )
+        for number, prompt in enumerate(work.prompts)
+    ]
+    objective = stage.config.objective
+    credits = assign_credit(
+        groups,
+        scale_rewards=objective.scale_rewards,
+        assignment=objective.adversarial_assignment,
+        expert_mean=None,
+    )
+    return rollout_rows(groups, credits, temperature=stage.config.rollout.temperature)
+
+
+def our_update(
+    work: Work, folder: Path, options: Namespace, *, max_tokens: int | None = None
+) -> tuple[Callable[[], tuple[float, float]], nn.Module]:
+    """One optimizer step, from rows to changed weights; it returns the loss and the gradient's norm."""
+    changes = {"batching": {"max_tokens": max_tokens}} if max_tokens else {}
+    accelerator, stage, materials = our_stage(work, folder, options, **changes)
+    rows = our_rows(work, stage)
+    config = stage.config
+
+    def step() -> tuple[float, float]:
+        batches = micro_batches(
+            rows,
+            pad_id=materials.pad_id,
+            max_tokens=config.batching.max_tokens,
+            max_rows=config.batching.per_device_train_batch_size,
+            device=accelerator.device,
+        )
+        update = policy_step(
+            accelerator,
+            stage.policy,
+            stage.optimizer,
+            batches,
+            component_counts(rows),
+            stage.weights(0.0),
+            clip_low=config.objective.epsilon,
+            clip_high=config.objective.clip_high,
+            token_weight=config.objective.sft_token_weight,
+            max_grad_norm=config.optim.max_grad_norm,
+        )
+        return update.sums["loss"], update.grad_norm
+
+    return step, stage.model

@@ -1,0 +1,121 @@
+"""Write the tables of docs/performance.md anew from the benchmarks' JSON files.
+
+    python benchmarks/trl/tables.py [docs/performance]
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME.json is its file in the folder.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine(found: dict[str, Any]) -> str:
+    m = found["machine"]
+    return (
+        f"{m['device']}, {m['cores']} cores, {m['threads']} threads, {m['precision']}, "
+        f"{m['matmul_flops'] / 1e9:,.0f} GFLOP/s, {m['copy_bytes'] / 1e9:.1f} GB/s; torch {m['torch']}, "
+        f"transformers {m['transformers']}, TRL {m['trl']}."
+    )
+
+
+def timed(table: dict[str, Any]) -> str:
+    """Seconds of each side, its multiple of the reference, and what share of the limit it reaches."""
+    shape = table["shape"]
+    agree = f"; losses and norms agree to {table['difference']:.0e}" if "difference" in table else ""
+    title = (
+        f"{shape['model']}, {shape['prompts']} prompts of {shape['prompt_length']} tokens, G = "
+        f"{shape['generations']}, answers of {shape['completion_length']} at most, V = "
+        f"{shape['vocabulary']:,}: {table['title']}{agree}"
+    )
+    rows = [
+        [
+            row["name"],
+            f"{row['median']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            f"{row['times']:.2f}",
+            f"{row['of_limit']:.0%}" if row["of_limit"] else "",
+        ]
+        for row in table["rows"]
+    ]
+    text = markdown([title, "seconds", "range", "times ours", "of the limit"], rows)
+    for side, parts in table.get("parts", {}).items():
+        text += f"\n\n{side}: " + ", ".join(f"{name} {took:.2f} s" for name, took in parts.items()) + "."
+    return text
+
+
+def peaks(table: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['bytes'] / 2**30:.2f} GiB",
+            f"{row['bytes'] / row['weights']:.1f}",
+            f"{row['seconds']:.1f}",
+        ]
+        for row in table["rows"]
+    ]
+    return markdown([table["title"], "on top", "times the weights", "seconds"], rows)
+
+
+def scaling(tables: list[dict[str, Any]]) -> str:
+    """A row per value of an axis: seconds of both sides and their ratio, for rollouts and for the update."""
+    rows: list[list[str]] = []
+    for (axis, value), points in groupby(tables, key=lambda t: (t["axis"], t["value"])):
+        cells: list[str] = []
+        for point in points:
+            ours, theirs = (row["median"] for row in point["rows"])
+            cells += [f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}"]
+        rows.append([f"{axis} {value:,}", *cells])
+    return markdown(["", "rollouts", "TRL", "ratio", "update", "TRL", "ratio"], rows)
+
+
+def startup(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{command}`",
+            f"{min(figures['seconds']):.2f} to {max(figures['seconds']):.2f}",
+            f"{min(figures['processor_seconds']):.2f} to {max(figures['processor_seconds']):.2f}",
+            str(figures["limit"]),
+            ", ".join(f"{package} {took:.2f}" for package, took in list(figures["imports"].items())[:4]),
+        ]
+        for command, figures in found["commands"].items()
+    ]
+    return markdown(["", "seconds", "on the processors", "limit", "imports, with their own"], rows)
+
+
+def render(found: dict[str, Any]) -> str:
+    """The Markdown of one benchmark's file."""
+    if found["benchmark"] == "startup":
+        return startup(found)
+    if found["benchmark"] == "scaling":
+        parts = [scaling(found["tables"])]
+    else:
+        show = peaks if found["benchmark"] == "memory" else timed
+        parts = [show(table) for table in found["tables"]]
+    return "\n\n".join([machine(found), *parts])
+
+
+def filled(page: str, folder: Path) -> str:
+    """The page with the tables that the files in the folder give."""
+
+    def fresh(match: re.Match[str]) -> str:
+        found = json.loads((folder / f"{match[1]}.json").read_text(encoding="utf-8"))
+        return f"<!-- {match[1]} -->\n\n{render(found)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->.*?<!-- end -->", fresh, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE.with_suffix("")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), source), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""The work that both sides do: a model, prompts, answers of planned lengths, rewards; drawn from one seed."""
+
+import hashlib
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from uniapl.embedded.recipe import MAX_COMPLETION_LENGTH
+from uniapl.embedded.task import make_task
+
+disable_progress_bar()
+PAD, EOS = 0, 1
+EMBEDDED = Path(str(files("uniapl.embedded") / "base"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How much work there is."""
+
+    model: str = "20m"
+    """"embedded", or a random Qwen3: "20m" (20 M parameters at V = 32,000), "thin" (a small trunk)."""
+    prompts: int = 4
+    generations: int = 8
+    prompt_length: int = 128
+    completion_length: int = 128
+    """The longest answer."""
+    spread: float = 0.6
+    """Standard deviation of the answers' log lengths; their mean is 40 % of the longest."""
+    vocabulary: int = 32_000
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.generations
+
+
+SHAPES = {
+    "embedded": Shape(
+        model="embedded",
+        prompts=12,
+        prompt_length=MAX_COMPLETION_LENGTH,
+        completion_length=MAX_COMPLETION_LENGTH,
+        vocabulary=157,
+    ),
+    "20m": Shape(prompts=2),
+}
+"""The two sizes that are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Token ids of one step: prompts, and an answer with its reward for each of their rollouts."""
+
+    shape: Shape
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    rewards: list[float]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(answer) for answer in self.answers]
+
+
+def planned_lengths(shape: Shape, count: int, seed: int = 0) -> list[int]:
+    """Log-normal lengths as of real answers, cut at the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(count, generator=generator, dtype=torch.float64)
+    location = math.log(0.4 * shape.completion_length) - shape.spread**2 / 2
+    lengths = (location + shape.spread * normal).exp().round().clamp(1, shape.completion_length)
+    return [int(length) for length in lengths]
+
+
+def make_work(shape: Shape, seed: int = 0) -> Work:
+    """Random prompts of equal length and random answers that end with the end token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(4, shape.vocabulary, (length,), generator=generator).tolist()
+
+    answers = [[*ids(length - 1), EOS] for length in planned_lengths(shape, shape.rows, seed)]
+    return Work(
+        shape=shape,
+        prompts=[ids(shape.prompt_length) for _ in range(shape.prompts)],
+        answers=answers,
+        rewards=[pseudo_random(" ".join(map(str, answer))) for answer in answers],
+    )
+
+
+def pseudo_random(text: str) -> float:
+    """A reward in [0, 1) that no two answers share."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+
+
+def text_of(completion: Any) -> str:
+    """A completion's text: both libraries hand over messages where the prompt is a chat."""
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def random_reward(completions: list[Any], **_: Any) -> list[float]:
+    """The reward function of the whole step, for both libraries."""
+    return [pseudo_random(text_of(completion)) for completion in completions]
+
+
+def data_rows(shape: Shape, count: int) -> list[dict[str, Any]]:
+    """Rows for a run: the embedded task's own prompts, or random words; each with a demonstration."""
+    if shape.model == "embedded":
+        task = make_task(prompts=count, demonstrations=count, held_out=1)
+        return [{"prompt": row["prompt"], "completion": row["completion"]} for row in task.rows]
+    work = make_work(replace(shape, prompts=count, generations=1), seed=1)
+    return [
+        {"prompt": words(prompt), "completion": words(answer[:-1])}
+        for prompt, answer in zip(work.prompts, work.answers, strict=True)
+    ]
+
+
+def words(ids: Sequence[int]) -> str:
+    return " ".join(f"w{number}" for number in ids)
+
+
+def save_model(shape: Shape, folder: Path) -> Path:
+    """A directory with the model and its tokenizer."""
+    if shape.model == "embedded":
+        # A copy: runs write beside the model.
+        return Path(copytree(EMBEDDED, folder, dirs_exist_ok=True))
+    trunk = {"20m": (384, 5, 6), "thin": (256, 2, 4)}
+    hidden, layers, heads = trunk[shape.model]
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    vocabulary = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {f"w{n}": n for n in range(3, shape.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, device: str) -> tuple[PreTrainedModel, Any]:
+    """A fresh copy of the model, in fp32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def parse(parser: ArgumentParser) -> Namespace:
+    """The command line, with what all benchmarks have in common; the threads are set."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def chosen_shapes(parser: ArgumentParser) -> None:
+    """Flags that change the sizes which are measured."""
+    parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=[*SHAPES])
+    for name in ("prompts", "generations", "prompt-length", "completion-length", "vocabulary"):
+        parser.add_argument(f"--{name}", type=int)
+
+
+def shapes(options: Namespace) -> list[Shape]:
+    """The sizes to measure, with what the command line changes of them."""
+    names = ("prompts", "generations", "prompt_length", "completion_length", "vocabulary")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return [replace(SHAPES[name], **changes) for name in options.models]
