@@ -244,6 +244,7 @@ class Reading:
 
     @staticmethod
     def of(rows: list[Row], *, packed: bool) -> "Reading":
+        """The micro-batch of these rows."""
         batch = collate(rows, pad_id=0, packed=packed)
         index = torch.arange(batch.input_ids.numel()).view_as(batch.input_ids)
         packing = None
