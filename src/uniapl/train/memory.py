@@ -114,12 +114,7 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
     passes: dict[str, int] = {}
     largest, compared = _readings(config, materials)
     counter = Counter()
-    model, backbone = _model(AutoModelForCausalLM, config.model), settings.model_name_or_path
-    if config.model.lora_r is not None:
-        add_adapter(model, config.model, seed=config.seed)
-    trunk = model.base_model
-    if objective.lambda_adv > 0 and settings.kind != "remote" and backbone is not None:
-        trunk = _model(AutoModel, ModelConfig(model_name_or_path=backbone))
+    model, trunk = _models(config)
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.device(device):
         _take_memory(model, device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -150,10 +145,10 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 passes["rollout"] = _rollout(counter, model, config, materials)
         if objective.lambda_adv > 0 and settings.kind != "remote":
-            if backbone is not None:
+            if trunk is not model.base_model:
                 _take_memory(trunk, device)
             learns = settings.kind == "bradley-terry" and settings.lora_rank is None
-            if learns or backbone is not None:
+            if learns or trunk is not model.base_model:
                 # The policy's adapter is merged into a copy of it.
                 weights = sum(p.nbytes for name, p in trunk.named_parameters() if ".lora_" not in name)
                 stays["discriminator"] = weights * (1 + MOMENTS * learns)
@@ -162,6 +157,18 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     passes["discriminator"] = counter.taken_by(lambda: _discriminate(trunk, compared))
     return MemoryEstimate(device=device.type, available=_available(device), stays=stays, passes=passes)
+
+
+def _models(config: Config) -> tuple[Any, Any]:
+    """The policy, and the trunk of what judges it: the policy's own, or another model's."""
+    model = _model(AutoModelForCausalLM, config.model)
+    if config.model.lora_r is not None:
+        add_adapter(model, config.model, seed=config.seed)
+    settings = config.discriminator
+    judged = config.objective.lambda_adv > 0 and settings.kind != "remote"
+    if settings.model_name_or_path is None or not judged:
+        return model, model.base_model
+    return model, _model(AutoModel, ModelConfig(model_name_or_path=settings.model_name_or_path))
 
 
 def _model(load: Any, config: ModelConfig) -> Any:
@@ -237,6 +244,7 @@ class Reading:
 
     @staticmethod
     def of(rows: list[Row], *, packed: bool) -> "Reading":
+        """The micro-batch of these rows."""
         batch = collate(rows, pad_id=0, packed=packed)
         index = torch.arange(batch.input_ids.numel()).view_as(batch.input_ids)
         packing = None
