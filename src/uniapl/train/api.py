@@ -99,12 +99,16 @@ def train_resolved(
         with_suites=config.eval_steps > 0,
     )
     accelerator = make_accelerator(config)
-    if sharding.shards_weights(accelerator):
+    if sharding.shards_weights():
         for stage in stages:
             sharding.check_stage(stage.config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process, show=show)
     for note in _notes(resolved, stages, materials, rows_given=train_dataset is not None):
         view.say(f"note: {note}")
+    if sharding.shards_weights():
+        view.say(
+            f"note: FSDP2: {accelerator.num_processes} processes share weights, gradients and optimizers"
+        )
     # The first process writes for all.
     alone = storage.exclusive(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
     with alone:

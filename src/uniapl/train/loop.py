@@ -214,7 +214,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         packed=stage.packing,
         device=accelerator.device,
     )
-    for _ in range(fillers(accelerator, stage.policy, len(batches))):
+    for _ in range(fillers(accelerator, len(batches))):
         batches.append(nothing_to_learn(run.materials.pad_id, device=accelerator.device))
     return MixedBatch(
         rows=rows,

@@ -38,6 +38,9 @@ def check_launch() -> None:
             "launched with DeepSpeed: use torchrun (DDP), or FSDP2, which shards as ZeRO-3 does: "
             f"accelerate launch --config_file {CONFIGURATION}"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # One process has nobody to share with.
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
     if not _asked("ACCELERATE_USE_FSDP"):
         return
     # With it transformers would load weights in the first process alone.
@@ -58,10 +61,10 @@ def _asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
-def shards_weights(accelerator: Accelerator) -> bool:
-    """Whether this run was launched to share its weights out; one process has nobody to share with."""
+def shards_weights() -> bool:
+    """Whether this run was launched to share its weights out; :func:`check_launch` has let it."""
     # Not the accelerator's distributed_type: on CPUs it does not say so.
-    return _asked("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1
+    return _asked("ACCELERATE_USE_FSDP")
 
 
 def check_stage(config: Config) -> None:
@@ -86,7 +89,7 @@ def prepare(
     accelerator: Accelerator, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
 ) -> tuple[nn.Module, Optimizer]:
     """What learns, and its optimizer: the module itself, wrapped for DDP, or its sharded twin."""
-    if not shards_weights(accelerator):
+    if not shards_weights():
         return accelerator.prepare(module, make_optimizer(_trained(module)))
     shards = shard(accelerator, copy.deepcopy(module))
     return shards, make_optimizer(_trained(shards))
@@ -189,14 +192,14 @@ def _kept(value: Any, keep: bool) -> Any:
     return everything.cpu() if keep else None
 
 
-def fillers(accelerator: Accelerator, module: nn.Module, count: int) -> int:
+def fillers(accelerator: Accelerator, count: int) -> int:
     """How many backward passes without a loss this process adds to its `count` of an update.
 
     DDP exchanges gradients in the last one. Shards are exchanged in every one: all processes need as many.
     """
     if accelerator.num_processes == 1:
         return 0
-    return max(1, *gather_object([count])) - count if is_sharded(module) else 1
+    return max(1, *gather_object([count])) - count if shards_weights() else 1
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -149,16 +149,18 @@ def measure_forces(
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         gradients[name] = torch.cat([local(part).flatten().float() for part in parts])
         policy.zero_grad()
-    pairs = itertools.combinations_with_replacement(gradients, 2)
-    dots = {f"{one}_{other}": gradients[one] @ gradients[other] for one, other in pairs}
+    pairs = [*itertools.combinations(gradients, 2)]
+    products = {f"{one}_{other}": gradients[one] @ gradients[other] for one, other in pairs}
+    # Squared in fp64, where nothing is lost by it.
+    products |= {name: gradient.norm().double() ** 2 for name, gradient in gradients.items()}
     # With shards every process has a part of each gradient, without them all of it.
-    shared = is_sharded(policy) and dots
-    products = reduce_sums(accelerator, dots) if shared else {k: float(v) for k, v in dots.items()}
-    norms = {name: math.sqrt(products[f"{name}_{name}"]) for name in gradients}
+    shared = is_sharded(policy) and bool(products)
+    sums = reduce_sums(accelerator, products) if shared else {k: float(v) for k, v in products.items()}
+    norms = {name: math.sqrt(sums[name]) for name in gradients}
     measured = {f"grad_norm/{name}": norm for name, norm in norms.items()}
-    for one, other in itertools.combinations(gradients, 2):
+    for one, other in pairs:
         if norms[one] and norms[other]:
-            measured[f"grad_cosine/{one}_{other}"] = products[f"{one}_{other}"] / (norms[one] * norms[other])
+            measured[f"grad_cosine/{one}_{other}"] = sums[f"{one}_{other}"] / (norms[one] * norms[other])
     return measured
 
 
@@ -194,7 +196,7 @@ def discriminator_step(
 
     optimizer.zero_grad()
     computations = [*discriminator.losses(share, module, max_tokens=max_tokens)]
-    for _ in range(fillers(accelerator, module, len(computations))):
+    for _ in range(fillers(accelerator, len(computations))):
         computations += discriminator.losses([], module)
     losses = (lambda c=c: loss_of(c) for c in computations)
     accumulate_gradients(accelerator, module, losses)
