@@ -13,10 +13,7 @@ from safetensors.torch import load_file
 
 from runs import lines, recipe, timeless, train
 from tiny import save_model
-from uniapl.errors import UniAPLError, UsageError
-from uniapl.resolve import resolve
-from uniapl.train import checkpoint, sharding
-from uniapl.train.policy import Policy
+from uniapl.train import checkpoint
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` tells the processes of an FSDP2 configuration."""
@@ -64,26 +61,6 @@ def _train_all(folder: Path, launch: dict[str, str], recipes: Sequence[dict[str,
         train(values)
 
 
-def _train_without_memory(folder: Path) -> None:
-    """The second process has no memory for an update; what each process says of it is left in a file."""
-    os.environ |= FSDP2
-    rank = os.environ["RANK"]
-    forward = Policy.forward
-
-    def full(self: Policy, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, *args)
-
-    if rank == "1":
-        Policy.forward = full
-    try:
-        train(ten_steps(folder / "model", folder / "run", "grpo"))
-    except UniAPLError as error:
-        (folder / rank).write_text(str(error))
-        raise
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and both methods' runs on one process."""
@@ -94,10 +71,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_close(got: Path, expected: Path, first: int = 1) -> None:
-    """The same steps from `first` on, and the same model; both run directories hold ten steps."""
-    mine, theirs = (timeless(lines(path / "metrics.jsonl"))[-11 + first :] for path in (got, expected))
-    assert [record["step"] for record in mine] == list(range(first, 11))
+def halfway(model: Path, run: Path, copy: Path) -> dict[str, Any]:
+    """The recipe that goes on, in a copy of a run, from its checkpoint in the middle."""
+    shutil.copytree(run, copy)
+    return ten_steps(model, copy, "uniapl", resume=str(checkpoint.checkpoint_path(copy, 5)))
+
+
+def assert_close(got: Path, expected: Path) -> None:
+    """The same ten steps, and the same tensors in the last checkpoint."""
+    mine, theirs = (timeless(lines(path / "metrics.jsonl")) for path in (got, expected))
+    assert [record["step"] for record in mine] == list(range(1, 11))
     for one, other in zip(mine, theirs, strict=True):
         assert one.keys() == other.keys()
         assert one["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5)
@@ -123,15 +106,13 @@ def test_a_run_does_not_depend_on_the_number_of_processes(
     """From its beginning, from the checkpoint of one process, and on one process from theirs."""
     model = alone / "model"
     recipes = [ten_steps(model, tmp_path / method, method) for method in METHODS]
-    middle = str(checkpoint.checkpoint_path(alone / "uniapl", 5))
-    recipes.append(ten_steps(model, tmp_path / "from one", "uniapl", resume=middle))
+    recipes.append(halfway(model, alone / "uniapl", tmp_path / "from one"))
     assert processes(world, _train_all, tmp_path, launch, recipes) == [0] * world
     for method in METHODS:
         assert_close(tmp_path / method, alone / method)
-    assert_close(tmp_path / "from one", alone / "uniapl", first=6)
-    middle = str(checkpoint.checkpoint_path(tmp_path / "uniapl", 5))
-    train(ten_steps(model, tmp_path / "on one", "uniapl", resume=middle))
-    assert_close(tmp_path / "on one", alone / "uniapl", first=6)
+    assert_close(tmp_path / "from one", alone / "uniapl")
+    train(halfway(model, tmp_path / "uniapl", tmp_path / "on one"))
+    assert_close(tmp_path / "on one", alone / "uniapl")
 
 
 def test_stages_with_shards(alone: Path, tmp_path: Path) -> None:
@@ -143,41 +124,3 @@ def test_stages_with_shards(alone: Path, tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
-
-
-def test_shards_without_memory_end_the_run(alone: Path, tmp_path: Path) -> None:
-    """A process that does not fit cannot catch up with the others: none of them waits for it for ever."""
-    shutil.copytree(alone / "model", tmp_path / "model")
-    assert 0 not in processes(2, _train_without_memory, tmp_path)
-    assert "batching.max_tokens" in (tmp_path / "1").read_text()
-
-
-@pytest.mark.parametrize(
-    ("environment", "said"),
-    [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2, which shards as ZeRO-3 does"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "set fsdp_version to 2"),
-        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
-        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "optim.gradient_checkpointing"),
-    ],
-)
-def test_launches_that_are_refused(
-    environment: dict[str, str], said: str, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before anything is written."""
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=said):
-        train(ten_steps(alone / "model", tmp_path / "run", "grpo"))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("key", ["model.lora_r", "discriminator.lora_rank"])
-def test_adapters_are_refused_with_shards(key: str) -> None:
-    section, name = key.split(".")
-    config = resolve({"model": {"model_name_or_path": "m"}, "output_dir": "o"}).config
-    sharding.check_stage(config)
-    changed = config.model_copy(update={section: getattr(config, section).model_copy(update={name: 4})})
-    with pytest.raises(UsageError, match=key):
-        sharding.check_stage(changed)

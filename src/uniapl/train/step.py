@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
+from uniapl.errors import UniAPLError
 from uniapl.functional import (
     clip_fractions,
     clipped_surrogate,
@@ -222,11 +223,10 @@ def accumulate_gradients(
 
     Raises:
         OutOfMemoryError: A loss did not fit in the memory of some process; the gradients are worth nothing.
-            Not with shards: a process that falls out of step there cannot join the others again.
+        UniAPLError: The same with shards: a process that falls out of step there cannot join the others again.
     """
     if is_sharded(module):
-        for compute in losses:
-            accelerator.backward(compute() * accelerator.num_processes)
+        _accumulate_on_shards(accelerator, losses)
         return
     *those_before, last = losses
     full = False
@@ -249,6 +249,19 @@ def accumulate_gradients(
         module.zero_grad()
         clear_device_cache(garbage_collection=True)
         raise OutOfMemoryError
+
+
+def _accumulate_on_shards(accelerator: Accelerator, losses: Iterable[Callable[[], Tensor]]) -> None:
+    try:
+        for compute in losses:
+            accelerator.backward(compute() * accelerator.num_processes)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise UniAPLError(
+            f"out of memory in an update: {error}. With FSDP2 micro-batches are not cut by themselves: lower "
+            "batching.max_tokens; --resume auto goes on from the last checkpoint"
+        ) from error
 
 
 def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[str, float]:

@@ -14,10 +14,8 @@ OUT_OF_MEMORY = {
     "rollout": "rollout.max_rows or rollout.max_completion_length",
     "score": "batching.max_tokens",
     "evaluate": "rollout.max_rows or evaluation.max_completion_length",
-    "update": "batching.max_tokens",
-    "discriminator": "batching.max_tokens",
 }
-"""Phase -> what to lower where it does not fit; an update without shards cuts itself smaller first."""
+"""Phase -> what to lower where it does not fit; an update cuts itself smaller before it gives up."""
 
 
 @contextlib.contextmanager
