@@ -223,7 +223,7 @@ def accumulate_gradients(
 
     Raises:
         OutOfMemoryError: A loss did not fit in the memory of some process; the gradients are worth nothing.
-        UniAPLError: The same with shards: a process that falls out of step there cannot join the others again.
+        UniAPLError: The same with shards: a process that falls out of step cannot join the others again.
     """
     if is_sharded(module):
         _accumulate_on_shards(accelerator, losses)
