@@ -1,4 +1,4 @@
-"""Runs under FSDP2, on CPUs: the result is a single process's, and checkpoints do not tell who wrote them."""
+"""Runs by `accelerate launch` with the profiles of recipes/accelerate, on CPUs; see test_processes.py too."""
 
 import shutil
 from pathlib import Path
@@ -13,15 +13,6 @@ from tiny import save_model
 from uniapl import cli
 from uniapl.train import checkpoint
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "grpo": {"objective": {"beta": 0.05}},
-    "uniapl": {
-        "objective": {"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 8, "reference_step": 2},
-        "optim": {"learning_rate": 3e-3, "gradient_checkpointing": True},
-        "gradient_steps": 2,
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,12 +23,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of uniapl, and its ten steps: on one process, "one"; shared out to two, "two"."""
     folder = tmp_path_factory.mktemp("uniapl")
-    run_both(folder, model_dir, "uniapl")
+    run_both(
+        folder,
+        model_dir,
+        method="uniapl",
+        objective={"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 8, "reference_step": 2},
+        optim={"learning_rate": 3e-3, "gradient_checkpointing": True},
+        gradient_steps=2,
+    )
     return folder
 
 
-def run_both(folder: Path, model_dir: Path, method: str) -> None:
-    path = write_recipe(folder, model_dir, method=method, max_steps=10, save_steps=5, **SETTINGS[method])
+def run_both(folder: Path, model_dir: Path, **settings: Any) -> None:
+    path = write_recipe(folder, model_dir, max_steps=10, save_steps=5, **settings)
     assert cli.run(["train", str(path), "--output-dir", str(folder / "one")]) == 0
     words = ["-m", "uniapl.cli", "train", str(path), "--output-dir", str(folder / "two")]
     ended = run_processes("fsdp2", 2, *words)
@@ -70,27 +68,26 @@ def test_uniapl_on_shards(sharded: Path) -> None:
     assert_close_runs(sharded / "two", sharded / "one")
 
 
-def test_grpo_on_shards(model_dir: Path, tmp_path: Path) -> None:
-    run_both(tmp_path, model_dir, "grpo")
+def test_a_frozen_discriminator_reads_the_sharded_policy(model_dir: Path, tmp_path: Path) -> None:
+    """Of density-ratio: a model of the expert against the policy as it is now."""
+    expert = save_model(tmp_path / "expert", seed=7)
+    adversary = {"kind": "density-ratio", "model_name_or_path": str(expert), "against": "policy"}
+    run_both(tmp_path, model_dir, method="a-grpo", discriminator=adversary)
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize(
-    ("begun", "profile", "processes"), [("two", None, 1), ("two", "multi_gpu", 2), ("one", "fsdp2", 4)]
-)
-def test_a_checkpoint_is_continued_otherwise(
-    begun: str, profile: str | None, processes: int, sharded: Path, tmp_path: Path
-) -> None:
-    """From step 5: alone or by DDP what shards have begun, on shards what one process has begun."""
+@pytest.mark.parametrize("profile", [None, "multi_gpu"])
+def test_shards_checkpoint_is_continued_otherwise(profile: str | None, sharded: Path, tmp_path: Path) -> None:
+    """From step 5, alone or by DDP."""
     run = tmp_path / "run"
-    shutil.copytree(sharded / begun, run)
+    shutil.copytree(sharded / "two", run)
     shutil.rmtree(run / "final")
     words = ["train", str(sharded / "recipe.yaml"), "--output-dir", str(run)]
     words += ["--resume", str(checkpoint.checkpoint_path(run, 5))]
     if profile is None:
         assert cli.run(words) == 0
     else:
-        ended = run_processes(profile, processes, "-m", "uniapl.cli", *words)
+        ended = run_processes(profile, 2, "-m", "uniapl.cli", *words)
         assert ended.returncode == 0, ended.stderr
     assert_close_runs(run, sharded / "one")
 
