@@ -1,6 +1,9 @@
 """Small runs: a recipe on a tiny model, a reward, a way to die half-way, and what the run wrote."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,28 @@ def run_until(step: int, values: dict[str, Any], **settings: Any) -> None:
     values = values | {"rewards": {"timeout": None}}
     with pytest.raises(Killed):
         train(values, reward_functions=[deadly], **settings)
+
+
+PROFILES = Path(__file__).parents[1] / "recipes" / "accelerate"
+"""Configurations for `accelerate launch`."""
+
+
+def launcher(profile: str, processes: int) -> list[str]:
+    """What starts a Python program in several processes; its path and arguments follow."""
+    config = ["--config_file", str(PROFILES / f"{profile}.yaml")]
+    start = [sys.executable, "-m", "accelerate.commands.launch", *config]
+    return [*start, "--num_processes", str(processes), "--main_process_port", "0"]
+
+
+def run_processes(profile: str, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """A Python program in several processes, to its end."""
+    return subprocess.run(
+        [*launcher(profile, processes), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def write_recipe(

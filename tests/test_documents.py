@@ -71,6 +71,7 @@ EXEMPT = {
     "uniapl report runs/primes --figures": "half a minute of matplotlib; tests/test_report.py draws them",
     "uniapl report runs/before": "a comparison's page; tests/compare writes one",
     "uniapl evaluate runs/primes/final --lm-eval-tasks": "benchmarks of the Hub",
+    "accelerate launch": "several processes; tests/integration/test_sharding.py has two",
     "torchrun": "several processes; tests/integration/test_train.py has two",
     "uniapl check recipes/qwen3": "Qwen's shape; tests/test_recipes.py checks all of them",
     "uniapl train recipes/qwen3": "a GPU",
@@ -213,6 +214,8 @@ def test_what_is_exempt_names_targets_extras_flags_and_recipes_that_exist() -> N
                 assert extra in extras, line
         elif line.startswith("uniapl demo"):
             resolve(RECIPE, words[2:])
+        elif line.startswith("accelerate launch"):
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file(), line
         elif any(word.startswith("recipes/") for word in words):
             at = next(index for index, word in enumerate(words) if word.startswith("recipes/"))
             resolve(load_recipe(ROOT / words[at]), words[at + 1 :])

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import uniapl
-from runs import lines, recipe, run_until, timeless, train, write_recipe
+from runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
 from tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.discriminator.bradley_terry import BradleyTerry
@@ -328,14 +327,13 @@ def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_stops_all_processes_at_the_same_step(model_dir: Path, tmp_path: Path) -> None:
-    """Two processes under torchrun: the checkpoint is that of the last step written, and the run goes on."""
+@pytest.mark.parametrize("profile", ["multi_gpu", "fsdp2"])
+def test_a_signal_stops_all_processes_at_the_same_step(profile: str, model_dir: Path, tmp_path: Path) -> None:
+    """Two processes: the checkpoint is that of the last step written, and the run goes on."""
     path = write_recipe(tmp_path, model_dir, max_steps=400, save_steps=400)
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*launcher, "-m", "uniapl.cli", "train", str(path)],
+        [*launcher(profile, 2), "-m", "uniapl.cli", "train", str(path)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

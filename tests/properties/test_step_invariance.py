@@ -18,6 +18,7 @@ from uniapl import methods
 from uniapl.batching import Row, collate, component_counts, halves, micro_batches, nothing_to_learn
 from uniapl.functional.losses import TokenWeight
 from uniapl.train.policy import Policy
+from uniapl.train.sharding import fillers, full, is_sharded, shard, shards_weights
 from uniapl.train.step import OutOfMemoryError, PolicyStep, measure_forces, policy_step
 from uniapl.types import MicroBatch
 
@@ -28,7 +29,7 @@ class KeepGradients(torch.optim.SGD):
     """An optimizer that keeps the gradient of its step and changes nothing."""
 
     def step(self, closure: Any = None) -> None:
-        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        self.gradients = [full(p.grad).clone() for group in self.param_groups for p in group["params"]]
 
 
 def step(
@@ -45,8 +46,9 @@ def step(
     """One policy step on all components, with a reference; its result and the gradient of every parameter."""
     accelerator = accelerator or Accelerator(cpu=True)
     inner = Policy(make_model(family))
-    optimizer = KeepGradients(inner.parameters(), lr=1.0)
-    policy = accelerator.prepare_model(inner)
+    policy = shard(accelerator, inner) if shards_weights() else accelerator.prepare_model(inner)
+    assert is_sharded(policy) == shards_weights()
+    optimizer = KeepGradients(policy.parameters(), lr=1.0)
     result = policy_step(
         accelerator,
         policy,
@@ -318,11 +320,12 @@ def test_every_method_may_be_cut_and_padded(method: str) -> None:
     assert_same(step(cut, rows, weights=weights, token_weight=token_weight), expected)
 
 
-def _one_process(rank: int, world: int, folder: Path, full: int | None) -> None:
+def _one_process(rank: int, world: int, folder: Path, small_one: int | None, sharded: bool) -> None:
     """Run every method's step on this process's rows; the first process saves what it got.
 
     Args:
-        full: The process whose memory holds two rows and no more.
+        small_one: The process whose memory holds two rows and no more.
+        sharded: The weights are shared out, by FSDP2.
     """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -332,6 +335,7 @@ def _one_process(rank: int, world: int, folder: Path, full: int | None) -> None:
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"ACCELERATE_USE_FSDP": str(sharded), "FSDP_VERSION": "2"}
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
     assert accelerator.num_processes == world
@@ -339,7 +343,7 @@ def _one_process(rank: int, world: int, folder: Path, full: int | None) -> None:
     share = rows[rank::world]
     # Unequal numbers of micro-batches: 2 rows in each on the first process, all in one on the others.
     batches = micro_batches(share, pad_id=0, max_tokens=10_000, max_rows=2 if rank == 0 else None)
-    batches.append(nothing_to_learn(0))
+    batches += [nothing_to_learn(0)] * fillers(accelerator, len(batches))
     forward = Policy.forward
 
     def small(self: Policy, input_ids: torch.Tensor, *args: Any) -> Any:
@@ -347,17 +351,17 @@ def _one_process(rank: int, world: int, folder: Path, full: int | None) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, input_ids, *args)
 
-    if rank == full:
+    if rank == small_one:
         Policy.forward = small
     results: dict[str, Any] = {}
     for method, (weights, token_weight) in METHODS.items():
         settings: dict[str, Any] = {"weights": weights, "token_weight": token_weight}
-        if full is not None:
+        if small_one is not None:
             with pytest.raises(OutOfMemoryError):
                 step(batches, rows, accelerator=accelerator, **settings)
             batches = [half for batch in batches for half in halves(batch)]
             batches = [half for batch in batches for half in halves(batch)]
-            full = None
+            small_one = None
         result, gradients = step(batches, rows, accelerator=accelerator, **settings)
         results[method] = (result.sums, result.grad_norm, gradients)
     if rank == 0:
@@ -365,12 +369,15 @@ def _one_process(rank: int, world: int, folder: Path, full: int | None) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "full"), [(2, 1), (4, None)])
-def test_processes(world: int, full: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "small_one", "sharded"), [(2, 1, False), (4, None, False), (2, None, True), (4, None, True)]
+)
+def test_processes(world: int, small_one: int | None, sharded: bool, tmp_path: Path) -> None:
     """Every method; also when one of the processes has to cut its micro-batches, and with it the other."""
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_one_process, args=(rank, world, tmp_path, full)) for rank in range(world)
+        context.Process(target=_one_process, args=(rank, world, tmp_path, small_one, sharded))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()

@@ -1,6 +1,7 @@
 """The discriminator of a stage with everything that its training needs: optimizer, replay, cadence."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.loading import check_vocabulary, from_pretrained, load_model
 from uniapl.packing import can_pack
-from uniapl.train import checkpoint
+from uniapl.train import checkpoint, sharding
 from uniapl.train.policy import Policy
 from uniapl.train.reference import reference_at_start
 from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.step import OutOfMemoryError, discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
+
+DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
+"""Files of a checkpoint, without their endings, as in `stage`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class Learner:
 
     discriminator: BradleyTerryDiscriminator
     module: nn.Module
-    """The discriminator's module, wrapped for several processes."""
+    """The discriminator's module, wrapped for several processes, or its sharded twin."""
     optimizer: Optimizer
     replay: Replay
 
@@ -143,24 +147,36 @@ class Adversary:
             total = sum(len(c.sequences) for c in comparisons) * smallest
             self.state.max_tokens = min(limit, total) // 2
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """The discriminator with its weights, where it is sharded; all processes enter and leave together."""
+        if self.learner is None:
+            yield
+            return
+        with sharding.whole(self.learner.discriminator.module, self.learner.module):
+            yield
+
     def save(self, directory: Path) -> dict[str, Any]:
-        """Write its tensors below `directory`; return the rest, as JSON values."""
+        """Write its weights below `directory`; return the rest, as JSON values."""
         if self.learner is None:
             return {"adversary": asdict(self.state)}
         checkpoint.save_module(self.learner.discriminator.module, directory / "discriminator.safetensors")
-        checkpoint.save_optimizer(self.learner.optimizer, directory / "discriminator_optimizer")
         return {"adversary": asdict(self.state), "replay": self.learner.replay.state()}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """The inverse of :meth:`save`."""
         vars(self.state).update(state["adversary"])
         if self.learner is not None:
-            checkpoint.load_module(self.learner.discriminator.module, directory / "discriminator.safetensors")
-            checkpoint.load_optimizer(self.learner.optimizer, directory / "discriminator_optimizer")
+            module = self.learner.discriminator.module
+            with self.whole():
+                checkpoint.load_module(module, directory / "discriminator.safetensors")
+                sharding.scatter(module, self.learner.module)
+                embeddings: Any = module.trunk.get_input_embeddings()
+                known = embeddings.weight.shape[0]
+            checkpoint.load_optimizer(self.learner.optimizer, directory / DISCRIMINATOR_OPTIMIZER)
             self.learner.replay.load(state["replay"])
-            embeddings: Any = self.learner.discriminator.module.trunk.get_input_embeddings()
             every = [ids for item in self.learner.replay.items for pair in item.sequences for ids in pair]
-            if any(max(ids, default=0) >= embeddings.weight.shape[0] for ids in every):
+            if any(max(ids, default=0) >= known for ids in every):
                 raise UsageError(f"checkpoint '{directory}' cannot be used: its replay holds unknown tokens")
 
 
@@ -257,10 +273,14 @@ def _build_learner(
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    optimizer = AdamW(
-        module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    wrapped, optimizer = sharding.prepare(
+        accelerator,
+        module,
+        lambda parameters: AdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        ),
     )
-    wrapped, prepared = accelerator.prepare(module, optimizer)
+    sharding.release(module, wrapped)
     return Learner(
         discriminator=BradleyTerryDiscriminator(
             module=module,
@@ -272,6 +292,6 @@ def _build_learner(
             autocast=accelerator.autocast,
         ),
         module=wrapped,
-        optimizer=prepared,
+        optimizer=optimizer,
         replay=Replay(settings.replay_size),
     )

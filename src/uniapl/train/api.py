@@ -22,7 +22,7 @@ from uniapl.config import Config
 from uniapl.errors import UsageError
 from uniapl.loading import check_vocabulary, load_policy
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
-from uniapl.train import checkpoint, setup, storage
+from uniapl.train import checkpoint, setup, sharding, storage
 from uniapl.train.console import RunView, Show
 from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
@@ -99,9 +99,16 @@ def train_resolved(
         with_suites=config.eval_steps > 0,
     )
     accelerator = make_accelerator(config)
+    if sharding.shards_weights():
+        for stage in stages:
+            sharding.check_stage(stage.config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process, show=show)
     for note in _notes(resolved, stages, materials, rows_given=train_dataset is not None):
         view.say(f"note: {note}")
+    if sharding.shards_weights():
+        view.say(
+            f"note: FSDP2: {accelerator.num_processes} processes share weights, gradients and optimizers"
+        )
     # The first process writes for all.
     alone = storage.exclusive(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
     with alone:
@@ -155,6 +162,7 @@ def _train_in_directory(
         for index in range(first + 1, len(stages)):
             save_model(run, stage, directory / "stages" / str(index))
             # The old stage's optimizer and discriminator go before the next one's come.
+            sharding.gather(model, stage.policy)
             stage = None
             accelerator.free_memory()
             stage = build(index)
@@ -213,6 +221,7 @@ def make_accelerator(config: Config) -> Accelerator:
     # accelerate keeps the first run's precision for the whole process; the next run may want another.
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    sharding.check_launch()
     accelerator = Accelerator(
         cpu=device is None or device.type == "mps",
         mixed_precision="bf16" if bf16 else "no",
@@ -227,11 +236,16 @@ def make_accelerator(config: Config) -> Accelerator:
     )
     # Every update is one optimizer step: accelerate must not divide, whatever its environment variables say.
     accelerator.gradient_accumulation_steps = 1
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    supported = (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+        DistributedType.FSDP,
+    )
     if accelerator.distributed_type not in supported:
         raise UsageError(
-            f"launched with {accelerator.distributed_type.value}: this version trains on one process or with "
-            "DDP; use torchrun, or an accelerate configuration without FSDP and DeepSpeed"
+            f"launched with {accelerator.distributed_type.value}: this version trains on one process, with "
+            "DDP or with FSDP2; use torchrun, or a configuration of recipes/accelerate"
         )
     set_seed(config.seed)
     return accelerator

@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from uniapl.errors import UsageError
+from uniapl.train.sharding import like
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -188,12 +189,11 @@ def load_module(module: nn.Module, path: Path) -> None:
     module.load_state_dict(load_file(path))
 
 
-def save_optimizer(optimizer: Optimizer, stem: Path) -> None:
-    """An optimizer's state as `stem`.safetensors and `stem`.json: no pickle.
+def save_optimizer(state: dict[str, Any], stem: Path) -> None:
+    """An optimizer's state, of whole tensors, as `stem`.safetensors and `stem`.json: no pickle.
 
     Its settings are left out: they are the configuration's, also when that has changed at a resume.
     """
-    state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, values in state["state"].items():
@@ -207,12 +207,16 @@ def save_optimizer(optimizer: Optimizer, stem: Path) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
-    """The inverse of :func:`save_optimizer`."""
+    """The inverse of :func:`save_optimizer`; every process takes its part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scalars = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
     values = {**load_file(stem.with_suffix(".safetensors")), **scalars}
     for key, value in values.items():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            value = like(value, parameter)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -22,6 +22,7 @@ from uniapl.train.credit import Credit, assign_credit, failed_prompts, rollout_r
 from uniapl.train.fitting import within_memory
 from uniapl.train.recompute import recomputed
 from uniapl.train.run import Run, finish_step
+from uniapl.train.sharding import fillers
 from uniapl.train.stage import Stage
 from uniapl.train.step import PolicyStep, measure_forces, policy_step
 from uniapl.train.watch import check_health, save_skipped, warn
@@ -116,12 +117,13 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
         return []
     prompts = stream.take(stage.config.batching.prompts_per_step)
     slots = range(len(prompts))[run.accelerator.process_index :: run.accelerator.num_processes]
-    rollouts = stage.sampler.sample(
-        [prompts[slot].prompt_ids for slot in slots],
-        seeds=[derive_seed(run.config.seed, "rollout", run.step, slot) for slot in slots],
-        num_generations=stage.config.rollout.num_generations,
-        policy_version=run.step,
-    )
+    with stage.whole_policy():
+        rollouts = stage.sampler.sample(
+            [prompts[slot].prompt_ids for slot in slots],
+            seeds=[derive_seed(run.config.seed, "rollout", run.step, slot) for slot in slots],
+            num_generations=stage.config.rollout.num_generations,
+            policy_version=run.step,
+        )
     decode = run.materials.tokenizer.decode
     return [
         RolloutGroup(
@@ -162,7 +164,10 @@ def judge(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Rollou
     if stage.adversary is None:
         return list(groups)
     share = groups[run.accelerator.process_index :: run.accelerator.num_processes]
-    logits = _gather(run.accelerator, stage.adversary.judge(share))
+    # A frozen one may read the policy.
+    with stage.adversary.whole() if stage.adversary.learner else stage.whole_policy():
+        scored = stage.adversary.judge(share)
+    logits = _gather(run.accelerator, scored)
     judged = [
         replace(group, policy_logits=policy, expert_logit=expert)
         for group, (policy, expert) in zip(groups, logits, strict=True)
@@ -209,7 +214,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         packed=stage.packing,
         device=accelerator.device,
     )
-    if accelerator.num_processes > 1:
+    for _ in range(fillers(accelerator, len(batches))):
         batches.append(nothing_to_learn(run.materials.pad_id, device=accelerator.device))
     return MixedBatch(
         rows=rows,
@@ -227,7 +232,7 @@ def look_at_forces(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float
     every = stage.config.gradient_steps
     if not every or stage.step % every:
         return {}
-    with recomputed(stage.model, stage.config.optim.gradient_checkpointing):
+    with recomputed(stage.policy, stage.config.optim.gradient_checkpointing):
         forces, _ = within_memory(
             run,
             batch.batches,
@@ -272,7 +277,7 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
 
     batches, update = batch.batches, None
     all_applied = True
-    with recomputed(stage.model, stage.config.optim.gradient_checkpointing):
+    with recomputed(stage.policy, stage.config.optim.gradient_checkpointing):
         for _ in range(objective.num_iterations):
             update, batches = within_memory(run, batches, update.old_logprobs if update else None, step)
             all_applied &= update.applied

@@ -168,9 +168,9 @@ def finish_step(
 
     In this order: a run that dies while saving goes on from the checkpoint before and drops these lines.
     """
-    if run.evaluate is not None and run.accelerator.is_main_process:
-        with run.view.phase("evaluate"):
-            found = run.evaluate(run.step, stage.model)
+    if run.evaluate is not None:
+        with run.view.phase("evaluate"), stage.whole_policy():
+            found = run.evaluate(run.step, stage.model) if run.accelerator.is_main_process else {}
             # Numbers of NumPy and torch too: rules and JSON know Python's.
             record |= {f"eval/{k}": v.item() if hasattr(v, "item") else v for k, v in found.items()}
         heads = {k: v for k, v in found.items() if k.endswith(("/reward", "/prompt_strict"))}
@@ -247,17 +247,19 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             "data_sha256": run.materials.data_sha256,
             **{name: stream.position for name, stream in run.streams.items()},
             "kind": discriminator_kind(stage.config),
-            **stage.save(directory),
+            **stage.save(directory, optimizers),
         }
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    if run.accelerator.is_main_process:
-        if not storage.fits(run.directory, stage.checkpoint_bytes()):
-            # The newest is whole: it was read back.
-            checkpoint.prune(run.directory, 1)
-        storage.require_space(run.directory, stage.checkpoint_bytes())
-        checkpoint.write_directory(checkpoint.checkpoint_path(run.directory, run.step), fill)
-        checkpoint.prune(run.directory, run.config.save_total_limit)
+    optimizers = stage.optimizer_states(keep=run.accelerator.is_main_process)
+    with stage.whole():
+        if run.accelerator.is_main_process:
+            if not storage.fits(run.directory, stage.checkpoint_bytes()):
+                # The newest is whole: it was read back.
+                checkpoint.prune(run.directory, 1)
+            storage.require_space(run.directory, stage.checkpoint_bytes())
+            checkpoint.write_directory(checkpoint.checkpoint_path(run.directory, run.step), fill)
+            checkpoint.prune(run.directory, run.config.save_total_limit)
     run.accelerator.wait_for_everyone()
 
 
@@ -278,6 +280,7 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
         card = model_card(run.config, run.methods[: stage.index + 1], run.step, last)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
-    if run.accelerator.is_main_process:
-        checkpoint.write_directory(path, fill)
+    with stage.whole_policy():
+        if run.accelerator.is_main_process:
+            checkpoint.write_directory(path, fill)
     run.accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """What one stage trains: the policy with its optimizer, a reference, an adversary; and how it is saved."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from uniapl.functional import (
     warmup_cosine,
 )
 from uniapl.rollout import Sampler
-from uniapl.train import checkpoint, metrics
-from uniapl.train.adversary import Adversary, build_adversary
+from uniapl.train import checkpoint, metrics, sharding
+from uniapl.train.adversary import DISCRIMINATOR_OPTIMIZER, Adversary, build_adversary
 from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
 from uniapl.train.recompute import checkpointed_layers
@@ -32,6 +33,8 @@ from uniapl.train.setup import Materials, is_held_out
 from uniapl.train.stopping import Stopping
 from uniapl.types import RolloutGroup
 
+POLICY_OPTIMIZER = "policy_optimizer"
+"""Files of a checkpoint, without their endings."""
 REFERENCE = "reference.safetensors"
 """File of a checkpoint: the weights that the KL stays near, where they are not the stage's start."""
 
@@ -47,8 +50,9 @@ class Stage:
     config: Config
     index: int
     model: PreTrainedModel
-    """The language model inside `policy`: what is sampled from and saved."""
+    """The language model inside `policy`, or its twin: what is sampled from and saved."""
     policy: nn.Module
+    """What learns. Where it is sharded, `model` has weights inside :meth:`whole_policy` alone."""
     optimizer: Optimizer
     reference: Reference | None
     """What the KL term stays near; None: there is no such term, or not yet."""
@@ -151,7 +155,8 @@ class Stage:
     def set_reference(self) -> None:
         """From `reference_step` on the reference is the policy as it is then."""
         if self.later_reference is not None and self.step >= self.config.objective.reference_step:
-            self.later_reference.follow()
+            with self.whole_policy():
+                self.later_reference.follow()
             self.reference, self.later_reference = self.later_reference, None
 
     def set_learning_rate(self) -> float:
@@ -173,16 +178,40 @@ class Stage:
         if self.reference is not None and self.config.objective.reference_step > 0:
             kept += self.model_bytes()
         if self.adversary is not None and self.adversary.learner is not None:
-            kept += _bytes(self.adversary.learner.discriminator.module) * WITH_MOMENTS
+            kept += _bytes(self.adversary.learner.module) * WITH_MOMENTS
         return kept
 
     def model_bytes(self) -> int:
         """What the policy takes on the disk: all of it, or its adapter."""
-        return _bytes(self.model)
+        return _bytes(self.policy)
 
-    def save(self, directory: Path) -> dict[str, Any]:
-        """Write all tensors of the stage below `directory`; return the rest, as JSON values."""
-        checkpoint.save_optimizer(self.optimizer, directory / "policy_optimizer")
+    @contextlib.contextmanager
+    def whole_policy(self) -> Iterator[None]:
+        """`model` with its weights; all processes enter and leave together."""
+        with sharding.whole(self.model, self.policy):
+            yield
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """`model` and the discriminator with their weights; all processes enter and leave together."""
+        with self.whole_policy(), self.adversary.whole() if self.adversary else contextlib.nullcontext():
+            yield
+
+    def optimizer_states(self, *, keep: bool) -> dict[str, Any]:
+        """File of a checkpoint -> an optimizer's whole state; all processes ask together, some to keep it."""
+        optimizers = {POLICY_OPTIMIZER: self.optimizer}
+        if self.adversary is not None and self.adversary.learner is not None:
+            optimizers[DISCRIMINATOR_OPTIMIZER] = self.adversary.learner.optimizer
+        return {name: sharding.optimizer_state(o, keep=keep) for name, o in optimizers.items()}
+
+    def save(self, directory: Path, optimizers: dict[str, Any]) -> dict[str, Any]:
+        """Write all tensors of the stage below `directory`; return the rest, as JSON values.
+
+        Args:
+            optimizers: Of :meth:`optimizer_states`.
+        """
+        for name, optimizer in optimizers.items():
+            checkpoint.save_optimizer(optimizer, directory / name)
         state: dict[str, Any] = {
             "stage": self.index,
             "stage_step": self.step,
@@ -204,7 +233,7 @@ class Stage:
         # A stage that a rule ended goes on under another rule.
         if state["stop_rule"] == self.config.stop.model_dump():
             self.stopping = Stopping(**state["stopping"])
-        checkpoint.load_optimizer(self.optimizer, directory / "policy_optimizer")
+        checkpoint.load_optimizer(self.optimizer, directory / POLICY_OPTIMIZER)
         if self.later_reference is not None and (directory / REFERENCE).exists():
             self.later_reference.load(directory / REFERENCE)
             self.reference, self.later_reference = self.later_reference, None
@@ -237,29 +266,34 @@ def build_stage(
     objective, optim = config.objective, config.optim
     if optim.gradient_checkpointing:
         checkpointed_layers(model)
-    optimizer = AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
     inner = Policy(model, accelerator.autocast)
     reference = reference_at_start(inner, config.model, start) if objective.beta > 0 else None
     adversary = None
     if objective.lambda_adv > 0:
         adversary = build_adversary(config, inner, materials, accelerator, start=start)
-    policy, prepared = accelerator.prepare(inner, optimizer)
+    policy, optimizer = sharding.prepare(
+        accelerator,
+        inner,
+        lambda parameters: AdamW(
+            parameters,
+            lr=optim.learning_rate,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            weight_decay=optim.weight_decay,
+            fused=True,
+        ),
+    )
+    sampler = build_sampler(config, model, materials, accelerator)
+    sharding.release(model, policy)
     return Stage(
         config=config,
         index=index,
         model=model,
         policy=policy,
-        optimizer=prepared,
+        optimizer=optimizer,
         reference=None if objective.reference_step else reference,
         later_reference=reference if objective.reference_step else None,
         adversary=adversary,
-        sampler=build_sampler(config, model, materials, accelerator),
+        sampler=sampler,
         multiplier=Multiplier(value=objective.lambda_adv),
         packing=config.batching.packing and inner.packs,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
+from uniapl.errors import UniAPLError
 from uniapl.functional import (
     clip_fractions,
     clipped_surrogate,
@@ -22,6 +23,7 @@ from uniapl.functional import (
 )
 from uniapl.functional.losses import TokenWeight
 from uniapl.train.policy import inputs_of
+from uniapl.train.sharding import fillers, full, is_sharded, local
 from uniapl.types import MicroBatch
 
 
@@ -146,14 +148,20 @@ def measure_forces(
         accumulate_gradients(accelerator, policy, (lambda b=b: loss_of(b) for b in batches))
         trained = [p for p in policy.parameters() if p.requires_grad]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        gradients[name] = torch.cat([part.flatten().float() for part in parts])
+        gradients[name] = torch.cat([local(part).flatten().float() for part in parts])
         policy.zero_grad()
-    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+    pairs = [*itertools.combinations(gradients, 2)]
+    products = {f"{one}_{other}": gradients[one] @ gradients[other] for one, other in pairs}
+    # Squared in fp64, where nothing is lost by it.
+    products |= {name: gradient.norm().double() ** 2 for name, gradient in gradients.items()}
+    # With shards every process has a part of each gradient, without them all of it.
+    shared = is_sharded(policy) and bool(products)
+    sums = reduce_sums(accelerator, products) if shared else {k: float(v) for k, v in products.items()}
+    norms = {name: math.sqrt(sums[name]) for name in gradients}
     measured = {f"grad_norm/{name}": norm for name, norm in norms.items()}
-    for one, other in itertools.combinations(gradients, 2):
+    for one, other in pairs:
         if norms[one] and norms[other]:
-            product = float(gradients[one] @ gradients[other])
-            measured[f"grad_cosine/{one}_{other}"] = product / (norms[one] * norms[other])
+            measured[f"grad_cosine/{one}_{other}"] = sums[f"{one}_{other}"] / (norms[one] * norms[other])
     return measured
 
 
@@ -189,7 +197,7 @@ def discriminator_step(
 
     optimizer.zero_grad()
     computations = [*discriminator.losses(share, module, max_tokens=max_tokens)]
-    if accelerator.num_processes > 1:
+    for _ in range(fillers(accelerator, len(computations))):
         computations += discriminator.losses([], module)
     losses = (lambda c=c: loss_of(c) for c in computations)
     accumulate_gradients(accelerator, module, losses)
@@ -205,17 +213,21 @@ def discriminator_step(
 def accumulate_gradients(
     accelerator: Accelerator, module: nn.Module, losses: Iterable[Callable[[], Tensor]]
 ) -> None:
-    """Backward through every loss; processes exchange gradients once, in the last backward.
+    """Backward through every loss; with DDP processes exchange gradients once, in the last backward.
 
     The losses are already divided by global counts, and DDP averages over processes: hence the factor.
 
     Args:
-        losses: At least one; with several processes the last is so small that it fits in any case, so that
-            all of them meet in the exchange.
+        losses: At least one; with DDP the last is so small that it fits in any case, so that all processes
+            meet in the exchange. Shards are exchanged in every one: each process has as many.
 
     Raises:
         OutOfMemoryError: A loss did not fit in the memory of some process; the gradients are worth nothing.
+        UniAPLError: The same with shards: a process that falls out of step cannot join the others again.
     """
+    if is_sharded(module):
+        _accumulate_on_shards(accelerator, losses)
+        return
     *those_before, last = losses
     full = False
     try:
@@ -237,6 +249,19 @@ def accumulate_gradients(
         module.zero_grad()
         clear_device_cache(garbage_collection=True)
         raise OutOfMemoryError
+
+
+def _accumulate_on_shards(accelerator: Accelerator, losses: Iterable[Callable[[], Tensor]]) -> None:
+    try:
+        for compute in losses:
+            accelerator.backward(compute() * accelerator.num_processes)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise UniAPLError(
+            f"out of memory in an update: {error}. With FSDP2 micro-batches are not cut by themselves: lower "
+            "batching.max_tokens; --resume auto goes on from the last checkpoint"
+        ) from error
 
 
 def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[str, float]:
@@ -286,7 +311,7 @@ def _clip_gradient(accelerator: Accelerator, module: nn.Module, max_norm: float)
     """The norm before clipping."""
     norm = accelerator.clip_grad_norm_(module.parameters(), max_norm)
     assert norm is not None
-    return float(norm)
+    return float(full(norm))
 
 
 def _measure(
