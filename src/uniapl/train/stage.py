@@ -175,7 +175,8 @@ class Stage:
     def checkpoint_bytes(self) -> int:
         """What a checkpoint takes on the disk, but for some small files."""
         kept = self.model_bytes() * WITH_MOMENTS
-        if self.reference is not None and self.config.objective.reference_step > 0:
+        referred = self.reference or self.later_reference
+        if referred is not None and self.config.objective.reference_step > 0:
             kept += self.model_bytes()
         if self.adversary is not None and self.adversary.learner is not None:
             kept += _bytes(self.adversary.learner.module) * WITH_MOMENTS
