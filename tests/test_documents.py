@@ -71,7 +71,7 @@ EXEMPT = {
     "uniapl report runs/primes --figures": "half a minute of matplotlib; tests/test_report.py draws them",
     "uniapl report runs/before": "a comparison's page; tests/compare writes one",
     "uniapl evaluate runs/primes/final --lm-eval-tasks": "benchmarks of the Hub",
-    "accelerate launch": "several processes; tests/integration/test_sharding.py has two",
+    "accelerate launch": "several processes; tests/integration/test_sharded_runs.py has two",
     "torchrun": "several processes; tests/integration/test_train.py has two",
     "uniapl check recipes/qwen3": "Qwen's shape; tests/test_recipes.py checks all of them",
     "uniapl train recipes/qwen3": "a GPU",

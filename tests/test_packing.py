@@ -19,8 +19,9 @@ from uniapl.batching import Row, by_prompt, collate, component_counts, halves, m
 from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator, Comparison
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.packing import NAME, Packing, can_pack
+from uniapl.train.metrics import update_metrics
 from uniapl.train.policy import Policy, inputs_of
-from uniapl.train.step import policy_step
+from uniapl.train.step import PolicyStep, policy_step
 from uniapl.types import MicroBatch, Span
 
 PACKING_FAMILIES = ("qwen3", "llama", "mistral_sliding", "gemma3", "gpt2")
@@ -91,6 +92,20 @@ def test_slots_by_hand() -> None:
     packing = Packing(spans, 5, torch.device("cpu"))
     assert packing.slots.tolist() == [[0, 1, 3, 4, 0], [0, 1, 5, 6, 7], [0, 0, 2, 8, 9]]
     assert packing.tokens.tolist() == [0, 1, 12, 2, 3, 7, 8, 9, 13, 14]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_padded_queries_see_a_key(window: int | None) -> None:
+    """Not every kernel takes a query that sees none, which a short prompt has beside a long one."""
+    spans = [Span(0, 1, 2, 0), Span(0, 9, 30, 1), Span(0, 12, 30, 2)]
+    packing = Packing(spans, 30, torch.device("cpu"))
+    for block, mask in zip(packing.blocks, packing.masks(window, torch.float32), strict=True):
+        if mask is None:
+            continue
+        visible = (mask[:, 0] == 0).sum(dim=-1)
+        assert torch.all(visible >= 1)
+        span = block.query_positions + 1 if window is None else (block.query_positions + 1).clamp(max=window)
+        assert_close(visible[block.is_query], span[block.is_query])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -197,6 +212,38 @@ def test_rows_that_teach_nothing() -> None:
         gradient([collate(without, pad_id=0, packed=True)], every),
         gradient([collate(every, pad_id=0)], every),
     )
+
+
+def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
+    """Rewards all alike: no rollout is read, so none is measured; the padded path reads them all."""
+    for packing in (True, False):
+        output = tmp_path / str(packing)
+        values = recipe(
+            model_dir,
+            output,
+            method="grpo",
+            max_steps=1,
+            batching={"packing": packing},
+            objective={"beta": 0.0},
+        )
+        train(values, reward_functions=[lambda completions: [1.0] * len(completions)])
+        (record,) = lines(output / "metrics.jsonl")
+        assert record["tokens/rollout"] > 0
+        assert record["grad_norm"] == 0
+        assert (record["entropy"] is None) == packing
+
+
+def test_means_of_the_rollouts_that_were_read() -> None:
+    """Of 40 tokens 8 were read; a component's mean is over all tokens of its own."""
+    step = PolicyStep(
+        applied=True,
+        grad_norm=1.0,
+        sums={"loss": 0.5, "rl": 20.0, "measured": 8.0, "entropy": 12.0, "sampling_difference_max": 0.0},
+        old_logprobs=[],
+    )
+    metrics = update_metrics(step, {"sft": 0, "rl": 40, "adv": 0, "kl": 40}, {"sft": 0.0, "rl": 1.0})
+    assert metrics["entropy"] == 1.5
+    assert metrics["loss/rl"] == 0.5
 
 
 def test_which_models_pack() -> None:

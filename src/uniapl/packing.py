@@ -55,7 +55,7 @@ class Block:
         hidden = key > query
         if window is not None:
             hidden |= query - key >= window
-        # A padded query sees one key: -inf alone would be NaN, and NaN in the gradient of every key.
+        # A padded query sees a key: some kernels make NaN of -inf alone, in the keys' gradients too.
         hidden[..., 0] &= self.is_query
         added = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         return added.masked_fill_(hidden, float("-inf")).unsqueeze(1)
@@ -150,7 +150,7 @@ def attend(
             **options,
         )
     if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise NotImplementedError("packed attention has neither soft caps nor sinks")
+        raise ValueError("packed attention has neither soft caps nor sinks")
     # [N, H x D]: one gather per block fetches all heads of a token.
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     outputs: list[Tensor] = []

@@ -19,7 +19,11 @@ def longer(completions: list[str]) -> list[float]:
 
 
 def final_length(model_dir: Path, output: Path, method: str, **objective: Any) -> float:
-    """Sixty steps of imitation, then sixty with that reward: the mean length of the last ten steps."""
+    """Sixty steps of imitation, then seventy with that reward: the mean length of the last ten steps.
+
+    At twice this learning rate the policy outruns the discriminator on some seeds: all answers of a group
+    come to be equally long and equally rejected, and then no weight brings it back (docs/log.md).
+    """
     values = recipe(
         model_dir,
         output,
@@ -27,11 +31,16 @@ def final_length(model_dir: Path, output: Path, method: str, **objective: Any) -
         rollout={"num_generations": 8, "max_completion_length": 16},
         objective={"beta": 0.0, **objective},
         optim={"learning_rate": 3e-3, "lr_scheduler_type": "constant"},
-        discriminator={"warmup_steps": 5, "learning_rate": 3e-3, "replay_size": 64},
+        discriminator={
+            "warmup_steps": 5,
+            "learning_rate": 3e-3,
+            "updates_per_step": 4,
+            "replay_size": 64,
+        },
         batching={"prompts_per_step": 6, "demonstrations_per_step": 26, "max_tokens": 4000},
         stages=[
             {"method": "sft", "max_steps": 60},
-            {"method": method, "max_steps": 60, "optim": {"learning_rate": 1e-3}},
+            {"method": method, "max_steps": 70, "optim": {"learning_rate": 5e-4}},
         ],
     )
     train(values, train_dataset=letter_rows(26, demonstrated=range(26)), reward_functions=[longer])
