@@ -29,9 +29,13 @@ class Stream:
 
     def take(self, count: int) -> list[Example]:
         """The next `count` examples; an epoch may end in the middle."""
-        taken = [self._at(self.position + offset) for offset in range(count)] if self._examples else []
+        taken = self.peek(count)
         self.position += len(taken)
         return taken
+
+    def peek(self, count: int) -> list[Example]:
+        """What :meth:`take` would return; the position stays."""
+        return [self._at(self.position + offset) for offset in range(count)] if self._examples else []
 
     def _at(self, position: int) -> Example:
         epoch, offset = divmod(position, len(self._examples))

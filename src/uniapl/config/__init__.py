@@ -126,6 +126,21 @@ class RolloutConfig(Section):
         "token in the mean of an answer.",
     )
 
+    one_step_off: bool = Field(
+        default=False,
+        description="A vLLM server samples the next step's rollouts while this step trains, from the weights "
+        "before its update; the importance weights correct for that.",
+    )
+
+    @model_validator(mode="after")
+    def _somebody_else_samples(self) -> "RolloutConfig":
+        if self.one_step_off and (self.sampler, self.vllm_mode) != ("vllm", "server"):
+            raise ValueError(
+                "one_step_off needs sampler vllm and vllm_mode server: the trainer's own device is busy "
+                "while it trains"
+            )
+        return self
+
     @property
     def importance_cap(self) -> float | None:
         """Of the importance weights; None where sampler and trainer are the same program."""

@@ -6,8 +6,9 @@ canary, one answer of vLLM's scored by the trainer, shows that it has. Only then
 
 import shutil
 import statistics
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -97,23 +98,43 @@ class VLLMSampler:
         Raises:
             UniAPLError: vLLM is lost for good, or answers in another form or with other weights.
         """
-
-        def work() -> list[list[Answer]]:
-            return self.engine.generate(
-                prompts,
-                seeds=seeds,
-                num_generations=num_generations,
-                max_tokens=self.max_completion_length,
-                stop_ids=self.stop_ids,
+        with _remedy_named():
+            return self._with_weights(
+                policy_version, lambda: self._answers(prompts, seeds, num_generations, policy_version)
             )
 
-        try:
-            groups = self._with_weights(policy_version, work)
-            for group in groups:
-                _check_form(group, num_generations, self.max_completion_length)
-        except UniAPLError as error:
-            raise UniAPLError(f"{error}. --resume auto goes on from the last checkpoint") from error
-        return [tuple(self._rollout(ids, lps, policy_version) for ids, lps in group) for group in groups]
+    def begin(
+        self,
+        prompts: Sequence[TokenIds],
+        *,
+        seeds: Sequence[int],
+        num_generations: int,
+        policy_version: int,
+    ) -> Callable[[], list[tuple[Rollout, ...]] | None]:
+        """Send the weights, and let vLLM answer while the caller goes on.
+
+        Returns:
+            What waits for the rollouts, before which nothing else may be asked. None of it if vLLM was lost:
+            the weights that it had are no longer the policy's.
+
+        Raises:
+            UniAPLError: As :meth:`sample`, now or when the rollouts are waited for.
+        """
+        with _remedy_named():
+            self._with_weights(policy_version, lambda: None)
+        pool = ThreadPoolExecutor(1)
+        answers = pool.submit(self._answers, prompts, seeds, num_generations, policy_version)
+        pool.shutdown(wait=False)
+
+        def land() -> list[tuple[Rollout, ...]] | None:
+            try:
+                with _remedy_named():
+                    return answers.result()
+            except EngineLostError:
+                self.version = None
+                return None
+
+        return land
 
     def check(self) -> None:
         """Send weights and look at the canary, to hear before training of what cannot work.
@@ -142,6 +163,20 @@ class VLLMSampler:
                 self.version = None
                 losses.append(str(error))
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
+
+    def _answers(
+        self, prompts: Sequence[TokenIds], seeds: Sequence[int], num_generations: int, version: int
+    ) -> list[tuple[Rollout, ...]]:
+        groups = self.engine.generate(
+            prompts,
+            seeds=seeds,
+            num_generations=num_generations,
+            max_tokens=self.max_completion_length,
+            stop_ids=self.stop_ids,
+        )
+        for group in groups:
+            _check_form(group, num_generations, self.max_completion_length)
+        return [tuple(self._rollout(ids, lps, version) for ids, lps in group) for group in groups]
 
     def _send_weights(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -198,6 +233,14 @@ class VLLMSampler:
             finish_reason="stop" if ids[-1] in self.stop_ids else "length",
             policy_version=version,
         )
+
+
+@contextmanager
+def _remedy_named() -> Iterator[None]:
+    try:
+        yield
+    except UniAPLError as error:
+        raise UniAPLError(f"{error}. --resume auto goes on from the last checkpoint") from error
 
 
 def _check_form(group: Sequence[Answer], count: int, longest: int) -> None:

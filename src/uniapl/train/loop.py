@@ -26,7 +26,7 @@ from uniapl.train.sharding import fillers
 from uniapl.train.stage import Stage
 from uniapl.train.step import PolicyStep, measure_forces, policy_step
 from uniapl.train.watch import check_health, save_skipped, warn
-from uniapl.types import MicroBatch, RolloutGroup, derive_seed
+from uniapl.types import Example, MicroBatch, RolloutGroup, derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def run_stage(run: Run, stage: Stage) -> None:
             **metrics.update_metrics(update, batch.counts, batch.weights),
             "weight/lambda_adv": batch.lambda_adv,
             **forces,
-            **metrics.rollout_metrics(groups, batch.credits),
+            **metrics.rollout_metrics(groups, batch.credits, step=run.step - 1),
             **metrics.length_metrics(groups),
             **pairs,
             **constraint,
@@ -115,24 +115,34 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
     """This process's share of the step's prompts with their rollouts; nothing where no force needs them."""
     if not stage.config.objective.uses_rollouts:
         return []
-    prompts = stream.take(stage.config.batching.prompts_per_step)
-    slots = range(len(prompts))[run.accelerator.process_index :: run.accelerator.num_processes]
+    process, processes = run.accelerator.process_index, run.accelerator.num_processes
+
+    def asked(prompts: Sequence[Example], step: int) -> dict[str, Any]:
+        return {
+            "prompts": [prompt.prompt_ids for prompt in prompts[process::processes]],
+            "seeds": [
+                derive_seed(run.config.seed, "rollout", step, slot)
+                for slot in range(process, len(prompts), processes)
+            ],
+            "num_generations": stage.config.rollout.num_generations,
+            "policy_version": run.step,
+        }
+
+    count = stage.config.batching.prompts_per_step
+    prompts = stream.take(count)
     with stage.whole_policy():
-        rollouts = stage.sampler.sample(
-            [prompts[slot].prompt_ids for slot in slots],
-            seeds=[derive_seed(run.config.seed, "rollout", run.step, slot) for slot in slots],
-            num_generations=stage.config.rollout.num_generations,
-            policy_version=run.step,
-        )
+        rollouts = stage.sampler.sample(**asked(prompts, run.step))
+        if stage.ahead is not None and stage.step + 1 < stage.config.max_steps:
+            stage.ahead.begin(**asked(stream.peek(count), run.step + 1))
     decode = run.materials.tokenizer.decode
     return [
         RolloutGroup(
-            example=prompts[slot],
+            example=prompt,
             rollouts=group,
             texts=tuple(str(decode(list(r.completion_ids), skip_special_tokens=True)) for r in group),
             reward_parts={},
         )
-        for slot, group in zip(slots, rollouts, strict=True)
+        for prompt, group in zip(prompts[process::processes], rollouts, strict=True)
     ]
 
 

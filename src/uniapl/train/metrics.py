@@ -56,8 +56,13 @@ def update_metrics(
     }
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], credits: Sequence[Credit]) -> dict[str, Any]:
-    """Rewards, group outcomes, completion lengths, and how the answers look to the discriminator."""
+def rollout_metrics(
+    groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, step: int
+) -> dict[str, Any]:
+    """Rewards, group outcomes, completion lengths, and how the answers look to the discriminator.
+
+    `step`: of the weights that learn from them.
+    """
     if not groups:
         return {}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -84,6 +89,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], credits: Sequence[Credit]) -
         "completions/max_length": max(lengths),
         "completions/mean_terminated_length": _mean(ended),
         "completions/clipped_ratio": 1 - len(ended) / len(rollouts),
+        "rollout/staleness": _mean([step - rollout.policy_version for rollout in rollouts]),
     }
     if wins:
         win_rate = statistics.fmean(wins)

@@ -251,6 +251,8 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         }
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
+    if stage.ahead is not None:
+        stage.ahead.land()
     optimizers = stage.optimizer_states(keep=run.accelerator.is_main_process)
     with stage.whole():
         if run.accelerator.is_main_process:

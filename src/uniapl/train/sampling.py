@@ -1,25 +1,20 @@
 """What a stage samples with: the local sampler in every process, or vLLM."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
-from uniapl.errors import UniAPLError, UsageError
+from uniapl.errors import UsageError
 from uniapl.rollout import Sampler
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.vllm import VLLMSampler
+from uniapl.train.ahead import Ahead
+from uniapl.train.first_process import FirstProcessSampler
 from uniapl.train.setup import WEIGHTS_IN_TRANSIT, Materials
-from uniapl.types import Rollout, TokenIds
-
-Result = TypeVar("Result")
 
 
 def build_sampler(
@@ -45,7 +40,9 @@ def build_sampler(
             autocast=accelerator.autocast,
         )
     else:
-        sampler = FirstProcessSampler(_vllm(config, model, materials, accelerator), accelerator)
+        engine = _vllm(config, model, materials, accelerator)
+        speaker = FirstProcessSampler(sampler=engine, accelerator=accelerator)
+        sampler = Ahead(sampler=speaker) if rollout.one_step_off else speaker
     if config.objective.uses_rollouts:
         sampler.check()
     return sampler
@@ -88,48 +85,3 @@ def _vllm(
         stop_ids=materials.stop_ids,
         max_completion_length=rollout.max_completion_length,
     )
-
-
-@dataclass(frozen=True)
-class FirstProcessSampler:
-    """One process speaks to the engine for all: weights are sent once, and all hear of a failure."""
-
-    sampler: VLLMSampler
-    accelerator: Accelerator
-
-    def check(self) -> None:
-        """See :class:`VLLMSampler`."""
-        self._in_first_process(self.sampler.check)
-
-    def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> list[tuple[Rollout, ...]]:
-        """This process's rollouts. See :class:`Sampler`."""
-        shares = gather_object([(list(prompts), list(seeds))])
-        everywhere = self._in_first_process(
-            lambda: self.sampler.sample(
-                [prompt for share, _ in shares for prompt in share],
-                seeds=[seed for _, share in shares for seed in share],
-                num_generations=num_generations,
-                policy_version=policy_version,
-            )
-        )
-        before = sum(len(share) for share, _ in shares[: self.accelerator.process_index])
-        return everywhere[before : before + len(prompts)]
-
-    def _in_first_process(self, work: Callable[[], Result]) -> Result:
-        outcome: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome = [work()]
-            except UniAPLError as error:
-                outcome = [error]
-        (result,) = broadcast_object_list(outcome)
-        if isinstance(result, UniAPLError):
-            raise result
-        return result

@@ -24,6 +24,7 @@ from uniapl.functional import (
 from uniapl.rollout import Sampler
 from uniapl.train import checkpoint, metrics, sharding
 from uniapl.train.adversary import DISCRIMINATOR_OPTIMIZER, Adversary, build_adversary
+from uniapl.train.ahead import Ahead
 from uniapl.train.credit import failed_prompts
 from uniapl.train.policy import Policy
 from uniapl.train.recompute import checkpointed_layers
@@ -69,6 +70,11 @@ class Stage:
     tokens: int = 0
     """Tokens of completions that this stage has learnt from."""
     stopping: Stopping = field(default_factory=Stopping)
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """The sampler, where it can begin a step ahead."""
+        return self.sampler if isinstance(self.sampler, Ahead) else None
 
     @property
     def ended(self) -> bool:
@@ -225,6 +231,8 @@ class Stage:
         if self.adversary is not None:
             state |= self.adversary.save(directory)
             state["multiplier"] = asdict(self.multiplier)
+        if self.ahead is not None:
+            state["ahead"] = self.ahead.state()
         return state
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -243,6 +251,8 @@ class Stage:
             # A fixed lambda is the recipe's, whatever it was before.
             if self.config.objective.lambda_controller != "fixed":
                 self.multiplier = Multiplier(**state["multiplier"])
+        if self.ahead is not None:
+            self.ahead.load(state.get("ahead", ()))
 
 
 def _bytes(module: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -50,8 +50,25 @@ class MultiplierForm(_Form):
     integral: float | None
 
 
+class RolloutForm(_Form):
+    """Of :class:`uniapl.types.Rollout`."""
+
+    completion_ids: Ids
+    sampling_logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    policy_version: Count
+
+
+class AheadForm(_Form):
+    """Of a prompt whose rollouts :class:`uniapl.train.ahead.Ahead` has for the next step."""
+
+    prompt_ids: Ids
+    seed: Count
+    rollouts: list[RolloutForm]
+
+
 class StateForm(_Form):
-    """Of state.json; the last three are there where the stage has an adversary."""
+    """Of state.json; `ahead` is there one step off, the three before it where the stage has an adversary."""
 
     step: Count
     num_tokens: Count
@@ -72,6 +89,7 @@ class StateForm(_Form):
     adversary: AdversaryForm | None = None
     replay: list[ComparisonForm] | None = None
     multiplier: MultiplierForm | None = None
+    ahead: list[AheadForm] | None = None
 
     @model_validator(mode="after")
     def _stage_has_a_method(self) -> "StateForm":
