@@ -153,6 +153,23 @@ def test_density_ratio_by_hand() -> None:
         assert score == pytest.approx(total / len(one.completion_ids), abs=1e-4)
 
 
+def test_density_ratio_reads_padded_rows_by_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 40 tokens at once, of rows that share a prompt too."""
+    read: list[tuple[int, int]] = []
+    forward = Policy.forward
+
+    def seen(self: Policy, input_ids: torch.Tensor, *rest: Any) -> Any:
+        read.append((input_ids.numel(), len(input_ids)))
+        return forward(self, input_ids, *rest)
+
+    monkeypatch.setattr(Policy, "forward", seen)
+    same = Policy(make_model(seed=1))
+    subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=40, packed=False, device=CPU)
+    subject.score(CANDIDATES * 5)
+    assert max(rows for _, rows in read) > 1
+    assert all(tokens <= 40 or rows == 1 for tokens, rows in read)
+
+
 def test_density_ratio_of_a_model_with_itself_is_zero() -> None:
     same = Policy(make_model(seed=1))
     subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=100, packed=True, device=CPU)

@@ -180,6 +180,16 @@ def test_what_is_not_known_does_not_fit(change: Any) -> None:
     assert not fits(model)
 
 
+def test_a_window_that_the_model_does_not_keep_to() -> None:
+    """Llama reads all tokens whatever its configuration says; longer than the probe, it would not show."""
+    ignored = LlamaConfig(**SMALL, sliding_window=16)
+    assert not same_logits(model_of(ignored))
+    assert ignored.sliding_window == 16
+    kept = model_of(MistralConfig(**SMALL, sliding_window=16))
+    assert same_logits(kept)
+    assert kept.config.sliding_window == 16
+
+
 def test_what_only_the_numbers_show_is_refused() -> None:
     """A patched attention: same parts, other arithmetic. The sampler then does what the model does."""
     model: Any = model_of(FITTING["qwen3, tied, two queries a key"])

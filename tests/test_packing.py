@@ -94,6 +94,16 @@ def test_slots_by_hand() -> None:
     assert packing.tokens.tolist() == [0, 1, 12, 2, 3, 7, 8, 9, 13, 14]
 
 
+def test_a_long_prompt_does_not_widen_the_others() -> None:
+    """What attention reads, with its padding, beside what it has to read; rows of one prompt each."""
+    lengths = [(300, 40), (290, 6), *[(8, 6)] * 20, *[(9, 40)] * 3]
+    spans = [Span(0, prompt, prompt + answer, n) for n, (prompt, answer) in enumerate(lengths)]
+    packing = Packing(spans, 340, torch.device("cpu"))
+    read = sum(block.keys.numel() for block in packing.blocks)
+    needed = sum(2 * prompt + answer for prompt, answer in lengths)
+    assert read <= 1.3 * needed
+
+
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_padded_queries_see_a_key(window: int | None) -> None:
     """Not every kernel takes a query that sees none, which a short prompt has beside a long one."""
@@ -234,16 +244,26 @@ def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_means_of_the_rollouts_that_were_read() -> None:
-    """Of 40 tokens 8 were read; a component's mean is over all tokens of its own."""
+    """Of 40 tokens 8 were read; a component's mean is over all of its own."""
     step = PolicyStep(
         applied=True,
         grad_norm=1.0,
-        sums={"loss": 0.5, "rl": 20.0, "measured": 8.0, "entropy": 12.0, "sampling_difference_max": 0.0},
+        sums={
+            "loss": 0.5,
+            "rl": 20.0,
+            "adv": 0.0,
+            "sft": 0.0,
+            "measured": 8.0,
+            "entropy": 12.0,
+            "sampling_difference_max": 0.0,
+        },
         old_logprobs=[],
     )
-    metrics = update_metrics(step, {"sft": 0, "rl": 40, "adv": 0, "kl": 40}, {"sft": 0.0, "rl": 1.0})
+    counts = {"sft": 10, "rl": 40, "adv": 40, "kl": 40}
+    metrics = update_metrics(step, counts, {"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": 0.0})
     assert metrics["entropy"] == 1.5
     assert metrics["loss/rl"] == 0.5
+    assert metrics["loss/sft"] is metrics["loss/adv"] is None, "without weight nobody has read them"
 
 
 def test_which_models_pack() -> None:

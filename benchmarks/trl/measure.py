@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -71,18 +71,18 @@ def _token_flops(model: PreTrainedModel) -> tuple[float, float, float]:
 def update_work(
     model: PreTrainedModel, prompt_lengths: Sequence[int], lengths: Sequence[int]
 ) -> tuple[float, float]:
-    """FLOPs and bytes that an update cannot do without: no padding, the head for answers alone.
+    """FLOPs and bytes that an update cannot do without: each prompt once, the head for answers alone.
 
     Backward costs twice the forward. Bytes: weights twice, the gradient written and read twice, and AdamW's
     reading and writing of weights and moments.
     """
     layer, head, attention = _token_flops(model)
-    flops = 0.0
+    flops = sum(layer * length + attention * length**2 / 2 for length in prompt_lengths)
     generations = len(lengths) // len(prompt_lengths)
     for row, length in enumerate(lengths):
-        total = prompt_lengths[row // generations] + length
-        flops += 3 * (layer * total + head * length + attention * total**2 / 2)
-    return flops, 4.0 * 11 * sum(p.numel() for p in model.parameters())
+        contexts = length * prompt_lengths[row // generations] + length**2 / 2
+        flops += (layer + head) * length + attention * contexts
+    return 3 * flops, 4.0 * 11 * sum(p.numel() for p in model.parameters())
 
 
 def rollout_work(
@@ -115,6 +115,7 @@ def table(
     reference: str,
     work: tuple[float, float] | None,
     limits: Mapping[str, Any],
+    uncounted: Collection[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
     """One table of figures, printed and returned.
@@ -122,6 +123,7 @@ def table(
     Args:
         reference: The side that others are compared with: "times" says how many of its runs fit in theirs.
         work: FLOPs and bytes that cannot be avoided; None where nobody has counted them.
+        uncounted: Sides that do more than this work.
     """
     middle = {name: statistics.median(values) for name, values in times.items()}
     least = max(work[0] / limits["matmul_flops"], work[1] / limits["copy_bytes"]) if work else None
@@ -132,13 +134,13 @@ def table(
             "low": min(values),
             "high": max(values),
             "times": middle[name] / middle[reference],
-            "of_limit": least / middle[name] if least else None,
+            "of_limit": least / middle[name] if least and name not in uncounted else None,
         }
         for name, values in times.items()
     ]
     print(f"\n{title}: {asdict(shape)}")
     for row in rows:
-        limit = f"{row['of_limit']:7.1%} of the limit" if least else ""
+        limit = f"{row['of_limit']:7.1%} of the limit" if row["of_limit"] else ""
         print(
             f"{row['name']:>34}: {row['median']:8.3f} s ({row['low']:.3f} to {row['high']:.3f})"
             f"  {row['times']:5.2f} x {reference} {limit}",

@@ -148,6 +148,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         {side: [record["step"] for record in records] for side, records in found.items()},
         reference="uniapl, grpo",
         work=tuple(work),
+        uncounted=("uniapl, uniapl",),
         limits=limits,
         parts=parts,
     )

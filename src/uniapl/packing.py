@@ -10,7 +10,7 @@ itself, a completion to its prompt and itself. Source: our choice; the idea is P
 (arXiv 2506.05433).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from uniapl.types import Span
 
 NAME = "uniapl_packed"
 ALIKE = 0.6
-"""Completions below this share of the longest beside them attend in a call of their own (our choice)."""
+"""Prompts and completions below this share of the longest beside them attend in a call of their own (our
+choice)."""
 NOWHERE = 2**30
 """The position of a padded key: behind every query."""
 
@@ -89,7 +90,7 @@ class Packing:
         """[N]: where each slot's token lies in the flattened rows."""
         self.slots = slots.to(device)
         """[B, T]: the slot of each token; 0 for padding."""
-        blocks = [_prompt_block(spans, prompts), *_completion_blocks(spans, prompts, completions)]
+        blocks = [*_prompt_blocks(spans, prompts), *_completion_blocks(spans, prompts, completions)]
         queries = torch.cat([block.queries[block.is_query] for block in blocks])
         places = torch.cat([block.is_query.flatten() for block in blocks]).nonzero().squeeze(-1)
         self.outputs = torch.empty_like(places).scatter_(0, queries, places).to(device)
@@ -243,24 +244,38 @@ def _grid(starts: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor
     return torch.where(real, index + torch.tensor(starts).unsqueeze(-1), 0), index, real
 
 
-def _prompt_block(spans: Sequence[Span], prompts: dict[int, int]) -> Block:
+def _alike(items: Iterable[int], lengths: Mapping[int, int]) -> list[list[int]]:
+    """The items with those of like length, so that one long row does not widen all of them."""
+    buckets: list[list[int]] = []
+    for item in sorted(items, key=lambda item: lengths[item], reverse=True):
+        if not buckets or lengths[item] < ALIKE * lengths[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(item)
+    return buckets
+
+
+def _prompt_blocks(spans: Sequence[Span], prompts: dict[int, int]) -> list[Block]:
     lengths = {span.prompt: span.prompt_length for span in spans}
-    slots, index, real = _grid(list(prompts.values()), [lengths[number] for number in prompts])
-    positions = torch.where(real, index, NOWHERE)
-    return Block(queries=slots, is_query=real, query_positions=index, keys=slots, key_positions=positions)
+    blocks: list[Block] = []
+    for bucket in _alike(prompts, lengths):
+        slots, index, real = _grid(
+            [prompts[number] for number in bucket], [lengths[number] for number in bucket]
+        )
+        positions = torch.where(real, index, NOWHERE)
+        blocks.append(
+            Block(queries=slots, is_query=real, query_positions=index, keys=slots, key_positions=positions)
+        )
+    return blocks
 
 
 def _completion_blocks(
     spans: Sequence[Span], prompts: dict[int, int], completions: Sequence[int]
 ) -> list[Block]:
-    """Rows of like length together, so that one long row does not widen all of them."""
-    lengths = [span.length - span.prompt_length for span in spans]
-    order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])
+    """Rows together whose completions are alike, and what these attend to."""
+    lengths = {row: span.length - span.prompt_length for row, span in enumerate(spans)}
     buckets: list[list[int]] = []
-    for row in order:
-        if not buckets or lengths[row] < ALIKE * lengths[buckets[-1][0]]:
-            buckets.append([])
-        buckets[-1].append(row)
+    for rows in _alike((row for row, length in lengths.items() if length), lengths):
+        buckets += _alike(rows, {row: spans[row].prompt_length + lengths[rows[0]] for row in rows})
     blocks: list[Block] = []
     for rows in buckets:
         before = torch.tensor([spans[row].prompt_length for row in rows]).unsqueeze(-1)

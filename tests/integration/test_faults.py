@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import uniapl
 from runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
-from tiny import make_tokenizer, save_model
+from tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.discriminator.bradley_terry import BradleyTerry
 from uniapl.errors import UniAPLError
@@ -106,6 +106,28 @@ def test_a_second_update_that_does_not_fit_keeps_its_old_logprobs(
     monkeypatch.setattr(Policy, "forward", second_fails)
     train(recipe(model_dir, tmp_path / "small", **values))
     assert calls > 4
+    assert_close_runs(tmp_path / "small", tmp_path / "whole")
+
+
+def test_the_batch_that_does_not_fit_need_not_be_the_one_with_most_tokens(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long demonstration fits by itself, three short rows do not: they are parted, not the run ended."""
+    rows = [row | ({"completion": "a" * 60} if row.get("completion") else {}) for row in letter_rows(12)]
+    values = {"batching": {"max_tokens": 62}, "max_steps": 2}
+    train(recipe(model_dir, tmp_path / "whole", **values), train_dataset=rows)
+    forward, sizes = Policy.forward, list[tuple[int, int]]()
+
+    def few_rows(self: Any, input_ids: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            sizes.append((len(input_ids), input_ids.numel()))
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError(FULL)
+        return forward(self, input_ids, *args)
+
+    monkeypatch.setattr(Policy, "forward", few_rows)
+    train(recipe(model_dir, tmp_path / "small", **values), train_dataset=rows)
+    assert max(tokens for count, tokens in sizes if count == 1) > 62
     assert_close_runs(tmp_path / "small", tmp_path / "whole")
 
 

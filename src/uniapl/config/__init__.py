@@ -215,7 +215,8 @@ class BatchingConfig(Section):
     max_tokens: int = Field(
         default=16384,
         ge=1,
-        description="Tokens of a micro-batch at most, with padding; one row at least.",
+        description="Tokens of a micro-batch at most, one row at least: a shared prompt counts once, "
+        "padding where rows are not packed.",
     )
     packing: bool = Field(
         default=True,

@@ -157,7 +157,8 @@ class BradleyTerryDiscriminator:
     module: BradleyTerry
     pad_id: int
     max_tokens: int
-    """Padded tokens of one batch at most: one row at least when scoring, one pair in the loss."""
+    """Of one batch at most, a shared prompt once or with padding: one row at least when scoring, one pair
+    in the loss."""
     label_smoothing: float = 0.0
     context: Context = no_context
     packed: bool = False

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from uniapl.batching import Row, by_prompt, collate
+from uniapl.batching import Row, by_length, by_prompt, collate
 from uniapl.discriminator import Candidate
 
 
@@ -29,7 +29,7 @@ class DensityRatio:
     max_tokens: int
     """Of one batch at most, one row at least."""
     packed: bool
-    """Let those of the two that can read packed rows."""
+    """Both can read packed rows, and do."""
     device: torch.device
     autocast: Callable[..., AbstractContextManager[Any]] = nullcontext
 
@@ -43,7 +43,11 @@ class DensityRatio:
         ]
         logits = [0.0] * len(rows)
         sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-        for part in by_prompt(sequences, max_tokens=self.max_tokens):
+        if self.packed:
+            parts = by_prompt(sequences, max_tokens=self.max_tokens)
+        else:
+            parts = by_length([row.length for row in rows], max_tokens=self.max_tokens)
+        for part in parts:
             batch = collate(
                 [rows[index] for index in part], pad_id=self.pad_id, packed=self.packed, device=self.device
             )

@@ -46,7 +46,7 @@ def selected_logprobs(
 
     The logits of one chunk at a time exist, in the forward and again in the backward pass, which recomputes
     them unless there is one chunk only. Under V = 151,936 the full tensor costs 0.6 MB per token and copy;
-    this costs ``CHUNK_LOGITS``.
+    this costs two to four times ``CHUNK_LOGITS``, one of which a single chunk keeps for the backward pass.
     Source: our choice; the idea is common (Liger, TRL, cut cross-entropy 2411.09009).
 
     Args:

@@ -229,12 +229,13 @@ def build_adversary(
         expert = load_model(where).to(accelerator.device)
         check_vocabulary(expert, materials.tokenizer)
         at_start = settings.against == "start"
+        teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
         discriminator = DensityRatio(
-            expert=Policy(expert, accelerator.autocast).requires_grad_(False),
+            expert=teacher,
             against=reference_at_start(policy, config.model, start) if at_start else policy,
             pad_id=materials.pad_id,
             max_tokens=max_tokens,
-            packed=config.batching.packing,
+            packed=config.batching.packing and policy.packs and teacher.packs,
             device=accelerator.device,
             autocast=accelerator.autocast,
         )

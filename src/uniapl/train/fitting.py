@@ -32,16 +32,20 @@ def within_memory(
         try:
             return compute(batches, old_logprobs), batches
         except OutOfMemoryError:
-            largest = max(gather_object([max(batch.tokens for batch in batches)]))
-        limit = largest // 2
-        pairs = list(zip(batches, old_logprobs or [None] * len(batches), strict=True))
-        parts = [part for batch, old in pairs for part in _cut(batch, old, limit)]
-        if sum(gather_object([len(parts)])) == sum(gather_object([len(batches)])):
+            pass
+        largest = max(gather_object([max(batch.tokens for batch in batches)]))
+        # Rows that can be parted: the batch that did not fit need not be the one with most tokens.
+        shared = [batch.tokens for batch in batches if len(batch.input_ids) > 1]
+        most = max(gather_object([max(shared, default=0)]))
+        if not most:
             raise UniAPLError(
                 f"out of memory in the update: one row of {largest} tokens does not fit; lower "
                 "rollout.max_completion_length, data.max_prompt_length or data.max_demonstration_length, "
                 "or train a smaller model"
             )
+        limit = most // 2
+        pairs = list(zip(batches, old_logprobs or [None] * len(batches), strict=True))
+        parts = [part for batch, old in pairs for part in _cut(batch, old, limit)]
         run.token_limit = limit
         run.view.say(
             f"step {run.step + 1}: out of memory: micro-batches of {limit} tokens from here on "

@@ -328,8 +328,12 @@ def _rollout(counter: Counter, model: Any, config: Config, materials: Materials)
         rows, width = prompts * settings.num_generations, prompt + settings.max_completion_length
         cache = model(**_inputs(rows, 1), use_cache=True, logits_to_keep=1).past_key_values
         for layer in cache.layers:
-            layer.keys = layer.keys.new_empty(*layer.keys.shape[:2], width - 1, layer.keys.shape[-1])
-            layer.values = layer.values.new_empty(*layer.values.shape[:2], width - 1, layer.values.shape[-1])
+            kept = width - 1
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = kept
+                kept = min(kept, layer.sliding_window - 1)
+            layer.keys = layer.keys.new_empty(*layer.keys.shape[:2], kept, layer.keys.shape[-1])
+            layer.values = layer.values.new_empty(*layer.values.shape[:2], kept, layer.values.shape[-1])
         inputs: dict[str, Tensor] = {
             "input_ids": torch.zeros(rows, 1, dtype=torch.int64),
             "attention_mask": torch.ones(rows, width, dtype=torch.int64),

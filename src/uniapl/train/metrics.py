@@ -19,12 +19,16 @@ from uniapl.types import RolloutGroup
 def update_metrics(
     step: PolicyStep, counts: Mapping[str, int], weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Loss, its components (each per token of its own, unweighted), and what the clip and the sampler did."""
+    """Loss, its components (each per token of its own, unweighted), and what the clip and the sampler did.
+
+    A component without weight has no value: rows that teach nothing else may not have been read.
+    """
     sums = step.sums
 
     def per(component: str, name: str | None = None) -> float | None:
         value = sums.get(name or component)
-        return value / counts[component] if value is not None and counts[component] else None
+        acts = counts[component] and weights[component]
+        return value / counts[component] if value is not None and acts else None
 
     looked_at = sums["measured"]
 
