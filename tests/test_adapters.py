@@ -214,7 +214,7 @@ def test_an_adapter_of_peft_s_own_making_is_merged(model_dir: Path, tmp_path: Pa
 
 
 def test_modules_that_are_not_there_and_a_missing_rank_are_refused(model_dir: Path) -> None:
-    with pytest.raises(UsageError, match=r"lora_target_modules: no adapter for wq, wk: .*not found"):
+    with pytest.raises(UsageError, match="lora_target_modules: no adapter for wq, wk: Qwen3ForCausalLM"):
         load_policy(settings(model_dir, lora_target_modules=["wq", "wk"]), seed=0)
     with pytest.raises(ValueError, match="give lora_r"):
         settings(model_dir, lora_r=None, lora_alpha=8)

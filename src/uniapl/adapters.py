@@ -24,7 +24,9 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT's files write before each name."""
 COMPARED = ("peft_type", "r", "lora_alpha", "alpha_pattern", "use_rslora")
-"""Settings that two adapters share if one's tensors mean the same in the other; their names tell the rest."""
+"""Settings that two adapters share if one's tensors mean the same in the other; beside names and shapes."""
+TIED = "the model's embedding and head are one weight, so that a merged adapter would change both"
+"""Why neither of the two may have an adapter of its own."""
 
 
 def require_peft() -> None:
@@ -62,13 +64,22 @@ def add_adapter(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> No
     """Freeze a model and give it an adapter that changes nothing yet, drawn from the seed.
 
     Raises:
-        UsageError: peft is not installed, or the model has none of the modules that are named.
+        UsageError: peft is not installed, or a module that is named is not there or cannot have an adapter.
     """
     require_peft()
     from peft import LoraConfig
 
     assert config.lora_r is not None
     targets = config.lora_target_modules
+    known = [f".{name}" for name, _ in model.named_modules() if name]
+    missing = [end for end in targets if not any(name.endswith(f".{end}") for name in known)]
+    # PEFT would pass over such a name, if another one is there.
+    if missing and targets != ("all-linear",):
+        raise UsageError(
+            f"model.lora_target_modules: no adapter for {', '.join(missing)}: {type(model).__name__} has no "
+            "such module; give all-linear, or the ends of its layers' names: several are [q_proj, v_proj] in "
+            "a recipe, q_proj v_proj on the command line"
+        )
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha or 2 * config.lora_r,
@@ -76,7 +87,7 @@ def add_adapter(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> No
         lora_dropout=0.0,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
-        revision=config.model_revision,
+        revision=base_of(config).model_revision,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapter"))
@@ -85,6 +96,8 @@ def add_adapter(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> No
         except ValueError as error:
             named = ", ".join(targets)
             raise UsageError(f"model.lora_target_modules: no adapter for {named}: {error!s:.300}") from error
+    if adapted := _adapted_tied(model):
+        raise UsageError(f"model.lora_target_modules: no adapter for {adapted}: {TIED}; leave it out")
     # A set, whose order would be another in each process, and so the file's.
     settings.target_modules = sorted(settings.target_modules or ())
 
@@ -113,18 +126,25 @@ def read_adapter(model: PreTrainedModel, path: str | Path) -> dict[str, Tensor]:
     Raises:
         UsageError: It is another kind of adapter than the model's.
     """
+    from peft import LoraConfig
+
     adapters: Any = model.peft_config
     ours = adapters["default"].to_dict()
-    theirs, names, tensors = _settings(path), _names(model), _tensors(path)
-    different = [
-        f"{key} {theirs.get(key)} instead of {ours[key]}" for key in COMPARED if theirs.get(key) != ours[key]
-    ]
+    # An older PEFT did not write the settings that it did not know.
+    theirs = LoraConfig().to_dict() | _settings(path)
+    names, tensors = _names(model), _tensors(path)
+    different = [f"{k} {theirs[k]} instead of {ours[k]}" for k in COMPARED if theirs[k] != ours[k]]
     if not different and tensors.keys() != names.keys():
         different = [f"{len(tensors)} matrices instead of {len(names)}, of other modules"]
+    for key, tensor in tensors.items() if not different else ():
+        expected = model.get_parameter(names[key]).shape
+        if tensor.shape != expected:
+            said = f"{key} is {list(tensor.shape)} instead of {list(expected)}"
+            different = [f"of another base or other ranks: {said}"]
     if different:
         raise UsageError(
             f"the adapter '{path}' is not as the recipe's model.lora_r, lora_alpha and lora_target_modules "
-            f"say ({'; '.join(map(str, different))}): change them, or merge it by `uniapl export {path} -o "
+            f"say ({'; '.join(different)}): change them, or merge it by `uniapl export {path} -o "
             "DIRECTORY` and start from there"
         )
     return {names[key]: tensor for key, tensor in tensors.items()}
@@ -145,6 +165,8 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
             # What peft asks of transformers in an outdated way is nothing that a user could mend.
             warnings.simplefilter("ignore", FutureWarning)
             adapted: Any = PeftModel.from_pretrained(model, str(path))
+        if tied := _adapted_tied(adapted.get_base_model()):
+            raise ValueError(f"it changes {tied}, and {TIED}; train one that does not")
         # peft had frozen it; a run may start from it.
         return adapted.merge_and_unload().requires_grad_(True)
     except Exception as error:  # peft and torch raise many kinds on an adapter of another model
@@ -196,6 +218,14 @@ def linear_layers(trunk: nn.Module) -> dict[str, nn.Linear]:
 def _adapted_layers(module: nn.Module) -> dict[str, Any]:
     """PEFT's layers, known by what they do: whoever uses no adapter need not have PEFT."""
     return {name: layer for name, layer in module.named_modules() if hasattr(layer, "get_base_layer")}
+
+
+def _adapted_tied(model: PreTrainedModel) -> str | None:
+    """The name of an embedding or a head that has an adapter, where the two are one weight."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[1] is None or ends[0].weight is not ends[1].weight:
+        return None
+    return next((name for name, layer in _adapted_layers(model).items() if layer in ends), None)
 
 
 def _names(model: PreTrainedModel) -> dict[str, str]:

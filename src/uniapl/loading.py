@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from uniapl.adapters import add_adapter, base_of, is_adapter, load_adapter, merge_adapter
 from uniapl.config import ModelConfig
@@ -43,8 +44,28 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 
+def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
+    """Refuse an adapter where a whole model is needed: transformers would give its base, all of it frozen.
+
+    Raises:
+        UsageError: An adapter is what lies in the directory or on the Hub.
+    """
+    if from_pretrained(find_adapter_config_file, what, name, revision=revision) is None:
+        return
+    remedy = f"merge it by `uniapl export {name} -o DIRECTORY` and give that directory"
+    if not is_adapter(name):
+        remedy = "download it from the Hub and give its directory"
+    raise UsageError(f"cannot load the {what} '{name}': it is an adapter: {remedy}")
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, padding on the right with its pad token or else its end token."""
+    """The policy's tokenizer, padding on the right with its pad token or else its end token.
+
+    An adapter that comes without one, as PEFT saves it, has its base's.
+    """
+    name = config.model_name_or_path
+    if name is not None and is_adapter(name) and not any(Path(name).glob("tokenizer*")):
+        config = base_of(config)
     tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -106,6 +127,8 @@ def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, *
     name = config.model_name_or_path
     if name is None:
         raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
+    if not os.path.exists(name):
+        refuse_adapter(what, name, config.model_revision)
     return from_pretrained(
         load,
         what,

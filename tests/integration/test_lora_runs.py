@@ -233,6 +233,35 @@ def test_what_cannot_be_exported_is_named(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_link_is_written_through(model_dir: Path, tmp_path: Path) -> None:
+    """To an empty directory, or to none; what stood there before is there afterwards."""
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "none"):
+        link = tmp_path / f"link to {target}"
+        link.symlink_to(tmp_path / target)
+        assert cli.run(["export", str(model_dir), "-o", str(link)]) == 0
+        assert link.readlink() == tmp_path / target
+        assert (tmp_path / target / "model.safetensors").is_file()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"empty", "none", "link to empty", "link to none"}
+
+
+@pytest.mark.parametrize("what", ["the working directory", "a mount"])
+def test_a_directory_that_must_stay_is_refused_before_anything_is_loaded(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("source", "here"):
+        (tmp_path / name).mkdir()
+    if what == "a mount":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "here")
+    else:
+        monkeypatch.chdir(tmp_path / "here")
+    output = {"a mount": str(tmp_path / "here"), "the working directory": "."}[what]
+    # The source cannot be loaded either.
+    assert cli.run(["export", str(tmp_path / "source"), "-o", output]) == 2
+    assert f"'{output}' cannot be replaced by another: name a new directory in it" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_the_other_kind_is_refused(model_dir: Path, tmp_path: Path) -> None:
     train(recipe(model_dir, tmp_path / "whole", method="sft", max_steps=2))
     train(recipe(model_dir, tmp_path / "adapter", method="sft", max_steps=2) | {"model.lora_r": 4})

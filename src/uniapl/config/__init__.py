@@ -45,6 +45,8 @@ class ModelConfig(Section):
     def _an_adapter_has_a_rank(self) -> "ModelConfig":
         if self.lora_r is None and (self.lora_alpha or self.lora_target_modules != ("all-linear",)):
             raise ValueError("lora_alpha and lora_target_modules are an adapter's: give lora_r, its rank")
+        if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            raise ValueError("lora_target_modules: all-linear stands alone: leave it out, or the others")
         return self
 
 

@@ -1,6 +1,7 @@
 """`uniapl export`: the model of a run or a checkpoint, whole, as transformers loads it."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ def export(arguments: Sequence[str]) -> None:
         UsageError: There is no model, it is damaged, or the directory is taken or cannot be written.
     """
     options = _parser().parse_args(arguments)
-    source, output = _source(options.source), options.output
+    source = _source(options.source)
+    # Where a link leads to: the link itself is the user's, and stays.
+    output = Path(os.path.realpath(options.output))
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UsageError(f"'{output}' is there already: choose another directory, or delete it")
+            raise UsageError(f"'{options.output}' is there already: choose another directory, or delete it")
+        if output.is_mount() or output == Path.cwd():
+            raise UsageError(f"'{options.output}' cannot be replaced by another: name a new directory in it")
         config = ModelConfig(model_name_or_path=str(source), trust_remote_code=options.trust_remote_code)
         tokenizer: Any = load_tokenizer(config)
         model = load_model(config)
@@ -33,9 +38,9 @@ def export(arguments: Sequence[str]) -> None:
 
         checkpoint.write_directory(output, fill)
     except OSError as error:
-        raise UsageError(f"'{output}' cannot be written: {error}") from error
+        raise UsageError(f"'{options.output}' cannot be written: {error}") from error
     merged = ", its adapter merged" if is_adapter(source) else ""
-    print(f"{output}: the model of {source}{merged}")
+    print(f"{options.output}: the model of {source}{merged}")
 
 
 def _source(path: Path) -> Path:

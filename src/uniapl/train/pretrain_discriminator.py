@@ -25,6 +25,7 @@ from uniapl.loading import (
     load_model,
     load_stop_ids,
     load_tokenizer,
+    refuse_adapter,
 )
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint
@@ -247,6 +248,7 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
 def _fresh(backbone: str, max_tokens: int, device: torch.device) -> Polar:
     """A classifier with a new head on the backbone, whose tokenizer knows POLAR's two tokens."""
     tokenizer: Any = load_tokenizer(ModelConfig(model_name_or_path=backbone))
+    refuse_adapter("backbone", backbone)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [SEPARATOR, END]}, replace_extra_special_tokens=False
     )

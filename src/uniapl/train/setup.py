@@ -24,7 +24,7 @@ from uniapl.discriminator.polar import PolarFormat
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
 from uniapl.files import write_text
-from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer
+from uniapl.loading import load_model_config, load_stop_ids, load_tokenizer, refuse_adapter
 from uniapl.posting import check_address
 from uniapl.report.reading import ENDING, MODEL_ANALYSIS
 from uniapl.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
@@ -222,6 +222,8 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
     if settings.reads_example and len({e.prompt_ids for e in paired} - {e.prompt_ids for e in held_out}) < 2:
         raise UsageError("discriminator.reads_example needs demonstrations of at least two different prompts")
     if settings.kind == "bradley-terry":
+        if settings.model_name_or_path is not None:
+            refuse_adapter("discriminator", settings.model_name_or_path)
         return
     if settings.model_name_or_path is None:
         raise UsageError(f"discriminator.kind '{settings.kind}' needs discriminator.model_name_or_path")
