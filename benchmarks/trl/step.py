@@ -46,6 +46,11 @@ STEADY = {
     "objective": {"reference_step": 0},
     "discriminator": {"warmup_steps": 0},
 }
+LESS = {
+    "one discriminator update": STEADY | {"discriminator": {"warmup_steps": 0, "updates_per_step": 1}},
+    "no discriminator": STEADY | {"objective": {"reference_step": 0, "lambda_adv": 0.0}},
+}
+"""What of the method's price is whose."""
 PARTS = ("rollout", "reward", "score", "update", "discriminator")
 
 
@@ -121,6 +126,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         sides = {
             "uniapl, grpo": our_run(shape, folder, options),
             "uniapl, uniapl": our_run(shape, folder, options, **STEADY),
+            **{f"uniapl, {part}": our_run(shape, folder, options, **steady) for part, steady in LESS.items()},
             "TRL, defaults": their_run(shape, folder, options, 8),
             "TRL, best": their_run(shape, folder, options, options.micro_batch, **BEST),
         }
@@ -148,7 +154,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         {side: [record["step"] for record in records] for side, records in found.items()},
         reference="uniapl, grpo",
         work=tuple(work),
-        uncounted=("uniapl, uniapl",),
+        uncounted=[side for side in sides if side not in ("uniapl, grpo", "TRL, defaults", "TRL, best")],
         limits=limits,
         parts=parts,
     )
