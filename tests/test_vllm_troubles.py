@@ -179,9 +179,9 @@ def test_a_slash_at_the_end_of_the_address(model_dir: Path, tmp_path: Path, serv
     assert asked == {"/collective_rpc", "/reset_prefix_cache", "/v1/completions", "/health"}
 
 
-def test_an_address_with_the_path_of_the_answers(model_dir: Path, tmp_path: Path) -> None:
+def test_an_address_with_the_path_of_the_answers(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
     for end in ("/v1", "/v1/"):
-        rollout = {"sampler": "vllm", "vllm_mode": "server", "vllm_server_base_url": f"http://host:8000{end}"}
+        rollout = behind(server, vllm_server_base_url=server.url + end, vllm_timeout=1.0)
         with pytest.raises(uniapl.UsageError, match="leave out /v1"):
             train(recipe(model_dir, tmp_path / "run", rollout=rollout))
 
