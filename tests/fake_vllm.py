@@ -131,7 +131,7 @@ class FakeServer(FakeVLLM):
             self._left -= 1
             handler.connection.close()
         elif handler.path == "/health":
-            _send(handler, None)
+            send(handler, None)
         elif handler.path == "/v1/completions" and self.asked.count("/v1/completions") in self.dies_at:
             self.load(str(self.directory))
             self._left = self.gone_for
@@ -146,19 +146,19 @@ class FakeServer(FakeVLLM):
                 }
                 for number, r in enumerate(answers)
             ]
-            _send(handler, {"choices": choices[::-1]})
+            send(handler, {"choices": choices[::-1]})
         elif self.refuses:
-            _send(handler, {"detail": "Not Found"}, 404)
+            send(handler, {"detail": "Not Found"}, 404)
         elif handler.path == "/collective_rpc":
             self.reload(body["kwargs"]["weights_path"])
-            _send(handler, {"results": [None]})
+            send(handler, {"results": [None]})
         else:
             assert handler.path == "/reset_prefix_cache"
             self.cached = False
-            _send(handler, {"success": True})
+            send(handler, {"success": True})
 
 
-def _send(handler: BaseHTTPRequestHandler, answer: Any, status: int = 200) -> None:
+def send(handler: BaseHTTPRequestHandler, answer: Any, status: int = 200) -> None:
     body = b"" if answer is None else json.dumps(answer).encode()
     handler.send_response(status)
     handler.send_header("Content-Length", str(len(body)))
@@ -193,3 +193,13 @@ def serving(fake: FakeServer) -> Iterator[FakeServer]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def behind(fake: FakeServer, **settings: Any) -> dict[str, Any]:
+    """The keys that make a run use it."""
+    return {
+        "sampler": "vllm",
+        "vllm_mode": "server",
+        "vllm_server_base_url": fake.url,
+        "vllm_timeout": 30.0,
+    } | settings

@@ -130,6 +130,8 @@ def test_a_sampler_that_samples_from_something_else() -> None:
     key = "sampling/sampling_logp_difference/mean"
     assert fired([*steps()[1:], {key: 0.06}]) == {"sampler_mismatch"}
     assert fired([*steps()[1:], {key: 0.04}]) == set()
+    assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 0.0}]) == {"sampler_mismatch"}
+    assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 1.0}]) == set(), "an update lies between"
 
 
 def test_demonstrations_that_do_not_come() -> None:

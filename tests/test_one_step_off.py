@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,10 +15,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import uniapl
-from fake_vllm import FakeServer, serving
+from fake_vllm import FakeServer, behind, serving
 from runs import lines, recipe, run_until, timeless, train, write_recipe
 from tiny import make_tokenizer, save_model
 from uniapl import cli
+from uniapl.errors import Interrupted
 from uniapl.rollout import engines
 from uniapl.rollout.local import LocalSampler
 from uniapl.train import checkpoint
@@ -45,14 +47,8 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
 
 
 def ahead(model_dir: Path, output: Path, fake: FakeServer, **changes: Any) -> dict[str, Any]:
-    rollout = {
-        "sampler": "vllm",
-        "vllm_mode": "server",
-        "vllm_server_base_url": fake.url,
-        "vllm_timeout": 30.0,
-        "one_step_off": True,
-    }
-    return recipe(model_dir, output, rollout=rollout | changes.pop("rollout", {}), **changes)
+    rollout = behind(fake, one_step_off=True) | changes.pop("rollout", {})
+    return recipe(model_dir, output, rollout=rollout, **changes)
 
 
 def staleness(run: Path) -> list[float]:
@@ -135,11 +131,17 @@ def test_a_resume_with_another_recipe_samples_anew(
     model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
     """Kept rollouts of other numbers are not used; without the option they are left alone."""
-    for name, changed in {"more": {"num_generations": 3}, "without": {"one_step_off": False}}.items():
+    for name, changed in {
+        "more": {"num_generations": 3},
+        "cooler": {"temperature": 0.9},
+        "shorter": {"max_completion_length": 5},
+        "without": {"one_step_off": False},
+    }.items():
         values = ahead(model_dir, tmp_path / name, server)
         run_until(3, values)
         train(ahead(model_dir, tmp_path / name, server, rollout=changed) | {"resume": "auto"})
-    assert staleness(tmp_path / "more") == [0, 1, 0, 1]
+    for name in ("more", "cooler", "shorter"):
+        assert staleness(tmp_path / name) == [0, 1, 0, 1]
     assert staleness(tmp_path / "without") == [0, 1, 0, 0]
 
 
@@ -151,6 +153,59 @@ def test_a_server_that_is_lost_on_the_way(model_dir: Path, tmp_path: Path, serve
     assert staleness(tmp_path / "run") == [0, 1, 0, 1]
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert records[2]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def fails_from_the_third_step(fake: FakeServer) -> None:
+    """The rollouts for step 3, which are under way at the save of step 2, are too few."""
+    answer, asked = fake.answer, 0
+
+    def too_few(prompt: Any, body: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        # Steps 1 and 2 with one canary, and step 3's canary.
+        return answer(prompt, body)[asked > ASKED_BEFORE_TRAINING + 1 + 3 + 3 + 1 :]
+
+    fake.answer = too_few  # type: ignore[method-assign]
+
+
+def test_rollouts_that_fail_do_not_cost_the_finished_step(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    values = ahead(model_dir, tmp_path / "run", server)
+    answer = server.answer
+    fails_from_the_third_step(server)
+    with pytest.raises(uniapl.UniAPLError, match=r"answers of another form.*--resume auto"):
+        train(values)
+    saved = checkpoint.checkpoint_path(tmp_path / "run", 2)
+    assert not checkpoint.defects(saved)
+    assert json.loads((saved / "state.json").read_text())["ahead"] == []
+    server.answer = answer  # type: ignore[method-assign]
+    train(values | {"resume": "auto"})
+    assert staleness(tmp_path / "run") == [0, 1, 0, 1]
+
+
+def test_rollouts_that_nobody_will_learn_from_may_fail(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    """A signal is answered as ever, and a stage that ends early ends."""
+    calls = 0
+
+    def interrupting(completions: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        # The first call is the trial before training.
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return [float(len(text)) for text in completions]
+
+    answer = server.answer
+    fails_from_the_third_step(server)
+    with pytest.raises(Interrupted, match="step-000002"):
+        train(ahead(model_dir, tmp_path / "run", server), reward_functions=[interrupting])
+    server.answer = answer  # type: ignore[method-assign]
+    fails_from_the_third_step(server)
+    stop = {"metric": "step", "target": 2.0}
+    assert train(ahead(model_dir, tmp_path / "ended", server, stop=stop)).steps == 2
 
 
 def test_a_stage_that_ends_early_skips_no_prompts(

@@ -17,6 +17,7 @@ from test_frozen_discriminators import CANDIDATES, candidate, polar_tokenizer
 from tiny import save_model
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import Remote
+from uniapl.posting import PostingError, ask, check_address
 
 Reply = Callable[[http.server.BaseHTTPRequestHandler, dict[str, Any]], None]
 
@@ -155,6 +156,28 @@ def test_a_server_that_is_not_there() -> None:
         pass
     with pytest.raises(uniapl.UniAPLError, match=r"failed 3 times, at last: ConnectError"):
         remote(url).score(CANDIDATES)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".org"])
+def test_a_host_that_no_name_can_be(host: str) -> None:
+    """Parts of 1 to 63 letters, as the standard of names has it."""
+    with pytest.raises(uniapl.UsageError, match=r"discriminator.url 'http://.*' is no address"):
+        check_address("discriminator.url", f"http://{host}:8000")
+    with pytest.raises(PostingError, match="UnicodeError"):
+        ask(f"http://{host}:8000", timeout=5.0)
+
+
+def test_hosts_that_names_can_be() -> None:
+    for host in ("localhost", "my_host.", "127.0.0.1", "[::1]", "bücher.example", "a" * 63 + ".org"):
+        check_address("discriminator.url", f"http://{host}:8000")
+
+
+def test_an_answer_that_is_nested_too_deeply() -> None:
+    def deep(handler: Any, asked: dict[str, Any]) -> None:
+        send(handler, b"[" * 100_000)
+
+    with serving(deep) as url, pytest.raises(PostingError, match="no JSON"):
+        ask(url, {}, timeout=5.0)
 
 
 def test_a_request_that_is_refused_is_not_repeated() -> None:

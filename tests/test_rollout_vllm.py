@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import uniapl
-from fake_vllm import FakeServer, FakeVLLM, install, serving
+from fake_vllm import FakeServer, FakeVLLM, behind, install, serving
 from runs import lines, recipe, run_until, timeless, train, write_recipe
 from tiny import save_model
 from uniapl import cli
@@ -38,16 +38,6 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
     """Started from another model than any run trains."""
     with serving(FakeServer(save_model(tmp_path / "theirs", seed=9))) as fake:
         yield fake
-
-
-def behind(fake: FakeServer, **settings: Any) -> dict[str, Any]:
-    """The keys that make a run use it."""
-    return {
-        "sampler": "vllm",
-        "vllm_mode": "server",
-        "vllm_server_base_url": fake.url,
-        "vllm_timeout": 30.0,
-    } | settings
 
 
 def texts(run: Path) -> list[Any]:

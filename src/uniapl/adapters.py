@@ -182,10 +182,15 @@ def merge_in_place(trunk: nn.Module) -> None:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as it is, or a copy with its adapter added to the weights: what others load as a whole."""
+    """A model as it is, or with its adapter added to the weights, a copy on the CPU: what others load."""
     whole: Any = model
     if getattr(model, "peft_config", None) is not None:
-        whole = copy.deepcopy(model)
+        # The device that trains has no room for another model.
+        weights = {
+            id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=p.requires_grad)
+            for p in model.parameters()
+        }
+        whole = copy.deepcopy(model, weights)
         merge_in_place(whole)
         del whole.peft_config
         # By this transformers knows that it is to save an adapter alone.

@@ -35,7 +35,7 @@ def ask(url: str, body: Any = None, *, timeout: float, method: Literal["GET", "P
                 # httpx's own limit is between two bytes: a server that drips would hold it for ever.
                 if time.monotonic() > deadline:
                     raise PostingError(f"no whole answer within {timeout:g} s")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last of a host that is no name
         raise PostingError(f"{type(error).__name__}: {str(error).rstrip('.')}") from error
     shown = received[:200].decode(errors="replace")
     if answer.status_code != 200:
@@ -43,7 +43,7 @@ def ask(url: str, body: Any = None, *, timeout: float, method: Literal["GET", "P
         raise PostingError(f"status {answer.status_code}: {shown}", for_good=refused)
     try:
         return json.loads(received) if received else None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PostingError(f"an answer that is no JSON: {shown}") from None
 
 
@@ -62,7 +62,9 @@ def check_address(key: str, url: str) -> None:
         raise UsageError(f"{key}: speaking to a server needs httpx: pip install 'uniapl[remote]'") from error
     try:
         address = httpx.URL(url)
-    except httpx.InvalidURL as error:
+        # As a connection does: an empty part, or one beyond 63 letters, is refused.
+        address.raw_host.decode().encode("idna")
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise UsageError(f"{key} '{url}' is no address: {error}") from error
     if address.scheme not in ("http", "https") or not address.host:
         raise UsageError(f"{key} '{url}' is no address: it should be as http://host:port")

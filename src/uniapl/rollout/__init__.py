@@ -24,3 +24,11 @@ class Sampler(Protocol):
     ) -> list[tuple[Rollout, ...]]:
         """`num_generations` rollouts for each prompt, in the prompts' order."""
         ...
+
+    def check(self) -> None:
+        """Try it before training.
+
+        Raises:
+            UsageError: It cannot sample from this model, or not here.
+        """
+        ...

@@ -2,11 +2,8 @@
 
 import importlib
 import importlib.util
-import queue
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +11,7 @@ from typing import Any, TypeVar
 from uniapl.config import RolloutConfig
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.posting import PostingError, ask, check_address
+from uniapl.rollout.background import in_background, in_threads
 from uniapl.rollout.vllm import Answer, EngineLostError
 from uniapl.types import TokenIds
 
@@ -23,6 +21,8 @@ PAUSE = 1.0
 """Seconds between two looks at whether a server is up."""
 MOST_REQUESTS = 64
 """To a server at the same time; vLLM forms its own batches of them."""
+RELOAD = "/collective_rpc"
+"""Path of the endpoint by which weights are taken."""
 SEEDS = 2**62
 """vLLM adds the rollout's number to a prompt's seed, and both must be 64-bit integers."""
 
@@ -39,7 +39,12 @@ def check_vllm(config: RolloutConfig) -> None:
             "they leave over, the loss needs those of the whole distribution"
         )
     if config.vllm_mode == "server":
-        check_address("rollout.vllm_server_base_url", config.vllm_server_base_url)
+        url = config.vllm_server_base_url
+        check_address("rollout.vllm_server_base_url", url)
+        if url.rstrip("/").endswith("/v1"):
+            raise UsageError(
+                f"rollout.vllm_server_base_url '{url}': leave out /v1, beside which lies what takes weights"
+            )
     elif not _installed("vllm"):
         raise UsageError(
             "rollout.sampler 'vllm' needs vLLM in this environment: pip install 'uniapl[vllm]', or start it "
@@ -149,22 +154,15 @@ class Colocated:
 
     def _call(self, work: Callable[[], Result]) -> Result:
         """What a call returns, within the time that it may take; one that hangs is left behind."""
-        outcome: queue.SimpleQueue[Result | Exception] = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                outcome.put(work())
-            except Exception as error:
-                outcome.put(error)
-
-        threading.Thread(target=run, daemon=True).start()
+        answer = in_background(work)
         try:
-            result = outcome.get(timeout=self.timeout)
-        except queue.Empty:
-            raise UniAPLError(f"vLLM gave no answer within rollout.vllm_timeout {self.timeout:g} s") from None
-        if isinstance(result, Exception):
-            raise UniAPLError(f"vLLM failed: {type(result).__name__}: {result!s:.500}") from result
-        return result
+            return answer.result(self.timeout)
+        except Exception as error:
+            # vLLM has time-outs of its own.
+            late = isinstance(error, TimeoutError) and not answer.done()
+            said = f"gave no answer within rollout.vllm_timeout {self.timeout:g} s"
+            failed = f"failed: {type(error).__name__}: {error!s:.500}"
+            raise UniAPLError(f"vLLM {said if late else failed}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +170,7 @@ class Server:
     """vLLM behind an address, started by somebody else with its development endpoints."""
 
     url: str
+    """Without a slash at its end."""
     temperature: float
     timeout: float
 
@@ -182,7 +181,7 @@ class Server:
             "kwargs": {"weights_path": str(directory)},
             "timeout": self.timeout,
         }
-        self._ask("/collective_rpc", body)
+        self._ask(RELOAD, body)
         dropped = self._ask("/reset_prefix_cache")
         if not isinstance(dropped, dict) or dropped.get("success") is not True:
             raise EngineLostError(f"{self.url} did not drop its prefix cache ({dropped})")
@@ -204,13 +203,8 @@ class Server:
             {"prompt": list(prompt), "seed": seed % SEEDS, "return_token_ids": True, **asked}
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        pool = ThreadPoolExecutor(MOST_REQUESTS)
-        try:
-            found = pool.map(lambda body: self._ask("/v1/completions", body), bodies)
-            return [self._read(answer) for answer in found]
-        finally:
-            # After a failure the requests that have not begun are not made.
-            pool.shutdown(cancel_futures=True)
+        found = in_threads(lambda body: self._ask("/v1/completions", body), bodies, at_once=MOST_REQUESTS)
+        return [self._read(answer) for answer in found]
 
     def wait(self) -> None:
         """Until the server says that it is well.
@@ -235,10 +229,13 @@ class Server:
 
     def _ask(self, path: str, body: Any = None) -> Any:
         try:
-            return ask(self.url.rstrip("/") + path, body, timeout=self.timeout)
+            return ask(self.url + path, body, timeout=self.timeout)
         except PostingError as error:
             if not error.for_good:
-                raise EngineLostError(f"{self.url}{path}: {error}") from error
+                # Of a directory that it does not find it says no more.
+                unseen = path == RELOAD and "status 500" in str(error)
+                remedy = "; a server must see the run's directory under the same name" if unseen else ""
+                raise EngineLostError(f"{self.url}{path}: {error}{remedy}") from error
             remedy = "; start it with VLLM_SERVER_DEV_MODE=1" if "status 404" in str(error) else ""
             raise UniAPLError(f"the vLLM server {self.url} refuses {path}: {error}{remedy}") from error
 

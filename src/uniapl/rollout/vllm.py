@@ -7,18 +7,20 @@ canary, one answer of vLLM's scored by the trainer, shows that it has. Only then
 import shutil
 import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from uniapl.adapters import merged
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import logprobs_from_logits
+from uniapl.rollout.background import in_background
 from uniapl.types import Rollout, TokenIds
 
 Answer = tuple[list[int], list[float]]
@@ -122,9 +124,7 @@ class VLLMSampler:
         """
         with _remedy_named():
             self._with_weights(policy_version, lambda: None)
-        pool = ThreadPoolExecutor(1)
-        answers = pool.submit(self._answers, prompts, seeds, num_generations, policy_version)
-        pool.shutdown(wait=False)
+        answers = in_background(lambda: self._answers(prompts, seeds, num_generations, policy_version))
 
         def land() -> list[tuple[Rollout, ...]] | None:
             try:
@@ -181,12 +181,14 @@ class VLLMSampler:
     def _send_weights(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
         model = merged(self.model)
-        state = {
-            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in model.state_dict().items()
-        }
         try:
-            model.save_pretrained(self.directory, state_dict=state)
+            model.save_pretrained(self.directory, state_dict=_state(model, self.dtype))
+        except (OSError, SafetensorError) as error:
+            raise UniAPLError(
+                f"the weights for vLLM cannot be written to '{self.directory}': {error}. Free some room "
+                "there, or choose another --output-dir"
+            ) from error
+        else:
             self.engine.load(self.directory.resolve())
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -233,6 +235,19 @@ class VLLMSampler:
             finish_reason="stop" if ids[-1] in self.stop_ids else "length",
             policy_version=version,
         )
+
+
+def _state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What a model's files hold, in another type, and not on the device that trains."""
+    sent: dict[Tensor, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor not in sent:
+            to = dtype if tensor.is_floating_point() else None
+            sent[tensor] = tensor.detach().to("cpu", to)
+        # Tied tensors stay one, so that they are written once.
+        state[name] = sent[tensor]
+    return state
 
 
 @contextmanager

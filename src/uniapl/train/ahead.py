@@ -66,11 +66,12 @@ class Ahead:
         """What has landed, as JSON values."""
         return [
             {"prompt_ids": prompt, "seed": seed, "rollouts": [asdict(rollout) for rollout in group]}
+            | self._settings
             for (prompt, seed), group in self.landed.items()
         ]
 
     def load(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`; rollouts of another recipe are left out."""
         self.landed = {
             (tuple(kept["prompt_ids"]), kept["seed"]): tuple(
                 Rollout(
@@ -82,4 +83,14 @@ class Ahead:
                 for rollout in kept["rollouts"]
             )
             for kept in state
+            if {name: kept[name] for name in self._settings} == self._settings
+        }
+
+    @property
+    def _settings(self) -> dict[str, float]:
+        """On which answers depend beside prompt, seed and weights."""
+        sampler = self.sampler.sampler
+        return {
+            "temperature": sampler.temperature,
+            "max_completion_length": sampler.max_completion_length,
         }

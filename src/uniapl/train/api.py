@@ -1,7 +1,7 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from accelerate.utils import (
 
 from uniapl.adapters import is_adapter
 from uniapl.config import Config
-from uniapl.errors import UsageError
+from uniapl.errors import UniAPLError, UsageError
 from uniapl.loading import check_vocabulary, load_policy
 from uniapl.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.train import checkpoint, setup, sharding, storage
@@ -27,6 +27,7 @@ from uniapl.train.console import RunView, Show
 from uniapl.train.evaluating import make_evaluate
 from uniapl.train.loop import run_stage
 from uniapl.train.run import Evaluate, discriminator_kind, ending, save_model, start_run
+from uniapl.train.sampling import check_processes
 from uniapl.train.stage import Stage, build_stage
 from uniapl.train.state import read_state
 from uniapl.train.trackers import check_trackers, tracked
@@ -99,8 +100,9 @@ def train_resolved(
         with_suites=config.eval_steps > 0,
     )
     accelerator = make_accelerator(config)
-    if sharding.shards_weights():
-        for stage in stages:
+    for stage in stages:
+        check_processes(stage.config, accelerator.num_processes)
+        if sharding.shards_weights():
             sharding.check_stage(stage.config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process, show=show)
     for note in _notes(resolved, stages, materials, rows_given=train_dataset is not None):
@@ -137,13 +139,15 @@ def _train_in_directory(
 
     def build(index: int) -> Stage:
         start = _stage_start(index, directory, found)
-        return build_stage(stages[index].config, index, model, materials, accelerator, start=start)
+        stage = build_stage(stages[index].config, index, model, materials, accelerator, start=start)
+        if found and index == first:
+            _load(stage, found, state)
+        stage.check_sampler()
+        return stage
 
     stage: Stage | None = build(first)
-    if found:
-        _load(stage, found, state)
     if accelerator.is_main_process:
-        storage.check_space(directory, _bytes_to_write(stages, stage, directory, state))
+        storage.check_space(directory, _bytes_to_write(stages, stage, directory, state, accelerator))
     run = start_run(resolved, stages, accelerator, materials, view, state)
     last_step = sum(stage.config.max_steps for stage in stages)
     run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
@@ -165,28 +169,30 @@ def _train_in_directory(
             sharding.gather(model, stage.policy)
             stage = None
             accelerator.free_memory()
-            stage = build(index)
+            with _mid_run(index):
+                stage = build(index)
             run_stage(run, stage)
         save_model(run, stage, directory / "final")
     view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.metrics_log.path}")
-    return RunResult(
-        output_dir=directory,
-        final_dir=directory / "final",
-        steps=run.step,
-        metrics=dict(run.history[-1]) if run.history else {},
-    )
+    last = dict(run.history[-1]) if run.history else {}
+    return RunResult(output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=last)
 
 
 def _bytes_to_write(
-    stages: Sequence[Resolved], stage: Stage, directory: Path, state: Mapping[str, Any]
+    stages: Sequence[Resolved],
+    stage: Stage,
+    directory: Path,
+    state: Mapping[str, Any],
+    accelerator: Accelerator,
 ) -> int:
     """What the run's directory will hold at most, less what is there; later stages as large as this one."""
     saves = sum(-(-s.config.max_steps // s.config.save_steps) for s in stages)
     # One more than the limit: the oldest goes when the newest is whole.
     kept = min(stage.config.save_total_limit + 1, saves)
-    # Weights on their way to vLLM are one more.
-    copies = len(stages) + any(s.config.rollout.sampler == "vllm" for s in stages)
-    models = copies * stage.model_bytes()
+    models = len(stages) * stage.model_bytes()
+    if any(s.config.rollout.sampler == "vllm" for s in stages):
+        # On their way to vLLM weights are whole, in bf16 where training is.
+        models += stage.whole_bytes() // (2 if accelerator.mixed_precision == "bf16" else 1)
     folders = [directory / name for name in setup.RUN_DIRECTORIES]
     there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there
@@ -316,6 +322,21 @@ def _load(stage: Stage, found: Path, state: dict[str, Any]) -> None:
         raise UsageError(
             f"checkpoint '{found}' does not fit the recipe: {type(error).__name__}: {error!s:.300}; start "
             "anew from its weights by model.model_name_or_path"
+        ) from error
+
+
+@contextmanager
+def _mid_run(index: int) -> Iterator[None]:
+    """What cannot work in a later stage does not undo the stages before it.
+
+    Raises:
+        UniAPLError: Instead of a UsageError.
+    """
+    try:
+        yield
+    except UsageError as error:
+        raise UniAPLError(
+            f"stage {index + 1}: {error}. Once that is mended, --resume auto goes on with this stage"
         ) from error
 
 

@@ -184,7 +184,12 @@ def _multiplier_pinned(before: Records, last: Records, highest: float) -> str | 
 
 
 def _sampler_mismatch(last: Records, highest: float) -> str | None:
-    """What was sampled from is not what is trained. One step is enough: nothing should ever cause it."""
+    """What was sampled from is not what is trained. One step is enough: nothing should ever cause it.
+
+    But for older weights (one step off), whose log-probabilities an update has moved.
+    """
+    if last[-1].get("rollout/staleness"):
+        return None
     differences = _values(last[-1:], "sampling/sampling_logp_difference/mean")
     if not differences or differences[0] <= highest:
         return None

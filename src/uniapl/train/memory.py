@@ -141,6 +141,11 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
         if objective.uses_rollouts and config.rollout.sampler == "vllm":
             if config.rollout.vllm_mode == "colocate":
                 stays["vllm"] = round(config.rollout.vllm_gpu_memory_utilization * _available(device))
+            # On the CPU, wherever it trains: a copy with the adapter merged, and one in another type.
+            copies = (config.model.lora_r is not None) + bf16 / 2
+            if device.type == "cpu" and copies:
+                whole = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" not in name)
+                passes["weights for vLLM"] = round(copies * whole)
         elif objective.uses_rollouts:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 passes["rollout"] = _rollout(counter, model, config, materials)

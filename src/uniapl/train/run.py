@@ -199,7 +199,11 @@ def finish_step(
         run.view.answers(completions)
     if run.step % run.config.save_steps == 0 or stage.ended or stopping:
         with run.view.phase("save"):
+            failure = _land(stage)
             save_checkpoint(run, stage)
+        # Where no step follows nobody misses them.
+        if failure is not None and not (stage.ended or stopping):
+            raise failure
 
 
 @contextlib.contextmanager
@@ -230,6 +234,16 @@ def end_run(run: Run, state: Literal["finished", "stopped", "interrupted"], mess
         run.view.say(f"report: {page}")
 
 
+def _land(stage: Stage) -> UniAPLError | None:
+    """Wait for the next step's rollouts, which a checkpoint holds; if they failed, why."""
+    try:
+        if stage.ahead is not None:
+            stage.ahead.land()
+    except UniAPLError as error:
+        return error
+    return None
+
+
 def save_checkpoint(run: Run, stage: Stage) -> None:
     """Everything that the run needs to go on as if it had never stopped."""
 
@@ -251,8 +265,6 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         }
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    if stage.ahead is not None:
-        stage.ahead.land()
     optimizers = stage.optimizer_states(keep=run.accelerator.is_main_process)
     with stage.whole():
         if run.accelerator.is_main_process:

@@ -20,14 +20,10 @@ from uniapl.train.setup import WEIGHTS_IN_TRANSIT, Materials
 def build_sampler(
     config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
 ) -> Sampler:
-    """The sampler that the configuration names; tried out, where the method samples at all.
-
-    Raises:
-        UsageError: It cannot sample from this model, or not here.
-    """
+    """The sampler that the configuration names."""
     rollout = config.rollout
     if rollout.sampler == "local":
-        sampler = LocalSampler(
+        return LocalSampler(
             model=model,
             stop_ids=materials.stop_ids,
             pad_id=materials.pad_id,
@@ -39,13 +35,24 @@ def build_sampler(
             decoding=rollout.decoding,
             autocast=accelerator.autocast,
         )
-    else:
-        engine = _vllm(config, model, materials, accelerator)
-        speaker = FirstProcessSampler(sampler=engine, accelerator=accelerator)
-        sampler = Ahead(sampler=speaker) if rollout.one_step_off else speaker
-    if config.objective.uses_rollouts:
-        sampler.check()
-    return sampler
+    engine = _vllm(config, model, materials, accelerator)
+    speaker = FirstProcessSampler(sampler=engine, accelerator=accelerator)
+    return Ahead(sampler=speaker) if rollout.one_step_off else speaker
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Whether a stage can sample in so many processes.
+
+    Raises:
+        UsageError: It would need a vLLM in each.
+    """
+    rollout = config.rollout
+    colocated = rollout.sampler == "vllm" and rollout.vllm_mode == "colocate"
+    if config.objective.uses_rollouts and colocated and processes > 1:
+        raise UsageError(
+            "rollout.vllm_mode 'colocate' is for one process: with several, start `vllm serve` on a GPU of "
+            "its own and set rollout.vllm_mode server (docs/gpus.md)"
+        )
 
 
 def _vllm(
@@ -56,12 +63,9 @@ def _vllm(
     prompts = [example.prompt_ids for example in materials.dataset.examples]
     if rollout.vllm_mode == "server":
         engine = Server(
-            url=rollout.vllm_server_base_url, temperature=rollout.temperature, timeout=rollout.vllm_timeout
-        )
-    elif accelerator.num_processes > 1:
-        raise UsageError(
-            "rollout.vllm_mode 'colocate' is for one process: with several, start `vllm serve` on a GPU of "
-            "its own and set rollout.vllm_mode server (docs/gpus.md)"
+            url=rollout.vllm_server_base_url.rstrip("/"),
+            temperature=rollout.temperature,
+            timeout=rollout.vllm_timeout,
         )
     else:
         engine = Colocated(

@@ -42,6 +42,8 @@ REFERENCE = "reference.safetensors"
 
 WITH_MOMENTS = 3
 """Weights and AdamW's two moments of them, each as large."""
+TOKEN_BYTES = 32
+"""Of a rollout's token in state.json: its id, and its log-probability with all digits."""
 
 
 @dataclass(kw_only=True)
@@ -75,6 +77,16 @@ class Stage:
     def ahead(self) -> Ahead | None:
         """The sampler, where it can begin a step ahead."""
         return self.sampler if isinstance(self.sampler, Ahead) else None
+
+    def check_sampler(self) -> None:
+        """Try the sampler, if the stage is still to sample.
+
+        Raises:
+            UsageError: It cannot sample from this model, or not here.
+        """
+        if self.config.objective.uses_rollouts and not self.ended:
+            with self.whole_policy():
+                self.sampler.check()
 
     @property
     def ended(self) -> bool:
@@ -181,6 +193,10 @@ class Stage:
     def checkpoint_bytes(self) -> int:
         """What a checkpoint takes on the disk, but for some small files."""
         kept = self.model_bytes() * WITH_MOMENTS
+        if self.ahead is not None:
+            rollout = self.config.rollout
+            rows = self.config.batching.prompts_per_step * rollout.num_generations
+            kept += rows * rollout.max_completion_length * TOKEN_BYTES
         referred = self.reference or self.later_reference
         if referred is not None and self.config.objective.reference_step > 0:
             kept += self.model_bytes()
@@ -191,6 +207,10 @@ class Stage:
     def model_bytes(self) -> int:
         """What the policy takes on the disk: all of it, or its adapter."""
         return _bytes(self.policy)
+
+    def whole_bytes(self) -> int:
+        """What the policy takes on the disk as a whole model, its adapter merged."""
+        return sum(p.nbytes for name, p in self.policy.named_parameters() if ".lora_" not in name)
 
     @contextlib.contextmanager
     def whole_policy(self) -> Iterator[None]:

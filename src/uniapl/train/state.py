@@ -64,6 +64,8 @@ class AheadForm(_Form):
 
     prompt_ids: Ids
     seed: Count
+    temperature: float
+    max_completion_length: Count
     rollouts: list[RolloutForm]
 
 
