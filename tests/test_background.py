@@ -11,10 +11,12 @@ import pytest
 from uniapl.rollout.background import in_background, in_threads
 
 ENDS = """
-import sys
+import signal, sys
 from uniapl.rollout.background import in_background
 from uniapl.rollout.engines import Server
 
+# A program that a shell has started behind its back ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 server = Server(url=sys.argv[1], temperature=1.0, timeout=600.0)
 
 def generate():
