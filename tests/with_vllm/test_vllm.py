@@ -4,6 +4,7 @@ Of an untied model: vLLM's CPU build keeps the old output head of a tied one, wh
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.vllm import Engine, VLLMSampler
+from uniapl.train.checkpoint import checkpoint_path
 from uniapl.types import Rollout
 
 pytest.importorskip("vllm")
@@ -216,6 +218,35 @@ def test_a_run(model_dir: Path, tmp_path: Path) -> None:
         assert record["sampling/sampling_logp_difference/max"] < TOLERANCE
         assert abs(record["sampling/importance_sampling_ratio/mean"] - 1) < TOLERANCE
     assert records[0]["loss"] != records[-1]["loss"]
+
+
+def test_a_run_one_step_off(
+    server: tuple[subprocess.Popen[bytes], Server], model_dir: Path, tmp_path: Path
+) -> None:
+    """From the second step on rollouts are of the weights before: as likely then as vLLM says."""
+    _, engine = server
+    rollout = {"sampler": "vllm", "vllm_mode": "server", "vllm_server_base_url": engine.url}
+    values = recipe(model_dir, tmp_path / "run", rollout=rollout | {"one_step_off": True}, save_steps=1)
+    train(values | {"save_total_limit": 9})
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["rollout/staleness"] for record in records] == [0, 1, 1, 1]
+    assert records[0]["sampling/sampling_logp_difference/max"] < TOLERANCE
+    assert records[1]["sampling/sampling_logp_difference/max"] > TOLERANCE
+    for step in (1, 2):
+        # Of the weights after `step - 1` steps, for the step after the next.
+        path = checkpoint_path(tmp_path / "run", step)
+        kept = json.loads((path / "state.json").read_text(encoding="utf-8"))["ahead"]
+        before = model_dir if step == 1 else checkpoint_path(tmp_path / "run", step - 1)
+        model = AutoModelForCausalLM.from_pretrained(before)
+        for group in kept:
+            for rollout in group["rollouts"]:
+                assert rollout["policy_version"] == step - 1
+                ids = torch.tensor([group["prompt_ids"] + rollout["completion_ids"]])
+                logprobs = model(ids).logits[0].log_softmax(-1)
+                first = len(group["prompt_ids"])
+                ours = logprobs[first - 1 : -1].gather(-1, ids[0, first:, None])[:, 0]
+                theirs = torch.tensor(rollout["sampling_logprobs"])
+                assert (ours - theirs).abs().max() < TOLERANCE
 
 
 def test_the_cpu_build_does_not_reload_a_tied_head(tmp_path: Path) -> None:
