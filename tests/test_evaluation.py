@@ -41,6 +41,9 @@ class Scripted:
         assert all(len(group) == num_generations for group in self.texts)
         return [tuple(self._rollout(text) for text in group) for group in self.texts]
 
+    def check(self) -> None:
+        """Nothing to try."""
+
     def _rollout(self, text: str) -> Rollout:
         ids = tuple(self.tokenizer(text).input_ids)
         return Rollout(
