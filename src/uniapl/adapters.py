@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def require_peft() -> None:
 
 def is_adapter(path: str | Path | None) -> bool:
     """Whether a directory holds an adapter and no whole model."""
-    return path is not None and (Path(path) / SETTINGS).is_file()
+    # Not Path.is_file, which raises on a name that no file can have.
+    return path is not None and os.path.isfile(Path(path) / SETTINGS)
 
 
 def base_of(config: ModelConfig) -> ModelConfig:
