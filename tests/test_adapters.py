@@ -179,7 +179,7 @@ def test_broken_adapters_are_named(model_dir: Path, tmp_path: Path) -> None:
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     kept = config.read_text()
     config.write_text(kept.replace(str(model_dir), str(tmp_path / "gone")))
-    gone = f"base of the adapter '{tmp_path}': '{tmp_path / 'gone'}': there is no such directory"
+    gone = f"the adapter '{tmp_path}' is one of '{tmp_path / 'gone'}', and there is no such directory"
     with pytest.raises(UsageError, match=gone):
         load_model(settings(tmp_path))
     for content, said in (("{", "settings"), ("[]", "not a mapping"), ("{}", "names no base model")):

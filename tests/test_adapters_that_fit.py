@@ -175,3 +175,12 @@ def test_a_discriminator_s_backbone_is_no_adapter(
     command += [str(tmp_path / "merged"), "--model-name-or-path", str(adapter)]
     assert cli.run([*command, "--output-dir", str(tmp_path / "polar")]) == 2
     assert f"merge it by `uniapl export {adapter} -o DIRECTORY`" in capsys.readouterr().err
+
+
+def test_a_base_that_has_moved_is_named(model_dir: Path, tmp_path: Path) -> None:
+    of_peft(model_dir, tmp_path / "adapter")
+    change_settings(tmp_path / "adapter", base_model_name_or_path="build/some/model")
+    with pytest.raises(
+        UsageError, match=r"'build/some/model'.*base_model_name_or_path in its adapter_config"
+    ):
+        load_model(settings(tmp_path / "adapter"))

@@ -162,7 +162,7 @@ def test_a_tracker_that_is_not_there(
 def test_the_card(model_dir: Path, tmp_path: Path) -> None:
     result = train(recipe(model_dir, tmp_path / "run"))
     card = (result.final_dir / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\ntags:\n- uniapl\n")
+    assert card.startswith("---\nlibrary_name: transformers\ntags:\n- uniapl\n---\n")
     assert str(tmp_path) not in card
     assert "base_model" not in card, "a path is no base that the Hub knows"
     reward = lines(tmp_path / "run" / "metrics.jsonl")[-1]["reward"]

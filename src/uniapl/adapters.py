@@ -58,6 +58,11 @@ def base_of(config: ModelConfig) -> ModelConfig:
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str):
         raise UsageError(f"the adapter '{config.model_name_or_path}' names no base model in its {SETTINGS}")
+    if name.count("/") > 1 and not os.path.exists(name):
+        raise UsageError(
+            f"the adapter '{config.model_name_or_path}' is one of '{name}', and there is no such directory, "
+            f"seen from here: write where that model lies to base_model_name_or_path in its {SETTINGS}"
+        )
     revision = settings.get("revision")
     return config.model_copy(update={"model_name_or_path": name, "model_revision": revision})
 

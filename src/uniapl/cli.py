@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+# Before pydantic is imported: an address of its own documentation says nothing of a recipe.
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")
+
 from uniapl.errors import Interrupted, UniAPLError, UsageError
 
 if TYPE_CHECKING:

@@ -30,6 +30,7 @@ SYNONYMS = {
     "model": "model.model_name_or_path",
     "mu": "objective.mu_peak",
     "lambda": "objective.lambda_adv",
+    "lora_rank": "model.lora_r",
     "kl_coef": "objective.beta",
     "epsilon_low": "objective.epsilon",
     "clip_range": "objective.epsilon",

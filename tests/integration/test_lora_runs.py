@@ -213,13 +213,18 @@ def test_what_cannot_be_exported_is_named(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     (tmp_path / "file").touch()
+    gone_on = tmp_path / "gone on"
+    (gone_on / "checkpoints" / "step-000001").mkdir(parents=True)
+    (gone_on / "final").mkdir()
+    (gone_on / "ending.json").write_text(json.dumps({"state": "interrupted", "message": ""}))
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "manifest.json").write_text(json.dumps({"model.safetensors": {"bytes": 1, "sha256": ""}}))
     cases = [
         (tmp_path / "nowhere", "new", "no directory of a run"),
         (tmp_path / "unfinished", "new", "newest checkpoint is .*step-000004"),
-        (tmp_path / "empty", "new", "cannot load the tokenizer"),
+        (tmp_path / "empty", "new", "no directory of a run"),
+        (gone_on, "new", "went on after .*/final or .*step-000001"),
         (damaged, "new", "damaged: model.safetensors: missing"),
         (learnt, "taken", "is there already"),
         (learnt, "file", "is there already"),

@@ -136,12 +136,17 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _somebody_else_samples(self) -> "RolloutConfig":
-        if self.one_step_off and (self.sampler, self.vllm_mode) != ("vllm", "server"):
+        if self.one_step_off and not self.behind_server:
             raise ValueError(
                 "one_step_off needs sampler vllm and vllm_mode server: the trainer's own device is busy "
                 "while it trains"
             )
         return self
+
+    @property
+    def behind_server(self) -> bool:
+        """Another program samples, on a device of its own."""
+        return self.sampler == "vllm" and self.vllm_mode == "server"
 
     @property
     def importance_cap(self) -> float | None:

@@ -221,7 +221,8 @@ class Server:
                 if left <= 0:
                     raise UniAPLError(
                         f"the vLLM server {self.url} did not come up within rollout.vllm_timeout "
-                        f"{self.timeout:g} s: {error}"
+                        f"{self.timeout:g} s: {error}. Is it at rollout.vllm_server_base_url, started by "
+                        "`vllm serve` as docs/gpus.md says?"
                     ) from None
                 time.sleep(PAUSE)
             else:

@@ -206,6 +206,12 @@ def _notes(
     if rows_given and resolved.config.data.path is not None:
         notes.append("data.path is not read, since rows are given")
     notes += dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)
+    notes += dict.fromkeys(
+        f"rollouts come from the vLLM server {rollout.vllm_server_base_url}, which is waited for up to "
+        f"{rollout.vllm_timeout:g} s (rollout.vllm_timeout)"
+        for rollout in (stage.config.rollout for stage in stages if stage.config.objective.uses_rollouts)
+        if rollout.behind_server
+    )
     notes += [
         f"{len(rows)} rows left out, {reason} (uniapl check lists them)"
         for reason, rows in materials.dataset.left_out.items()

@@ -25,7 +25,7 @@ def model_card(config: Config, methods: list[str], steps: int, last: Mapping[str
     rank = config.model.lora_r
     # An adapter that goes on from another one is their common base's.
     base = str((base_of(config.model) if rank else config.model).model_name_or_path)
-    tags = ["uniapl", *dict.fromkeys(methods), *(["lora"] if rank else [])]
+    tags = [*dict.fromkeys(["uniapl", *methods]), *(["lora"] if rank else [])]
     front: dict[str, Any] = {"library_name": "peft" if rank else "transformers", "tags": tags}
     # A path on the disk of whoever trained is nothing that the Hub could link to.
     on_the_hub = not Path(base).exists()

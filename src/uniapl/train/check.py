@@ -33,6 +33,11 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "notes": [
             *dict.fromkeys(note for part in (resolved, *stages) for note in part.notes),
             *materials.notes,
+            *dict.fromkeys(
+                f"the vLLM server {stage.config.rollout.vllm_server_base_url} has not been asked"
+                for stage in stages
+                if stage.config.objective.uses_rollouts and stage.config.rollout.behind_server
+            ),
         ],
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),

@@ -1,6 +1,7 @@
 """`uniapl export`: the model of a run or a checkpoint, whole, as transformers loads it."""
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from uniapl.adapters import is_adapter
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
 from uniapl.loading import load_model, load_tokenizer
+from uniapl.report.reading import ENDING
 from uniapl.train import checkpoint
 
 
@@ -45,15 +47,27 @@ def export(arguments: Sequence[str]) -> None:
 
 def _source(path: Path) -> Path:
     """Where the weights lie that are meant by a run's directory or a model's own."""
-    if not path.is_dir():
-        raise UsageError(f"'{path}' is no directory of a run, a checkpoint or a model")
     saved = checkpoint.checkpoints(path)
     found = path / "final" if saved or (path / "final").is_dir() else path
-    if not found.is_dir():
+    if saved and not found.is_dir():
         raise UsageError(f"the run '{path}' has no result yet; its newest checkpoint is {saved[-1]}")
+    if saved and not _is_finished(path):
+        raise UsageError(
+            f"the run '{path}' went on after its result was written, and has not ended: name what you want, "
+            f"{found} or {saved[-1]}"
+        )
     if (found / checkpoint.MANIFEST).is_file() and (wrong := checkpoint.defects(found)):
         raise UsageError(f"'{found}' is damaged: {'; '.join(wrong)}")
+    if not (is_adapter(found) or (found / "config.json").is_file()):
+        raise UsageError(f"'{path}' is no directory of a run, a checkpoint or a model")
     return found
+
+
+def _is_finished(run: Path) -> bool:
+    try:
+        return json.loads((run / ENDING).read_text(encoding="utf-8"))["state"] == "finished"
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _parser() -> argparse.ArgumentParser:
