@@ -257,6 +257,7 @@ def test_a_directory_that_must_stay_is_refused_before_anything_is_loaded(
 ) -> None:
     for name in ("source", "here"):
         (tmp_path / name).mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
     if what == "a mount":
         monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "here")
     else:
