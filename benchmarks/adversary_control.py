@@ -59,15 +59,15 @@ def run(name: str, output: Path, seed: int) -> None:
     """Train, and keep the metrics of every step."""
     from transformers import AutoTokenizer, PreTrainedModel
 
-    from uniapl.embedded.measure import measure
-    from uniapl.embedded.recipe import RECIPE
-    from uniapl.embedded.task import make_task
-    from uniapl.resolve import merge, resolve
-    from uniapl.train.api import train_resolved
+    from uniapl.config.resolve import merge, resolve
+    from uniapl.demo.measure import measure
+    from uniapl.demo.recipe import RECIPE
+    from uniapl.demo.task import make_task
+    from uniapl.training.api import train_resolved
 
     task = make_task(seed=seed, demonstrations=512 if name in FIGURES["constraint"][0] else 256)
     held_out = dict(list(task.held_out.items())[:128])
-    with as_file(files("uniapl.embedded") / "base") as base, tempfile.TemporaryDirectory() as work:
+    with as_file(files("uniapl.demo") / "base") as base, tempfile.TemporaryDirectory() as work:
         tokenizer = AutoTokenizer.from_pretrained(base)
 
         def look(step: int, model: PreTrainedModel) -> Mapping[str, Any]:

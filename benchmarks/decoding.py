@@ -103,7 +103,7 @@ def load(size: Size) -> Any:
     """The model."""
     torch.manual_seed(0)
     if size.settings is None:
-        return AutoModelForCausalLM.from_pretrained(str(files("uniapl.embedded") / "base")).eval()
+        return AutoModelForCausalLM.from_pretrained(str(files("uniapl.demo") / "base")).eval()
     config = Qwen3Config(**size.settings, eos_token_id=STOP, pad_token_id=0, tie_word_embeddings=True)  # type: ignore[arg-type]
     return AutoModelForCausalLM.from_config(config).eval()
 

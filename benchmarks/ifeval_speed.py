@@ -25,7 +25,7 @@ from uniapl.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from uniapl.evaluation import evaluate_suite
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.suites import load_suite
-from uniapl.loading import load_model, load_stop_ids, load_tokenizer
+from uniapl.models.loading import load_model, load_stop_ids, load_tokenizer
 from uniapl.rollout.local import LocalSampler
 
 TASK = """\

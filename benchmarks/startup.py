@@ -26,7 +26,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     rows = [{"prompt": "write one sentence", "completion": "the cat sees a dog ."}] * 64
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
-        "model": {"model_name_or_path": str(files("uniapl.embedded") / "base")},
+        "model": {"model_name_or_path": str(files("uniapl.demo") / "base")},
         "data": {"path": str(folder / "train.jsonl"), "string_prompts": "chat"},
         "rewards": {"functions": ["lowercase"]},
         "rollout": {"max_completion_length": 48},

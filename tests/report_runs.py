@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from uniapl.resolve import resolve
+from uniapl.config.resolve import resolve
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u") for c in ("", "n", "r", "st")]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import uniapl
 from tiny import letter_rows
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 
 def recipe(model_dir: Path, output: Path, **changes: Any) -> dict[str, Any]:

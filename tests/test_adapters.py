@@ -19,7 +19,11 @@ from test_discriminator import sequences
 from test_lora import on
 from tiny import make_model, make_tokenizer, random_rows, save_model
 from uniapl import UsageError, cli
-from uniapl.adapters import (
+from uniapl.config import ModelConfig
+from uniapl.data.batching import collate
+from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator
+from uniapl.models.loading import load_model, load_policy, load_stop_ids
+from uniapl.models.lora import (
     is_adapter,
     linear_layers,
     merge_in_place,
@@ -28,13 +32,9 @@ from uniapl.adapters import (
     save_weights,
     without_adapter,
 )
-from uniapl.batching import collate
-from uniapl.config import ModelConfig
-from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator
-from uniapl.loading import load_model, load_policy, load_stop_ids
-from uniapl.train.policy import Policy
-from uniapl.train.recompute import recomputed
-from uniapl.train.reference import reference_at_start, trained_weights
+from uniapl.models.policy import Policy
+from uniapl.models.reference import reference_at_start, trained_weights
+from uniapl.training.update.activation_checkpointing import recomputed
 
 IDS = torch.arange(2, 22).reshape(2, 10)
 

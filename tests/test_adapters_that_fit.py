@@ -14,10 +14,10 @@ from runs import recipe, train, write_recipe
 from test_adapters import logits, settings
 from tiny import make_tokenizer, save_model
 from uniapl import UsageError, cli
-from uniapl.adapters import save_weights
 from uniapl.config import ModelConfig
-from uniapl.loading import load_model, load_policy, load_tokenizer
-from uniapl.train.reference import trained_weights
+from uniapl.models.loading import load_model, load_policy, load_tokenizer
+from uniapl.models.lora import save_weights
+from uniapl.models.reference import trained_weights
 
 
 @pytest.fixture(scope="module")

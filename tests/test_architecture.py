@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from uniapl.resolve import resolve
+from uniapl.config.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "uniapl"
@@ -19,26 +19,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
     {"functional"},
-    {"types", "files", "posting"},
-    {
-        "config",
-        "adapters",
-        "loading",
-        "methods",
-        "data",
-        "streams",
-        "batching",
-        "packing",
-        "rollout",
-        "rewards",
-        "discriminator",
-        "resolve",
-    },
+    {"types", "files", "http"},
+    {"config"},
+    {"data", "models"},
+    {"rollout", "rewards", "discriminator"},
     {"evaluation"},
-    {"compose", "collect", "chat"},
-    {"report"},
-    {"train"},
-    {"embedded"},
+    {"compose", "collect", "report"},
+    {"training"},
+    {"demo"},
     {"compare"},
     {"cli", "__init__"},
 ]
@@ -82,11 +70,11 @@ def test_who_may_import_what(path: Path) -> None:
     if unit(path) == "functional":
         third_party = {name.split(".")[0] for name in imports(path)} - {"uniapl"}
         assert third_party <= {"torch", "jaxtyping"} | set(sys.stdlib_module_names)
-    if unit(path) != "train":
+    if unit(path) != "training":
         assert "accelerate" not in outside
         assert "torch.distributed" not in outside
     assert not outside & {"trl", "vllm", "wandb"}
-    if unit(path) != "adapters":
+    if unit(path) != "models":
         assert "peft" not in outside
     if str(path.relative_to(PACKAGE)) not in ("rewards/checkers.py", "evaluation/harness.py"):
         assert "lm_eval" not in outside
@@ -129,7 +117,7 @@ def test_help_is_light() -> None:
 
 def test_recipe_help_needs_no_torch() -> None:
     code = (
-        "import sys; from uniapl.resolve import resolve\n"
+        "import sys; from uniapl.config.resolve import resolve\n"
         "try: resolve({}, ['--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny import random_rows
-from uniapl.batching import Row, collate, component_counts, micro_batches
+from uniapl.data.batching import Row, collate, component_counts, micro_batches
 
 DEMONSTRATION = Row(prompt_ids=(5, 9), completion_ids=(31, 1), components=frozenset({"sft"}))
 ROLLOUT = Row(

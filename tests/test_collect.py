@@ -715,7 +715,7 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     for name in [name for name in sys.modules if name.startswith("uniapl.collect.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tenacity", None)
-    from uniapl.collect.command import collect as run_collecting
+    from uniapl.cli.collect import collect as run_collecting
 
     path = write(tmp_path / "prompts.jsonl", PROMPTS)
     with pytest.raises(uniapl.UsageError, match=r"pip install 'uniapl\[collect\]'"):

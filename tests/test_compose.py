@@ -12,7 +12,7 @@ from runs import recipe
 from shared import IFBENCH, IFEVAL, needs_data, rows
 from tiny import save_model
 from uniapl import cli
-from uniapl.compose.command import all_conflicts, compose_prompt
+from uniapl.cli.compose import all_conflicts, compose_prompt
 from uniapl.compose.wordings import ENDINGS, FURTHER_CONFLICTS, KINDS, LANGUAGES, NOUNS, RARE, say
 from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters

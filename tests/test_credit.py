@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 import reference
-from uniapl.batching import component_counts
-from uniapl.train.credit import assign_credit, failed_prompts, rollout_rows
-from uniapl.train.metrics import length_metrics, pair_metrics
+from uniapl.data.batching import component_counts
+from uniapl.training.monitor.metrics import length_metrics, pair_metrics
+from uniapl.training.update.credit import assign_credit, failed_prompts, rollout_rows
 from uniapl.types import Example, Rollout, RolloutGroup
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from tiny import make_tokenizer
 from uniapl.config import DataConfig
-from uniapl.data import Dataset, prepare, read_rows
+from uniapl.data.rows import Dataset, prepare, read_rows
+from uniapl.data.streams import Stream, split_streams
 from uniapl.errors import UsageError
-from uniapl.streams import Stream, split_streams
 from uniapl.types import Example
 
 EOS = 1

@@ -20,7 +20,7 @@ from uniapl.discriminator.bradley_terry import (
     no_context,
 )
 from uniapl.errors import UsageError
-from uniapl.train.step import discriminator_step
+from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import Example, Rollout, RolloutGroup
 
 COMPARISONS = [

@@ -24,8 +24,8 @@ from runs import lines
 from tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
-from uniapl.embedded.recipe import RECIPE
-from uniapl.resolve import load_recipe, resolve
+from uniapl.config.resolve import load_recipe, resolve
+from uniapl.demo.recipe import RECIPE
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = (

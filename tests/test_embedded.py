@@ -9,16 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from uniapl.cli.demo import demo
 from uniapl.config import ModelConfig
-from uniapl.embedded.constraints import (
-    HELD_OUT_COMBINATIONS,
-    Constraint,
-    Prompt,
-    conflict,
-    draw_prompt,
-)
-from uniapl.embedded.demo import demo
-from uniapl.embedded.language import (
+from uniapl.demo.constraints import HELD_OUT_COMBINATIONS, Constraint, Prompt, conflict, draw_prompt
+from uniapl.demo.language import (
     ADJECTIVES,
     ADVERBS,
     CLASSES,
@@ -32,11 +26,11 @@ from uniapl.embedded.language import (
     fluency,
     parse,
 )
-from uniapl.embedded.measure import judge, measure
-from uniapl.embedded.recipe import MAX_COMPLETION_LENGTH
-from uniapl.embedded.task import as_row, embedded_constraints, make_task, make_tokenizer
-from uniapl.embedded.writers import EXPERT, SLOPPY, write
-from uniapl.loading import load_model
+from uniapl.demo.measure import judge, measure
+from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
+from uniapl.demo.task import as_row, embedded_constraints, make_task, make_tokenizer
+from uniapl.demo.writers import EXPERT, SLOPPY, write
+from uniapl.models.loading import load_model
 from uniapl.rollout.local import LocalSampler
 from uniapl.types import derive_seed
 
@@ -241,7 +235,7 @@ def test_distinct_pairs_of_words_by_hand() -> None:
 
 def test_a_model_s_own_texts_are_as_likely_to_it_as_its_sampler_said() -> None:
     task = make_task(prompts=1, demonstrations=0, held_out=6)
-    base = Path(str(files("uniapl.embedded") / "base"))
+    base = Path(str(files("uniapl.demo") / "base"))
     model = load_model(ModelConfig(model_name_or_path=str(base)))
     tokenizer = AutoTokenizer.from_pretrained(base)
     got = measure(model, tokenizer, task.held_out, seed=3, reference=model)
@@ -283,5 +277,5 @@ def test_the_demo_runs_from_the_shipped_model(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_shipped_model_is_small() -> None:
-    base = files("uniapl.embedded") / "base"
+    base = files("uniapl.demo") / "base"
     assert sum(len(file.read_bytes()) for file in base.iterdir()) < 4 * 2**20

@@ -15,10 +15,10 @@ from runs import lines, recipe, train, write_recipe
 from shared import CONSTANT, IFEVAL, FirstDraw, needs_data, rows
 from tiny import LETTERS, letter_rows, make_tokenizer, save_model
 from uniapl import cli
+from uniapl.cli.evaluate import notes
 from uniapl.config import Config, EvaluationConfig, RewardFunctionConfig, RewardsConfig
 from uniapl.errors import UsageError
 from uniapl.evaluation import evaluate_suite, scores
-from uniapl.evaluation.command import notes
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.run import floors, paired
 from uniapl.evaluation.suites import load_suite, parse_suite

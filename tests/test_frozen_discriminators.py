@@ -15,7 +15,7 @@ from tiny import SMALL, make_model, make_tokenizer, save_model
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.density_ratio import DensityRatio
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
-from uniapl.train.policy import Policy
+from uniapl.models.policy import Policy
 from uniapl.types import Example
 
 CPU = torch.device("cpu")

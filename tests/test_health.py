@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from runs import lines, recipe, run_until, timeless, train
 from tiny import save_model
 from uniapl.config import Config, HealthConfig
-from uniapl.train.health import warnings
+from uniapl.training.monitor.health import warnings
 
 CONFIG, BOUNDS = HealthConfig(window=5), (0.1, 8.0)
 NOISE = (0.01, -0.01, 0.0, 0.02, -0.02)
@@ -174,7 +174,7 @@ def test_a_run_says_it_once_and_goes_on_saying_so_when_resumed(
         assert bounds == (0.05, 20.0)
         return {"rule": f"{len(history)} steps, remedy"} if len(history) >= 2 * config.window - 1 else {}
 
-    monkeypatch.setattr("uniapl.train.health.warnings", three_of_four)
+    monkeypatch.setattr("uniapl.training.monitor.health.warnings", three_of_four)
     values = {"max_steps": 6, "health": {"window": 2}}
     train(recipe(model_dir, tmp_path / "whole", **values))
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]

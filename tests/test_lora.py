@@ -17,8 +17,8 @@ from test_discriminator import COMPARISONS, sequences
 from tiny import make_model, save_model
 from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator
 from uniapl.discriminator.lora import SCALE, LoraTrunk
-from uniapl.train import checkpoint
-from uniapl.train.step import discriminator_step
+from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.update.discriminator_step import discriminator_step
 
 
 def on(model: PreTrainedModel, *, trained: bool) -> BradleyTerryDiscriminator:

@@ -13,9 +13,9 @@ import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tiny import SMALL, letter_rows, make_tokenizer, save_model
-from uniapl.resolve import resolve
-from uniapl.train.check import check_run
-from uniapl.train.memory import Counter, MemoryEstimate
+from uniapl.cli.check import check_run
+from uniapl.config.resolve import resolve
+from uniapl.training.preflight.memory import Counter, MemoryEstimate
 
 MEASURED = """
 import resource, sys

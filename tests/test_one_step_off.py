@@ -22,7 +22,7 @@ from uniapl import cli
 from uniapl.errors import Interrupted
 from uniapl.rollout import engines
 from uniapl.rollout.local import LocalSampler
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.types import derive_seed
 
 ASKED_BEFORE_TRAINING = 1

@@ -15,13 +15,13 @@ from torch.testing import assert_close
 
 from runs import lines, recipe, train
 from tiny import CONFIGS, make_model, save_model
-from uniapl.batching import Row, by_prompt, collate, component_counts, halves, micro_batches, shares
+from uniapl.data.batching import Row, by_prompt, collate, component_counts, halves, micro_batches, shares
 from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator, Comparison
 from uniapl.discriminator.lora import LoraTrunk
-from uniapl.packing import NAME, Packing, can_pack
-from uniapl.train.metrics import update_metrics
-from uniapl.train.policy import Policy, inputs_of
-from uniapl.train.step import PolicyStep, policy_step
+from uniapl.models.packing import NAME, Packing, can_pack
+from uniapl.models.policy import Policy, inputs_of
+from uniapl.training.monitor.metrics import update_metrics
+from uniapl.training.update.policy_step import PolicyStep, policy_step
 from uniapl.types import MicroBatch, Span
 
 PACKING_FAMILIES = ("qwen3", "llama", "mistral_sliding", "gemma3", "gpt2")

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from runs import lines, recipe, train
 from tiny import make_model, make_tokenizer, save_model
 from uniapl import cli
+from uniapl.cli.pretrain_discriminator import _parse, _triples, _write_all
 from uniapl.discriminator.polar import END, SEPARATOR, Polar
-from uniapl.train.pretrain_discriminator import _parse, _triples, _write_all
 from uniapl.types import Example
 
 
@@ -119,7 +119,7 @@ def test_a_loss_that_is_no_number_ends_it_with_nothing_written(
     def bad(same: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return (same - other).sum() * float("nan")
 
-    monkeypatch.setattr("uniapl.train.pretrain_discriminator.bradley_terry_loss", bad)
+    monkeypatch.setattr("uniapl.cli.pretrain_discriminator.bradley_terry_loss", bad)
     data = write_data(tmp_path / "data.jsonl", demonstrations=False)
     command = ["pretrain-discriminator", str(data), "--model-name-or-path", policies[0], "--steps", "2"]
     command += [

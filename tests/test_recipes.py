@@ -10,7 +10,6 @@ from transformers import Qwen3Config
 from test_documents import ROOT, TEMPLATE, block, read_rows
 from tiny import LETTERS, make_tokenizer
 from uniapl import cli
-from uniapl.train import check
 
 COMMON = {
     "num_key_value_heads": 8,
@@ -59,7 +58,7 @@ def test_check_accepts_it(
 ) -> None:
     monkeypatch.chdir(workshop)
     # A minute for each of them on a slow core; tests/test_memory.py has what it says beside what a run takes.
-    monkeypatch.setattr(check, "_memory", lambda *_: {"text": ""})
+    monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
     assert cli.run(["check", str(recipe), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["with_demonstration"] == report["examples"] == len(LETTERS)

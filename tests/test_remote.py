@@ -17,7 +17,7 @@ from test_frozen_discriminators import CANDIDATES, candidate, polar_tokenizer
 from tiny import save_model
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import Remote
-from uniapl.posting import PostingError, ask, check_address
+from uniapl.http import PostingError, ask, check_address
 
 Reply = Callable[[http.server.BaseHTTPRequestHandler, dict[str, Any]], None]
 

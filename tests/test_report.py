@@ -22,9 +22,9 @@ from report_runs import answer, large_run, metric_rows, prompt_row, write_lines,
 from runs import has_letter, recipe, train
 from tiny import save_model
 from uniapl.cli import run as run_cli
+from uniapl.cli.report import report
 from uniapl.errors import HealthStop, Interrupted, UsageError
 from uniapl.report import analysis, charts, summary, write_report
-from uniapl.report.command import report
 from uniapl.report.completions import as_columns, packed_completions
 from uniapl.report.distributions import distributions
 from uniapl.report.page import render
@@ -217,7 +217,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     def failing(directories: Any, output: Any) -> None:
         raise ValueError("no page today")
 
-    monkeypatch.setattr("uniapl.train.run.write_report", failing)
+    monkeypatch.setattr("uniapl.training.run.write_report", failing)
     result = train(recipe(save_model(tmp_path / "model"), tmp_path / "run", max_steps=1))
     assert result.final_dir.is_dir()
     assert "note: no report was written: ValueError('no page today')" in capsys.readouterr().out
@@ -520,5 +520,5 @@ def test_a_comparison_has_a_page(tmp_path: Path) -> None:
 def test_reports_do_not_need_torch() -> None:
     """A page of a finished run is there before torch would be loaded."""
 
-    code = "import sys, uniapl.report.command; assert 'torch' not in sys.modules"
+    code = "import sys, uniapl.cli.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from uniapl.config import Config
+from uniapl.config.methods import METHODS
+from uniapl.config.resolve import flatten, load_recipe, resolve, stages_of
 from uniapl.errors import UsageError
-from uniapl.methods import METHODS
-from uniapl.resolve import flatten, load_recipe, resolve, stages_of
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import torch
 from torch.testing import assert_close
 
 from tiny import CONFIGS, VOCABULARY, make_model
-from uniapl.batching import Row, collate
+from uniapl.data.batching import Row, collate
 from uniapl.errors import UsageError
+from uniapl.models.policy import Policy
 from uniapl.rollout.local import LocalSampler, inverse_cdf, truncate
-from uniapl.train.policy import Policy
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21)]
 SEEDS = [100, 101, 102, 103]

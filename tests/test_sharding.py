@@ -3,9 +3,9 @@
 import pytest
 
 from uniapl.config import Config
+from uniapl.config.resolve import resolve
 from uniapl.errors import UsageError
-from uniapl.resolve import resolve
-from uniapl.train.sharding import check_launch, check_stage, shards_weights
+from uniapl.training.distributed.fsdp import check_launch, check_stage, shards_weights
 
 
 @pytest.fixture(autouse=True)

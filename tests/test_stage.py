@@ -8,7 +8,7 @@ import pytest
 
 from uniapl import Config
 from uniapl.functional import Multiplier
-from uniapl.train.stage import Stage
+from uniapl.training.stage import Stage
 
 
 def stage(controller: str, *, accuracy: float = 1.0, step: int = 10) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from runs import lines, recipe, run_until, timeless, train
 from tiny import save_model
 from uniapl.config import StopConfig
-from uniapl.train.stopping import Stopping
+from uniapl.training.monitor.early_stopping import Stopping
 
 
 def ends_at(values: list[float | None], tokens: int = 10, **rule: Any) -> tuple[int, str] | None:

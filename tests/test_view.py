@@ -16,8 +16,8 @@ from runs import lines, recipe, train, write_recipe
 from tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
-from uniapl.train.card import model_card
-from uniapl.train.console import RunView
+from uniapl.training.checkpoint.model_card import model_card
+from uniapl.training.monitor.console import RunView
 
 CHAT = (
     "{% for m in messages %}{{ '<turn>' + m['role'] + ' ' + m['content'] + '<eos>' }}{% endfor %}"

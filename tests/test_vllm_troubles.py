@@ -18,7 +18,7 @@ from runs import lines, recipe, train, write_recipe
 from tiny import make_model, save_model
 from uniapl import cli
 from uniapl.rollout import engines
-from uniapl.train import storage
+from uniapl.training.checkpoint import disk as storage
 
 NOWHERE = {"vllm_server_base_url": "http://127.0.0.1:9", "vllm_timeout": 0.1}
 WHOLE = sum(parameter.nbytes for parameter in make_model().parameters())

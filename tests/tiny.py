@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from uniapl.batching import Row
+from uniapl.data.batching import Row
 
 VOCABULARY = 64
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ,.\n"

@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from torch import nn
 from work import Work, data_rows, load, random_reward
 
-from uniapl.batching import Row, component_counts, micro_batches
-from uniapl.resolve import merge, resolve, stages_of
-from uniapl.train import setup
-from uniapl.train.api import make_accelerator
-from uniapl.train.credit import assign_credit, rollout_rows
-from uniapl.train.stage import Stage, build_stage
-from uniapl.train.step import policy_step
+from uniapl.config.resolve import merge, resolve, stages_of
+from uniapl.data.batching import Row, component_counts, micro_batches
+from uniapl.training.distributed.accelerator import make_accelerator
+from uniapl.training.materials import Materials
+from uniapl.training.preflight import load as setup
+from uniapl.training.stage import Stage, build_stage
+from uniapl.training.update.credit import assign_credit, rollout_rows
+from uniapl.training.update.policy_step import policy_step
 from uniapl.types import Example, Rollout, RolloutGroup
 
 
@@ -37,7 +38,7 @@ def recipe(work_or_shape: Any, folder: Path, options: Namespace) -> dict[str, An
 
 def our_stage(
     work: Work, folder: Path, options: Namespace, **changes: Any
-) -> tuple[Accelerator, Stage, setup.Materials]:
+) -> tuple[Accelerator, Stage, Materials]:
     """Policy, optimizer and sampler of a run's first stage."""
     resolved = resolve(merge(recipe(work, folder, options), changes))
     stages = stages_of(resolved)

@@ -37,8 +37,8 @@ from work import (
 
 import uniapl
 from uniapl.config import DataConfig
-from uniapl.data import tokenize_row
-from uniapl.resolve import merge
+from uniapl.config.resolve import merge
+from uniapl.data.rows import tokenize_row
 
 STEADY = {
     # As a long run is most of the time: the discriminator past its warm-up, the KL's reference in use.

@@ -21,12 +21,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from uniapl.embedded.recipe import MAX_COMPLETION_LENGTH
-from uniapl.embedded.task import make_task
+from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
+from uniapl.demo.task import make_task
 
 disable_progress_bar()
 PAD, EOS = 0, 1
-EMBEDDED = Path(str(files("uniapl.embedded") / "base"))
+EMBEDDED = Path(str(files("uniapl.demo") / "base"))
 
 
 @dataclass(frozen=True, kw_only=True)

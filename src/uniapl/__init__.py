@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from uniapl.config import Config
     from uniapl.errors import HealthStop, UniAPLError, UsageError
     from uniapl.rewards import RewardFunction, register
-    from uniapl.train.api import RunResult, train
+    from uniapl.training.api import RunResult, train
     from uniapl.types import Example, MicroBatch, Rollout, RolloutGroup
 
 _HOME = {
@@ -23,11 +23,11 @@ _HOME = {
     "RewardFunction": "uniapl.rewards",
     "Rollout": "uniapl.types",
     "RolloutGroup": "uniapl.types",
-    "RunResult": "uniapl.train.api",
+    "RunResult": "uniapl.training.api",
     "UniAPLError": "uniapl.errors",
     "UsageError": "uniapl.errors",
     "register": "uniapl.rewards",
-    "train": "uniapl.train",
+    "train": "uniapl.training.api",
 }
 
 __all__ = [
@@ -47,7 +47,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("uniapl")
     if name not in _HOME:
         raise AttributeError(f"module 'uniapl' has no attribute '{name}'")
-    home = import_module(_HOME[name])
-    return home if name == "train" else getattr(home, name)
+    return getattr(import_module(_HOME[name]), name)

@@ -11,7 +11,7 @@ import pytest
 from uniapl.compare import plan, results
 from uniapl.compare.plan import PIPELINES, SETTINGS, Cell
 from uniapl.config import Config
-from uniapl.resolve import resolve, stages_of
+from uniapl.config.resolve import resolve, stages_of
 
 
 def stages(method: str, **settings: float | int | str) -> list[Config]:
@@ -78,7 +78,7 @@ def test_a_front_shares_its_cell_with_the_table() -> None:
 DRAWN_APART = """
 from uniapl.compare.cell import task_of
 from uniapl.compare.plan import SEARCH_SEED, Cell
-from uniapl.embedded.task import make_task
+from uniapl.demo.task import make_task
 
 searched = task_of(Cell(method="sft", settings={}, seed=SEARCH_SEED)).texts
 assert searched == make_task(seed=SEARCH_SEED).texts

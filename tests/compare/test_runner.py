@@ -18,7 +18,7 @@ from uniapl.compare import plan
 from uniapl.compare.cell import run_cell
 from uniapl.compare.plan import Cell
 from uniapl.compare.runner import run_cells, search
-from uniapl.embedded.task import Task, make_task
+from uniapl.demo.task import Task, make_task
 from uniapl.errors import UniAPLError
 
 
@@ -120,7 +120,7 @@ def test_a_cell_that_is_run_again_gives_the_same_numbers(
     monkeypatch.setitem(
         plan.PIPELINES, "sft -> grpo", ({"method": "sft", "max_steps": 1}, {"method": "grpo"})
     )
-    base = Path(cell_module.__file__).parents[1] / "embedded" / "base"
+    base = Path(cell_module.__file__).parents[1] / "demo" / "base"
     cell = Cell(method=method, settings=settings, seed=5)
     first, second = run_cell(cell, base), run_cell(cell, base)
     for outcome in (first, second):
@@ -185,6 +185,6 @@ def test_an_interrupted_comparison_says_what_is_kept(
     def interrupted(arguments: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("uniapl.compare.command.compare", interrupted)
+    monkeypatch.setattr("uniapl.cli.compare.compare", interrupted)
     assert cli.run(["compare"]) == 130
     assert "finished cells are kept" in capsys.readouterr().err

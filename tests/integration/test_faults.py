@@ -21,9 +21,10 @@ from tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.discriminator.bradley_terry import BradleyTerry
 from uniapl.errors import UniAPLError
-from uniapl.train import checkpoint, watch
-from uniapl.train.policy import Policy
-from uniapl.train.storage import exclusive, size
+from uniapl.models.policy import Policy
+from uniapl.training import step_health as watch
+from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.checkpoint.disk import exclusive, size
 from uniapl.types import packed_tokens
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -172,8 +173,8 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(
 @pytest.mark.parametrize(
     ("phase", "target", "remedy"),
     [
-        ("rollout", "uniapl.train.loop.sample", "rollout.max_rows"),
-        ("score", "uniapl.train.loop.judge", "batching.max_tokens"),
+        ("rollout", "uniapl.training.loop.sample", "rollout.max_rows"),
+        ("score", "uniapl.training.loop.judge", "batching.max_tokens"),
     ],
 )
 def test_too_little_memory_elsewhere_names_what_to_lower(
@@ -203,7 +204,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(
     def unsupported(*_: Any, **__: Any) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr("uniapl.train.storage.FileLock.acquire", unsupported)
+    monkeypatch.setattr("uniapl.training.checkpoint.disk.FileLock.acquire", unsupported)
     with exclusive(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 
@@ -236,7 +237,7 @@ def test_the_run_needs_room_for_its_checkpoints(model_dir: Path, tmp_path: Path)
         asked.append(needed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("uniapl.train.storage.check_space", remember)
+        patch.setattr("uniapl.training.checkpoint.disk.check_space", remember)
         train(recipe(model_dir, tmp_path / "run", save_total_limit=1, objective={"reference_step": 1}))
     one = checkpoint.checkpoint_path(tmp_path / "run", 4)
     small = sum(f.stat().st_size for f in one.iterdir() if f.suffix == ".json")
@@ -257,7 +258,7 @@ def test_older_checkpoints_make_room_and_then_the_run_ends(
         there.append([checkpoint.step_of(path) for path in checkpoint.checkpoints(run_dir)])
         return Usage(free=0 if len(there[-1]) == 2 or 4 in there[-1] else 10**9)
 
-    monkeypatch.setattr("uniapl.train.storage.shutil.disk_usage", room_for_two)
+    monkeypatch.setattr("uniapl.training.checkpoint.disk.shutil.disk_usage", room_for_two)
     values = recipe(model_dir, tmp_path / "run", max_steps=6, save_steps=1)
     with pytest.raises(UniAPLError, match=r"no room for the next checkpoint: .* --resume auto"):
         train(values)

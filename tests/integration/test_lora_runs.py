@@ -19,9 +19,9 @@ from runs import assert_same_run, lines, recipe, run_until, train, write_recipe
 from tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import ModelConfig
-from uniapl.loading import load_model, load_policy
+from uniapl.models.loading import load_model, load_policy
 from uniapl.rollout.local import LocalSampler
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 LORA: dict[str, Any] = {"model.lora_r": 4, "discriminator.lora_rank": 2}
 
@@ -368,7 +368,9 @@ def test_space_is_asked_for_what_is_saved(
 ) -> None:
     """Two checkpoints of an adapter with two moments of it, and the adapter once more as the result."""
     needed: list[int] = []
-    monkeypatch.setattr("uniapl.train.storage.check_space", lambda run_dir, count: needed.append(count))
+    monkeypatch.setattr(
+        "uniapl.training.checkpoint.disk.check_space", lambda run_dir, count: needed.append(count)
+    )
     train(recipe(model_dir, tmp_path / "run", method="grpo") | {"model.lora_r": 1})
     adapter = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert needed == [(2 * 3 + 1) * sum(tensor.nbytes for tensor in adapter.values())]

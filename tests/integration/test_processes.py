@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from runs import lines, recipe, timeless, train
 from tiny import save_model
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` tells the processes of an FSDP2 configuration."""

@@ -17,11 +17,11 @@ import uniapl
 from runs import has_letter, lines, recipe, run_until, timeless, train
 from tiny import CONFIGS, letter_rows, make_model, make_tokenizer, save_model
 from uniapl.config import DataConfig
-from uniapl.data import read_rows
+from uniapl.config.resolve import resolve
+from uniapl.data.rows import read_rows
 from uniapl.errors import UniAPLError
-from uniapl.resolve import resolve
-from uniapl.train import checkpoint
-from uniapl.train.policy import Policy
+from uniapl.models.policy import Policy
+from uniapl.training.checkpoint import directory as checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from runs import Killed, lines, recipe, timeless, train, write_recipe
 from tiny import save_model
 from uniapl import cli
-from uniapl.train import checkpoint, metrics
+from uniapl.files import JsonlLog
+from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.monitor import metrics
 
 FULL = "No space left on device (os error 28)"
 
@@ -107,7 +109,7 @@ def test_a_disk_that_fails_before_the_first_save_or_the_first_step(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is Linux's")
 def test_a_log_line_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
-    log = metrics.JsonlLog(tmp_path / "metrics.jsonl", last_step=0)
+    log = JsonlLog(tmp_path / "metrics.jsonl", last_step=0)
     log.path = Path("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
         log.write([{"step": 1}])

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from runs import lines, run_processes, timeless, write_recipe
 from tiny import save_model
 from uniapl import cli
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ FULL = """
 import os, sys
 import torch
 from uniapl import cli
-from uniapl.train.policy import Policy
+from uniapl.models.policy import Policy
 
 forward = Policy.forward
 

@@ -19,9 +19,9 @@ import uniapl
 from runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train, write_recipe
 from tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
-from uniapl.methods import METHODS
-from uniapl.train import checkpoint
-from uniapl.train.step import discriminator_step
+from uniapl.config.methods import METHODS
+from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import derive_seed
 
 
@@ -609,7 +609,7 @@ def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
         learned.append(len(arguments[-1]))
         return original(*arguments, **settings)
 
-    monkeypatch.setattr("uniapl.train.adversary.discriminator_step", watched)
+    monkeypatch.setattr("uniapl.training.adversary.discriminator_step", watched)
     settings = {"held_out_share": 0.4, "replay_share": 0.0, "updates_per_step": 1}
     changes = {"discriminator": settings, "batching": {"prompts_per_step": 8}}
     train(recipe(model_dir, tmp_path / "run", method="a-grpo", max_steps=6, **changes))

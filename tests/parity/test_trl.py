@@ -2,7 +2,7 @@
 
 TRL goes its own way from end to end: its collators pad, its trainers score, scale and accumulate, and
 `training_step` calls backward. Ours gets the bare token ids and goes another way: right padding, masks from
-`uniapl.batching`, other micro-batches. Only the weights, the ids and, for the loss, the advantages are
+`uniapl.data.batching`, other micro-batches. Only the weights, the ids and, for the loss, the advantages are
 shared, so nothing but the formulas can make the two agree.
 """
 
@@ -27,9 +27,9 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from uniapl.batching import Row, component_counts, demonstration_row, micro_batches
 from uniapl.config import DataConfig
-from uniapl.data import tokenize_row
+from uniapl.data.batching import Row, component_counts, demonstration_row, micro_batches
+from uniapl.data.rows import tokenize_row
 from uniapl.functional import (
     clip_fractions,
     clipped_surrogate,
@@ -39,7 +39,7 @@ from uniapl.functional import (
     objective,
     sft_loss,
 )
-from uniapl.train.policy import Policy
+from uniapl.models.policy import Policy
 
 # TRL still uses these names itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fuzzing import Said, assert_clear, json_values, say, small_recipe, tries
 from tiny import letter_rows, save_model
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
 from tiny import letter_rows, save_model
 from uniapl.config import Config
-from uniapl.methods import METHODS
-from uniapl.resolve import flatten
+from uniapl.config.methods import METHODS
+from uniapl.config.resolve import flatten
 
 # What would run code that a recipe names, or a server or benchmark that it asks for.
 NEVER = {

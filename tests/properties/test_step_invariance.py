@@ -14,12 +14,14 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch.testing import assert_close
 
 from tiny import make_model, random_rows
-from uniapl import methods
-from uniapl.batching import Row, collate, component_counts, halves, micro_batches, nothing_to_learn
+from uniapl.config import methods
+from uniapl.data.batching import Row, collate, component_counts, halves, micro_batches, nothing_to_learn
 from uniapl.functional.losses import TokenWeight
-from uniapl.train.policy import Policy
-from uniapl.train.sharding import fillers, full, is_sharded, shard, shards_weights
-from uniapl.train.step import OutOfMemoryError, PolicyStep, measure_forces, policy_step
+from uniapl.models.policy import Policy
+from uniapl.training.distributed.fsdp import fillers, full, is_sharded, shard, shards_weights
+from uniapl.training.update.accumulate import OutOfMemoryError
+from uniapl.training.update.component_gradients import measure_forces
+from uniapl.training.update.policy_step import PolicyStep, policy_step
 from uniapl.types import MicroBatch
 
 WEIGHTS = {"sft": 0.3, "rl": 0.7, "adv": 0.5, "kl": 0.2}

@@ -11,7 +11,7 @@ from random import Random
 from torture import children, points
 from torture.differences import differences, whole_checkpoints, wrong_checkpoints
 from torture.setting import SAVE_STEPS, SAVES, Setting, forget, log_of
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 AT_RANDOM = "random moment"
 AT_START = "random moment of the start"

@@ -10,7 +10,7 @@ from random import Random
 from torture import children
 from torture.differences import differences
 from torture.setting import Setting, forget, log_of
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 WAYS = ("flipped", "truncated", "deleted")
 

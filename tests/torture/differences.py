@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from runs import lines, timeless
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
 # The page and how the run ended are written after it; they need not be there after a kill at the very end.

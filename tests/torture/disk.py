@@ -15,8 +15,8 @@ from pathlib import Path
 from torture import children
 from torture.differences import differences, whole_checkpoints, wrong_checkpoints
 from torture.setting import LAST_STEP, Setting, log_of, steps_done
-from uniapl.train import checkpoint
-from uniapl.train.storage import LOCK
+from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.checkpoint.disk import LOCK
 
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000
 """Of clone(2)."""

@@ -16,7 +16,7 @@ import safetensors.torch
 import transformers.modeling_utils
 from transformers import PreTrainedTokenizerBase
 
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 Call = Callable[..., Any]
 

@@ -9,7 +9,7 @@ from random import Random
 from torture import children
 from torture.differences import differences, wrong_checkpoints
 from torture.setting import LAST_STEP, SAVE_STEPS, Setting, forget, log_of, steps_done
-from uniapl.train import checkpoint
+from uniapl.training.checkpoint import directory as checkpoint
 
 
 @dataclass(kw_only=True)

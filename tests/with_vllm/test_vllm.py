@@ -24,7 +24,7 @@ from tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.vllm import Engine, VLLMSampler
-from uniapl.train.checkpoint import checkpoint_path
+from uniapl.training.checkpoint.directory import checkpoint_path
 from uniapl.types import Rollout
 
 pytest.importorskip("vllm")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from uniapl import data
 from uniapl.collect.cache import Answer
 from uniapl.config import DataConfig
+from uniapl.data import rows as data
 from uniapl.errors import UsageError
 from uniapl.types import Prompt
 

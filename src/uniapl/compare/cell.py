@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.compare.plan import SEARCH_SEED, Cell
 from uniapl.config import ModelConfig
-from uniapl.embedded.measure import Measurement, measure
-from uniapl.embedded.task import Task, make_task
-from uniapl.loading import load_model
-from uniapl.resolve import merge, resolve
-from uniapl.train.api import train_resolved
+from uniapl.config.resolve import merge, resolve
+from uniapl.demo.measure import Measurement, measure
+from uniapl.demo.task import Task, make_task
+from uniapl.models.loading import load_model
+from uniapl.training.api import train_resolved
 
 EVAL_STEPS = 10
 """Steps between the points of a curve."""
@@ -43,7 +43,7 @@ def run_cell(cell: Cell, reference: Path) -> dict[str, Any]:
     """
     task = task_of(cell)
     expert = load_model(ModelConfig(model_name_or_path=str(reference)))
-    with as_file(files("uniapl.embedded") / "base") as base, tempfile.TemporaryDirectory() as work:
+    with as_file(files("uniapl.demo") / "base") as base, tempfile.TemporaryDirectory() as work:
         tokenizer = AutoTokenizer.from_pretrained(base)
         trained, records = base, []
         if cell.method != "base":
@@ -85,7 +85,7 @@ def task_of(cell: Cell) -> Task:
 def make_reference(path: Path) -> None:
     """A model of the expert: the base, fine-tuned on thousands of its texts, a draw of their own."""
     task = make_task(seed=SEARCH_SEED - 1, prompts=REFERENCE_ROWS, demonstrations=REFERENCE_ROWS, held_out=0)
-    with as_file(files("uniapl.embedded") / "base") as base, tempfile.TemporaryDirectory() as work:
+    with as_file(files("uniapl.demo") / "base") as base, tempfile.TemporaryDirectory() as work:
         recipe = {
             "method": "sft",
             "output_dir": work,

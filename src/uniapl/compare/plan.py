@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from uniapl.embedded.recipe import RECIPE
-from uniapl.resolve import merge
+from uniapl.config.resolve import merge
+from uniapl.demo.recipe import RECIPE
 
 Value = float | int | str
 Split = Literal["validation", "test"]

@@ -1,14 +1,14 @@
 """The whole configuration: strict, frozen, the same keys in YAML, on the command line and from Python.
 
-Keys are TRL's wherever TRL has one. A method is a setting of numbers, never a branch: `uniapl.methods` says
-which values a method fixes and which it only proposes.
+Keys are TRL's wherever TRL has one. A method is a setting of numbers, never a branch: `uniapl.config.methods`
+lists the values that a method fixes and those that it only proposes.
 """
 
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from uniapl.config.forces import DiscriminatorConfig, ObjectiveConfig
+from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
 from uniapl.config.section import Section
 
 

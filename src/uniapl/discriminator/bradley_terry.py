@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from uniapl.adapters import merge_in_place
-from uniapl.batching import by_length, by_prompt, pad_right, spans_of
+from uniapl.data.batching import by_length, by_prompt, pad_right, spans_of
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss
-from uniapl.packing import Packing, packed_hidden
+from uniapl.models.lora import merge_in_place
+from uniapl.models.packing import Packing, packed_hidden
 from uniapl.types import Example, RolloutGroup, Span, TokenIds, derive_seed
 
 Scored = tuple[TokenIds, TokenIds]
@@ -162,7 +162,7 @@ class BradleyTerryDiscriminator:
     label_smoothing: float = 0.0
     context: Context = no_context
     packed: bool = False
-    """Rows are read packed; :func:`uniapl.packing.can_pack` has said that its trunk can."""
+    """Rows are read packed; :func:`uniapl.models.packing.can_pack` has said that its trunk can."""
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:

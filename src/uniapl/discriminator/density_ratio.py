@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from uniapl.batching import Row, by_length, by_prompt, collate
+from uniapl.data.batching import Row, by_length, by_prompt, collate
 from uniapl.discriminator import Candidate
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from uniapl.adapters import linear_layers, without_adapter
 from uniapl.errors import UsageError
+from uniapl.models.lora import linear_layers, without_adapter
 from uniapl.types import derive_seed
 
 SCALE = 2.0

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from uniapl.batching import by_length, pad_right
+from uniapl.data.batching import by_length, pad_right
 from uniapl.discriminator import Candidate
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.loading import from_pretrained
+from uniapl.models.loading import from_pretrained
 from uniapl.types import Prompt
 
 SEPARATOR, END = "<|reward|>", "[UNUSED_TOKEN_130]"

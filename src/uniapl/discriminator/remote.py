@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.polar import PolarFormat, reference_of
 from uniapl.errors import UniAPLError
-from uniapl.posting import PostingError, ask
+from uniapl.http import PostingError, ask
 
 FIRST_PAUSE = 0.5
 """Seconds before the second try; each further pause is twice as long. Our choice."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from uniapl import data
 from uniapl.config import Config
+from uniapl.data import rows as data
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder

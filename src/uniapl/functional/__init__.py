@@ -8,11 +8,7 @@ positions of a row, N selected tokens, D hidden size, V vocabulary size.
 """
 
 from uniapl.functional.advantages import group_advantages
-from uniapl.functional.adversarial import (
-    adversarial_advantages,
-    bradley_terry_loss,
-    win_probability,
-)
+from uniapl.functional.adversarial import adversarial_advantages, bradley_terry_loss, win_probability
 from uniapl.functional.controllers import Multiplier, dual_ascent, expert_gap, pid
 from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
 from uniapl.functional.losses import (

@@ -38,8 +38,8 @@ def analyse_models(run: RunData) -> Record:
     Raises:
         UsageError: The run has no final model, no completions, or a model that cannot be loaded.
     """
-    from uniapl.loading import load_model, load_tokenizer
-    from uniapl.resolve import resolve
+    from uniapl.config.resolve import resolve
+    from uniapl.models.loading import load_model, load_tokenizer
 
     final = run.directory / "final"
     if not final.is_dir():
@@ -131,7 +131,7 @@ def model_charts(found: Record | None) -> list[Chart]:
 
 def _examples(run: RunData, tokenizer: Any, data: Any) -> dict[str, list["Example"]]:
     """Prompts with the answers to score as their demonstrations, tokenised as in training."""
-    from uniapl.data import tokenize_row
+    from uniapl.data.rows import tokenize_row
 
     # Demonstrations of different prompts, and one answer to each of the last prompts; where an answer was cut
     # at the limit, an end would be scored that nobody wrote.

@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from uniapl.config.resolve import load_recipe
 from uniapl.errors import UsageError
 from uniapl.report.analysis import mean, number
-from uniapl.resolve import load_recipe
 
 Record = dict[str, Any]
 

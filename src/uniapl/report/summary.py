@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uniapl.config import Config
+from uniapl.config.resolve import flatten
 from uniapl.report.analysis import ends, mean, number, step_ranges
 from uniapl.report.charts import phase_of
 from uniapl.report.reading import RunData
-from uniapl.resolve import flatten
 
 ARROW = " → "
 STATES = {

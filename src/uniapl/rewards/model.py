@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from uniapl.errors import UsageError
-from uniapl.loading import from_pretrained
+from uniapl.models.loading import from_pretrained
 from uniapl.rewards.finding import register
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from uniapl.config import RolloutConfig
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.posting import PostingError, ask, check_address
+from uniapl.http import PostingError, ask, check_address
 from uniapl.rollout.background import in_background, in_threads
 from uniapl.rollout.vllm import Answer, EngineLostError
 from uniapl.types import TokenIds

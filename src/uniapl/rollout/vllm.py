@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from uniapl.adapters import merged
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import logprobs_from_logits
+from uniapl.models.lora import merged
 from uniapl.rollout.background import in_background
 from uniapl.types import Rollout, TokenIds
 

@@ -1,0 +1,131 @@
+"""The command line: one table of verbs. A verb's file is imported when the verb is used."""
+
+import contextlib
+import gc
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from uniapl.errors import UniAPLError, UsageError
+
+# Read by libraries when they are first imported. A link to pydantic's own documentation does not explain an
+# error in a recipe, and progress bars for loaded files would break the display of a run.
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb; `uniapl.cli.<verb>` defines a function with the verb's name that takes the arguments."""
+
+    usage: str
+    summary: str
+    on_interrupt: str | None = None
+    """Message for Ctrl-C, for verbs that leave a defined state behind."""
+
+
+VERBS = {
+    "demo": Verb("[--key value ...]", "train on a small task that ships with the program, in minutes"),
+    "compare": Verb(
+        "[--methods a,b] [--seeds 5]",
+        "compare methods on that task at equal budget, with intervals",
+        "interrupted; finished cells are kept, and the same command continues with the others",
+    ),
+    "train": Verb(
+        "RECIPE.yaml [--key value ...]", "run a recipe (--quiet; --json for scripts)"
+    ),
+    "check": Verb("RECIPE.yaml [--key value ...]", "check a recipe without training (--json for scripts)"),
+    "evaluate": Verb(
+        "MODEL --suites ifeval ...",
+        "score a model on IFEval, IFBench or your own files",
+        "interrupted; nothing was written",
+    ),
+    "report": Verb("RUN ... [-o FILE]", "write an HTML page for one or several runs"),
+    "chat": Verb("MODEL", "chat with a model, line by line"),
+    "export": Verb("RUN -o DIRECTORY", "write a run's model, with an adapter merged into its base"),
+    "compose": Verb("PROMPTS -o TRAIN.jsonl", "combine prompts with checkable instructions"),
+    "collect": Verb(
+        "PROMPTS -o TRAIN.jsonl",
+        "collect demonstrations from an OpenAI-compatible endpoint",
+        "interrupted; answers received so far are kept, and the same command continues with the others",
+    ),
+    "pretrain-discriminator": Verb("DATA ...", "train a frozen discriminator (POLAR) from several policies"),
+}
+
+HELP = f"""\
+usage: uniapl VERB ...
+       uniapl --version
+
+One-stage post-training of language models: demonstrations, rewards and an adversary in each gradient step.
+
+verbs:
+{"".join(f"  {f'{name} {verb.usage}':<37} {verb.summary}{chr(10)}" for name, verb in VERBS.items())}
+Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
+`uniapl train --help` lists the most important keys, `uniapl train --help-all` lists every key.
+
+exit codes: 0 ok, 1 failed, 2 usage, configuration or data, 3 stopped by a health rule, 130 or 143 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb and exit with its code."""
+    # Before torch is loaded: OpenMP threads that spin while they wait slowed the steps of a small model down
+    # more than ten times on a busy machine (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        code: Any = run(sys.argv[1:] if arguments is None else list(arguments))
+    except SystemExit as end:
+        code = end.code
+    except BrokenPipeError:
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`): discard the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a verb and return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from uniapl import __version__
+
+        print(f"uniapl {__version__}")
+        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal cannot show is written as an escape: it must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    name, *rest = arguments
+    try:
+        if name not in VERBS:
+            raise UsageError(f"unknown verb '{name}': choose one of {', '.join(VERBS)}")
+        function = name.replace("-", "_")
+        with importing():
+            module = import_module(f"uniapl.cli.{function}")
+        getattr(module, function)(rest)
+        return 0
+    except UniAPLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        message = VERBS[name].on_interrupt
+        print(message or "interrupted: everything after the last checkpoint is lost", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import without garbage collection, which took a fifth of the time to import torch and transformers."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,1 @@
+"""Rows of a data file, the two streams drawn from them, and the micro-batches of a step."""

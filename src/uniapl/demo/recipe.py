@@ -1,0 +1,19 @@
+"""How models are trained on the embedded task: by `uniapl demo`, and by every cell of a comparison."""
+
+from typing import Any
+
+MAX_COMPLETION_LENGTH = 48
+
+RECIPE: dict[str, Any] = {
+    "method": "uniapl",
+    "output_dir": "runs/demo",
+    "max_steps": 100,
+    "save_steps": 100,
+    "logging_steps": 10,
+    "rollout": {"num_generations": 8, "max_completion_length": MAX_COMPLETION_LENGTH},
+    "rewards": {"functions": ["uniapl.demo.task:embedded_constraints"]},
+    "discriminator": {"learning_rate": 1e-3, "warmup_steps": 10},
+    "optim": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"},
+    # Small micro-batches: on a CPU less padding is worth more than more rows at a time.
+    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32, "max_tokens": 1024},
+}

@@ -1,0 +1,1 @@
+"""The policy: loading, adapters, packed rows, log-probabilities, and its reference."""

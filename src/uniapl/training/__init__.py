@@ -1,0 +1,1 @@
+"""The training loop and its parts: the only package that uses accelerate and torch.distributed."""

@@ -1,0 +1,243 @@
+"""Checkpoints: whole or not there at all, verified when read, without anything that could run code.
+
+A checkpoint is a directory that `transformers` loads as it is, plus what a run needs to go on as if it had
+never stopped. It is written under a temporary name, its manifest (sizes and SHA-256 of every file) last, and
+then renamed in one move.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from uniapl.errors import UsageError
+from uniapl.training.distributed.fsdp import like
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TEMPORARY_PREFIX = ".incomplete-"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a fresh directory, seal it with a manifest, and move it to `path`.
+
+    Whatever happens on the way, `path` is either whole or as it was before; only while other contents are
+    replaced it is, for the moment between two renames, not there. The same contents are left alone.
+
+    Raises:
+        OSError: The disk is full, read-only or broken; it names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        for file in files:
+            _read_back(file)
+        manifest = {
+            str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in files
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        folders = [folder for folder in temporary.rglob("*") if folder.is_dir()]
+        for file in [*files, temporary / MANIFEST, *folders, temporary]:
+            _fsync(file)
+        if not defects(path) and json.loads((path / MANIFEST).read_text(encoding="utf-8")) == manifest:
+            shutil.rmtree(temporary)
+            return
+        aside = _set_aside(path) if path.exists() else None
+        temporary.rename(path)
+        _fsync(path.parent)
+        if aside is not None:
+            shutil.rmtree(aside)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if (number := _error_number(error)) is not None:
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Of the operating system's error behind another: safetensors and tokenizers wrap it in their own."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def remove(path: Path) -> None:
+    """Delete a directory: gone from its name at once, so that nobody ever finds half of it there."""
+    shutil.rmtree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.parent / f"{TEMPORARY_PREFIX}removed-{path.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a killed save or deletion left behind."""
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "stages"):
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def defects(path: Path) -> list[str]:
+    """What is wrong with a sealed directory, one line per file; nothing when it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{MANIFEST}: {error}"]
+    entries = manifest.values() if isinstance(manifest, dict) else ()
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        return [f"{MANIFEST}: not a mapping of files to sizes and checksums"]
+    found: list[str] = []
+    for name, expected in manifest.items():
+        file = path / name
+        try:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                found.append(f"{name:.80}: not inside the directory")
+            elif not os.path.isfile(file):
+                found.append(f"{name:.80}: missing")
+            elif file.stat().st_size != expected.get("bytes"):
+                found.append(f"{name}: {file.stat().st_size} bytes, expected {expected.get('bytes')!r:.80}")
+            elif _sha256(file) != expected.get("sha256"):
+                found.append(f"{name}: contents changed")
+        except OSError as error:
+            found.append(f"{name}: {error}")
+    return found
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, damaged ones included; other names are the user's own."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(path.name.removeprefix("step-"))
+
+
+def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: the newest whole one for "auto", None for "never", or the one named.
+
+    Raises:
+        UsageError: The named checkpoint is missing or damaged, or all of a run's are damaged.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if found := defects(path):
+            raise UsageError(f"checkpoint '{path}' cannot be used: {'; '.join(found)}")
+        if not (path / STATE).is_file():
+            raise UsageError(
+                f"'{path}' is a model, not a checkpoint; start from it by model.model_name_or_path"
+            )
+        return path
+    existing = checkpoints(run_dir)
+    for path in reversed(existing):
+        found = defects(path)
+        if not found and (path / STATE).is_file():
+            return path
+        found = found or [f"{STATE}: missing"]
+        say(f"checkpoint {path} is damaged and skipped: {'; '.join(found)}")
+    if existing:
+        raise UsageError(f"every checkpoint in {run_dir / 'checkpoints'} is damaged; start anew elsewhere")
+    return None
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run goes on from `step`, they belong to another future."""
+    for path in checkpoints(run_dir):
+        if step_of(path) > step:
+            remove(path)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in checkpoints(run_dir)[:-keep]:
+        remove(path)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """A module's tensors as safetensors."""
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """The inverse of :func:`save_module`; every tensor must fit."""
+    module.load_state_dict(load_file(path))
+
+
+def save_optimizer(state: dict[str, Any], stem: Path) -> None:
+    """An optimizer's state, of whole tensors, as `stem`.safetensors and `stem`.json: no pickle.
+
+    Its settings are left out: they are the configuration's, also when that has changed at a resume.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.contiguous()
+            else:
+                scalars[f"{index}.{name}"] = value
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(json.dumps(scalars), encoding="utf-8")
+
+
+def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
+    """The inverse of :func:`save_optimizer`; every process takes its part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scalars = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {}
+    values = {**load_file(stem.with_suffix(".safetensors")), **scalars}
+    for key, value in values.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            value = like(value, parameter)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read_back(path: Path) -> None:
+    """Whether what was written can be read; a file system may have said yes and kept half."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    elif path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,136 @@
+"""The run directory: its files, who may write into it, and its manifest."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from uniapl.config import Config
+from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
+from uniapl.errors import UsageError
+from uniapl.files import write_text
+from uniapl.report.reading import ENDING, MODEL_ANALYSIS
+from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.materials import Materials
+
+# What speaks of a run that has ended.
+AFTERWARDS = (ENDING, MODEL_ANALYSIS, "report.html")
+
+RUN_FILES = (
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "completions.jsonl",
+    "health.jsonl",
+    *AFTERWARDS,
+)
+
+WEIGHTS_IN_TRANSIT = "weights-for-vllm"
+"""Directory of a run: there only while vLLM loads it."""
+
+RUN_DIRECTORIES = ("checkpoints", "stages", "final", "skipped", WEIGHTS_IN_TRANSIT)
+
+
+def check_run_directory(config: Config, resumed_from: Path | None) -> None:
+    """Refuse to mix two runs in one directory.
+
+    Raises:
+        UsageError: A run is already there and neither `resume` nor `overwrite` says what to do with it.
+    """
+    run_dir = Path(config.output_dir)
+    occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if os.path.exists(run_dir / name)]
+    listed = ", ".join(occupied)
+    if occupied and config.resume == "never" and not config.overwrite:
+        raise UsageError(
+            f"output_dir '{run_dir}' already holds a run ({listed}): go on with it by --resume auto, "
+            "replace it by --overwrite True, or choose another --output-dir"
+        )
+    if occupied and resumed_from and run_dir.resolve() not in resumed_from.resolve().parents:
+        raise UsageError(
+            f"output_dir '{run_dir}' already holds another run ({listed}) than the checkpoint "
+            f"'{resumed_from}': choose another --output-dir"
+        )
+
+
+def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
+    """How the recipe differs from the one that the run in output_dir was last started with."""
+    file = Path(resolved.config.output_dir) / "config.yaml"
+    if not os.path.exists(file):
+        return []
+    before, now = (
+        flatten(values) for values in (load_recipe(file), yaml.safe_load(_as_recipe(resolved, stages)))
+    )
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materials: Materials) -> Path:
+    """Make the directory, empty it where a run is to be replaced, and write config.yaml and manifest.json."""
+    config = resolved.config
+    run_dir = Path(config.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if config.resume == "never":
+        # Checkpoints first: a run that is killed here must not go on from the one it was to replace.
+        for path in (run_dir / name for name in (*RUN_DIRECTORIES, *RUN_FILES)):
+            if path.is_dir():
+                checkpoint.remove(path)
+            else:
+                path.unlink(missing_ok=True)
+    for name in AFTERWARDS:
+        (run_dir / name).unlink(missing_ok=True)
+    # Whole or not at all: the next start reads them.
+    write_text(run_dir / "config.yaml", _as_recipe(resolved, stages))
+    write_text(run_dir / "manifest.json", json.dumps(run_manifest(resolved, materials), indent=1))
+    return run_dir
+
+
+def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
+    """A recipe that reproduces the run: every value resolved, each stage in full."""
+    values = resolved.config.model_dump(mode="json", exclude={"resume", "overwrite"})
+    if resolved.config.stages:
+        values["stages"] = [
+            {key: value for key, value in stage.config.model_dump(mode="json").items() if key in STAGE_KEYS}
+            for stage in stages
+        ]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def run_manifest(resolved: Resolved, materials: Materials) -> dict[str, Any]:
+    """What somebody needs to know to run it again, and where the values that are not defaults came from."""
+    config = resolved.config
+    return {
+        "versions": {
+            "uniapl": version("uniapl"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": version("accelerate"),
+        },
+        "seed": config.seed,
+        "model": config.model.model_name_or_path,
+        "data": {
+            "path": config.data.path,
+            "sha256": materials.data_sha256,
+            "examples": len(materials.dataset.examples),
+            "left_out": {reason: len(rows) for reason, rows in materials.dataset.left_out.items()},
+        },
+        "git_commit": _git_commit(),
+        "sources": {key: source for key, source in resolved.sources.items() if source != "default"},
+    }
+
+
+def _git_commit() -> str | None:
+    """Of the working directory; None outside a repository or without git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,48 @@
+"""Looking at other prompts while training: the configuration's suites, beside the user's own function."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from uniapl.config import Config
+from uniapl.evaluation import evaluate_suite
+from uniapl.rollout.local import LocalSampler
+from uniapl.training.materials import Materials
+from uniapl.training.run import Evaluate
+
+
+def make_evaluate(
+    config: Config, materials: Materials, accelerator: Accelerator, *, last_step: int, theirs: Evaluate | None
+) -> Evaluate | None:
+    """What a run calls after each step; None where nobody wants to look."""
+    if not config.eval_steps or not materials.suites:
+        return theirs
+
+    def evaluate(step: int, model: PreTrainedModel) -> dict[str, Any]:
+        found: dict[str, Any] = dict(theirs(step, model)) if theirs is not None else {}
+        if step % config.eval_steps and step != last_step:
+            return found
+        sampler = LocalSampler(
+            model=model,
+            stop_ids=materials.stop_ids,
+            pad_id=materials.pad_id,
+            max_completion_length=config.evaluation.max_completion_length,
+            temperature=config.evaluation.sampling_temperature,
+            max_rows=config.rollout.max_rows,
+            decoding=config.rollout.decoding,
+            autocast=accelerator.autocast,
+        )
+        for suite in materials.suites:
+            result = evaluate_suite(
+                suite,
+                sampler,
+                materials.tokenizer,
+                num_samples=config.evaluation.num_samples,
+                seed=config.seed,
+                with_floors=False,
+            )
+            found |= {f"{suite.name}/{name}": value for name, value in result.metrics.items()}
+        return found
+
+    return evaluate

@@ -1,0 +1,1 @@
+"""Metrics, health rules, early stopping, console and trackers."""

@@ -1,0 +1,77 @@
+"""Everything that a run needs before its first step, and everything that can be found wrong by then."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from uniapl.config.resolve import Resolved
+from uniapl.data import rows as data
+from uniapl.evaluation import Suite, load_suites
+from uniapl.models.loading import load_model_config, load_stop_ids, load_tokenizer
+from uniapl.rewards.base import build_rewarder
+from uniapl.training.materials import Materials
+from uniapl.training.preflight.checks import _check_recipe, check_stage
+
+
+def load_materials(
+    resolved: Resolved,
+    stages: Sequence[Resolved],
+    *,
+    train_dataset: Iterable[Mapping[str, Any]] | None = None,
+    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
+    with_suites: bool = True,
+) -> Materials:
+    """Tokenizer, data, reward functions and suites, each checked against what the stages need of them.
+
+    Raises:
+        UsageError: Anything that would have to fail later, named with its remedy.
+    """
+    config = resolved.config
+    _check_recipe(config)
+    tokenizer = load_tokenizer(config.model)
+    model_config = load_model_config(config.model)
+    rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
+    stop_ids = load_stop_ids(config.model, model_config, tokenizer)
+    context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    source = config.data.path if train_dataset is None else None
+    with data.named_source(source):
+        dataset = data.prepare(
+            rows,
+            tokenizer,
+            config.data,
+            stop_ids=stop_ids,
+            context_length=context_length,
+            max_completion_length=max(
+                (s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts),
+                default=0,
+            ),
+        )
+    functions = [reward_functions] if callable(reward_functions) else reward_functions
+    rewarder = build_rewarder(config.rewards, functions)
+    uses_rollouts = any(stage.config.objective.uses_rollouts for stage in stages)
+    notes: list[str] = []
+    if uses_rollouts:
+        rewarder.check_columns(dataset.examples)
+        with data.named_source(source):
+            notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
+    for stage in stages:
+        check_stage(stage.config, dataset, rewarder, notes)
+    if uses_rollouts:
+        rewarder.try_out(dataset.examples)
+    content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
+    suites: tuple[Suite, ...] = ()
+    if with_suites:
+        suites = load_suites(
+            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
+        )
+        notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
+    return Materials(
+        tokenizer=tokenizer,
+        dataset=dataset,
+        rewarder=rewarder,
+        stop_ids=stop_ids,
+        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        notes=tuple(notes),
+        suites=suites,
+    )

@@ -1,0 +1,116 @@
+"""From rewards and logits to advantages, and from groups to the rows that are trained on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from uniapl.data.batching import Row
+from uniapl.functional import adversarial_advantages, group_advantages, win_probability
+from uniapl.functional.adversarial import Assignment
+from uniapl.types import RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credit:
+    """A group's credit, one entry per rollout; None where it is not known."""
+
+    advantages: tuple[float | None, ...]
+    adversarial_advantages: tuple[float | None, ...]
+    win_rates: tuple[float | None, ...]
+    """u_i, the probability that the rollout passes for the expert's answer."""
+
+    def without_rewards(self) -> "Credit":
+        """The same, but nothing is learnt from the rewards."""
+        return replace(self, advantages=(None,) * len(self.advantages))
+
+
+def assign_credit(
+    groups: Sequence[RolloutGroup],
+    *,
+    scale_rewards: Literal["none", "group"],
+    assignment: Assignment,
+    expert_mean: float | None,
+    bonus: float = 0.0,
+) -> list[Credit]:
+    """Group-relative advantages of the reward and of the adversary.
+
+    Args:
+        expert_mean: Stands in for the expert's logit where a prompt has no demonstration; without it such a
+            group gets no adversarial credit.
+        bonus: Factor of the adversarial credit that is added to the reward's advantage, where both are known.
+    """
+    credits: list[Credit] = []
+    for group in groups:
+        rewards, known = _with_mask(group.rewards or (None,) * len(group.rollouts))
+        advantages = group_advantages(rewards, known, scale=scale_rewards)
+        expert = group.expert_logit if group.expert_logit is not None else expert_mean
+        judged = group.policy_logits is not None and expert is not None and math.isfinite(expert)
+        logits, usable = _with_mask(
+            [x if judged and math.isfinite(x) else None for x in group.policy_logits or ()]
+            or (None,) * len(group.rollouts)
+        )
+        expert_logits = torch.tensor([expert if judged and expert is not None else 0.0], dtype=torch.float64)
+        adversarial = adversarial_advantages(logits, expert_logits, usable, assignment=assignment)
+        wins = win_probability(logits, expert_logits)
+        # Both are 0 where they are not known.
+        advantages = advantages + bonus * adversarial
+        credits.append(
+            Credit(
+                advantages=_where_known(advantages, known),
+                adversarial_advantages=_where_known(adversarial, usable),
+                win_rates=_where_known(wins, usable),
+            )
+        )
+    return credits
+
+
+def failed_prompts(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
+    """Groups with a demonstration and known rewards, none of them above the threshold.
+
+    Source: the gate of HPT (arXiv 2509.04419): such a prompt is learnt from its demonstration.
+    """
+    return [
+        group
+        for group in groups
+        if group.example.demonstration_ids is not None
+        and (known := [reward for reward in group.rewards if reward is not None])
+        and max(known) <= threshold
+    ]
+
+
+def rollout_rows(
+    groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, temperature: float
+) -> list[Row]:
+    """A row per rollout; it teaches the components for which its credit is known."""
+    return [
+        Row(
+            prompt_ids=group.example.prompt_ids,
+            completion_ids=rollout.completion_ids,
+            components=frozenset({"kl"})
+            | ({"rl"} if advantage is not None else set())
+            | ({"adv"} if adversarial is not None else set()),
+            advantage=advantage or 0.0,
+            adversarial_advantage=adversarial or 0.0,
+            temperature=temperature,
+            sampling_logprobs=rollout.sampling_logprobs,
+        )
+        for group, credit in zip(groups, credits, strict=True)
+        for rollout, advantage, adversarial in zip(
+            group.rollouts, credit.advantages, credit.adversarial_advantages, strict=True
+        )
+    ]
+
+
+def _with_mask(values: Sequence[float | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, G] values in fp64 (0 where unknown) and which are known."""
+    filled = torch.tensor([[0.0 if value is None else value for value in values]], dtype=torch.float64)
+    return filled, torch.tensor([[value is not None for value in values]])
+
+
+def _where_known(values: torch.Tensor, known: torch.Tensor) -> tuple[float | None, ...]:
+    return tuple(
+        value if use else None for value, use in zip(values[0].tolist(), known[0].tolist(), strict=True)
+    )

@@ -1,0 +1,58 @@
+"""One Bradley-Terry update of the discriminator."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
+from uniapl.functional import objective
+from uniapl.training.distributed.fsdp import fillers
+from uniapl.training.update.accumulate import _add, _clip_gradient, accumulate_gradients, reduce_sums
+
+
+def discriminator_step(
+    accelerator: Accelerator,
+    discriminator: BradleyTerryDiscriminator,
+    module: nn.Module,
+    optimizer: Optimizer,
+    comparisons: Sequence[Comparison],
+    *,
+    max_grad_norm: float,
+    max_tokens: int | None = None,
+) -> tuple[float, bool]:
+    """One Bradley-Terry update on comparisons that every process knows, each computing its share.
+
+    Args:
+        max_tokens: Of a batch, instead of the discriminator's own.
+
+    Returns:
+        The loss per pair, and whether the update was applied (False: not finite, the weights are as before).
+
+    Raises:
+        OutOfMemoryError: The same update with a smaller `max_tokens` has the same result.
+    """
+    pairs = sum(len(comparison.completions) for comparison in comparisons)
+    share = comparisons[accelerator.process_index :: accelerator.num_processes]
+    measured: dict[str, Tensor] = {}
+
+    def loss_of(compute: Callable[[], Tensor]) -> Tensor:
+        loss = objective({"pairs": compute()}, {"pairs": 1.0}, {"pairs": pairs})
+        _add(measured, "loss", loss.detach())
+        return loss
+
+    optimizer.zero_grad()
+    computations = [*discriminator.losses(share, module, max_tokens=max_tokens)]
+    for _ in range(fillers(accelerator, len(computations))):
+        computations += discriminator.losses([], module)
+    losses = (lambda c=c: loss_of(c) for c in computations)
+    accumulate_gradients(accelerator, module, losses)
+    grad_norm = _clip_gradient(accelerator, module, max_grad_norm)
+    loss = reduce_sums(accelerator, measured)["loss"]
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, applied
