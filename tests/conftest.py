@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-from shared import NLTK
+from support.benchmark_data import NLTK
 
 # Before torch is loaded: on a busy machine, threads that wait for each other make a test ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from runs import lines, recipe, train
-from tiny import letter_rows, save_model
+from support.runs import lines, recipe, train
+from support.tiny import letter_rows, save_model
 
 EXPERT_LENGTH = 4
 """Three letters and the end token."""

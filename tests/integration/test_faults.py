@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import uniapl
-from runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
-from tiny import letter_rows, make_tokenizer, save_model
+from support.runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
+from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.discriminator.bradley_terry import BradleyTerry
 from uniapl.errors import UniAPLError

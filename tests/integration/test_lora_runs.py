@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import uniapl
-from runs import assert_same_run, lines, recipe, run_until, train, write_recipe
-from tiny import SMALL, letter_rows, make_tokenizer, save_model
+from support.runs import assert_same_run, lines, recipe, run_until, train, write_recipe
+from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import ModelConfig
 from uniapl.models.loading import load_model, load_policy

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import lines, recipe, timeless, train
-from tiny import save_model
+from support.runs import lines, recipe, timeless, train
+from support.tiny import save_model
 from uniapl.training.checkpoint import directory as checkpoint
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

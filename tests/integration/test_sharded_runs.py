@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from runs import lines, run_processes, timeless, write_recipe
-from tiny import save_model
+from support.runs import lines, run_processes, timeless, write_recipe
+from support.tiny import save_model
 from uniapl import cli
 from uniapl.training.checkpoint import directory as checkpoint
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import uniapl
-from runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train, write_recipe
-from tiny import letter_rows, make_tokenizer, save_model
+from support.runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train, write_recipe
+from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config.methods import METHODS
 from uniapl.training.checkpoint import directory as checkpoint

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
-from tiny import letter_rows, save_model
+from support.fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
+from support.tiny import letter_rows, save_model
 from uniapl.config import Config
 from uniapl.config.methods import METHODS
 from uniapl.config.resolve import flatten

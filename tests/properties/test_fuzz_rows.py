@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
-from tiny import save_model
+from support.fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
+from support.tiny import save_model
 
 TEMPLATE = (
     "{% for m in messages %}<turn>{{ m.content }}<eos>{% endfor %}"

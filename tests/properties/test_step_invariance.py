@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.testing import assert_close
 
-from tiny import make_model, random_rows
+from support.tiny import make_model, random_rows
 from uniapl.config import methods
 from uniapl.data.batching import Row, collate, component_counts, halves, micro_batches, nothing_to_learn
 from uniapl.functional.losses import TokenWeight

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from runs import lines, timeless
+from support.runs import lines, timeless
 from uniapl.training.checkpoint import directory as checkpoint
 
 LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
-from tiny import letter_rows, save_model
+from support.tiny import letter_rows, save_model
 from torture import children, points
 from torture.differences import differences
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from runs import lines, recipe, train
-from tiny import SMALL, make_tokenizer
+from support.runs import lines, recipe, train
+from support.tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.vllm import Engine, VLLMSampler
