@@ -184,7 +184,7 @@ def main(
         answers = [decode(ids) for ids in rollouts]
         rewards = torch.tensor([reward(p, a) for p, a in zip(asked, answers, strict=True)]).view(P, G)
 
-        # One batch, first the P demonstrations, then the P * G rollouts. A mask says what a token teaches.
+        # One batch: the P demonstrations, then the P * G rollouts. A mask marks the tokens of a component.
         input_ids, attention_mask, completion_mask = pad(prompts + asked, demonstrations + rollouts)
         sft_mask = completion_mask & ~is_rollout
         rl_mask = adv_mask = completion_mask & is_rollout

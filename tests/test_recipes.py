@@ -72,7 +72,7 @@ def test_check_accepts_it(
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_value_says_where_it_comes_from(recipe: Path) -> None:
-    evident = ("model_name_or_path", "path", "string_prompts")
+    evident = ("model_name_or_path", "path", "prompt_format")
     values = [line.strip() for line in recipe.read_text().splitlines() if re.match(r"  \w+: +[^ #]", line)]
     assert len(values) > 20
     for line in values:

@@ -12,7 +12,7 @@ from work import Work, data_rows, load, random_reward
 from uniapl.config.resolve import merge, resolve, stages_of
 from uniapl.data.batching import Row, component_counts, micro_batches
 from uniapl.training.distributed.accelerator import make_accelerator
-from uniapl.training.materials import Materials
+from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight import load as setup
 from uniapl.training.stage import Stage, build_stage
 from uniapl.training.update.credit import assign_credit, rollout_rows
@@ -38,20 +38,20 @@ def recipe(work_or_shape: Any, folder: Path, options: Namespace) -> dict[str, An
 
 def our_stage(
     work: Work, folder: Path, options: Namespace, **changes: Any
-) -> tuple[Accelerator, Stage, Materials]:
+) -> tuple[Accelerator, Stage, RunInputs]:
     """Policy, optimizer and sampler of a run's first stage."""
     resolved = resolve(merge(recipe(work, folder, options), changes))
     stages = stages_of(resolved)
     rows = data_rows(work.shape, 4)
-    materials = setup.load_materials(
+    inputs = setup.load_inputs(
         resolved, stages, train_dataset=rows, reward_functions=[random_reward], with_suites=False
     )
     accelerator = make_accelerator(resolved.config)
     model, _ = load(folder, options.device)
     return (
         accelerator,
-        build_stage(stages[0].config, 0, model, materials, accelerator, start=None),
-        materials,
+        build_stage(stages[0].config, 0, model, inputs, accelerator, start=None),
+        inputs,
     )
 
 
@@ -97,14 +97,14 @@ def our_update(
 ) -> tuple[Callable[[], tuple[float, float]], nn.Module]:
     """One optimizer step, from rows to changed weights; it returns the loss and the gradient's norm."""
     changes = {"batching": {"max_tokens": max_tokens}} if max_tokens else {}
-    accelerator, stage, materials = our_stage(work, folder, options, **changes)
+    accelerator, stage, inputs = our_stage(work, folder, options, **changes)
     rows = our_rows(work, stage)
     config = stage.config
 
     def step() -> tuple[float, float]:
         batches = micro_batches(
             rows,
-            pad_id=materials.pad_id,
+            pad_id=inputs.pad_id,
             max_tokens=config.batching.max_tokens,
             max_rows=config.batching.per_device_train_batch_size,
             packed=stage.packing,

@@ -16,7 +16,7 @@ from uniapl.cli.compose import all_conflicts, compose_prompt
 from uniapl.compose.wordings import ENDINGS, FURTHER_CONFLICTS, KINDS, LANGUAGES, NOUNS, RARE, say
 from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
-from uniapl.rewards.instructions import instructions, judge
+from uniapl.rewards.instructions import check_instructions, instructions
 
 pytestmark = needs_data
 BASES = ["Name a river, please.", "Why do leaves fall?", "Describe a market.", "Explain gravity to a child."]
@@ -259,7 +259,7 @@ def test_composed_prompts_are_trained_on(tmp_path: Path) -> None:
     for group in groups:
         row = by_prompt[group["prompt"]]
         given = instructions(row["prompt"], row["instruction_id_list"], row["kwargs"])
-        expected = [float(all(judge(given, one["text"]))) for one in group["completions"]]
+        expected = [float(all(check_instructions(given, one["text"]))) for one in group["completions"]]
         assert [one["reward"] for one in group["completions"]] == expected
 
 

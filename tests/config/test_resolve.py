@@ -24,7 +24,7 @@ from uniapl.errors import UsageError
         ),
         ({"learning_rate": 1.0}, r"unknown key 'learning_rate'; did you mean 'optim.learning_rate'"),
         ({"group_size": 4}, r"did you mean 'rollout.num_generations'"),
-        ({"model": {"lora_rank": 8}}, r"did you mean 'model.lora_r'"),
+        ({"model": {"lora_r": 8}}, r"did you mean 'model.lora_r'"),
         ({"rollout": {"n_samples_per_prompt": 4}}, r"did you mean 'rollout.num_generations'"),
         ({"zzz": 1}, r"unknown key 'zzz'; `uniapl train --help` lists"),
         ({"max_steps": 0}, r"max_steps: .*greater than or equal to 1 \(got 0\)"),
@@ -129,15 +129,15 @@ def test_stages_keep_what_the_recipe_says_and_take_their_method_s_values() -> No
 
 def test_a_key_may_be_written_with_its_section() -> None:
     dotted = {
-        "discriminator.lora_rank": 8,
+        "discriminator.lora_r": 8,
         "discriminator": {"replay_size": 4},
         "data.columns": {"q": "prompt"},
     }
     resolved = resolve(dotted)
     config = resolved.config
-    assert (config.discriminator.lora_rank, config.discriminator.replay_size) == (8, 4)
+    assert (config.discriminator.lora_r, config.discriminator.replay_size) == (8, 4)
     assert config.data.columns == {"q": "prompt"}
-    assert resolved.sources["discriminator.lora_rank"] == "recipe"
+    assert resolved.sources["discriminator.lora_r"] == "recipe"
     with pytest.raises(UsageError, match=r"unknown key 'discriminator\.lora_rnk'; did you mean"):
         resolve({"discriminator.lora_rnk": 8})
 

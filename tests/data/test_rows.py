@@ -8,7 +8,7 @@ import pytest
 
 from support.tiny import make_tokenizer
 from uniapl.config import DataConfig
-from uniapl.data.rows import Dataset, prepare, read_rows
+from uniapl.data.rows import Dataset, read_rows, tokenize_rows
 from uniapl.data.streams import Stream, split_streams
 from uniapl.errors import UsageError
 from uniapl.types import Example
@@ -25,7 +25,7 @@ TEMPLATE = (
 
 def one(row: dict[str, Any], template: str | None = None, **config: Any) -> Example:
     tokenizer = make_tokenizer(chat_template=template)
-    return prepare([(7, row)], tokenizer, DataConfig(**config)).examples[0]
+    return tokenize_rows([(7, row)], tokenizer, DataConfig(**config)).examples[0]
 
 
 def text(ids: tuple[int, ...] | None) -> str:
@@ -70,7 +70,7 @@ def test_messages_equal_prompt_and_completion() -> None:
 
 
 def test_string_prompts_as_chat_and_system_prompt() -> None:
-    example = one({"prompt": "hi", "completion": "yo"}, TEMPLATE, string_prompts="chat", system_prompt="be")
+    example = one({"prompt": "hi", "completion": "yo"}, TEMPLATE, prompt_format="chat", system_prompt="be")
     assert text(example.prompt_ids) == "<turn>sbe<eos>\n<turn>uhi<eos>\n<turn>a"
     assert text(example.demonstration_ids) == "yo<eos>"
     assert example.prompt == "hi", "rewards see the prompt as the data has it"
@@ -151,22 +151,22 @@ def test_a_tokenizer_without_end_token_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UsageError, match="no end token"):
-        prepare([(1, {"prompt": "a"})], tokenizer, DataConfig())
+        tokenize_rows([(1, {"prompt": "a"})], tokenizer, DataConfig())
 
 
 def test_long_rows_are_left_out_and_listed() -> None:
     rows = [(1, {"prompt": "a" * 9}), (2, {"prompt": "a", "completion": "b" * 9}), (3, {"prompt": "ab"})]
     tokenizer = make_tokenizer()
-    dataset = prepare(rows, tokenizer, DataConfig(max_prompt_length=8, max_demonstration_length=8))
+    dataset = tokenize_rows(rows, tokenizer, DataConfig(max_prompt_length=8, max_demonstration_length=8))
     assert [example.row for example in dataset.examples] == [3]
     assert dataset.left_out == {"prompt longer than 8 tokens": (1,), "demonstration too long": (2,)}
     disliked = (4, {"prompt": "a", "chosen": "b", "rejected": "c" * 9})
-    kept = prepare([*rows[2:], disliked], tokenizer, DataConfig(max_demonstration_length=8))
+    kept = tokenize_rows([*rows[2:], disliked], tokenizer, DataConfig(max_demonstration_length=8))
     assert kept.left_out == {"rejected answer too long": (4,)}
-    windowed = prepare(rows, tokenizer, DataConfig(), context_length=10, max_completion_length=2)
+    windowed = tokenize_rows(rows, tokenizer, DataConfig(), context_length=10, max_completion_length=2)
     assert [example.row for example in windowed.examples] == [3]
     with pytest.raises(UsageError, match="no usable row: prompt longer than 1 tokens: 1 rows"):
-        prepare(rows[2:], tokenizer, DataConfig(max_prompt_length=1))
+        tokenize_rows(rows[2:], tokenizer, DataConfig(max_prompt_length=1))
 
 
 def test_files_of_every_kind_hold_the_same_rows(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_text_in_a_csv_file_stays_text(tmp_path: Path) -> None:
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_named() -> None:
     limits = {"context_length": 64, "max_completion_length": 64}
     with pytest.raises(UsageError, match=r"max_completion_length 64: no prompt fits.* window of 64 tokens"):
-        prepare([(1, {"prompt": "a"})], make_tokenizer(), DataConfig(), **limits)
+        tokenize_rows([(1, {"prompt": "a"})], make_tokenizer(), DataConfig(), **limits)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_missing_data_is_refused() -> None:
 
 def examples(count: int) -> list[Example]:
     rows = [(n, {"prompt": "a", "completion": "b"} if n % 2 else {"prompt": "a"}) for n in range(count)]
-    return list(prepare(rows, make_tokenizer(), DataConfig()).examples)
+    return list(tokenize_rows(rows, make_tokenizer(), DataConfig()).examples)
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:

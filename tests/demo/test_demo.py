@@ -26,7 +26,7 @@ from uniapl.demo.language import (
     fluency,
     parse,
 )
-from uniapl.demo.measure import judge, measure
+from uniapl.demo.measure import measure, score_texts
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
 from uniapl.demo.task import as_row, embedded_constraints, make_task, make_tokenizer
 from uniapl.demo.writers import EXPERT, SLOPPY, write
@@ -217,7 +217,7 @@ def test_measurements_by_hand() -> None:
         Prompt(sentences=1, topic="king", extras=(Constraint("place"),)),
     ]
     experts = ["the king lost a ring near the river .", "the king lost a cup near the mill softly ."]
-    got = judge(prompts, [PLAIN, "the river king"], experts, expert_nll=1.5)
+    got = score_texts(prompts, [PLAIN, "the river king"], experts, expert_nll=1.5)
     assert (got.passed, got.fluency, got.good, got.distinct) == (0.5, 0.5, 0.5, 1.0)
     assert got.words == 4.5
     # Lengths 3 and 6 beside 9 and 10.
@@ -227,10 +227,10 @@ def test_measurements_by_hand() -> None:
 
 def test_distinct_pairs_of_words_by_hand() -> None:
     prompts = [Prompt(sentences=1, topic="farmer", extras=(Constraint("include", "dark"),))] * 2
-    got = judge(prompts, ["a b a b", "a b c"], ["x", "y"], expert_nll=0.0)
+    got = score_texts(prompts, ["a b a b", "a b c"], ["x", "y"], expert_nll=0.0)
     # a b, b a, a b; a b, b c: three distinct ones of five.
     assert got.distinct_2 == pytest.approx(3 / 5)
-    assert judge(prompts, ["a", "b"], ["x", "y"], expert_nll=0.0).distinct_2 == 0
+    assert score_texts(prompts, ["a", "b"], ["x", "y"], expert_nll=0.0).distinct_2 == 0
 
 
 def test_a_model_s_own_texts_are_as_likely_to_it_as_its_sampler_said() -> None:

@@ -159,7 +159,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("polar", {}), ("density-ratio", {}), ("density-ratio", {"against": "policy"})],
+    [("polar", {}), ("density-ratio", {}), ("density-ratio", {"density_ratio_reference": "policy"})],
 )
 def test_a_run_against_a_frozen_discriminator_resumes_exactly(
     kind: str, settings: dict[str, Any], polar_dir: Path, model_dir: Path, tmp_path: Path

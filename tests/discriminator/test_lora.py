@@ -86,7 +86,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_with_adapters_resumes_exactly(model_dir: Path, tmp_path: Path) -> None:
-    adversary = {"lora_rank": 2, "learning_rate": 1e-2, "reads_example": True}
+    adversary = {"lora_r": 2, "learning_rate": 1e-2, "in_context_demonstration": True}
     values: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "discriminator": adversary}
     train(recipe(model_dir, tmp_path / "whole", **values))
     run_until(4, recipe(model_dir, tmp_path / "broken", **values))
@@ -105,6 +105,6 @@ def test_a_run_with_adapters_resumes_exactly(model_dir: Path, tmp_path: Path) ->
 
 
 def test_adapters_are_of_the_policy_alone(model_dir: Path, tmp_path: Path) -> None:
-    adversary = {"lora_rank": 2, "model_name_or_path": str(model_dir)}
+    adversary = {"lora_r": 2, "model_name_or_path": str(model_dir)}
     with pytest.raises(uniapl.UsageError, match="adapts the policy's own weights"):
         train(recipe(model_dir, tmp_path / "run", discriminator=adversary))

@@ -371,7 +371,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.run([*command, "--output-dir", str(second), "--against", str(first), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["minus"]["suites"]["held_out"]["reward"] == {"mean": 0.0, "low": 0.0, "high": 0.0}, "greedy"
-    assert shown["settings"]["string_prompts"] == "chat", "the tokenizer has a template"
+    assert shown["settings"]["prompt_format"] == "chat", "the tokenizer has a template"
     assert lines(first / "completions.jsonl") == lines(second / "completions.jsonl")
     sampled = ["--num-samples", "4", "--seed", "3", "--output-dir", str(tmp_path / "third")]
     assert cli.run([*command, *sampled]) == 0
@@ -422,7 +422,7 @@ def test_a_recipe_gives_data_rewards_and_suites(
     out = tmp_path / "out"
     assert cli.run(["evaluate", str(model_dir), "--recipe", str(path), "--output-dir", str(out)]) == 0
     result = json.loads((out / "results.json").read_text())
-    assert result["settings"]["string_prompts"] == "text", "as the recipe trains"
+    assert result["settings"]["prompt_format"] == "text", "as the recipe trains"
     assert result["suites"]["held_out"]["mean_length"] <= 3
     assert result["suites"]["held_out"]["floors"]["constant"] == {"reward": 0.5}
 
@@ -433,7 +433,7 @@ def test_a_recipe_s_dotted_keys_and_its_mistakes(
     recipe_file = tmp_path / "recipe.yaml"
     values = {"evaluation.suites": str(held_out(tmp_path)), "evaluation.num_samples": 3}
     values |= {"rewards.functions": ["no_comma"], "evaluation.max_completion_length": 3}
-    recipe_file.write_text(yaml.safe_dump(values | {"data.string_prompts": "chat"}))
+    recipe_file.write_text(yaml.safe_dump(values | {"data.prompt_format": "chat"}))
     out = tmp_path / "out"
     command = ["evaluate", str(model_dir), "--recipe", str(recipe_file), "--output-dir", str(out)]
     assert cli.run(command) == 0
@@ -442,7 +442,7 @@ def test_a_recipe_s_dotted_keys_and_its_mistakes(
     assert cli.run([*command, "--overwrite"]) == 0
     result = json.loads((out / "results.json").read_text())
     assert (result["settings"]["num_samples"], result["settings"]["temperature"]) == (3, 1.0)
-    assert result["settings"]["string_prompts"] == "chat"
+    assert result["settings"]["prompt_format"] == "chat"
     for wrong in ({"data": "train.jsonl"}, {"rewards": "no_comma"}, {"evaluation": {"num_samples": "four"}}):
         recipe_file.write_text(yaml.safe_dump(wrong))
         assert cli.run(command) == 2

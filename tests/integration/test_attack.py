@@ -37,7 +37,7 @@ def final_length(model_dir: Path, output: Path, method: str, **objective: Any) -
             "updates_per_step": 4,
             "replay_size": 64,
         },
-        batching={"prompts_per_step": 6, "demonstrations_per_step": 26, "max_tokens": 4000},
+        batching={"prompts_per_step": 6, "demonstrations_per_step": 26, "max_tokens_per_micro_batch": 4000},
         stages=[
             {"method": "sft", "max_steps": 60},
             {"method": method, "max_steps": 70, "optim": {"learning_rate": 5e-4}},

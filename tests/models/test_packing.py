@@ -213,11 +213,11 @@ def test_shares_keep_prompts_whole_and_even_the_load(number: int, seed: int) -> 
 def test_rows_that_teach_nothing() -> None:
     rows = group_rows()
     silent = replace(rows[0], advantage=0.0, adversarial_advantage=0.0)
-    assert [row.teaches(WEIGHTS) for row in (rows[0], silent, rows[4])] == [True, False, True]
-    assert silent.teaches(WEIGHTS | {"kl": 0.1}), "the KL term asks for its log-probs"
-    assert not replace(rows[0], advantage=0.0).teaches(WEIGHTS | {"adv": 0.0})
+    assert [row.has_gradient(WEIGHTS) for row in (rows[0], silent, rows[4])] == [True, False, True]
+    assert silent.has_gradient(WEIGHTS | {"kl": 0.1}), "the KL term asks for its log-probs"
+    assert not replace(rows[0], advantage=0.0).has_gradient(WEIGHTS | {"adv": 0.0})
     every = [silent, *rows[1:]]
-    without = [row for row in every if row.teaches(WEIGHTS)]
+    without = [row for row in every if row.has_gradient(WEIGHTS)]
     assert_same(
         gradient([collate(without, pad_id=0, packed=True)], every),
         gradient([collate(every, pad_id=0)], every),
@@ -332,7 +332,7 @@ def test_the_discriminator_packs(lora: int | None) -> None:
 def test_a_run_is_the_same_packed_and_padded(method: str, model_dir: Path, tmp_path: Path) -> None:
     records: dict[bool, list[dict[str, Any]]] = {}
     for packing in (True, False):
-        values = {"batching": {"packing": packing, "max_tokens": 400}, "max_steps": 4}
+        values = {"batching": {"packing": packing, "max_tokens_per_micro_batch": 400}, "max_steps": 4}
         train(recipe(model_dir, tmp_path / str(packing), method=method, **values))
         records[packing] = lines(tmp_path / str(packing) / "metrics.jsonl")
     # Over the rows that were read, which packing may leave some of out.

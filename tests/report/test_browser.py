@@ -180,7 +180,9 @@ def test_what_data_holds_is_never_markup(tmp_path: Path, open_page: Open, width:
     nasty = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>"
     said = answer(nasty, rewards={nasty: 1.0}, finish_reason=nasty)
     rows = [prompt_row(1, [said], prompt=nasty, demonstration=nasty)]
-    metrics = [{"step": 1, "stage": 0, f"eval/{nasty}": 1.0, f"health/{nasty}": 1, "stop/reason": nasty}]
+    metrics = [
+        {"step": 1, "stage": 0, f"eval/{nasty}": 1.0, f"health/{nasty}": 1, "early_stopping/reason": nasty}
+    ]
     path = write_run(tmp_path / "<b>run", metrics, rows, ending={"state": "stopped", "message": nasty})
     write_report([path], tmp_path / "report.html")
     page = open_page(tmp_path / "report.html", width)

@@ -128,7 +128,9 @@ def test_steps_and_ends_by_hand() -> None:
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of all forces, as training leaves it."""
     path = tmp_path_factory.mktemp("real")
-    train(recipe(save_model(path / "model"), path / "run", objective={"lambda_adv": 1.0}, gradient_steps=2))
+    train(
+        recipe(save_model(path / "model"), path / "run", objective={"lambda_adv": 1.0}, log_gradients_steps=2)
+    )
     return path / "run"
 
 
@@ -424,7 +426,7 @@ def test_long_curves_are_thinned(tmp_path: Path) -> None:
 def test_stages_are_marked(tmp_path: Path) -> None:
     stages = [{"method": "sft", "max_steps": 2}, {"method": "grpo", "max_steps": 3}]
     metrics = [{"step": step, "stage": int(step > 2), "loss": 1.0} for step in range(1, 6)]
-    metrics[1]["stop/reason"] = "target: reached"
+    metrics[1]["early_stopping/reason"] = "target: reached"
     page = render([read_run(write_run(tmp_path / "run", metrics, stages=stages))])
     assert unpacked(page, "data")["stages"] == [{"x": 3, "label": "grpo"}]
     assert "step 5 of 5" in page

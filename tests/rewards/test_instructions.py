@@ -16,7 +16,7 @@ from uniapl.rewards import Rewarder, checkers
 from uniapl.rewards.base import named_reward
 from uniapl.rewards.checkers import Instruction
 from uniapl.rewards.finding import find_function
-from uniapl.rewards.instructions import instructions, judge, loose_forms
+from uniapl.rewards.instructions import check_instructions, instructions, loose_forms
 from uniapl.types import Example
 
 pytestmark = needs_data
@@ -88,7 +88,7 @@ def test_ifeval_equals_lm_eval_s_on_every_prompt(name: str, monkeypatch: pytest.
     strict: list[list[bool]] = []
     for doc, one in zip(docs, given, strict=True):
         answer = ANSWERS[name](doc)
-        ours = [judge(one, answer, loose=loose) for loose in (False, True)]
+        ours = [check_instructions(one, answer, loose=loose) for loose in (False, True)]
         with monkeypatch.context() as patch:
             patch.setattr(theirs, "random", FirstDraw)
             expected = process_results(doc, [answer])

@@ -255,15 +255,15 @@ def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, bat
 
     check(score(prompts, completions), "say aaaa", "babcabcabc", "<turn>hi<turn>yo")
     check(
-        score(prompts[:2], completions[:2], string_prompts="chat"),
+        score(prompts[:2], completions[:2], prompt_format="chat"),
         "<turn>say a<turn>aaa",
         "<turn>b<turn>abcabcabc",
     )
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="string_prompts is 'text' or 'chat', not 'Text'"):
-        find_function("reward_model")(["a"], ["b"], model="x", string_prompts="Text")
+    with pytest.raises(UsageError, match="prompt_format is 'text' or 'chat', not 'Text'"):
+        find_function("reward_model")(["a"], ["b"], model="x", prompt_format="Text")
     with pytest.raises(UsageError, match="cannot load the reward model's tokenizer"):
         find_function("reward_model")(["a"], ["b"], model=str(tmp_path / "nowhere"))
     config = Qwen3Config(**SMALL, num_labels=2)

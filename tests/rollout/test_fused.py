@@ -20,7 +20,7 @@ from transformers import (
 
 import uniapl.rollout.local as local
 from support.tiny import CONFIGS, SMALL, VOCABULARY, make_model
-from uniapl.rollout.fused import fits, same_logits
+from uniapl.rollout.fused import same_logits, supports_fused
 from uniapl.rollout.local import LocalSampler, close_ranks, inverse_cdf
 from uniapl.types import Rollout
 
@@ -85,8 +85,8 @@ def test_it_samples_what_the_model_s_own_forward_samples(name: str) -> None:
         {"temperature": 0.0},
         {"temperature": 0.6, "top_k": 5},
         {"top_p": 0.7},
-        {"max_rows": 8},
-        {"max_rows": 1},
+        {"max_batch_size": 8},
+        {"max_batch_size": 1},
     ],
     ids=str,
 )
@@ -142,7 +142,7 @@ def test_a_model_in_bf16() -> None:
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_which_families_fit(family: str) -> None:
-    assert fits(make_model(family)) == (family in ("qwen3", "llama", "mistral_sliding"))
+    assert supports_fused(make_model(family)) == (family in ("qwen3", "llama", "mistral_sliding"))
 
 
 def odd_linear(model: Any) -> None:
@@ -175,9 +175,9 @@ def chunked_layer(model: Any) -> None:
 )
 def test_what_is_not_known_does_not_fit(change: Any) -> None:
     model = model_of(FITTING["qwen3, tied, two queries a key"])
-    assert fits(model)
+    assert supports_fused(model)
     change(model)
-    assert not fits(model)
+    assert not supports_fused(model)
 
 
 def test_a_window_that_the_model_does_not_keep_to() -> None:
@@ -202,7 +202,7 @@ def test_what_only_the_numbers_show_is_refused() -> None:
         return 2 * output, weights
 
     attention.forward = MethodType(doubled, attention)
-    assert fits(model)
+    assert supports_fused(model)
     assert not same_logits(model)
     settings: dict[str, Any] = {"stop_ids": {1}, "pad_id": 0, "max_completion_length": 4}
     patched = LocalSampler(model=model, **settings)

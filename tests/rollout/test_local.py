@@ -73,8 +73,8 @@ def test_the_chunked_head_is_used_where_it_is_exact_and_only_there() -> None:
 
 def test_a_prompt_s_rollouts_do_not_depend_on_the_prompts_beside_it() -> None:
     together = sampler().sample(PROMPTS, seeds=SEEDS, num_generations=3, policy_version=7)
-    for max_rows in (1, 6, 1000):
-        few_rows = sampler(max_rows=max_rows)
+    for max_batch_size in (1, 6, 1000):
+        few_rows = sampler(max_batch_size=max_batch_size)
         for index, prompt in enumerate(PROMPTS):
             (alone,) = few_rows.sample([prompt], seeds=[SEEDS[index]], num_generations=3, policy_version=7)
             assert [r.completion_ids for r in alone] == [r.completion_ids for r in together[index]]
@@ -112,7 +112,7 @@ def test_end_and_length() -> None:
 def test_frequencies_are_the_model_s_probabilities() -> None:
     model = make_model(scale=2.0)
     ours = LocalSampler(
-        model=model, stop_ids={1}, pad_id=0, max_completion_length=1, temperature=0.7, max_rows=10_000
+        model=model, stop_ids={1}, pad_id=0, max_completion_length=1, temperature=0.7, max_batch_size=10_000
     )
     (group,) = ours.sample([PROMPTS[0]], seeds=[0], num_generations=8_000, policy_version=0)
     counts = torch.bincount(torch.tensor([r.completion_ids[0] for r in group]), minlength=VOCABULARY)

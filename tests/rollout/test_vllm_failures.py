@@ -66,9 +66,9 @@ def test_a_disk_that_is_full_before_training(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("one_step_off", [False, True])
+@pytest.mark.parametrize("steps", [0, 1])
 def test_a_disk_that_fills_up_mid_run(
-    one_step_off: bool, model_dir: Path, tmp_path: Path, server: FakeServer, fill_disk: Callable[[], None]
+    steps: int, model_dir: Path, tmp_path: Path, server: FakeServer, fill_disk: Callable[[], None]
 ) -> None:
     def reward(completions: list[str], letter: list[str]) -> list[float]:
         if server.loads == 2:
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_mid_run(
         return [float(len(text)) for text in completions]
 
     values = recipe(
-        model_dir, tmp_path / "run", save_steps=9, rollout=behind(server, one_step_off=one_step_off)
+        model_dir, tmp_path / "run", save_steps=9, rollout=behind(server, max_off_policy_steps=steps)
     )
     with pytest.raises(uniapl.UniAPLError, match=FULL + r".*--resume auto") as raised:
         train(values | {"rewards": {"timeout": None}}, reward_functions=[reward])
@@ -125,7 +125,8 @@ def test_room_for_rollouts_under_way(
 ) -> None:
     """In both checkpoints that lie on the disk at most: 3 prompts, 4 answers of 6 tokens."""
     values = [
-        recipe(model_dir, tmp_path / "run", rollout=behind(server, one_step_off=off)) for off in (True, False)
+        recipe(model_dir, tmp_path / "run", rollout=behind(server, max_off_policy_steps=steps))
+        for steps in (1, 0)
     ]
     ahead, plain = (room(v, monkeypatch) for v in values)
     assert ahead - plain == 2 * 3 * 4 * 6 * 32

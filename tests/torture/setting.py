@@ -44,10 +44,10 @@ RECIPE: dict[str, Any] = {
         "accuracy_band": [0.0, 1.0],
         "learning_rate": 1e-3,
         "replay_size": 8,
-        "replay_share": 0.5,
+        "replay_fraction": 0.5,
     },
     "optim": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 4},
-    "batching": {"prompts_per_step": 3, "demonstrations_per_step": 3, "max_tokens": 120},
+    "batching": {"prompts_per_step": 3, "demonstrations_per_step": 3, "max_tokens_per_micro_batch": 120},
 }
 
 

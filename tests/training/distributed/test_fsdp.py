@@ -5,7 +5,7 @@ import pytest
 from uniapl.config import Config
 from uniapl.config.resolve import resolve
 from uniapl.errors import UsageError
-from uniapl.training.distributed.fsdp import check_launch, check_stage, shards_weights
+from uniapl.training.distributed.fsdp import check_launch, check_sharding, shards_weights
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +55,9 @@ def config(method: str, **changes: object) -> Config:
 
 def test_adapters_are_for_ddp() -> None:
     model = {"model_name_or_path": "model", "lora_r": 4}
-    check_stage(config("uniapl"))
+    check_sharding(config("uniapl"))
     with pytest.raises(UsageError, match=r"model\.lora_r .* torchrun"):
-        check_stage(config("grpo", model=model))
-    discriminator = {"discriminator": {"lora_rank": 4}}
-    with pytest.raises(UsageError, match=r"discriminator\.lora_rank .* torchrun"):
-        check_stage(config("uniapl", **discriminator))
+        check_sharding(config("grpo", model=model))
+    discriminator = {"discriminator": {"lora_r": 4}}
+    with pytest.raises(UsageError, match=r"discriminator\.lora_r .* torchrun"):
+        check_sharding(config("uniapl", **discriminator))

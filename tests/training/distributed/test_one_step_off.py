@@ -47,7 +47,7 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
 
 
 def ahead(model_dir: Path, output: Path, fake: FakeServer, **changes: Any) -> dict[str, Any]:
-    rollout = behind(fake, one_step_off=True) | changes.pop("rollout", {})
+    rollout = behind(fake, max_off_policy_steps=1) | changes.pop("rollout", {})
     return recipe(model_dir, output, rollout=rollout, **changes)
 
 
@@ -135,7 +135,7 @@ def test_a_resume_with_another_recipe_samples_anew(
         "more": {"num_generations": 3},
         "cooler": {"temperature": 0.9},
         "shorter": {"max_completion_length": 5},
-        "without": {"one_step_off": False},
+        "without": {"max_off_policy_steps": 0},
     }.items():
         values = ahead(model_dir, tmp_path / name, server)
         run_until(3, values)
@@ -205,7 +205,7 @@ def test_rollouts_that_nobody_will_learn_from_may_fail(
     server.answer = answer  # type: ignore[method-assign]
     fails_from_the_third_step(server)
     stop = {"metric": "step", "target": 2.0}
-    assert train(ahead(model_dir, tmp_path / "ended", server, stop=stop)).steps == 2
+    assert train(ahead(model_dir, tmp_path / "ended", server, early_stopping=stop)).steps == 2
 
 
 def test_a_stage_that_ends_early_skips_no_prompts(
@@ -213,7 +213,7 @@ def test_a_stage_that_ends_early_skips_no_prompts(
 ) -> None:
     """What was begun for a step that never comes is thrown away; the next stage begins with its prompts."""
     stages: list[dict[str, Any]] = [
-        {"method": "grpo", "max_steps": 5, "stop": {"metric": "reward", "target": -1.0}},
+        {"method": "grpo", "max_steps": 5, "early_stopping": {"metric": "reward", "target": -1.0}},
         {"method": "grpo", "max_steps": 2},
     ]
     run = tmp_path / "run"
@@ -248,6 +248,8 @@ def test_two_processes(model_dir: Path, tmp_path: Path, server: FakeServer) -> N
 
 def test_it_needs_a_server(model_dir: Path, tmp_path: Path) -> None:
     for rollout in ({}, {"sampler": "vllm"}):
-        values = recipe(model_dir, tmp_path / "run", rollout=rollout | {"one_step_off": True})
-        with pytest.raises(uniapl.UsageError, match=r"one_step_off needs sampler vllm and vllm_mode server"):
+        values = recipe(model_dir, tmp_path / "run", rollout=rollout | {"max_off_policy_steps": 1})
+        with pytest.raises(
+            uniapl.UsageError, match=r"max_off_policy_steps 1 needs sampler vllm and vllm_mode server"
+        ):
             train(values)

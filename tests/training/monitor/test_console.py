@@ -81,7 +81,7 @@ def test_the_table_on_a_terminal(width: int) -> None:
 def test_elsewhere_there_are_lines_without_control_characters(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(recipe(model_dir, tmp_path / "run", completion_steps=2))
+    train(recipe(model_dir, tmp_path / "run", log_completions_steps=2))
     shown = capsys.readouterr().out
     assert all(character.isprintable() or character == "\n" for character in shown)
     numbered = [line for line in shown.splitlines() if re.match(r"\d/4 ", line)]

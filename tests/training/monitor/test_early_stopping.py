@@ -7,7 +7,7 @@ import pytest
 
 from support.runs import lines, recipe, run_until, timeless, train
 from support.tiny import save_model
-from uniapl.config import StopConfig
+from uniapl.config import EarlyStoppingConfig
 from uniapl.training.monitor.early_stopping import Stopping
 
 
@@ -15,7 +15,7 @@ def ends_at(values: list[float | None], tokens: int = 10, **rule: Any) -> tuple[
     """Which of the looks is the last one, from 1, and the rule that said so."""
     stopping = Stopping()
     for number, value in enumerate(values, start=1):
-        stopping.look(StopConfig(**{"metric": "m", **rule}), {"m": value}, number * tokens)
+        stopping.look(EarlyStoppingConfig(**{"metric": "m", **rule}), {"m": value}, number * tokens)
         if stopping.reason:
             return number, stopping.reason.split(":")[0]
     return None
@@ -43,15 +43,17 @@ def test_a_stage_that_ends_early_gives_way_to_the_next_and_resumes(model_dir: Pa
     values = {
         "save_steps": 2,
         "stages": [
-            {"method": "sft", "max_steps": 9, "stop": {"metric": "skipped", "patience": 2}},
-            {"method": "grpo", "max_steps": 9, "stop": {"max_tokens": 100}},
+            {"method": "sft", "max_steps": 9, "early_stopping": {"metric": "skipped", "patience": 2}},
+            {"method": "grpo", "max_steps": 9, "early_stopping": {"max_tokens": 100}},
         ],
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = train(recipe(model_dir, whole, **values))
     records = lines(whole / "metrics.jsonl")
     assert [record["stage"] for record in records] == [0, 0, 0, *[1] * (len(records) - 3)]
-    reasons = {r["step"]: r["stop/reason"].split(":")[0] for r in records if "stop/reason" in r}
+    reasons = {
+        r["step"]: r["early_stopping/reason"].split(":")[0] for r in records if "early_stopping/reason" in r
+    }
     assert reasons == {3: "patience", len(records): "budget"}
     learnt = [record["num_tokens"] - records[2]["num_tokens"] for record in records]
     assert learnt[-2] < 100 <= learnt[-1]
@@ -65,7 +67,7 @@ def test_a_stage_that_ends_early_gives_way_to_the_next_and_resumes(model_dir: Pa
 
 def test_patience_goes_on_where_it_was(model_dir: Path, tmp_path: Path) -> None:
     """The metric never moves: four steps wait three times, whether in one run or in two."""
-    values = {"max_steps": 9, "save_steps": 2, "stop": {"metric": "skipped", "patience": 3}}
+    values = {"max_steps": 9, "save_steps": 2, "early_stopping": {"metric": "skipped", "patience": 3}}
     assert train(recipe(model_dir, tmp_path / "whole", **values)).steps == 4
     run_until(2, recipe(model_dir, tmp_path / "broken", **values))
     assert train(recipe(model_dir, tmp_path / "broken", resume="auto", **values)).steps == 4
@@ -74,7 +76,7 @@ def test_patience_goes_on_where_it_was(model_dir: Path, tmp_path: Path) -> None:
 def test_a_metric_that_is_not_there_is_said(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = {"max_steps": 2, "stop": {"metric": "rewrad", "patience": 1}}
+    values = {"max_steps": 2, "early_stopping": {"metric": "rewrad", "patience": 1}}
     assert train(recipe(model_dir, tmp_path / "run", **values)).steps == 2
     assert "warning: stop.metric 'rewrad' is not among the metrics" in capsys.readouterr().out
 
@@ -82,10 +84,10 @@ def test_a_metric_that_is_not_there_is_said(
 def test_another_rule_goes_on_with_a_stage_that_had_ended(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = recipe(model_dir, tmp_path / "run", stop={"metric": "skipped", "target": 0.0})
+    values = recipe(model_dir, tmp_path / "run", early_stopping={"metric": "skipped", "target": 0.0})
     assert train(values).steps == 1
     written = (tmp_path / "run" / "config.yaml").read_bytes()
     assert train(values | {"resume": "auto", "save_total_limit": 7}).steps == 1
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written, "it says how the run was made"
     assert "this run is complete (target: skipped is 0, the target 0); another" in capsys.readouterr().out
-    assert train(values | {"resume": "auto", "stop": {}}).steps == 4
+    assert train(values | {"resume": "auto", "early_stopping": {}}).steps == 4

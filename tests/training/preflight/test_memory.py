@@ -77,7 +77,7 @@ def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
     [
         ({}, {"method": "uniapl", "objective": {"beta": 0.1, "reference_step": 0}}),
         ({"vocab_size": 100_000, "hidden_size": 128, "num_hidden_layers": 3}, {"method": "grpo"}),
-        ({}, {"model.lora_r": 8, "discriminator.lora_rank": 8}),
+        ({}, {"model.lora_r": 8, "discriminator.lora_r": 8}),
     ],
     ids=["discriminator and reference", "a large vocabulary", "adapters"],
 )
@@ -101,7 +101,7 @@ def test_the_estimate_is_near_what_a_run_takes(
         "data": {"path": str(tmp_path / "rows.jsonl")},
         "rewards": {"functions": [f"{tmp_path / 'varied.py'}:reward"]},
         "rollout": {"num_generations": 8, "max_completion_length": 128},
-        "batching": {"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens": 4096},
+        "batching": {"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens_per_micro_batch": 4096},
         "discriminator": {"warmup_steps": 0, "min_accuracy": 0.0},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | changes))

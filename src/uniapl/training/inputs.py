@@ -13,7 +13,7 @@ from uniapl.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Materials:
+class RunInputs:
     """What a run is made of, the model's weights aside: loaded and checked."""
 
     tokenizer: PreTrainedTokenizerBase
