@@ -75,7 +75,7 @@ class DataConfig(Section):
     max_demonstration_length: int | None = Field(
         default=None,
         gt=1,
-        description="Longer demonstrations are left out: a truncated demonstration teaches the policy not to stop.",
+        description="Longer demonstrations are left out; a truncated one would teach the policy not to stop.",
     )
 
 

@@ -58,8 +58,9 @@ def check_space(run_dir: Path, needed: int) -> None:
     """
     if not has_space(run_dir, needed):
         raise UsageError(
-            f"output_dir '{run_dir}' has {_free(run_dir)} free; the run needs about {format_bytes(needed)} for "
-            "checkpoints and the result: free some, lower save_total_limit, or choose another --output-dir"
+            f"output_dir '{run_dir}' has {_free(run_dir)} free; the run needs about {format_bytes(needed)} "
+            "for checkpoints and the result: free some space, lower save_total_limit, or choose another "
+            "--output-dir"
         )
 
 
