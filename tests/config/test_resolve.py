@@ -24,7 +24,7 @@ from uniapl.errors import UsageError
         ),
         ({"learning_rate": 1.0}, r"unknown key 'learning_rate'; did you mean 'optim.learning_rate'"),
         ({"group_size": 4}, r"did you mean 'rollout.num_generations'"),
-        ({"model": {"lora_r": 8}}, r"did you mean 'model.lora_r'"),
+        ({"model": {"lora_rank": 8}}, r"did you mean 'model.lora_r'"),
         ({"rollout": {"n_samples_per_prompt": 4}}, r"did you mean 'rollout.num_generations'"),
         ({"zzz": 1}, r"unknown key 'zzz'; `uniapl train --help` lists"),
         ({"max_steps": 0}, r"max_steps: .*greater than or equal to 1 \(got 0\)"),

@@ -69,7 +69,7 @@ def test_messages_equal_prompt_and_completion() -> None:
     assert one({"messages": turns[:1]}, TEMPLATE).demonstration_ids is None
 
 
-def test_string_prompts_as_chat_and_system_prompt() -> None:
+def test_prompt_format_chat_and_system_prompt() -> None:
     example = one({"prompt": "hi", "completion": "yo"}, TEMPLATE, prompt_format="chat", system_prompt="be")
     assert text(example.prompt_ids) == "<turn>sbe<eos>\n<turn>uhi<eos>\n<turn>a"
     assert text(example.demonstration_ids) == "yo<eos>"

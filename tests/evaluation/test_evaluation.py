@@ -468,7 +468,7 @@ def test_while_training(model_dir: Path, tmp_path: Path) -> None:
     assert all(0 <= records[step - 1]["eval/held_out/truncated"] <= 1 for step in looked)
     final = records[-1]["eval/held_out/reward"]
     command = ["evaluate", str(tmp_path / "run" / "final"), "--suites", str(held_out(tmp_path)), "--rewards"]
-    command += ["no_comma", "--max-completion-length", "5", "--string-prompts", "text"]
+    command += ["no_comma", "--max-completion-length", "5", "--prompt-format", "text"]
     assert cli.run([*command, "--output-dir", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["held_out"]
     scored = found["scores"]["rewards/no_comma" if "rewards/no_comma" in found["scores"] else "reward"]

@@ -143,7 +143,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, help="0 is greedy (default: 0, and 1 with several samples)")
     add("--limit", type=int, help="the first so many prompts of each suite")
     add("--answer-after", help="judge what stands behind this mark, e.g. '</think>' (benchmarks)")
-    add("--string-prompts", choices=("text", "chat"), help="default: chat if there is a chat template")
+    add("--prompt-format", choices=("text", "chat"), help="default: chat if there is a chat template")
     add("--system-prompt", help="for chat prompts that have none")
     add("--chat-template-kwargs", type=_json_object, help="""as JSON, e.g. '{"enable_thinking": false}'""")
     add("--allow-code-verifiers", action="store_true", help="as rewards.allow_code_verifiers")

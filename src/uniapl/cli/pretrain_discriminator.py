@@ -137,7 +137,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("runs/discriminator"), help="where it goes")
     add("--samples", type=int, default=2, help="answers of each policy to each prompt")
     add("--max-completion-length", type=int, default=256, help="tokens of an answer at most")
-    add("--string-prompts", choices=("text", "chat"), default="text", help="as data.prompt_format")
+    add("--prompt-format", choices=("text", "chat"), default="text", help="as data.prompt_format")
     add("--steps", type=int, default=500, help="updates")
     add("--batch-size", type=int, default=32, help="triples of a step")
     add("--learning-rate", type=float, default=1e-5, help="falls to 0 by the last step")
