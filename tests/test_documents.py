@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from support.documents import ROOT, TEMPLATE, block, read_rows
+from support.documents import ROOT, TEMPLATE, block, code_blocks, read_rows
 from support.runs import lines
 from support.tiny import save_model
 from uniapl import cli
@@ -83,19 +83,6 @@ SMALL = {
     "chat": "--max-new-tokens 4",
     "export": "",
 }
-
-
-def code_blocks(document: Path) -> list[str]:
-    """The indented blocks of a Markdown file, without their indentation."""
-    blocks: list[list[str]] = [[]]
-    for line in document.read_text().splitlines():
-        if line.startswith("    "):
-            blocks[-1].append(line[4:])
-        elif not line.strip() and blocks[-1]:
-            blocks[-1].append("")
-        elif blocks[-1]:
-            blocks.append([])
-    return ["\n".join(block).strip() + "\n" for block in blocks if block]
 
 
 def kind(text: str) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from uniapl.training.materials import Materials
 from work import Work, data_rows, load, random_reward
 
 from uniapl.config.resolve import merge, resolve, stages_of
 from uniapl.data.batching import Row, component_counts, micro_batches
 from uniapl.training.distributed.accelerator import make_accelerator
-from uniapl.training.materials import Materials
 from uniapl.training.preflight import load as setup
 from uniapl.training.stage import Stage, build_stage
 from uniapl.training.update.credit import assign_credit, rollout_rows

@@ -13,6 +13,19 @@ TEMPLATE = (
 )
 
 
+def code_blocks(document: Path) -> list[str]:
+    """The indented blocks of a Markdown file, without their indentation."""
+    blocks: list[list[str]] = [[]]
+    for line in document.read_text().splitlines():
+        if line.startswith("    "):
+            blocks[-1].append(line[4:])
+        elif not line.strip() and blocks[-1]:
+            blocks[-1].append("")
+        elif blocks[-1]:
+            blocks.append([])
+    return ["\n".join(block).strip() + "\n" for block in blocks if block]
+
+
 def block(document: str, beginning: str) -> str:
     return next(b for b in code_blocks(ROOT / document) if b.startswith(beginning))
 
