@@ -129,7 +129,8 @@ def _train_in_directory(
     if config.resume == "auto" and found is None:
         view.say(f"note: no checkpoint in '{directory}': starting from step 1")
     state = _resume_state(found, resolved, stages, inputs, view) if found else {"stage": 0, "step": 0}
-    model: Any = load_policy(config.model, found, seed=config.seed).to(accelerator.device)
+    model: Any = load_policy(inputs.source.with_weights(found), config.model, seed=config.seed)
+    model.to(accelerator.device)
     check_vocabulary(model, inputs.tokenizer)
     first: int = state["stage"]
 

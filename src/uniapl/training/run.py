@@ -295,7 +295,7 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
         save_weights(stage.model, directory)
         run.inputs.tokenizer.save_pretrained(directory)
         last = run.history[-1] if run.history else {}
-        card = model_card(run.config, run.methods[: stage.index + 1], run.step, last)
+        card = model_card(run.config, run.inputs.source, run.methods[: stage.index + 1], run.step, last)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
     with stage.gathered_policy():
