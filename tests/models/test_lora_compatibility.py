@@ -183,5 +183,5 @@ def test_a_discriminator_s_backbone_is_no_adapter(
 def test_a_base_that_has_moved_is_named(model_dir: Path, tmp_path: Path) -> None:
     of_peft(model_dir, tmp_path / "adapter")
     change_settings(tmp_path / "adapter", base_model_name_or_path="build/some/model")
-    with pytest.raises(UsageError, match="'build/some/model'.*does not exist; set base_model_name_or_path"):
+    with pytest.raises(UsageError, match=r"'build/some/model'.*does not exist; set base_model_name_or_path"):
         complete_model(settings(tmp_path / "adapter"))

@@ -6,7 +6,8 @@ Two padded rows with the same prompt `5 9` (0 is padding), and the slots of thei
     5 9 44 45 1         0 1 4 5 6
 
 All token-wise layers of the model run on the packed sequence. In the attention layers a prompt attends to
-itself, and a completion to its prompt and itself. Source: our choice, after Prefix Grouper (arXiv 2506.05433).
+itself, and a completion to its prompt and itself. Source: our choice; the idea is Prefix Grouper's
+(arXiv 2506.05433).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -248,8 +249,9 @@ def _packed_equals_padded(trunk: Any) -> bool:
 def _similar_segments(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
     """Group segments of similar length, so that the longest does not add much padding to the others."""
     for part in _group_by_length(segments, lambda segment: segment.length):
-        longest = part[0].length
-        yield from _group_by_length(part, lambda segment: segment.prefix_length + longest)
+        yield from _group_by_length(
+            part, lambda segment, longest=part[0].length: segment.prefix_length + longest
+        )
 
 
 def _group_by_length(segments: Iterable[Segment], length: Callable[[Segment], int]) -> list[list[Segment]]:

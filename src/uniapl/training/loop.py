@@ -19,7 +19,7 @@ from uniapl.data.batching import (
     demonstration_row,
     empty_micro_batch,
     micro_batches,
-    shares,
+    shards,
 )
 from uniapl.data.streams import Stream
 from uniapl.errors import HealthStop
@@ -226,7 +226,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     weights = stage.weights(stage.mu(groups))
     learnt = [row for row in rows if row.has_gradient(weights)] if stage.packing else rows
     batches = micro_batches(
-        shares(learnt, accelerator.num_processes)[accelerator.process_index],
+        shards(learnt, accelerator.num_processes)[accelerator.process_index],
         pad_id=run.inputs.pad_id,
         max_tokens=run.max_tokens(stage),
         max_rows=config.batching.per_device_train_batch_size,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
 from uniapl.config import BatchingConfig, Config
-from uniapl.data.batching import Row, by_length, by_prompt, collate
+from uniapl.data.batching import Row, batch_sequences, collate
 from uniapl.functional import selected_logprobs
 from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
@@ -268,14 +268,12 @@ class Reading:
 
 def _largest(rows: list[Row], batching: BatchingConfig, *, packed: bool) -> list[Row]:
     """The rows of the largest micro-batch."""
-    limits = {
-        "max_tokens": batching.max_tokens_per_micro_batch,
-        "max_rows": batching.per_device_train_batch_size,
-    }
-    if packed:
-        parts = by_prompt([(row.prompt_ids, row.completion_ids) for row in rows], **limits)
-    else:
-        parts = by_length([row.length for row in rows], **limits)
+    parts = batch_sequences(
+        [(row.prompt_ids, row.completion_ids) for row in rows],
+        max_tokens=batching.max_tokens_per_micro_batch,
+        max_rows=batching.per_device_train_batch_size,
+        packed=packed,
+    )
     largest = max(parts, key=lambda part: sum(rows[index].length for index in part))
     return [rows[index] for index in largest]
 
