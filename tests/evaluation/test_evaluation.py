@@ -206,7 +206,7 @@ def test_rows_without_instructions_or_rewards_are_named(tmp_path: Path) -> None:
         UsageError, match=r"suite 'held_out': row 1 has no instructions.*name reward functions"
     ):
         load_suite(str(path), Config(), make_tokenizer())
-    with pytest.raises(UsageError, match=r"suite 'gone': .*there is no file 'gone\.jsonl'"):
+    with pytest.raises(UsageError, match=r"suite 'gone': .*file not found: 'gone\.jsonl'"):
         load_suite("gone.jsonl", Config(), make_tokenizer())
 
 
@@ -389,7 +389,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--suites", "gsm8k"], "no suite 'gsm8k'"),
         (["--suites", "{file}"], "row 1 has no instructions"),
         (["--suites", "{file}", "--rewards", "nothing"], "unknown reward function 'nothing'"),
-        (["--suites", "{file}", "a/other.jsonl", "--rewards", "no_comma"], "there is no file"),
+        (["--suites", "{file}", "a/other.jsonl", "--rewards", "no_comma"], "file not found"),
         (["--suites", "{file}", "{file}", "--rewards", "no_comma"], "two suites are called 'held_out'"),
         (
             ["--suites", "{file}", "--rewards", "no_comma", "--against", "/nowhere"],
