@@ -20,8 +20,9 @@ from uniapl.functional.losses import TokenWeight
 from uniapl.models.policy import Policy
 from uniapl.training.distributed.fsdp import full, is_sharded, num_empty_micro_batches, shard, shards_weights
 from uniapl.training.update.accumulate import OutOfMemoryError
+from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.component_gradients import component_gradient_norms
-from uniapl.training.update.policy_step import PolicyStep, policy_step
+from uniapl.training.update.policy_step import LossSettings, PolicyStep, policy_step
 from uniapl.types import MicroBatch
 
 WEIGHTS = {"sft": 0.3, "rl": 0.7, "adv": 0.5, "kl": 0.2}
@@ -55,16 +56,15 @@ def step(
         accelerator,
         policy,
         optimizer,
-        batches,
-        component_counts(rows),
-        weights,
-        clip_low=0.2,
-        clip_high=0.28,
-        token_weight=token_weight,
-        max_grad_norm=1e9,
-        reference=Policy(make_model(family, seed=1)),
-        old_logprobs=old_logprobs,
-        importance_cap=importance_cap,
+        MixedBatch(rows=rows, micro_batches=batches, weights=weights),
+        LossSettings(
+            clip_low=0.2,
+            clip_high=0.28,
+            token_weight=token_weight,
+            importance_cap=importance_cap,
+            reference=Policy(make_model(family, seed=1)),
+        ),
+        old_logprobs,
     )
     return result, optimizer.gradients
 
@@ -85,17 +85,19 @@ def assert_same(
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_forces_are_the_gradients_of_their_terms(parts: int) -> None:
-    """Each force alone, through the same step; an optimizer that steps after the look sees nothing of it."""
+def test_component_norms_are_those_of_the_weighted_terms(parts: int) -> None:
+    """Each component by itself, through the same step; measuring leaves no gradient behind."""
     rows = random_rows()
     policy = Policy(make_model())
-    forces = component_gradient_norms(
+    norms = component_gradient_norms(
         Accelerator(cpu=True),
         policy,
-        [collate(rows[i::parts], pad_id=0) for i in range(parts)],
-        component_counts(rows),
-        WEIGHTS,
-        token_weight="phi",
+        MixedBatch(
+            rows=rows,
+            micro_batches=[collate(rows[i::parts], pad_id=0) for i in range(parts)],
+            weights=WEIGHTS,
+        ),
+        LossSettings(clip_low=0.2, clip_high=0.28, token_weight="phi"),
     )
     assert all(parameter.grad is None for parameter in policy.parameters())
     names = ("sft", "rl", "adv")
@@ -108,24 +110,22 @@ def test_forces_are_the_gradients_of_their_terms(parts: int) -> None:
     for one, other in (("sft", "rl"), ("sft", "adv"), ("rl", "adv")):
         cosine = torch.cosine_similarity(alone[one], alone[other], dim=0)
         expected[f"grad_cosine/{one}_{other}"] = float(cosine)
-    assert forces == pytest.approx(expected, rel=1e-3)
-    assert max(abs(forces[f"grad_cosine/{pair}"]) for pair in ("sft_rl", "sft_adv", "rl_adv")) < 0.99
+    assert norms == pytest.approx(expected, rel=1e-3)
+    assert max(abs(norms[f"grad_cosine/{pair}"]) for pair in ("sft_rl", "sft_adv", "rl_adv")) < 0.99
 
 
-def test_a_force_that_does_not_act_is_not_measured() -> None:
+def test_a_component_without_weight_is_not_measured() -> None:
     rows = random_rows()
     weights = {"sft": 0.0, "rl": 1.0, "adv": 0.5, "kl": 0.0}
     silent = [replace(row, adversarial_advantage=0.0) for row in rows]
-    forces = component_gradient_norms(
+    norms = component_gradient_norms(
         Accelerator(cpu=True),
         Policy(make_model()),
-        [collate(silent, pad_id=0)],
-        component_counts(silent),
-        weights,
-        token_weight="none",
+        MixedBatch(rows=silent, micro_batches=[collate(silent, pad_id=0)], weights=weights),
+        LossSettings(clip_low=0.2, clip_high=0.2),
     )
-    assert forces.keys() == {"grad_norm/rl", "grad_norm/adv"}
-    assert forces["grad_norm/adv"] == 0.0
+    assert norms.keys() == {"grad_norm/rl", "grad_norm/adv"}
+    assert norms["grad_norm/adv"] == 0.0
 
 
 @pytest.mark.parametrize("parts", [2, 5])
@@ -278,21 +278,18 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison: float) -> No
     policy = Policy(make_model())
     before = [p.clone() for p in policy.parameters()]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
-    settings: dict[str, Any] = {
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "token_weight": "none",
-        "max_grad_norm": 1.0,
-    }
-    counts = component_counts(rows)
-    weights = WEIGHTS | {"kl": 0.0}
-    result = policy_step(Accelerator(cpu=True), policy, optimizer, [bad], counts, weights, **settings)
+    settings = LossSettings(clip_low=0.2, clip_high=0.2, max_grad_norm=1.0)
+
+    def update(micro_batch: MicroBatch) -> PolicyStep:
+        mixed = MixedBatch(rows=rows, micro_batches=[micro_batch], weights=WEIGHTS | {"kl": 0.0})
+        return policy_step(Accelerator(cpu=True), policy, optimizer, mixed, settings)
+
+    result = update(bad)
     assert not result.applied
     assert not optimizer.state, "the optimizer's moments must not see it either"
     for mine, theirs in zip(policy.parameters(), before, strict=True):
         assert torch.equal(mine, theirs)
-    good = policy_step(Accelerator(cpu=True), policy, optimizer, [batch], counts, weights, **settings)
-    assert good.applied
+    assert update(batch).applied
 
 
 METHODS: dict[str, tuple[dict[str, float], TokenWeight]] = {
