@@ -299,8 +299,8 @@ def _build_trainer(
     vocabulary_size = _vocabulary_size(module)
     if len(inputs.tokenizer) > vocabulary_size:
         raise UsageError(
-            f"discriminator.model_name_or_path: the model has {vocabulary_size} token embeddings, but the policy's "
-            f"tokenizer has {len(inputs.tokenizer)} tokens; choose a model with the same vocabulary"
+            f"discriminator.model_name_or_path: the model has {vocabulary_size} token embeddings, but the "
+            f"policy's tokenizer has {len(inputs.tokenizer)} tokens; choose a model with the same vocabulary"
         )
     context = no_context
     if settings.in_context_demonstration:
