@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from support.runs import lines, recipe, train
 from support.tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.vllm import Engine, VLLMSampler
 from uniapl.training.checkpoint.directory import checkpoint_path
@@ -60,7 +61,9 @@ def make_sampler(engine: Engine, model: PreTrainedModel, directory: Path) -> VLL
 
 def sample(sampler: VLLMSampler, version: int) -> list[tuple[Rollout, ...]]:
     seeds = range(100, 100 + len(PROMPTS))
-    return sampler.sample(PROMPTS, seeds=list(seeds), num_generations=6, policy_version=version)
+    return sampler.sample(
+        SampleRequest(prompts=PROMPTS, seeds=list(seeds), num_generations=6, policy_version=version)
+    )
 
 
 def move(model: PreTrainedModel, seed: int) -> None:

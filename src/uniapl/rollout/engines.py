@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from uniapl.config import RolloutConfig
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.http import PostingError, ask, check_address
-from uniapl.rollout.background import in_background, in_threads
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.vllm import Answer, EngineLostError
-from uniapl.types import TokenIds
+from uniapl.threads import DeadlineError, call_with_deadline, map_in_threads
 
 Result = TypeVar("Result")
 
@@ -105,21 +105,18 @@ class Colocated:
             raise UniAPLError("vLLM did not drop its prefix cache, which holds keys of other weights")
 
     def generate(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        max_tokens: int,
-        stop_ids: Collection[int],
+        self, request: SampleRequest, *, max_tokens: int, stop_ids: Collection[int]
     ) -> list[list[Answer]]:
         """See :class:`Engine`."""
         vllm = importlib.import_module("vllm")
         asked = _sampling(
-            self.temperature, num_generations=num_generations, max_tokens=max_tokens, stop_ids=stop_ids
+            self.temperature,
+            num_generations=request.num_generations,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
         )
-        params = [vllm.SamplingParams(**asked, seed=seed % SEEDS, detokenize=False) for seed in seeds]
-        rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        params = [vllm.SamplingParams(**asked, seed=seed % SEEDS, detokenize=False) for seed in request.seeds]
+        rows = [{"prompt_token_ids": list(prompt)} for prompt in request.prompts]
         outputs = self._call(lambda: self.llm.generate(rows, params, use_tqdm=False)) if rows else []
         return [
             [
@@ -154,15 +151,12 @@ class Colocated:
 
     def _call(self, work: Callable[[], Result]) -> Result:
         """What a call returns, within the time that it may take; one that hangs is left behind."""
-        answer = in_background(work)
         try:
-            return answer.result(self.timeout)
+            return call_with_deadline(work, self.timeout)
+        except DeadlineError:
+            raise UniAPLError(f"vLLM gave no answer within rollout.vllm_timeout {self.timeout:g} s") from None
         except Exception as error:
-            # vLLM has time-outs of its own.
-            late = isinstance(error, TimeoutError) and not answer.done()
-            said = f"gave no answer within rollout.vllm_timeout {self.timeout:g} s"
-            failed = f"failed: {type(error).__name__}: {error!s:.500}"
-            raise UniAPLError(f"vLLM {said if late else failed}") from error
+            raise UniAPLError(f"vLLM failed: {type(error).__name__}: {error!s:.500}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,23 +181,22 @@ class Server:
             raise EngineLostError(f"{self.url} did not drop its prefix cache ({dropped})")
 
     def generate(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        max_tokens: int,
-        stop_ids: Collection[int],
+        self, request: SampleRequest, *, max_tokens: int, stop_ids: Collection[int]
     ) -> list[list[Answer]]:
         """See :class:`Engine`."""
         asked = _sampling(
-            self.temperature, num_generations=num_generations, max_tokens=max_tokens, stop_ids=stop_ids
+            self.temperature,
+            num_generations=request.num_generations,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
         )
         bodies = [
             {"prompt": list(prompt), "seed": seed % SEEDS, "return_token_ids": True, **asked}
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for prompt, seed in zip(request.prompts, request.seeds, strict=True)
         ]
-        found = in_threads(lambda body: self._ask("/v1/completions", body), bodies, at_once=MOST_REQUESTS)
+        found = map_in_threads(
+            lambda body: self._ask("/v1/completions", body), bodies, num_threads=MOST_REQUESTS
+        )
         return [self._read(answer) for answer in found]
 
     def wait(self) -> None:

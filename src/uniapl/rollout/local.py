@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.fused import FusedDecoder, Weights, same_logits, supports_fused
 from uniapl.rollout.plain import PlainDecoder
 from uniapl.types import Rollout, TokenIds
@@ -49,38 +50,35 @@ class LocalSampler:
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """The precision context that training uses, so that both compute the same."""
 
-    def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> list[tuple[Rollout, ...]]:
-        """`num_generations` rollouts for each prompt, in the prompts' order. See :class:`Sampler`."""
-        at_once = max(1, self.max_batch_size // num_generations)
-        # Prompts of like length together: less padding. The longest first: what does not fit fails at once.
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        """Return `num_generations` rollouts for each prompt, in the order of the prompts."""
+        prompts, count = request.prompts, request.num_generations
+        prompts_per_batch = max(1, self.max_batch_size // count)
+        # Prompts of similar length share a batch, which saves padding. The longest come first: a batch that
+        # does not fit in memory fails at once.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rollouts: list[tuple[Rollout, ...]] = [()] * len(prompts)
         with self._evaluating():
             decoder = self._decoder()
-            for start in range(0, len(order), at_once):
-                chosen = order[start : start + at_once]
-                uniforms = self._uniforms([seeds[i] for i in chosen], num_generations)
-                rows = self._decode(decoder([prompts[i] for i in chosen], num_generations), uniforms)
-                for place, index in enumerate(chosen):
-                    group = rows[place * num_generations : (place + 1) * num_generations]
-                    rollouts[index] = tuple(self._rollout(ids, lp, policy_version) for ids, lp in group)
+            for start in range(0, len(order), prompts_per_batch):
+                batch = order[start : start + prompts_per_batch]
+                uniforms = self._uniforms([request.seeds[i] for i in batch], count)
+                rows = self._decode(decoder([prompts[i] for i in batch], count), uniforms)
+                for place, index in enumerate(batch):
+                    group = rows[place * count : (place + 1) * count]
+                    rollouts[index] = tuple(
+                        self._rollout(ids, logprobs, request.policy_version) for ids, logprobs in group
+                    )
         return rollouts
 
     def check(self) -> None:
-        """Sample one token, to hear before training of a model that cannot be sampled from.
+        """Sample one token.
 
         Raises:
-            UsageError: Its cache is none that the rows of a group can share.
+            UsageError: The model has no key-value cache that the rows of a group can share.
         """
         probe = replace(self, max_completion_length=1)
-        probe.sample([(self.pad_id,)], seeds=[0], num_generations=2, policy_version=0)
+        probe.sample(SampleRequest(prompts=[(self.pad_id,)], seeds=[0], num_generations=2))
 
     @functools.cached_property
     def fused(self) -> bool:

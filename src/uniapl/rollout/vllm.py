@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import logprobs_from_logits
 from uniapl.models.lora import merged
-from uniapl.rollout.background import in_background
+from uniapl.rollout import SampleRequest
+from uniapl.threads import in_background
 from uniapl.types import Rollout, TokenIds
 
 Answer = tuple[list[int], list[float]]
@@ -48,13 +49,7 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        max_tokens: int,
-        stop_ids: Collection[int],
+        self, request: SampleRequest, *, max_tokens: int, stop_ids: Collection[int]
     ) -> list[list[Answer]]:
         """Answers with log-probabilities at the sampling temperature, the stop token included."""
         ...
@@ -87,32 +82,16 @@ class VLLMSampler:
     version: int | None = None
     """Of the weights that vLLM is known to have."""
 
-    def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> list[tuple[Rollout, ...]]:
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
         """`num_generations` rollouts for each prompt, in the prompts' order. See :class:`Sampler`.
 
         Raises:
             UniAPLError: vLLM is lost for good, or answers in another form or with other weights.
         """
         with _remedy_named():
-            return self._with_weights(
-                policy_version, lambda: self._answers(prompts, seeds, num_generations, policy_version)
-            )
+            return self._with_weights(request.policy_version, lambda: self._answers(request))
 
-    def begin(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> Callable[[], list[tuple[Rollout, ...]] | None]:
+    def begin(self, request: SampleRequest) -> Callable[[], list[tuple[Rollout, ...]] | None]:
         """Send the weights, and let vLLM answer while the caller goes on.
 
         Returns:
@@ -123,8 +102,8 @@ class VLLMSampler:
             UniAPLError: As :meth:`sample`, now or when the rollouts are waited for.
         """
         with _remedy_named():
-            self._with_weights(policy_version, lambda: None)
-        answers = in_background(lambda: self._answers(prompts, seeds, num_generations, policy_version))
+            self._with_weights(request.policy_version, lambda: None)
+        answers = in_background(lambda: self._answers(request))
 
         def land() -> list[tuple[Rollout, ...]] | None:
             try:
@@ -164,18 +143,11 @@ class VLLMSampler:
                 losses.append(str(error))
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
 
-    def _answers(
-        self, prompts: Sequence[TokenIds], seeds: Sequence[int], num_generations: int, version: int
-    ) -> list[tuple[Rollout, ...]]:
-        groups = self.engine.generate(
-            prompts,
-            seeds=seeds,
-            num_generations=num_generations,
-            max_tokens=self.max_completion_length,
-            stop_ids=self.stop_ids,
-        )
+    def _answers(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        groups = self.engine.generate(request, max_tokens=self.max_completion_length, stop_ids=self.stop_ids)
         for group in groups:
-            _check_form(group, num_generations, self.max_completion_length)
+            _check_form(group, request.num_generations, self.max_completion_length)
+        version = request.policy_version
         return [tuple(self._rollout(ids, lps, version) for ids, lps in group) for group in groups]
 
     def _send_weights(self) -> None:
@@ -200,9 +172,8 @@ class VLLMSampler:
             UniAPLError: They differ: vLLM has other weights, or computes something else.
         """
         length = min(CANARY_TOKENS, self.max_completion_length)
-        (group,) = self.engine.generate(
-            [self.canary], seeds=[0], num_generations=1, max_tokens=length, stop_ids=()
-        )
+        request = SampleRequest(prompts=[self.canary], seeds=[0], num_generations=1)
+        (group,) = self.engine.generate(request, max_tokens=length, stop_ids=())
         _check_form(group, 1, length)
         ids, theirs = group[0]
         ours = self._score(self.canary, ids)

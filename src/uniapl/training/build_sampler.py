@@ -13,7 +13,7 @@ from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
-from uniapl.training.distributed.one_step_off import Ahead
+from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.distributed.rank_zero_sampler import RankZeroSampler
 from uniapl.training.inputs import RunInputs
 
@@ -37,8 +37,8 @@ def build_sampler(
             autocast=accelerator.autocast,
         )
     engine = _vllm(config, model, inputs, accelerator)
-    speaker = RankZeroSampler(sampler=engine, accelerator=accelerator)
-    return Ahead(sampler=speaker) if rollout.max_off_policy_steps else speaker
+    kind = OneStepOffSampler if rollout.max_off_policy_steps else RankZeroSampler
+    return kind(sampler=engine, accelerator=accelerator)
 
 
 def check_processes(config: Config, processes: int) -> None:

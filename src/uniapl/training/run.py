@@ -242,7 +242,7 @@ def _land(stage: Stage) -> UniAPLError | None:
     """Wait for the next step's rollouts, which a checkpoint holds; if they failed, why."""
     try:
         if stage.ahead is not None:
-            stage.ahead.land()
+            stage.ahead.wait()
     except UniAPLError as error:
         return error
     return None

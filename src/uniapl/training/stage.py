@@ -29,7 +29,7 @@ from uniapl.training.adversary import DISCRIMINATOR_OPTIMIZER, Adversary, build_
 from uniapl.training.build_sampler import build_sampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.distributed import fsdp as sharding
-from uniapl.training.distributed.one_step_off import Ahead
+from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor import metrics
 from uniapl.training.monitor.early_stopping import Stopping
@@ -77,9 +77,9 @@ class Stage:
     stopping: Stopping = field(default_factory=Stopping)
 
     @property
-    def ahead(self) -> Ahead | None:
+    def ahead(self) -> OneStepOffSampler | None:
         """The sampler, where it can begin a step ahead."""
-        return self.sampler if isinstance(self.sampler, Ahead) else None
+        return self.sampler if isinstance(self.sampler, OneStepOffSampler) else None
 
     def check_sampler(self) -> None:
         """Try the sampler, if the stage is still to sample.

@@ -20,7 +20,7 @@ from support.runs import lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.errors import Interrupted
-from uniapl.rollout import engines
+from uniapl.rollout import SampleRequest, engines
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.types import derive_seed
@@ -80,7 +80,7 @@ def test_rollouts_are_of_the_weights_a_step_before(
         groups = [r for r in sampled if r["step"] == step]
         prompts = [tuple(make_tokenizer()(group["prompt"]).input_ids) for group in groups]
         seeds = [derive_seed(0, "rollout", step - 1, slot) % engines.SEEDS for slot in range(len(groups))]
-        again = sampler.sample(prompts, seeds=seeds, num_generations=4, policy_version=0)
+        again = sampler.sample(SampleRequest(prompts=prompts, seeds=seeds, num_generations=4))
         decode = make_tokenizer().decode
         texts = [[decode(r.completion_ids, skip_special_tokens=True) for r in group] for group in again]
         assert [[c["text"] for c in group["completions"]] for group in groups] == texts
