@@ -18,11 +18,11 @@ from uniapl.threads import in_background
 
 # A program that a shell has started behind its back ignores Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-server = Server(url=sys.argv[1], temperature=1.0, timeout=600.0)
+server = Server(url=sys.argv[1], timeout=600.0)
 
 def generate():
     request = SampleRequest(prompts=[(5,)] * 3, seeds=[1, 2, 3], num_generations=1)
-    return server.generate(request, max_tokens=2, stop_ids=[1])
+    return server.generate(request, {})
 
 try:
     generate() if sys.argv[2] == "in the foreground" else in_background(generate).result()

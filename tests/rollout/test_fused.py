@@ -22,7 +22,7 @@ import uniapl.rollout.local as local
 from support.tiny import CONFIGS, SMALL, VOCABULARY, make_model
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.fused import same_logits, supports_fused
-from uniapl.rollout.local import LocalSampler, close_ranks, inverse_cdf
+from uniapl.rollout.local import LocalSampler, inverse_cdf, unfinished_rows
 from uniapl.types import Rollout
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21), (30, 31, 32)]
@@ -220,16 +220,16 @@ def test_what_only_the_numbers_show_is_refused() -> None:
 def test_rows_that_ended_between_two_looks_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FITTING["mistral, a window"])
     reference = sample(model, "plain")
-    monkeypatch.setitem(local.LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(local.CHECK_EVERY, "cpu", 5)
     for decoding in ("fused", "plain"):
         assert_same(sample(model, decoding), reference)
 
 
 def test_ranks_are_closed_by_the_last_rows() -> None:
     finished = torch.tensor([False, True, False, True, False, False])
-    assert close_ranks(finished).tolist() == [0, 4, 2, 5]
-    assert close_ranks(torch.tensor([False, False, True])).tolist() == [0, 1]
-    assert close_ranks(torch.ones(3, dtype=torch.bool)).tolist() == []
+    assert unfinished_rows(finished).tolist() == [0, 4, 2, 5]
+    assert unfinished_rows(torch.tensor([False, False, True])).tolist() == [0, 1]
+    assert unfinished_rows(torch.ones(3, dtype=torch.bool)).tolist() == []
 
 
 @pytest.mark.parametrize("size", [VOCABULARY, 256, 257, 1000, 5120])

@@ -1,8 +1,8 @@
 """Sampling: the request, the protocol of samplers, and their implementations."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from uniapl.types import Rollout, TokenIds
 
@@ -26,7 +26,6 @@ class SampleRequest:
     """The training step whose weights sample; it is recorded in every rollout."""
 
 
-@runtime_checkable
 class Sampler(Protocol):
     """Samples completions: token ids in, token ids out.
 
@@ -44,3 +43,22 @@ class Sampler(Protocol):
             UsageError: The model or this environment does not support the sampler.
         """
         ...
+
+
+SampledTokens = tuple[list[int], list[float]]
+"""The token ids of a completion and their log-probabilities."""
+
+
+def make_rollouts(
+    completions: Iterable[SampledTokens], stop_ids: Collection[int], policy_version: int
+) -> tuple[Rollout, ...]:
+    """Return the rollouts of one prompt. A completion without a stop token reached the length limit."""
+    return tuple(
+        Rollout(
+            completion_ids=tuple(ids),
+            sampling_logprobs=tuple(logprobs),
+            finish_reason="stop" if ids[-1] in stop_ids else "length",
+            policy_version=policy_version,
+        )
+        for ids, logprobs in completions
+    )

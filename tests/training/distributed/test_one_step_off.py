@@ -174,7 +174,7 @@ def test_rollouts_that_fail_do_not_cost_the_finished_step(
     values = ahead(model_dir, tmp_path / "run", server)
     answer = server.answer
     fails_from_the_third_step(server)
-    with pytest.raises(uniapl.UniAPLError, match=r"answers of another form.*--resume auto"):
+    with pytest.raises(uniapl.UniAPLError, match=r"malformed completions.*--resume auto"):
         train(values)
     saved = checkpoint.checkpoint_path(tmp_path / "run", 2)
     assert not checkpoint.defects(saved)
