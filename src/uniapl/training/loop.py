@@ -16,6 +16,7 @@ from torch import Tensor
 from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shares
 from uniapl.data.streams import Stream
 from uniapl.rewards import RewardOutcome
+from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
 from uniapl.training.oom_retry import split_micro_batches
@@ -73,23 +74,23 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
         return []
     process, processes = run.accelerator.process_index, run.accelerator.num_processes
 
-    def request(prompts: Sequence[Example], step: int) -> dict[str, Any]:
-        return {
-            "prompts": [prompt.prompt_ids for prompt in prompts[process::processes]],
-            "seeds": [
+    def request(prompts: Sequence[Example], step: int) -> SampleRequest:
+        return SampleRequest(
+            prompts=[prompt.prompt_ids for prompt in prompts[process::processes]],
+            seeds=[
                 derive_seed(run.config.seed, "rollout", step, slot)
                 for slot in range(process, len(prompts), processes)
             ],
-            "num_generations": stage.config.rollout.num_generations,
-            "policy_version": run.step,
-        }
+            num_generations=stage.config.rollout.num_generations,
+            policy_version=run.step,
+        )
 
     count = stage.config.batching.prompts_per_step
     prompts = stream.take(count)
     with stage.gathered_policy():
-        rollouts = stage.sampler.sample(**request(prompts, run.step))
+        rollouts = stage.sampler.sample(request(prompts, run.step))
         if stage.ahead is not None and stage.schedule.step + 1 < stage.config.max_steps:
-            stage.ahead.begin(**request(stream.peek(count), run.step + 1))
+            stage.ahead.begin(request(stream.peek(count), run.step + 1))
     decode = run.inputs.decode
     return [
         RolloutGroup(

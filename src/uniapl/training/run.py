@@ -266,7 +266,7 @@ def _wait_for_rollouts(stage: Stage) -> UniAPLError | None:
     """Wait for the next step's rollouts, which a checkpoint contains; return the error if they failed."""
     try:
         if stage.ahead is not None:
-            stage.ahead.land()
+            stage.ahead.wait()
     except UniAPLError as error:
         return error
     return None

@@ -19,7 +19,7 @@ from uniapl.rollout import Sampler
 from uniapl.training.adversary import Adversary, build_adversary
 from uniapl.training.build_sampler import build_sampler
 from uniapl.training.distributed import fsdp as sharding
-from uniapl.training.distributed.one_step_off import Ahead
+from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor.metrics import pair_metrics
 from uniapl.training.schedule import Schedule
@@ -55,9 +55,9 @@ class Stage:
         return self.schedule.config
 
     @property
-    def ahead(self) -> Ahead | None:
+    def ahead(self) -> OneStepOffSampler | None:
         """The sampler, if it can begin the next step's rollouts."""
-        return self.sampler if isinstance(self.sampler, Ahead) else None
+        return self.sampler if isinstance(self.sampler, OneStepOffSampler) else None
 
     def check_sampler(self) -> None:
         """Try the sampler, if steps of the stage remain that use it.
