@@ -99,9 +99,9 @@ def test_what_cannot_be_learned_from_is_refused(
         assert "--seed must be" in refused("--policies", *policies, "--seed", seed)
     for rate in ("0", "nan", "inf"):
         assert "--learning-rate must be" in refused("--policies", *policies, "--learning-rate", rate)
-    assert "no such directory" in refused("--policies", str(tmp_path / "nowhere"))
+    assert "directory not found" in refused("--policies", str(tmp_path / "nowhere"))
     two = ("--policies", *policies)
-    assert "cannot load the tokenizer" in refused(*two, "--model-name-or-path", str(tmp_path / "nowhere"))
+    assert "cannot load the backbone" in refused(*two, "--model-name-or-path", str(tmp_path / "nowhere"))
     data.write_text("")
     assert "holds no rows" in refused(*two)
     data.write_text('{"question": "a"}\n')

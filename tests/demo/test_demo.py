@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from uniapl.cli.demo import demo
-from uniapl.config import ModelConfig
 from uniapl.demo.constraints import HELD_OUT_COMBINATIONS, Constraint, Prompt, conflict, draw_prompt
 from uniapl.demo.language import (
     ADJECTIVES,
@@ -30,7 +29,7 @@ from uniapl.demo.measure import measure, score_texts
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
 from uniapl.demo.task import as_row, embedded_constraints, make_task, make_tokenizer
 from uniapl.demo.writers import EXPERT, SLOPPY, write
-from uniapl.models.loading import load_model
+from uniapl.models.loading import ModelSource, load_model
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.types import derive_seed
@@ -237,7 +236,7 @@ def test_distinct_pairs_of_words_by_hand() -> None:
 def test_a_model_s_own_texts_are_as_likely_to_it_as_its_sampler_said() -> None:
     task = make_task(prompts=1, demonstrations=0, held_out=6)
     base = Path(str(files("uniapl.demo") / "base"))
-    model = load_model(ModelConfig(model_name_or_path=str(base)))
+    model = load_model(ModelSource(base=str(base)))
     tokenizer = AutoTokenizer.from_pretrained(base)
     got = measure(model, tokenizer, task.held_out, seed=3, reference=model)
     chats = [[{"role": "user", "content": prompt.text}] for prompt in task.held_out]

@@ -15,11 +15,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import uniapl
+from support.adapters import complete_model, policy_model
 from support.runs import assert_same_run, lines, recipe, run_until, train, write_recipe
 from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import ModelConfig
-from uniapl.models.loading import load_model, load_policy
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
@@ -154,7 +154,7 @@ def test_a_run_may_start_from_an_adapter(learnt: Path, tmp_path: Path) -> None:
     said = [json.loads((d / "adapter_config.json").read_text()) for d in (start, tmp_path / "adapter/final")]
     assert said[0] == said[1]
     train(recipe(start, tmp_path / "whole", **changes))
-    merged, trained = load_model(ModelConfig(model_name_or_path=str(start))), tmp_path / "whole" / "final"
+    merged, trained = complete_model(ModelConfig(model_name_or_path=str(start))), tmp_path / "whole" / "final"
     weights = load_file(trained / "model.safetensors")
     for name, tensor in merged.named_parameters():
         assert_close(weights[name], tensor.detach(), atol=1e-5, rtol=1e-5)
@@ -171,7 +171,7 @@ def test_the_merged_model_answers_as_the_adapter_does(
     assert "its adapter merged" in capsys.readouterr().out
     base = json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"]
     config = ModelConfig(model_name_or_path=base, lora_r=4)
-    adapter = load_policy(config, saved, seed=0).eval()
+    adapter = policy_model(config, saved, seed=0).eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     ids = torch.arange(2, 42).reshape(4, 10)
@@ -351,7 +351,7 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
 
     whole = stays()
     lora = stays("--model.lora-r", "4", "--discriminator.lora-r", "2")
-    policy = load_policy(ModelConfig(model_name_or_path=str(model_dir), lora_r=4), seed=0)
+    policy = policy_model(ModelConfig(model_name_or_path=str(model_dir), lora_r=4), seed=0)
     adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     assert lora["policy"] == pytest.approx(whole["policy"] + adapter, rel=0.01)
     assert (lora["optimizer"], lora["reference"]) == (2 * adapter, adapter)
@@ -362,7 +362,7 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
     assert update("--optim.gradient-checkpointing", "True") < 0.6 * update()
     flags = ["--model.lora-r", "4", "--model.lora-target-modules", "wq"]
     assert cli.run(["check", str(path), *flags]) == 2
-    assert "lora_target_modules: no adapter for wq" in capsys.readouterr().err
+    assert "lora_target_modules: Qwen3ForCausalLM has no module 'wq'" in capsys.readouterr().err
 
 
 def test_space_is_asked_for_what_is_saved(

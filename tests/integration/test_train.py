@@ -284,7 +284,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             None,
             "No module named",
         ),
-        ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "there is no such directory"),
+        ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "directory not found"),
         ({"data": {"path": "nowhere.jsonl"}}, None, "there is no file 'nowhere.jsonl'"),
         ({"resume": "{tmp}/nowhere"}, None, "cannot be used"),
         ({"discriminator": {"kind": "polar"}}, None, "'polar' needs discriminator.model_name_or_path"),
@@ -396,7 +396,7 @@ def test_a_tokenizer_that_is_too_large_for_its_model(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"extra{n}" for n in range(20)])
     tokenizer.save_pretrained(path)
-    with pytest.raises(uniapl.UsageError, match="they do not belong together"):
+    with pytest.raises(uniapl.UsageError, match="use the tokenizer that belongs to the model"):
         train(recipe(path, tmp_path / "run"))
 
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from support.runs import lines, recipe, train
 from support.tiny import CONFIGS, make_model, save_model
-from uniapl.data.batching import Row, by_prompt, collate, halves, micro_batches, shares
+from uniapl.data.batching import Row, batch_sequences, collate, halves, micro_batches, shards
 from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator, Comparison
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.models.packing import NAME, Packing, can_pack
@@ -172,7 +172,7 @@ SEQUENCES = st.lists(
 
 @given(SEQUENCES, st.integers(1, 40), st.none() | st.integers(1, 5))
 def test_batches_by_prompt(sequences: list[Any], max_tokens: int, max_rows: int | None) -> None:
-    batches = by_prompt(sequences, max_tokens=max_tokens, max_rows=max_rows)
+    batches = batch_sequences(sequences, max_tokens=max_tokens, max_rows=max_rows, packed=True)
     assert sorted(index for batch in batches for index in batch) == list(range(len(sequences)))
 
     def tokens(batch: list[int]) -> int:
@@ -191,9 +191,9 @@ def test_batches_by_prompt(sequences: list[Any], max_tokens: int, max_rows: int 
 
 
 @given(st.integers(1, 6), st.integers(0, 5))
-def test_shares_keep_prompts_whole_and_even_the_load(number: int, seed: int) -> None:
+def test_shards_keep_prompts_together_and_balance_the_load(number: int, seed: int) -> None:
     rows = group_rows(groups=8, seed=seed)
-    dealt = shares(rows, number)
+    dealt = shards(rows, number)
     assert len(dealt) == number
     assert sorted(map(id, (row for share in dealt for row in share))) == sorted(map(id, rows))
     owners = [{row.prompt_ids for row in share} for share in dealt]

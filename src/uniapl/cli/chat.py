@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from uniapl.config import ModelConfig
-from uniapl.models.loading import load_model, load_model_config, load_stop_ids, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
 
 
 def chat(arguments: Sequence[str]) -> None:
@@ -19,9 +19,10 @@ def chat(arguments: Sequence[str]) -> None:
     """
     options = _parser().parse_args(arguments)
     config = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(config)
-    stop_ids = load_stop_ids(config, load_model_config(config), tokenizer)
-    model: Any = load_model(config).eval()
+    source = ModelSource.resolve(config)
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source).eval()
+    stop_ids = load_stop_ids(source, model.config, tokenizer)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
     messages = [{"role": "system", "content": options.system}] if options.system else []

@@ -8,12 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from uniapl.config import ModelConfig
 from uniapl.config.resolve import merge, resolve
 from uniapl.demo.measure import Measurement, measure
 from uniapl.demo.recipe import RECIPE
 from uniapl.demo.task import Task, make_task
-from uniapl.models.loading import load_model
+from uniapl.models.loading import ModelSource, load_model
 from uniapl.training.api import train_resolved
 
 SHOWN = (
@@ -48,5 +47,5 @@ def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measur
 
 
 def _measured(path: Path, task: Task) -> Measurement:
-    model = load_model(ModelConfig(model_name_or_path=str(path)))
+    model = load_model(ModelSource(base=str(path)))
     return measure(model, AutoTokenizer.from_pretrained(path), task.held_out)

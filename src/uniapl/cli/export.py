@@ -9,7 +9,7 @@ from typing import Any
 
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
-from uniapl.models.loading import load_model, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model, load_tokenizer
 from uniapl.models.lora import is_adapter
 from uniapl.report.reading import ENDING
 from uniapl.training.checkpoint import directory as checkpoint
@@ -31,8 +31,9 @@ def export(arguments: Sequence[str]) -> None:
         if output.is_mount() or output == Path.cwd():
             raise UsageError(f"'{options.output}' cannot be replaced by another: name a new directory in it")
         config = ModelConfig(model_name_or_path=str(source), trust_remote_code=options.trust_remote_code)
-        tokenizer: Any = load_tokenizer(config)
-        model = load_model(config)
+        found = ModelSource.resolve(config)
+        tokenizer: Any = load_tokenizer(found)
+        model = load_model(found)
 
         def fill(directory: Path) -> None:
             model.save_pretrained(directory)

@@ -20,6 +20,7 @@ from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss, learning_rate_factor
 from uniapl.models.loading import (
+    ModelSource,
     check_vocabulary,
     from_pretrained,
     load_model,
@@ -71,7 +72,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     console = Console(highlight=False)
     # First, so that what cannot be loaded costs no samples.
     for name in options.policies:
-        load_tokenizer(ModelConfig(model_name_or_path=name))
+        load_tokenizer(_source(name))
     polar = _fresh(options.model_name_or_path, options.max_tokens, device)
     examples, texts = _write_all(options, device, console)
     held_out = {
@@ -177,7 +178,7 @@ def _write_all(
         console.print(f"{name}: {options.samples} answers to each of {len(answers)} prompts", markup=False)
     examples = _distinct(everything)
     # As policies' answers are decoded: the data's own text lacks what a chat template writes around it.
-    decode: Any = load_tokenizer(ModelConfig(model_name_or_path=options.policies[0])).decode
+    decode: Any = load_tokenizer(_source(options.policies[0])).decode
     expert: dict[TokenIds, list[str]] = {example.prompt_ids: [] for example in examples}
     for example in everything:
         if example.demonstration is not None:
@@ -199,11 +200,11 @@ def _write(
 
     Which prompts are distinct is for the first policy to say: another one's tokenizer may see no difference.
     """
-    where = ModelConfig(model_name_or_path=name)
-    tokenizer: Any = load_tokenizer(where)
-    model: Any = load_model(where)
+    source = _source(name)
+    tokenizer: Any = load_tokenizer(source)
+    model: Any = load_model(source)
     check_vocabulary(model, tokenizer)
-    stop_ids = load_stop_ids(where, model.config, tokenizer)
+    stop_ids = load_stop_ids(source, model.config, tokenizer)
     with data.named_source(config.path):
         examples = data.tokenize_rows(
             rows,
@@ -239,6 +240,10 @@ def _write(
     ]
 
 
+def _source(name: str) -> ModelSource:
+    return ModelSource.resolve(ModelConfig(model_name_or_path=name))
+
+
 def _distinct(examples: Sequence[Example]) -> list[Example]:
     """The first example of each prompt, in the rows' order."""
     found: dict[TokenIds, Example] = {}
@@ -249,8 +254,8 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
 
 def _fresh(backbone: str, max_tokens: int, device: torch.device) -> Polar:
     """A classifier with a new head on the backbone, whose tokenizer knows POLAR's two tokens."""
-    tokenizer: Any = load_tokenizer(ModelConfig(model_name_or_path=backbone))
     refuse_adapter("backbone", backbone)
+    tokenizer: Any = load_tokenizer(ModelSource(base=backbone))
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [SEPARATOR, END]}, replace_extra_special_tokens=False
     )

@@ -13,11 +13,10 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.compare.plan import SEARCH_SEED, Cell
-from uniapl.config import ModelConfig
 from uniapl.config.resolve import merge, resolve
 from uniapl.demo.measure import Measurement, measure
 from uniapl.demo.task import Task, make_task
-from uniapl.models.loading import load_model
+from uniapl.models.loading import ModelSource, load_model
 from uniapl.training.api import train_resolved
 
 EVAL_STEPS = 10
@@ -42,13 +41,13 @@ def run_cell(cell: Cell, reference: Path) -> dict[str, Any]:
         The cell, its final measurements, its curve and its cost, as plain values.
     """
     task = task_of(cell)
-    expert = load_model(ModelConfig(model_name_or_path=str(reference)))
+    expert = load_model(ModelSource(base=str(reference)))
     with as_file(files("uniapl.demo") / "base") as base, tempfile.TemporaryDirectory() as work:
         tokenizer = AutoTokenizer.from_pretrained(base)
         trained, records = base, []
         if cell.method != "base":
             trained, records = _train(cell, task, base, tokenizer, Path(work))
-        model = load_model(ModelConfig(model_name_or_path=str(trained)))
+        model = load_model(ModelSource(base=str(trained)))
     splits = {"held_out": task.held_out, "held_out_combinations": task.held_out_combinations}
     final = {
         name: _values(measure(model, tokenizer, texts, reference=expert)) for name, texts in splits.items()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from uniapl.data.batching import by_length, by_prompt, pad_right, spans_of
+from uniapl.data.batching import batch_sequences, pad_right, spans_of
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
@@ -177,11 +177,7 @@ class BradleyTerryDiscriminator:
         """The logit of each (prompt ids, completion ids)."""
         self.module.eval()
         logits = [0.0] * len(sequences)
-        if self.packed:
-            parts = by_prompt(sequences, max_tokens=self.max_tokens)
-        else:
-            lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-            parts = by_length(lengths, max_tokens=self.max_tokens)
+        parts = batch_sequences(sequences, max_tokens=self.max_tokens, packed=self.packed)
         with torch.no_grad(), self.autocast():
             for part in parts:
                 batch = self._pad([sequences[i] for i in part])

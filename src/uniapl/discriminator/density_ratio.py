@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from uniapl.data.batching import Row, by_length, by_prompt, collate
+from uniapl.data.batching import Row, batch_sequences, collate
 from uniapl.discriminator import Candidate
 
 
@@ -43,10 +43,7 @@ class DensityRatio:
         ]
         logits = [0.0] * len(rows)
         sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-        if self.packed:
-            parts = by_prompt(sequences, max_tokens=self.max_tokens)
-        else:
-            parts = by_length([row.length for row in rows], max_tokens=self.max_tokens)
+        parts = batch_sequences(sequences, max_tokens=self.max_tokens, packed=self.packed)
         for part in parts:
             batch = collate(
                 [rows[index] for index in part], pad_id=self.pad_id, packed=self.packed, device=self.device

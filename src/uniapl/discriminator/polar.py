@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from uniapl.data.batching import by_length, pad_right
+from uniapl.data.batching import batch_by_length, pad_right
 from uniapl.discriminator import Candidate
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.loading import from_pretrained
@@ -119,7 +119,7 @@ class Polar:
     def logits(self, texts: Sequence[str]) -> Tensor:
         """[N], of texts in POLAR's format; carries the gradient, if the model's weights want one."""
         rows: list[list[int]] = [self.format.tokenizer.encode(text) for text in texts]
-        parts = by_length([len(row) for row in rows], max_tokens=self.max_tokens)
+        parts = batch_by_length([len(row) for row in rows], max_tokens=self.max_tokens)
         device = next(self.model.parameters()).device
         logits: list[Tensor] = []
         for part in parts:

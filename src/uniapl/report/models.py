@@ -39,13 +39,14 @@ def analyse_models(run: RunData) -> Record:
         UsageError: The run has no final model, no completions, or a model that cannot be loaded.
     """
     from uniapl.config.resolve import resolve
-    from uniapl.models.loading import load_model, load_tokenizer
+    from uniapl.models.loading import ModelSource, load_model, load_tokenizer
 
     final = run.directory / "final"
     if not final.is_dir():
         raise UsageError(f"--model-analysis needs the run's result, and there is no '{final}' yet")
     config = resolve({key: run.config[key] for key in ("model", "data")}).config
-    tokenizer = load_tokenizer(config.model)
+    source = ModelSource.resolve(config.model)
+    tokenizer = load_tokenizer(source)
     examples = _examples(run, tokenizer, config.data)
     found: Record = {
         "base": str(config.model.model_name_or_path),
@@ -53,7 +54,7 @@ def analyse_models(run: RunData) -> Record:
         "answers": {kind: {"count": len(rows)} for kind, rows in examples.items()},
     }
     for name, path in (("base", None), ("final", final)):
-        model = load_model(config.model, path)
+        model = load_model(source.with_weights(path))
         for kind, rows in examples.items():
             found["answers"][kind][name] = _described(logprobs(model, rows))
     write_text(run.directory / MODEL_ANALYSIS, json.dumps(found, indent=1))

@@ -30,7 +30,7 @@ from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.models.loading import check_vocabulary, from_pretrained, load_model
+from uniapl.models.loading import ModelSource, check_vocabulary, from_pretrained, load_model
 from uniapl.models.packing import can_pack
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start
@@ -259,13 +259,13 @@ def _frozen_discriminator(
             device=accelerator.device,
         )
     where = ModelConfig(model_name_or_path=name, trust_remote_code=settings.trust_remote_code)
-    expert = load_model(where).to(accelerator.device)
+    expert = load_model(ModelSource.resolve(where)).to(accelerator.device)
     check_vocabulary(expert, inputs.tokenizer)
     at_start = settings.density_ratio_reference == "start"
     teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
     return DensityRatio(
         expert=teacher,
-        against=reference_at_start(policy, config.model, start) if at_start else policy,
+        against=reference_at_start(policy, inputs.source.with_weights(start)) if at_start else policy,
         pad_id=inputs.pad_id,
         max_tokens=max_tokens,
         packed=config.batching.packing and policy.packs and teacher.packs,

@@ -148,7 +148,8 @@ def _start(
     """(builder of the stages, run, its current stage): everything that can fail before the first step."""
     config, directory = resolved.config, Path(resolved.config.output_dir)
     start = read_start(resolved, stages, inputs, view)
-    model: Any = load_policy(config.model, start.checkpoint, seed=config.seed).to(accelerator.device)
+    source = inputs.source.with_weights(start.checkpoint)
+    model: Any = load_policy(source, config.model, seed=config.seed).to(accelerator.device)
     check_vocabulary(model, inputs.tokenizer)
 
     def build(index: int) -> Stage:

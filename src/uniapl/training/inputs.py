@@ -8,6 +8,7 @@ from uniapl.config import Config
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import split_streams
 from uniapl.evaluation import Suite
+from uniapl.models.loading import ModelSource
 from uniapl.rewards import Rewarder
 from uniapl.types import Example, TokenIds
 
@@ -16,6 +17,8 @@ from uniapl.types import Example, TokenIds
 class RunInputs:
     """Loaded and checked inputs of a run."""
 
+    source: ModelSource
+    """The model from which the run starts."""
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
     rewarder: Rewarder

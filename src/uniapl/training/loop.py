@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shares
+from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
 from uniapl.rewards import RewardOutcome
 from uniapl.rollout import SampleRequest
@@ -168,7 +168,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     weights = stage.schedule.weights(groups)
     trained = [row for row in rows if row.has_gradient(weights)] if stage.packing else rows
     batches = micro_batches(
-        shares(trained, accelerator.num_processes)[accelerator.process_index],
+        shards(trained, accelerator.num_processes)[accelerator.process_index],
         pad_id=run.inputs.pad_id,
         max_tokens=run.max_tokens(stage),
         max_rows=config.batching.per_device_train_batch_size,

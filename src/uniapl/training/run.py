@@ -310,7 +310,8 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
 
     def fill(directory: Path) -> None:
         _save_policy(run, stage, directory)
-        card = model_card(run.config, run.methods[: stage.index + 1], run.step, run.health.last_record)
+        methods = run.methods[: stage.index + 1]
+        card = model_card(run.config, run.inputs.source, methods, run.step, run.health.last_record)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
     with stage.gathered_policy():

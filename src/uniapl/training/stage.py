@@ -121,7 +121,8 @@ def build_stage(
     if optim.gradient_checkpointing:
         checkpointed_layers(model)
     inner = Policy(model, accelerator.autocast)
-    reference = reference_at_start(inner, config.model, start) if objective.beta > 0 else None
+    began = inputs.source.with_weights(start)
+    reference = reference_at_start(inner, began) if objective.beta > 0 else None
     adversary = None
     if objective.lambda_adv > 0:
         adversary = build_adversary(config, inner, inputs, accelerator, start=start)

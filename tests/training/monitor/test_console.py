@@ -16,6 +16,7 @@ from support.runs import lines, recipe, train, write_recipe
 from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
+from uniapl.models.loading import ModelSource
 from uniapl.training.checkpoint.model_card import model_card
 from uniapl.training.monitor.console import RunView
 
@@ -170,8 +171,9 @@ def test_the_card(model_dir: Path, tmp_path: Path) -> None:
     assert "uniapl, 4 steps, seed 0." in card
     assert AutoModelForCausalLM.from_pretrained(result.final_dir)
     hub = Config.model_validate({"model": {"model_name_or_path": "Qwen/Qwen3-0.6B"}})
-    assert "base_model: Qwen/Qwen3-0.6B\n" in model_card(hub, ["sft", "grpo"], 3, {})
-    assert "sft -> grpo, 3 steps" in model_card(hub, ["sft", "grpo"], 3, {})
+    source = ModelSource(base="Qwen/Qwen3-0.6B")
+    assert "base_model: Qwen/Qwen3-0.6B\n" in model_card(hub, source, ["sft", "grpo"], 3, {})
+    assert "sft -> grpo, 3 steps" in model_card(hub, source, ["sft", "grpo"], 3, {})
 
 
 @pytest.mark.parametrize("template", [CHAT, None])
@@ -193,4 +195,4 @@ def test_chat(
 
 def test_chat_of_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["chat", str(tmp_path / "nothing")]) == 2
-    assert "there is no such directory" in capsys.readouterr().err
+    assert "directory not found" in capsys.readouterr().err

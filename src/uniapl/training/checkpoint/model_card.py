@@ -8,23 +8,26 @@ from typing import Any
 import yaml
 
 from uniapl.config import Config
-from uniapl.models.lora import base_of
+from uniapl.models.loading import ModelSource
 
 TOLD = ("reward", "pass_rate", "sft/nll", "discriminator/win_rate", "completions/mean_length", "kl")
 """Metrics of the last step that the card tells."""
 
 
-def model_card(config: Config, methods: list[str], steps: int, last: Mapping[str, Any]) -> str:
+def model_card(
+    config: Config, source: ModelSource, methods: list[str], steps: int, last: Mapping[str, Any]
+) -> str:
     """The README.md of a trained model.
 
     Args:
+        source: The model from which the run started.
         methods: Of all stages.
         steps: Of all stages, done.
         last: Metrics of the last step.
     """
     rank = config.model.lora_r
     # An adapter that goes on from another one is their common base's.
-    base = str((base_of(config.model) if rank else config.model).model_name_or_path)
+    base = source.base if rank else str(config.model.model_name_or_path)
     tags = [*dict.fromkeys(["uniapl", *methods]), *(["lora"] if rank else [])]
     front: dict[str, Any] = {"library_name": "peft" if rank else "transformers", "tags": tags}
     # A path on the disk of whoever trained is nothing that the Hub could link to.

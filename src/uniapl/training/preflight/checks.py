@@ -8,7 +8,7 @@ from uniapl.data.streams import is_held_out
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.errors import UsageError
 from uniapl.http import check_url
-from uniapl.models.loading import load_model_config, refuse_adapter
+from uniapl.models.loading import ModelSource, load_model_config, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
@@ -119,6 +119,7 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         check_url("discriminator.url", settings.url)
     name, trusted = settings.model_name_or_path, settings.trust_remote_code
     if settings.kind == "density-ratio":
-        load_model_config(ModelConfig(model_name_or_path=name, trust_remote_code=trusted))
+        where = ModelConfig(model_name_or_path=name, trust_remote_code=trusted)
+        load_model_config(ModelSource.resolve(where))
     else:
         PolarFormat.load(name, trust_remote_code=trusted)

@@ -8,7 +8,7 @@ from typing import Any
 from uniapl.config.resolve import Resolved
 from uniapl.data import rows as data
 from uniapl.evaluation import Suite, load_suites
-from uniapl.models.loading import load_model_config, load_stop_ids, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
 from uniapl.rewards.base import build_rewarder
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import _check_recipe, check_stage
@@ -29,10 +29,11 @@ def load_inputs(
     """
     config = resolved.config
     _check_recipe(config)
-    tokenizer = load_tokenizer(config.model)
-    model_config = load_model_config(config.model)
+    model_source = ModelSource.resolve(config.model)
+    tokenizer = load_tokenizer(model_source)
+    model_config = load_model_config(model_source)
     rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
-    stop_ids = load_stop_ids(config.model, model_config, tokenizer)
+    stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     source = config.data.path if train_dataset is None else None
     with data.named_source(source):
@@ -67,6 +68,7 @@ def load_inputs(
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
+        source=model_source,
         tokenizer=tokenizer,
         dataset=dataset,
         rewarder=rewarder,

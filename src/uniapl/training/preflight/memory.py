@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
-from uniapl.config import BatchingConfig, Config, ModelConfig
-from uniapl.data.batching import Row, by_length, by_prompt, collate
+from uniapl.config import BatchingConfig, Config
+from uniapl.data.batching import Row, batch_sequences, collate
 from uniapl.functional import selected_logprobs
-from uniapl.models.loading import load_model_config
+from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
 from uniapl.models.packing import NAME, Packing, packed_hidden
 from uniapl.rollout.fused import FusedDecoder, Weights, supports_fused
@@ -114,7 +114,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
     passes: dict[str, int] = {}
     largest, compared = _readings(config, inputs)
     counter = Counter()
-    model, trunk = _models(config)
+    model, trunk = _models(config, inputs.source)
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.device(device):
         _take_memory(model, device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -164,25 +164,25 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
     return MemoryEstimate(device=device.type, available=_available(device), stays=stays, passes=passes)
 
 
-def _models(config: Config) -> tuple[Any, Any]:
+def _models(config: Config, source: ModelSource) -> tuple[Any, Any]:
     """The policy, and the trunk of what judges it: the policy's own, or another model's."""
-    model = _model(AutoModelForCausalLM, config.model)
+    model = _model(AutoModelForCausalLM, source)
     if config.model.lora_r is not None:
         add_adapter(model, config.model, seed=config.seed)
     settings = config.discriminator
     judged = config.objective.lambda_adv > 0 and settings.kind != "remote"
     if settings.model_name_or_path is None or not judged:
         return model, model.base_model
-    return model, _model(AutoModel, ModelConfig(model_name_or_path=settings.model_name_or_path))
+    return model, _model(AutoModel, ModelSource(base=settings.model_name_or_path))
 
 
-def _model(load: Any, config: ModelConfig) -> Any:
+def _model(load: Any, source: ModelSource) -> Any:
     """A model of shapes alone: peft moves what it adds, which tensors that play at having memory cannot."""
-    described = load_model_config(config)
-    optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    described = load_model_config(source)
+    optional = {"attn_implementation": source.attn_implementation} if source.attn_implementation else {}
     with torch.device("meta"):
         model = load.from_config(
-            described, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **optional
+            described, dtype=torch.float32, trust_remote_code=source.trust_remote_code, **optional
         ).eval()
     if model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = NAME
@@ -268,14 +268,12 @@ class Reading:
 
 def _largest(rows: list[Row], batching: BatchingConfig, *, packed: bool) -> list[Row]:
     """The rows of the largest micro-batch."""
-    limits = {
-        "max_tokens": batching.max_tokens_per_micro_batch,
-        "max_rows": batching.per_device_train_batch_size,
-    }
-    if packed:
-        parts = by_prompt([(row.prompt_ids, row.completion_ids) for row in rows], **limits)
-    else:
-        parts = by_length([row.length for row in rows], **limits)
+    parts = batch_sequences(
+        [(row.prompt_ids, row.completion_ids) for row in rows],
+        max_tokens=batching.max_tokens_per_micro_batch,
+        max_rows=batching.per_device_train_batch_size,
+        packed=packed,
+    )
     largest = max(parts, key=lambda part: sum(rows[index].length for index in part))
     return [rows[index] for index in largest]
 
