@@ -1,8 +1,9 @@
 """The discriminator of a stage, and its training if it is trained."""
 
-import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,16 +173,11 @@ class Adversary:
             "discriminator/paused": int(self.state.paused),
         }
 
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """The discriminator with its weights if they are sharded; all processes enter and leave together."""
-        trainer = self.trainer
-        with (
-            sharding.gathered(trainer.discriminator.module, trainer.module)
-            if trainer
-            else contextlib.nullcontext()
-        ):
-            yield
+    def gathered(self) -> AbstractContextManager[None]:
+        """The discriminator with its weights; all processes enter and leave together."""
+        if self.trainer is None:
+            return nullcontext()
+        return sharding.gathered(self.trainer.discriminator.module, self.trainer.module)
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write the weights of a trained discriminator; return the rest as JSON values."""
@@ -213,30 +209,25 @@ class Adversary:
 
 
 def build_adversary(
-    config: Config,
-    policy: Policy,
-    inputs: RunInputs,
-    accelerator: Accelerator,
-    *,
-    start: Path | None,
+    config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, source: ModelSource
 ) -> Adversary:
     """Build the discriminator that the configuration names.
 
     Args:
         policy: A Bradley-Terry discriminator copies its trunk unless the configuration names another model.
-        start: Directory with the weights that the stage started from; None for the run's initial model.
+        source: The weights that the stage started from.
     """
     state, trainer = AdversaryState(), None
     if config.discriminator.kind == "bradley-terry":
         trainer = _build_trainer(config, policy.model, inputs, accelerator, state)
         discriminator: Discriminator = trainer.discriminator
     else:
-        discriminator = _frozen_discriminator(config, policy, inputs, accelerator, start)
+        discriminator = _frozen_discriminator(config, policy, inputs, accelerator, source)
     return Adversary(discriminator=discriminator, trainer=trainer, state=state, decode=inputs.decode)
 
 
 def _frozen_discriminator(
-    config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, start: Path | None
+    config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, source: ModelSource
 ) -> Discriminator:
     settings = config.discriminator
     name, max_tokens = settings.model_name_or_path, config.batching.max_tokens_per_micro_batch
@@ -265,7 +256,7 @@ def _frozen_discriminator(
     teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
     return DensityRatio(
         expert=teacher,
-        against=reference_at_start(policy, inputs.source.with_weights(start)) if at_start else policy,
+        against=reference_at_start(policy, source) if at_start else policy,
         pad_id=inputs.pad_id,
         max_tokens=max_tokens,
         packed=config.batching.packing and policy.packs and teacher.packs,
@@ -309,13 +300,10 @@ def _build_trainer(
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    wrapped, optimizer = sharding.distribute(
-        accelerator,
-        module,
-        lambda parameters: AdamW(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        ),
+    adamw = functools.partial(
+        AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
+    wrapped, optimizer = sharding.distribute(accelerator, module, adamw)
     sharding.release(module, wrapped)
     return DiscriminatorTrainer(
         discriminator=BradleyTerryDiscriminator(

@@ -1,8 +1,8 @@
 """State that all stages of a run share, and what follows each step: logs, health, evaluation, checkpoint."""
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -235,7 +235,7 @@ def start_run(
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def end_state_recorded(run: Run) -> Iterator[None]:
     """Write how the run ended, and its report; nothing is written after an unexpected exception."""
     try:
@@ -294,7 +294,7 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         (directory / checkpoint.STATE).write_text(json.dumps(state), encoding="utf-8")
 
     optimizers = saved.optimizer_states(keep=run.accelerator.is_main_process)
-    with stage.gathered():
+    with stage.gathered_policy(), stage.adversary.gathered() if stage.adversary else nullcontext():
         if run.accelerator.is_main_process:
             if not disk.has_space(run.directory, saved.num_bytes):
                 # The newest checkpoint is complete: it was read back.

@@ -1,7 +1,8 @@
 """The objects of one stage: policy, optimizer, reference, adversary, sampler and schedule."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,18 +89,9 @@ class Stage:
             self.adversary.observe(groups, pairs, self.config.discriminator)
         return pairs | self.schedule.control_lambda(pairs.get("discriminator/pair_win_rate"))
 
-    @contextlib.contextmanager
-    def gathered_policy(self) -> Iterator[None]:
+    def gathered_policy(self) -> AbstractContextManager[None]:
         """`model` with its weights; all processes enter and leave together."""
-        with sharding.gathered(self.model, self.policy):
-            yield
-
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """`model` and the discriminator with their weights; all processes enter and leave together."""
-        adversary = self.adversary.gathered() if self.adversary else contextlib.nullcontext()
-        with self.gathered_policy(), adversary:
-            yield
+        return sharding.gathered(self.model, self.policy)
 
 
 def build_stage(
@@ -121,22 +113,17 @@ def build_stage(
     if optim.gradient_checkpointing:
         checkpointed_layers(model)
     inner = Policy(model, accelerator.autocast)
-    began = inputs.source.with_weights(start)
-    reference = reference_at_start(inner, began) if objective.beta > 0 else None
-    adversary = None
-    if objective.lambda_adv > 0:
-        adversary = build_adversary(config, inner, inputs, accelerator, start=start)
-    policy, optimizer = sharding.distribute(
-        accelerator,
-        inner,
-        lambda parameters: AdamW(
-            parameters,
-            lr=optim.learning_rate,
-            betas=(optim.adam_beta1, optim.adam_beta2),
-            weight_decay=optim.weight_decay,
-            fused=True,
-        ),
+    source = inputs.source.with_weights(start)
+    reference = reference_at_start(inner, source) if objective.beta > 0 else None
+    adversary = build_adversary(config, inner, inputs, accelerator, source) if objective.lambda_adv else None
+    adamw = functools.partial(
+        AdamW,
+        lr=optim.learning_rate,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        weight_decay=optim.weight_decay,
+        fused=True,
     )
+    policy, optimizer = sharding.distribute(accelerator, inner, adamw)
     sampler = build_sampler(config, model, inputs, accelerator)
     sharding.release(model, policy)
     return Stage(
