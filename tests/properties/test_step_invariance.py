@@ -1,7 +1,7 @@
 """The gradient of a step does not depend on how its rows are cut, padded, ordered or spread on processes."""
 
 import math
-import multiprocessing
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.testing import assert_close
 
+from support.processes import run_processes
 from support.tiny import make_model, random_rows
 from uniapl.config import methods
 from uniapl.data.batching import Row, collate, component_counts, empty_micro_batch, halves, micro_batches
@@ -319,21 +320,14 @@ def test_every_method_may_be_cut_and_padded(method: str) -> None:
     assert_same(step(cut, rows, weights=weights, token_weight=token_weight), expected)
 
 
-def _one_process(rank: int, world: int, folder: Path, small_one: int | None, sharded: bool) -> None:
-    """Run every method's step on this process's rows; the first process saves what it got.
+def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
+    """Run every method's step on this process's rows; rank 0 saves the results.
 
     Args:
-        small_one: The process whose memory holds two rows and no more.
-        sharded: The weights are shared out, by FSDP2.
+        small_one: The rank whose memory holds two rows at most.
+        sharded: Shard the parameters by FSDP2.
     """
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world
-    )
-    import os
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ |= {"ACCELERATE_USE_FSDP": str(sharded), "FSDP_VERSION": "2"}
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
@@ -365,7 +359,6 @@ def _one_process(rank: int, world: int, folder: Path, small_one: int | None, sha
         results[method] = (result.sums, result.grad_norm, gradients)
     if rank == 0:
         torch.save(results, folder / "result.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -373,19 +366,7 @@ def _one_process(rank: int, world: int, folder: Path, small_one: int | None, sha
 )
 def test_processes(world: int, small_one: int | None, sharded: bool, tmp_path: Path) -> None:
     """Every method; also when one of the processes has to cut its micro-batches, and with it the other."""
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_one_process, args=(rank, world, tmp_path, small_one, sharded))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-    ended = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert ended == [0] * world
+    assert run_processes(world, _one_process, tmp_path, small_one, sharded) == [0] * world
     rows = random_rows()
     saved = torch.load(tmp_path / "result.pt", weights_only=True)
     for method, (weights, token_weight) in METHODS.items():
