@@ -1,7 +1,7 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from uniapl.training.inputs import RunInputs
 from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
 from uniapl.training.monitor.console import RunView
-from uniapl.training.monitor.log_view import Show, make_view
+from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
 from uniapl.training.monitor.trackers import check_trackers, tracked
 from uniapl.training.preflight.load import load_inputs
 from uniapl.training.resume import bytes_to_write, read_start
@@ -73,13 +73,14 @@ def train(
         config = load_recipe(config)
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
-    return train_resolved(
-        resolve(dict(config)),
-        train_dataset=train_dataset,
-        reward_functions=reward_functions,
-        evaluate=evaluate,
-        show="quiet" if quiet else "log",
-    )
+    with progress_bars_hidden() if quiet else nullcontext():
+        return train_resolved(
+            resolve(dict(config)),
+            train_dataset=train_dataset,
+            reward_functions=reward_functions,
+            evaluate=evaluate,
+            show="quiet" if quiet else "log",
+        )
 
 
 def train_resolved(
@@ -108,7 +109,9 @@ def train_resolved(
             sharding.check_sharding(stage.config)
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
-    for note in _notes(resolved, stages, inputs, accelerator, rows_given=train_dataset is not None):
+    if train_dataset is not None and config.data.path is not None:
+        view.say("note: data.path is ignored because train_dataset is given")
+    for note in _notes(resolved, stages, inputs, accelerator):
         view.say(f"note: {note}")
     # Only the main process writes to the directory.
     with disk.exclusive(directory) if accelerator.is_main_process else nullcontext():
@@ -154,10 +157,17 @@ def _start(
 
     def build(index: int) -> Stage:
         weights = start.stage_weights(index, directory)
-        with _later_stage_errors(index) if index > start.stage else nullcontext():
+        try:
             stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=weights)
             start.load(stage)
             stage.check_sampler()
+        except UsageError as error:
+            if index == start.stage:
+                raise
+            # The stages before are trained and saved, so that this is not an error of usage any more.
+            raise UniAPLError(
+                f"stage {index + 1}: {error}. Fix it and continue with this stage by --resume auto"
+            ) from error
         return stage
 
     stage = build(start.stage)
@@ -174,18 +184,10 @@ def _start(
 
 
 def _notes(
-    resolved: Resolved,
-    stages: Sequence[Resolved],
-    inputs: RunInputs,
-    accelerator: Accelerator,
-    *,
-    rows_given: bool,
+    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, accelerator: Accelerator
 ) -> list[str]:
     """Notes about configuration and data, shown before the first step."""
-    notes: list[str] = []
-    if rows_given and resolved.config.data.path is not None:
-        notes.append("data.path is ignored because train_dataset is given")
-    notes += dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)
+    notes = [*dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)]
     notes += dict.fromkeys(
         f"rollouts come from the vLLM server {rollout.vllm_server_base_url}; the timeout is "
         f"{rollout.vllm_timeout:g} s (rollout.vllm_timeout)"
@@ -199,18 +201,5 @@ def _notes(
     notes += inputs.notes
     if sharding.shards_weights():
         processes = accelerator.num_processes
-        notes.append(
-            f"FSDP2: parameters, gradients and optimizer state are sharded over {processes} processes"
-        )
+        notes.append(f"FSDP2 shards parameters, gradients and optimizer state over {processes} processes")
     return notes
-
-
-@contextmanager
-def _later_stage_errors(index: int) -> Iterator[None]:
-    """Raise UniAPLError instead of UsageError: the stages before are trained and saved."""
-    try:
-        yield
-    except UsageError as error:
-        raise UniAPLError(
-            f"stage {index + 1}: {error}. Fix it and continue with this stage by --resume auto"
-        ) from error

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -126,9 +126,9 @@ class Run:
         last = schedule.ended or bool(problem) or interrupted
         if last or self.step % self.config.save_steps == 0:
             with self.view.phase("save"):
-                failure = _wait_for_rollouts(stage)
+                failure = stage.wait_for_rollouts()
                 save_checkpoint(self, stage)
-            # No step uses these rollouts after the last one.
+            # No step uses the rollouts after the last one.
             if failure is not None and not last:
                 raise failure
         if problem:
@@ -153,8 +153,8 @@ class Run:
         rule, schedule = stage.config.early_stopping, stage.schedule
         watching = rule.target is not None or rule.patience is not None
         # Evaluation metrics may come in later steps; a stage has all other metrics from its first step.
-        missing = rule.metric not in record and not rule.metric.startswith("eval/")
-        if watching and schedule.step == 1 and missing:
+        known = rule.metric in record or rule.metric.startswith("eval/")
+        if watching and schedule.step == 1 and not known:
             self.view.say(
                 f"warning: early_stopping.metric '{rule.metric}' is not a metric of the stage's first step"
             )
@@ -238,38 +238,24 @@ def start_run(
 @contextmanager
 def end_state_recorded(run: Run) -> Iterator[None]:
     """Write how the run ended, and its report; nothing is written after an unexpected exception."""
+    end: UniAPLError | None = None
     try:
         yield
-    except Interrupted as interruption:
-        _end_run(run, "interrupted", str(interruption))
-        raise
     except UniAPLError as error:
-        _end_run(run, "stopped", str(error))
-        raise
-    _end_run(run, "finished")
-
-
-def _end_run(run: Run, state: Literal["finished", "stopped", "interrupted"], message: str = "") -> None:
-    if not run.accelerator.is_main_process:
-        return
-    page = run.directory / "report.html"
-    try:
-        write_text(run.directory / ENDING, json.dumps({"state": state, "message": message}))
-        write_report([run.directory], page)
-    except Exception as error:  # The model is trained and saved: a failed report does not fail the run.
-        run.view.say(f"note: no report was written: {error!r}"[:200])
-    else:
-        run.view.say(f"report: {page}")
-
-
-def _wait_for_rollouts(stage: Stage) -> UniAPLError | None:
-    """Wait for the next step's rollouts, which a checkpoint contains; return the error if they failed."""
-    try:
-        if stage.ahead is not None:
-            stage.ahead.wait()
-    except UniAPLError as error:
-        return error
-    return None
+        end = error
+    if run.accelerator.is_main_process:
+        stopped = "interrupted" if isinstance(end, Interrupted) else "stopped"
+        state = {"state": stopped if end else "finished", "message": str(end or "")}
+        page = run.directory / "report.html"
+        try:
+            write_text(run.directory / ENDING, json.dumps(state))
+            write_report([run.directory], page)
+        except Exception as error:  # The model is trained and saved: a failed report does not fail the run.
+            run.view.say(f"note: no report was written: {error!r}"[:200])
+        else:
+            run.view.say(f"report: {page}")
+    if end is not None:
+        raise end
 
 
 def save_checkpoint(run: Run, stage: Stage) -> None:
@@ -307,11 +293,11 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
 
 def save_model(run: Run, stage: Stage, path: Path) -> None:
     """Save the policy and its tokenizer in transformers' format, with a model card."""
+    methods = run.methods[: stage.index + 1]
+    card = model_card(run.config, run.inputs.source, methods, run.step, run.health.last_record)
 
     def fill(directory: Path) -> None:
         _save_policy(run, stage, directory)
-        methods = run.methods[: stage.index + 1]
-        card = model_card(run.config, run.inputs.source, methods, run.step, run.health.last_record)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
     with stage.gathered_policy():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from uniapl.config import Config
 from uniapl.data.streams import is_held_out
+from uniapl.errors import UniAPLError
 from uniapl.functional import Multiplier
 from uniapl.models.policy import Policy
 from uniapl.models.reference import Reference, reference_at_start
@@ -69,6 +70,15 @@ class Stage:
         if self.config.objective.uses_rollouts and not self.schedule.ended:
             with self.gathered_policy():
                 self.sampler.check()
+
+    def wait_for_rollouts(self) -> UniAPLError | None:
+        """Wait for the next step's rollouts, which a checkpoint contains; return the error if they failed."""
+        try:
+            if self.ahead is not None:
+                self.ahead.wait()
+        except UniAPLError as error:
+            return error
+        return None
 
     def start_step(self) -> None:
         """Set the learning rate and, at `reference_step`, the reference."""

@@ -107,12 +107,9 @@ class RunHealth:
         }
         self.skipped.mkdir(exist_ok=True)
         # Python's JSON, which keeps NaN and Infinity: they are the cause to look for.
-        write_text(self._skipped_path(step), json.dumps(batch, ensure_ascii=False))
+        write_text(self.skipped / f"step-{step:06d}.json", json.dumps(batch, ensure_ascii=False))
         for old in sorted(self.skipped.glob("step-*.json"))[:-KEPT_BATCHES]:
             old.unlink()
-
-    def _skipped_path(self, step: int) -> Path:
-        return self.skipped / f"step-{step:06d}.json"
 
     def _of_update(self, step: int, update: PolicyStep, say: Callable[[str], None]) -> str | None:
         if update.applied:
@@ -120,7 +117,7 @@ class RunHealth:
         found = f"loss {update.sums['loss']}, gradient norm {update.grad_norm}"
         say(f"{found}: update skipped, weights unchanged")
         return (
-            f"the gradient was not finite ({found}; the batch is in {self._skipped_path(step)}); "
+            f"the gradient was not finite ({found}; the batch is in {self.skipped}/step-{step:06d}.json); "
             "try a lower optim.learning_rate, and check the rewards for extreme values"
         )
 

@@ -1,9 +1,12 @@
-"""Output of a run that is started from Python: records of the logger "uniapl"."""
+"""Output of a run that Python code starts: records of the logger "uniapl" instead of console lines."""
 
+import contextlib
 import logging
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from uniapl.training.monitor import console
 from uniapl.training.monitor.console import RunView
@@ -13,10 +16,9 @@ Show = console.Show | Literal["log"]
 
 
 class _LogFile:
-    """A text file for rich's console whose lines become log records."""
+    """The text file of a console whose lines become log records."""
 
-    def __init__(self) -> None:
-        self._pending = ""
+    _pending = ""
 
     def write(self, text: str) -> None:
         *lines, self._pending = (self._pending + text).split("\n")
@@ -25,7 +27,7 @@ class _LogFile:
             logging.getLogger("uniapl").log(level, "%s", line.rstrip())
 
     def flush(self) -> None:
-        """Nothing: an incomplete line waits for its end."""
+        """Do nothing: an incomplete line waits for its end."""
 
 
 def make_view(num_steps: int, *, visible: bool, show: Show) -> RunView:
@@ -34,5 +36,20 @@ def make_view(num_steps: int, *, visible: bool, show: Show) -> RunView:
         return RunView(num_steps, visible=visible, show=show)
     view = RunView(num_steps, visible=visible, show="quiet")
     if visible:
-        view.console = Console(file=_LogFile(), width=120, highlight=False, emoji=False)
+        file: Any = _LogFile()
+        view.console = Console(
+            file=file, width=120, highlight=False, emoji=False, force_terminal=False, force_jupyter=False
+        )
     return view
+
+
+@contextlib.contextmanager
+def progress_bars_hidden() -> Iterator[None]:
+    """Within this context transformers shows no progress bars."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
