@@ -44,8 +44,6 @@ from uniapl.types import RolloutGroup, TokenIds, derive_seed
 
 DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
 """Files of a checkpoint, without their suffixes."""
-DISCRIMINATOR = "discriminator.safetensors"
-"""File of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +60,7 @@ class DiscriminatorTrainer:
     def update(
         self, accelerator: Accelerator, comparisons: Sequence[Comparison], config: Config
     ) -> tuple[float, bool]:
-        """One update, whose batches are halved until they fit in memory; later updates keep that size.
-
-        Returns:
-            The loss per pair, and whether the update was applied.
-        """
+        """One :func:`discriminator_step`; batches that do not fit in memory are halved, also from then on."""
         smallest = 2 * max(comparison.width for comparison in comparisons)
         while True:
             configured = config.batching.max_tokens_per_micro_batch
@@ -139,14 +133,11 @@ class Adversary:
         step: int,
         stage_step: int,
     ) -> dict[str, Any]:
-        """Update a trained discriminator on fresh and replayed comparisons, unless it is paused or frozen.
+        """Update on fresh and replayed comparisons, unless paused or frozen; return what to log.
 
         Args:
             step: Step of the run, which seeds the draw of replayed comparisons.
             stage_step: Step of the stage, which `freeze_after_steps` refers to.
-
-        Returns:
-            Metrics; none for a discriminator that is never trained.
         """
         settings, trainer = config.discriminator, self.trainer
         if trainer is None:
@@ -183,7 +174,7 @@ class Adversary:
         """Write the weights of a trained discriminator; return the rest as JSON values."""
         state: dict[str, Any] = {"adversary": asdict(self.state)}
         if self.trainer is not None:
-            checkpoint.save_module(self.trainer.discriminator.module, directory / DISCRIMINATOR)
+            checkpoint.save_module(self.trainer.discriminator.module, directory / "discriminator.safetensors")
             state["replay"] = self.trainer.replay.state()
         return state
 
@@ -195,7 +186,7 @@ class Adversary:
             return
         module = trainer.discriminator.module
         with self.gathered():
-            checkpoint.load_module(module, directory / DISCRIMINATOR)
+            checkpoint.load_module(module, directory / "discriminator.safetensors")
             sharding.scatter(module, trainer.module)
             vocabulary_size = _vocabulary_size(module)
         checkpoint.load_optimizer(trainer.optimizer, directory / DISCRIMINATOR_OPTIMIZER)
@@ -203,8 +194,7 @@ class Adversary:
         sequences = [ids for item in trainer.replay.items for pair in item.sequences for ids in pair]
         if any(max(ids, default=0) >= vocabulary_size for ids in sequences):
             raise UsageError(
-                f"checkpoint '{directory}' cannot be used: its replayed comparisons contain token ids that "
-                "the discriminator does not have"
+                f"checkpoint '{directory}' cannot be used: its replay contains unknown token ids"
             )
 
 

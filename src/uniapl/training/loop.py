@@ -56,15 +56,7 @@ def run_stage(run: Run, stage: Stage) -> None:
             update = update_policy(run, stage, batch)
         with phase("discriminator"):
             discriminator = update_discriminator(run, stage, groups)
-        result = StepResult(
-            groups=groups,
-            outcomes=outcomes,
-            pairs=pairs,
-            batch=batch,
-            gradients=gradients,
-            update=update,
-            discriminator=discriminator,
-        )
+        result = StepResult(groups, outcomes, pairs, batch, gradients, update, discriminator)
         run.finish_step(stage, result)
 
 
@@ -106,12 +98,7 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
 def reward(
     run: Run, groups: Sequence[RolloutGroup]
 ) -> tuple[list[RolloutGroup], dict[str, list[RewardOutcome]]]:
-    """Score this process's rollouts with the reward functions.
-
-    Returns:
-        The groups of all processes with their rewards, in the order of the prompts; and the outcomes of each
-        reward function, one per process.
-    """
+    """(groups of all processes with their rewards; outcomes of each reward function, one per process)."""
     rewarder = run.inputs.rewarder
     outcomes = rewarder.score(
         [group.example for group in groups for _ in group.rollouts],
@@ -196,10 +183,10 @@ def measure_gradients(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, fl
 
 
 def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
-    """Make `num_iterations` updates on the batch; the first one's log-probabilities are the old ones.
+    """Make `num_iterations` updates on the batch, all with the first one's old log-probabilities.
 
     Returns:
-        The last update; it counts as applied if all of them were.
+        The last update, applied only if all of them were.
     """
     old_logprobs: Sequence[Tensor] | None = None
     updates: list[PolicyStep] = []

@@ -97,10 +97,6 @@ class Run:
         """Count a step, check its health, evaluate, log, and save a checkpoint if it is due or the last one.
 
         A run that is killed while it saves continues from the checkpoint before and drops these log lines.
-
-        Raises:
-            HealthStop: A step was bad, as too many before it.
-            Interrupted: A signal has arrived.
         """
         progress, schedule = self.progress, stage.schedule
         for counters in (progress, schedule):

@@ -24,7 +24,7 @@ KEPT_BATCHES = 20
 
 @dataclass(kw_only=True)
 class RunHealth:
-    """What the health rules need to know of the steps before."""
+    """The health rules of a run, with the records of the last steps."""
 
     view: RunView
     log: JsonlLog

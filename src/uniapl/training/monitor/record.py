@@ -11,9 +11,9 @@ from uniapl.training.update.policy_step import PolicyStep
 from uniapl.types import RolloutGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepResult:
-    """Everything that the parts of a step return."""
+    """Results of the parts of a step."""
 
     groups: Sequence[RolloutGroup]
     outcomes: Mapping[str, Sequence[RewardOutcome]]
@@ -31,12 +31,7 @@ class StepResult:
 def step_record(
     result: StepResult, *, step: int, stage: int, learning_rate: float, epoch: float, num_tokens: int
 ) -> dict[str, Any]:
-    """All metrics of a step, before evaluation.
-
-    Args:
-        step: Finished steps of the run.
-        num_tokens: Completion tokens that the run has trained on.
-    """
+    """All metrics of a step, except for evaluation and times."""
     batch, update = result.batch, result.update
     return {
         "step": step,

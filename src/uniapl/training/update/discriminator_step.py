@@ -29,7 +29,7 @@ def discriminator_step(
         max_tokens: Upper bound of a batch's tokens; None uses the discriminator's own.
 
     Returns:
-        The loss per pair, and whether the update was applied; an update that is not finite is skipped.
+        The loss per pair, and whether the update was applied: it is skipped if it is not finite.
 
     Raises:
         OutOfMemoryError: The same update with a smaller `max_tokens` has the same result.
