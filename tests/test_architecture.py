@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
     {"functional"},
-    {"types", "files", "http"},
+    {"types", "files", "http", "threads"},
     {"config"},
     {"data", "models"},
     {"rollout", "rewards", "discriminator"},

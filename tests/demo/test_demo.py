@@ -30,6 +30,7 @@ from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
 from uniapl.demo.task import as_row, embedded_constraints, make_task, make_tokenizer
 from uniapl.demo.writers import EXPERT, SLOPPY, write
 from uniapl.models.loading import ModelSource, load_model
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.types import derive_seed
 
@@ -250,7 +251,7 @@ def test_a_model_s_own_texts_are_as_likely_to_it_as_its_sampler_said() -> None:
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
     seeds = [derive_seed(3, "measure", index) for index in range(len(prompts))]
-    groups = sampler.sample(prompts, seeds=seeds, num_generations=1, policy_version=0)
+    groups = sampler.sample(SampleRequest(prompts=prompts, seeds=seeds, num_generations=1))
     logprobs = [value for (rollout,) in groups for value in rollout.sampling_logprobs]
     assert got.reference_nll == pytest.approx(-sum(logprobs) / len(logprobs), abs=1e-4)
     assert measure(model, tokenizer, task.held_out, seed=3).reference_nll is None

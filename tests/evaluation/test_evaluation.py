@@ -22,7 +22,8 @@ from uniapl.evaluation import evaluate_suite, scores
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.run import floors, paired
 from uniapl.evaluation.suites import load_suite, parse_suite
-from uniapl.types import Rollout, TokenIds
+from uniapl.rollout import SampleRequest
+from uniapl.types import Rollout
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
@@ -34,11 +35,9 @@ class Scripted:
         self.texts, self.tokenizer = texts, make_tokenizer()
         self.seeds: list[int] = []
 
-    def sample(
-        self, prompts: Sequence[TokenIds], *, seeds: Sequence[int], num_generations: int, policy_version: int
-    ) -> list[tuple[Rollout, ...]]:
-        self.seeds = list(seeds)
-        assert all(len(group) == num_generations for group in self.texts)
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        self.seeds = list(request.seeds)
+        assert all(len(group) == request.num_generations for group in self.texts)
         return [tuple(self._rollout(text) for text in group) for group in self.texts]
 
     def check(self) -> None:
@@ -313,8 +312,8 @@ def test_many_prompts_are_sampled_some_at_a_time(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
     class Echo(Scripted):
-        def sample(self, prompts: Sequence[TokenIds], **rest: Any) -> list[tuple[Rollout, ...]]:
-            return [(self._rollout(self.tokenizer.decode(list(prompt))),) for prompt in prompts]
+        def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+            return [(self._rollout(self.tokenizer.decode(list(prompt))),) for prompt in request.prompts]
 
     tokenizer = make_tokenizer()
 

@@ -77,7 +77,7 @@ def test_an_update_that_does_not_fit_is_done_in_smaller_parts(
     train(recipe(model_dir, tmp_path / "whole", **values))
     sizes = with_little_memory(monkeypatch, Policy, 70)
     run_until(2, recipe(model_dir, tmp_path / "small", **values))
-    assert "step 1: out of memory: micro-batches of" in capsys.readouterr().out
+    assert "step 1: out of memory: from now on, micro-batches have at most" in capsys.readouterr().out
     failed = [format_bytes for format_bytes in sizes if format_bytes > 70]
     assert 1 <= len(failed) <= 6
     state = json.loads((checkpoint.checkpoint_path(tmp_path / "small", 2) / "state.json").read_text())
@@ -280,7 +280,7 @@ def test_a_model_that_is_not_finite_stops_with_the_batch_s_path(model_dir: Path,
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     values = recipe(broken, tmp_path / "run", health={"max_skipped_steps": 2})
-    with pytest.raises(uniapl.HealthStop, match=r"2 steps in a row the gradient.*skipped/step-000002\.json"):
+    with pytest.raises(uniapl.HealthStop, match=r"2 steps in a row: the gradient.*skipped/step-000002\.json"):
         train(values)
     saved = json.loads((tmp_path / "run" / "skipped" / "step-000002.json").read_text())
     assert {part for row in saved["rows"] for part in row["components"]} >= {"sft", "rl"}
@@ -319,7 +319,7 @@ def test_a_discriminator_without_finite_answers_stops_the_run(
 
     monkeypatch.setattr("uniapl.discriminator.bradley_terry.BradleyTerryDiscriminator.score", nothing)
     values = recipe(model_dir, tmp_path / "run", health={"max_skipped_steps": 3}, max_steps=6)
-    with pytest.raises(uniapl.HealthStop, match="3 steps in a row the discriminator had no finite logit"):
+    with pytest.raises(uniapl.HealthStop, match="3 steps in a row: the discriminator had no finite logit"):
         train(values)
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["tokens/adv"] for record in records] == [0, 0, 0]
@@ -337,7 +337,7 @@ def test_a_discriminator_whose_gradient_is_not_finite_stops_the_run(
 
     monkeypatch.setattr(BradleyTerry, "forward", poisoned)
     values = recipe(model_dir, tmp_path / "run", health={"max_skipped_steps": 2}, max_steps=6)
-    with pytest.raises(uniapl.HealthStop, match="2 steps in a row the discriminator's gradient"):
+    with pytest.raises(uniapl.HealthStop, match="2 steps in a row: the discriminator's gradient"):
         train(values)
     saved = load_file(checkpoint.checkpoint_path(tmp_path / "run", 2) / "discriminator.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())

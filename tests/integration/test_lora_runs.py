@@ -20,6 +20,7 @@ from support.runs import assert_same_run, lines, recipe, run_until, train, write
 from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import ModelConfig
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 
@@ -178,9 +179,10 @@ def test_the_merged_model_answers_as_the_adapter_does(
         ours, theirs = merged(ids).logits, adapter(ids).logits
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
     prompts = [tuple(make_tokenizer()(row["prompt"])["input_ids"]) for row in letter_rows(4)]
+    request = SampleRequest(prompts=prompts, seeds=[0] * 4, num_generations=2)
     answers = [
         LocalSampler(model=model, stop_ids={1}, pad_id=0, max_completion_length=12, temperature=0.0).sample(
-            prompts, seeds=[0] * 4, num_generations=2, policy_version=0
+            request
         )
         for model in (adapter, merged)
     ]

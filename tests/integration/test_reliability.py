@@ -83,7 +83,7 @@ def test_a_disk_that_fails_in_the_run_ends_it_with_one_message(
     message = capsys.readouterr().err
     assert message.startswith(f"error: the run in '{run}' failed: [Errno ")
     first, second = (checkpoint.checkpoint_path(run, step) for step in (2, 4))
-    assert f"'{second}'. Once that is mended, --resume auto goes on from {first}\n" in message
+    assert f"'{second}'. Fix the cause and continue from {first} with --resume auto\n" in message
     assert names(run / "checkpoints") == [first.name], "nothing half is left"
     assert cli.run(["train", str(path), "--resume", "auto"]) == 0
     ours, theirs = (timeless(lines(directory / "metrics.jsonl")) for directory in (run, whole))

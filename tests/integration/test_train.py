@@ -224,7 +224,9 @@ def test_a_reward_that_fails_in_the_run_is_counted_and_then_stops_it(model_dir: 
         return [0.5] * len(completions)
 
     values = recipe(model_dir, tmp_path / "run", max_steps=20, health={"max_skipped_steps": 3})
-    with pytest.raises(uniapl.HealthStop, match=r"step 4: 3 steps in a row reward 'fragile'.*server is gone"):
+    with pytest.raises(
+        uniapl.HealthStop, match=r"step 4: 3 steps in a row: reward 'fragile'.*server is gone"
+    ):
         train(values, reward_functions=[fragile])
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["rewards/fragile/error_rate"] for record in records] == [0.0, 1.0, 1.0, 1.0]
@@ -243,7 +245,7 @@ def test_a_gradient_that_stays_infinite_stops_the_run(model_dir: Path, tmp_path:
     def huge(completions: list[str]) -> list[float]:
         return [1e300 * (-1) ** n for n in range(len(completions))]
 
-    with pytest.raises(uniapl.HealthStop, match="2 steps in a row the gradient was not finite"):
+    with pytest.raises(uniapl.HealthStop, match="2 steps in a row: the gradient was not finite"):
         train(values, reward_functions=[huge])
     start = load_file(Path(values["model"]["model_name_or_path"]) / "model.safetensors")
     saved = load_file(checkpoint.checkpoint_path(tmp_path / "run", 2) / "model.safetensors")

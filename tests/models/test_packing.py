@@ -15,21 +15,14 @@ from torch.testing import assert_close
 
 from support.runs import lines, recipe, train
 from support.tiny import CONFIGS, make_model, save_model
-from uniapl.data.batching import (
-    Row,
-    batch_sequences,
-    collate,
-    component_counts,
-    halves,
-    micro_batches,
-    shards,
-)
+from uniapl.data.batching import Row, batch_sequences, collate, halves, micro_batches, shards
 from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator, Comparison
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.models.packing import NAME, Packing, can_pack
 from uniapl.models.policy import Policy, inputs_of
 from uniapl.training.monitor.metrics import update_metrics
-from uniapl.training.update.policy_step import PolicyStep, policy_step
+from uniapl.training.update.batch import MixedBatch
+from uniapl.training.update.policy_step import LossSettings, PolicyStep, policy_step
 from uniapl.types import MicroBatch, Span
 
 PACKING_FAMILIES = ("qwen3", "llama", "mistral_sliding", "gemma3", "gpt2")
@@ -76,13 +69,8 @@ def gradient(batches: list[MicroBatch], rows: list[Row], family: str = "qwen3") 
         Accelerator(cpu=True),
         policy,
         optimizer,
-        batches,
-        component_counts(rows),
-        WEIGHTS,
-        clip_low=0.2,
-        clip_high=0.2,
-        token_weight="none",
-        max_grad_norm=1e9,
+        MixedBatch(rows=rows, micro_batches=batches, weights=WEIGHTS),
+        LossSettings(clip_low=0.2, clip_high=0.2),
     )
     return result.sums["loss"], kept
 
@@ -356,7 +344,7 @@ def test_a_run_is_the_same_packed_and_padded(method: str, model_dir: Path, tmp_p
 def test_a_run_says_that_it_cannot_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gemma = save_model(tmp_path / "gemma", family="gemma2_softcap")
     train(recipe(gemma, tmp_path / "run", max_steps=1))
-    assert "cannot read packed rows" in capsys.readouterr().out
+    assert "does not support packing" in capsys.readouterr().out
 
 
 def test_saved_weights_do_not_name_the_attention(tmp_path: Path) -> None:

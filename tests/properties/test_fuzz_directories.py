@@ -165,7 +165,7 @@ UNKNOWN = {"prompt_ids": [4], "demonstration_ids": [5, 10**6], "completions": [[
         ({"step": -1}, "step: Input should be greater than or equal to 0"),
         ({"stage": 1}, "stage 2 of 1"),
         ({"replay": MISSING}, "does not fit the recipe: KeyError: 'replay'"),
-        ({"replay": [UNKNOWN]}, "its replay holds unknown tokens"),
+        ({"replay": [UNKNOWN]}, "its replay has unknown token ids"),
         ({"stopping": {"best": None, "waited": 0, "reason": None, "more": 1}}, "does not fit the recipe"),
     ],
 )

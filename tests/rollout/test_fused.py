@@ -20,8 +20,9 @@ from transformers import (
 
 import uniapl.rollout.local as local
 from support.tiny import CONFIGS, SMALL, VOCABULARY, make_model
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.fused import same_logits, supports_fused
-from uniapl.rollout.local import LocalSampler, close_ranks, inverse_cdf
+from uniapl.rollout.local import LocalSampler, inverse_cdf, unfinished_rows
 from uniapl.types import Rollout
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21), (30, 31, 32)]
@@ -46,6 +47,10 @@ FITTING: dict[str, PretrainedConfig] = {
 }
 
 
+def request(num_generations: int) -> SampleRequest:
+    return SampleRequest(prompts=PROMPTS, seeds=range(5), num_generations=num_generations)
+
+
 def model_of(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """A random model, its biases and norms random too."""
     torch.manual_seed(seed)
@@ -60,7 +65,7 @@ def sample(model: PreTrainedModel, decoding: str, **settings: Any) -> list[Rollo
     defaults: dict[str, Any] = {"stop_ids": {1, 2, 3}, "pad_id": 0, "max_completion_length": 14}
     sampler = LocalSampler(model=model, decoding=decoding, **defaults | settings)  # type: ignore[arg-type]
     assert sampler.fused == (decoding == "fused")
-    groups = sampler.sample(PROMPTS, seeds=range(5), num_generations=4, policy_version=0)
+    groups = sampler.sample(request(4))
     return [rollout for group in groups for rollout in group]
 
 
@@ -99,13 +104,13 @@ def test_it_reads_the_weights_of_the_moment() -> None:
     model = model_of(FITTING["qwen2, four queries a key"])
     defaults: dict[str, Any] = {"stop_ids": {1}, "pad_id": 0, "max_completion_length": 6}
     sampler = LocalSampler(model=model, **defaults)
-    before = sampler.sample(PROMPTS, seeds=range(5), num_generations=2, policy_version=0)
+    before = sampler.sample(request(2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    after = sampler.sample(PROMPTS, seeds=range(5), num_generations=2, policy_version=1)
+    after = sampler.sample(request(2))
     plain = LocalSampler(model=model, decoding="plain", **defaults)
-    reference = plain.sample(PROMPTS, seeds=range(5), num_generations=2, policy_version=1)
+    reference = plain.sample(request(2))
     assert before != after
     assert_same([r for g in after for r in g], [r for g in reference for r in g])
 
@@ -209,23 +214,22 @@ def test_what_only_the_numbers_show_is_refused() -> None:
     patched.check()
     assert not patched.fused
     reference = LocalSampler(model=model, decoding="plain", **settings)
-    asked: dict[str, Any] = {"seeds": range(5), "num_generations": 2, "policy_version": 0}
-    assert patched.sample(PROMPTS, **asked) == reference.sample(PROMPTS, **asked)
+    assert patched.sample(request(2)) == reference.sample(request(2))
 
 
 def test_rows_that_ended_between_two_looks_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FITTING["mistral, a window"])
     reference = sample(model, "plain")
-    monkeypatch.setitem(local.LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(local.CHECK_EVERY, "cpu", 5)
     for decoding in ("fused", "plain"):
         assert_same(sample(model, decoding), reference)
 
 
 def test_ranks_are_closed_by_the_last_rows() -> None:
     finished = torch.tensor([False, True, False, True, False, False])
-    assert close_ranks(finished).tolist() == [0, 4, 2, 5]
-    assert close_ranks(torch.tensor([False, False, True])).tolist() == [0, 1]
-    assert close_ranks(torch.ones(3, dtype=torch.bool)).tolist() == []
+    assert unfinished_rows(finished).tolist() == [0, 4, 2, 5]
+    assert unfinished_rows(torch.tensor([False, False, True])).tolist() == [0, 1]
+    assert unfinished_rows(torch.ones(3, dtype=torch.bool)).tolist() == []
 
 
 @pytest.mark.parametrize("size", [VOCABULARY, 256, 257, 1000, 5120])

@@ -18,7 +18,7 @@ from support.runs import lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import save_model
 from uniapl import cli
 from uniapl.rollout import engines
-from uniapl.rollout.vllm import MOST_LOSSES
+from uniapl.rollout.vllm import MAX_RESTARTS
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_weights_that_were_not_taken_end_the_run(model_dir: Path, tmp_path: Path
         server.deaf = server.loads > 1
         return [float(len(text)) for text in completions]
 
-    said = r"sent after step \d are not those .*\d nats per token.*--resume auto"
+    said = r"weights sent after step \d: .*\d nats per token.*--resume auto"
     with pytest.raises(uniapl.UniAPLError, match=said):
         train(values, reward_functions=[reward])
     server.deaf = False
@@ -102,7 +102,7 @@ def test_what_does_not_work_is_heard_before_training(
     """A server that keeps its weights, or reports log-probabilities of another temperature."""
     setattr(server, fault, True)
     values = recipe(model_dir, tmp_path / "run", rollout=behind(server, temperature=0.5))
-    with pytest.raises(uniapl.UsageError, match=r"sent before the first step .* --logprobs-mode"):
+    with pytest.raises(uniapl.UsageError, match=r"sent before the first step: .* --logprobs-mode"):
         train(values)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -126,7 +126,7 @@ def test_a_server_that_dies_in_every_try_ends_the_run(
 ) -> None:
     server.dies_at = set(range(8, 100))
     values = recipe(model_dir, tmp_path / "run", save_steps=1, rollout=behind(server))
-    said = rf"vLLM was lost {MOST_LOSSES + 1} times: {server.url}/v1/completions: .*--resume auto"
+    said = rf"vLLM was lost {MAX_RESTARTS + 1} times: {server.url}/v1/completions: .*--resume auto"
     with pytest.raises(uniapl.UniAPLError, match=said):
         train(values)
     # Back again, the run goes on as if nothing had been.
@@ -161,7 +161,7 @@ def test_a_server_without_its_development_endpoints(
 ) -> None:
     server.refuses = True
     values = recipe(model_dir, tmp_path / "run", rollout=behind(server))
-    with pytest.raises(uniapl.UsageError, match=r"refuses /collective_rpc: .*VLLM_SERVER_DEV_MODE=1"):
+    with pytest.raises(uniapl.UsageError, match=r"rejects /collective_rpc: .*VLLM_SERVER_DEV_MODE=1"):
         train(values)
 
 
@@ -198,7 +198,7 @@ def test_answers_of_another_form_are_refused(
         lambda self, prompt, asked: list(whole(self, prompt, asked))[1:],
     ):
         monkeypatch.setattr(FakeVLLM, "answer", broken)
-        with pytest.raises(uniapl.UsageError, match="answers of another form"):
+        with pytest.raises(uniapl.UsageError, match="malformed completions"):
             train(recipe(model_dir, tmp_path / "run", rollout=behind(server)))
 
 
@@ -209,8 +209,8 @@ def test_settings_that_cannot_work(
     path = str(write_recipe(tmp_path, model_dir))
     for flags, said in {
         "--rollout.sampler vllm": "pip install 'uniapl[vllm]'",
-        "--rollout.sampler vllm --rollout.top-p 0.9": "rollout.top_p and top_k are for rollout.sampler local",
-        "--rollout.sampler vllm --rollout.vllm-mode server --rollout.vllm-server-base-url x": "is no address",
+        "--rollout.sampler vllm --rollout.top-p 0.9": "rollout.top_p and top_k need rollout.sampler local",
+        "--rollout.sampler vllm --rollout.vllm-mode server --rollout.vllm-server-base-url x": "invalid URL 'x'",
         "--use-vllm True": "did you mean 'rollout.sampler'",
     }.items():
         assert cli.run(["check", path, *flags.split()]) == 2

@@ -199,7 +199,7 @@ def test_a_server_that_does_not_see_the_directory(
             respond(handler, body)
 
     server.respond = blind  # type: ignore[method-assign]
-    said = r"/collective_rpc: status 500.*must see the run's directory under the same name"
+    said = r"/collective_rpc: status 500.*must see the run's directory under the same path"
     with pytest.raises(uniapl.UsageError, match=said):
         train(recipe(model_dir, tmp_path / "run", rollout=behind(server)))
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.types import Rollout
 
@@ -57,8 +58,10 @@ class FakeVLLM:
                 max_completion_length=asked["max_tokens"],
                 temperature=temperature,
             )
-            seeds = {"seeds": [asked["seed"]], "policy_version": 0}
-            return sampler.sample([tuple(prompt)], num_generations=asked["n"], **seeds)[0]
+            request = SampleRequest(
+                prompts=[tuple(prompt)], seeds=[asked["seed"]], num_generations=asked["n"]
+            )
+            return sampler.sample(request)[0]
 
         # Log-probabilities of temperature 0 are those of temperature 1.
         return sample(0.0 if self.raw else asked["temperature"])

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from support.runs import lines, recipe, train
 from support.tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.vllm import Engine, VLLMSampler
 from uniapl.training.checkpoint.directory import checkpoint_path
@@ -49,7 +50,6 @@ def make_sampler(engine: Engine, model: PreTrainedModel, directory: Path) -> VLL
         model=model,
         autocast=nullcontext,
         directory=directory / "weights",
-        dtype=None,
         canary=PROMPTS[0],
         tolerance=TOLERANCE,
         temperature=TEMPERATURE,
@@ -60,7 +60,9 @@ def make_sampler(engine: Engine, model: PreTrainedModel, directory: Path) -> VLL
 
 def sample(sampler: VLLMSampler, version: int) -> list[tuple[Rollout, ...]]:
     seeds = range(100, 100 + len(PROMPTS))
-    return sampler.sample(PROMPTS, seeds=list(seeds), num_generations=6, policy_version=version)
+    return sampler.sample(
+        SampleRequest(prompts=PROMPTS, seeds=list(seeds), num_generations=6, policy_version=version)
+    )
 
 
 def move(model: PreTrainedModel, seed: int) -> None:
@@ -115,20 +117,19 @@ def check_sampling(sampler: VLLMSampler, model: PreTrainedModel) -> None:
 
     engine, sampler.engine = sampler.engine, Deaf()  # type: ignore[assignment]
     move(model, seed=4)
-    with pytest.raises(UniAPLError, match="after step 4 are not those that it samples with"):
+    with pytest.raises(UniAPLError, match="does not sample with the weights sent after step 4"):
         sample(sampler, 4)
 
 
 def colocated(*, max_model_len: int = 64) -> Colocated:
-    return Colocated(
-        temperature=TEMPERATURE,
-        max_model_len=max_model_len,
-        max_batch_size=16,
-        gpu_memory_utilization=0.3,
-        dtype="float32",
-        on_gpu=False,
-        timeout=300.0,
-    )
+    settings = {
+        "dtype": "float32",
+        "max_model_len": max_model_len,
+        "max_num_seqs": 16,
+        "gpu_memory_utilization": 0.3,
+        "enforce_eager": True,
+    }
+    return Colocated(settings=settings, timeout=300.0)
 
 
 def test_colocated(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def free_port() -> int:
 def server(model_dir: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Server]]:
     port = free_port()
     process = start_server(model_dir, port, tmp_path / "server.log")
-    engine = Server(url=f"http://127.0.0.1:{port}", temperature=TEMPERATURE, timeout=300.0)
+    engine = Server(url=f"http://127.0.0.1:{port}", timeout=300.0)
     try:
         engine.wait()
         yield process, engine
@@ -255,5 +256,5 @@ def test_the_cpu_build_does_not_reload_a_tied_head(tmp_path: Path) -> None:
     sampler = make_sampler(colocated(), model, tmp_path)
     sample(sampler, 0)
     model.load_state_dict(make_model(1, tied=True).state_dict())
-    with pytest.raises(UniAPLError, match="are not those that it samples with"):
+    with pytest.raises(UniAPLError, match="does not sample with the weights sent"):
         sample(sampler, 1)

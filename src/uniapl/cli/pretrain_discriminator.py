@@ -28,6 +28,7 @@ from uniapl.models.loading import (
     load_tokenizer,
     refuse_adapter,
 )
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.distributed.accelerator import make_accelerator
@@ -227,10 +228,11 @@ def _write(
         max_completion_length=options.max_completion_length,
     )
     groups = sampler.sample(
-        [example.prompt_ids for example in prompts],
-        seeds=[derive_seed(options.seed, "sample", name, example.row) for example in prompts],
-        num_generations=options.samples,
-        policy_version=0,
+        SampleRequest(
+            prompts=[example.prompt_ids for example in prompts],
+            seeds=[derive_seed(options.seed, "sample", name, example.row) for example in prompts],
+            num_generations=options.samples,
+        )
     )
     return examples, [
         [tokenizer.decode(list(r.completion_ids), skip_special_tokens=True) for r in group]

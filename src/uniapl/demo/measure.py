@@ -16,6 +16,7 @@ from uniapl.demo.language import PLACES, fluency
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
 from uniapl.demo.task import as_row
 from uniapl.models.policy import Policy
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.types import derive_seed
 
@@ -72,10 +73,11 @@ def measure(
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
     groups = sampler.sample(
-        [example.prompt_ids for example in examples],
-        seeds=[derive_seed(seed, "measure", index) for index in range(len(examples))],
-        num_generations=1,
-        policy_version=0,
+        SampleRequest(
+            prompts=[example.prompt_ids for example in examples],
+            seeds=[derive_seed(seed, "measure", index) for index in range(len(examples))],
+            num_generations=1,
+        )
     )
     texts = [str(tokenizer.decode(list(g[0].completion_ids), skip_special_tokens=True)) for g in groups]
     expert_rows = [demonstration_row(example) for example in examples]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uniapl.evaluation import scores
 from uniapl.evaluation.suites import AT_ONCE, Suite
-from uniapl.rollout import Sampler
+from uniapl.rollout import Sampler, SampleRequest
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
@@ -107,10 +107,11 @@ def _answers(
     for start in range(0, len(order), AT_ONCE):
         chosen = order[start : start + AT_ONCE]
         groups = sampler.sample(
-            [examples[place].prompt_ids for place in chosen],
-            seeds=[derive_seed(seed, "evaluate", suite.name, examples[place].row) for place in chosen],
-            num_generations=num_samples,
-            policy_version=0,
+            SampleRequest(
+                prompts=[examples[place].prompt_ids for place in chosen],
+                seeds=[derive_seed(seed, "evaluate", suite.name, examples[place].row) for place in chosen],
+                num_generations=num_samples,
+            )
         )
         found |= dict(zip(chosen, groups, strict=True))
         advance(len(chosen))

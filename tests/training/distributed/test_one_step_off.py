@@ -20,7 +20,7 @@ from support.runs import lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.errors import Interrupted
-from uniapl.rollout import engines
+from uniapl.rollout import SampleRequest, engines
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.types import derive_seed
@@ -80,7 +80,7 @@ def test_rollouts_are_of_the_weights_a_step_before(
         groups = [r for r in sampled if r["step"] == step]
         prompts = [tuple(make_tokenizer()(group["prompt"]).input_ids) for group in groups]
         seeds = [derive_seed(0, "rollout", step - 1, slot) % engines.SEEDS for slot in range(len(groups))]
-        again = sampler.sample(prompts, seeds=seeds, num_generations=4, policy_version=0)
+        again = sampler.sample(SampleRequest(prompts=prompts, seeds=seeds, num_generations=4))
         decode = make_tokenizer().decode
         texts = [[decode(r.completion_ids, skip_special_tokens=True) for r in group] for group in again]
         assert [[c["text"] for c in group["completions"]] for group in groups] == texts
@@ -174,7 +174,7 @@ def test_rollouts_that_fail_do_not_cost_the_finished_step(
     values = ahead(model_dir, tmp_path / "run", server)
     answer = server.answer
     fails_from_the_third_step(server)
-    with pytest.raises(uniapl.UniAPLError, match=r"answers of another form.*--resume auto"):
+    with pytest.raises(uniapl.UniAPLError, match=r"malformed completions.*--resume auto"):
         train(values)
     saved = checkpoint.checkpoint_path(tmp_path / "run", 2)
     assert not checkpoint.defects(saved)

@@ -78,7 +78,7 @@ def test_a_metric_that_is_not_there_is_said(
 ) -> None:
     values = {"max_steps": 2, "early_stopping": {"metric": "rewrad", "patience": 1}}
     assert train(recipe(model_dir, tmp_path / "run", **values)).steps == 2
-    assert "warning: stop.metric 'rewrad' is not among the metrics" in capsys.readouterr().out
+    assert "warning: early_stopping.metric 'rewrad' is not a metric" in capsys.readouterr().out
 
 
 def test_another_rule_goes_on_with_a_stage_that_had_ended(
@@ -89,5 +89,8 @@ def test_another_rule_goes_on_with_a_stage_that_had_ended(
     written = (tmp_path / "run" / "config.yaml").read_bytes()
     assert train(values | {"resume": "auto", "save_total_limit": 7}).steps == 1
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written, "it says how the run was made"
-    assert "this run is complete (target: skipped is 0, the target 0); another" in capsys.readouterr().out
+    assert (
+        "this run is complete (target: skipped is 0, the target 0); to continue it, set another"
+        in capsys.readouterr().out
+    )
     assert train(values | {"resume": "auto", "early_stopping": {}}).steps == 4

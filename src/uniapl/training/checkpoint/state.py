@@ -60,7 +60,7 @@ class RolloutForm(_Form):
 
 
 class AheadForm(_Form):
-    """A prompt whose rollouts :class:`Ahead` (distributed/one_step_off.py) has for the next step."""
+    """A prompt and its rollouts for the next step; see :class:`OneStepOffSampler`."""
 
     prompt_ids: Ids
     seed: Count

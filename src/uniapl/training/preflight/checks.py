@@ -7,7 +7,7 @@ from uniapl.data.rows import Dataset
 from uniapl.data.streams import is_held_out
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.errors import UsageError
-from uniapl.http import check_address
+from uniapl.http import check_url
 from uniapl.models.loading import ModelSource, load_model_config, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
@@ -116,7 +116,7 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
     if settings.kind == "remote":
         if settings.url is None:
             raise UsageError("discriminator.kind 'remote' needs discriminator.url")
-        check_address("discriminator.url", settings.url)
+        check_url("discriminator.url", settings.url)
     name, trusted = settings.model_name_or_path, settings.trust_remote_code
     if settings.kind == "density-ratio":
         where = ModelConfig(model_name_or_path=name, trust_remote_code=trusted)
