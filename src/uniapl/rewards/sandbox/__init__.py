@@ -88,7 +88,7 @@ class Layers:
 class Sandbox:
     """The pool of workers, which ends with the process or with :meth:`close`.
 
-    It serves one call at a time. A new call cancels the jobs that an abandoned earlier call left in the queue.
+    It serves one call at a time. A new call cancels the queued jobs of an abandoned one.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class _Worker:
 
     def run(self, job: Job) -> Verdict:
         """The job's verdict. Raises SandboxError if the worker itself failed."""
-        # Jobs never see the token, so output that one job leaves in the pipe cannot pass for another's verdict.
+        # Jobs never see the token, so what one leaves in the pipe cannot pass for another's verdict.
         token = secrets.token_hex(8)
         request = {"source": job.source, "text": job.text, "token": token}
         response = self._exchange(request, self._seconds + GRACE_SECONDS)

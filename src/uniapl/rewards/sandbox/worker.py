@@ -1,32 +1,27 @@
 """The program inside the jail: reads one JSON job per line, runs each in a child, and writes one JSON result.
 
 It runs from its source in a bare interpreter and therefore imports only the standard library. The first line
-of its input holds the settings, and the first line of its output lists the layers in force. Modules that
-verifiers often import are loaded once here, so that each forked child already has them in memory.
+of its input holds the settings, and the first line of its output lists the layers in force.
 """
 
 import base64
-import collections  # noqa: F401
 import contextlib
 import ctypes
-import datetime  # noqa: F401
 import fcntl
-import functools  # noqa: F401
-import itertools  # noqa: F401
+import importlib
 import json
-import math  # noqa: F401
 import os
 import random
-import re  # noqa: F401
 import resource
 import select
 import signal
-import statistics  # noqa: F401
-import string  # noqa: F401
 import struct
 import sys
 import time
-import unicodedata  # noqa: F401
+
+# Modules that verifiers often import: loaded here once, each forked child has them in memory.
+for module in "collections datetime functools itertools math re statistics string unicodedata".split():
+    importlib.import_module(module)
 
 OUTPUT_LIMIT = 1 << 20
 """Bytes that a job may print; its output is discarded."""
