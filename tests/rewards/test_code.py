@@ -58,7 +58,7 @@ def scores(verifiers: CodeVerifiers, texts: list[str], **columns: Any) -> list[f
 
 
 def test_it_is_off_unless_allowed(verifiers: CodeVerifiers) -> None:
-    with pytest.raises(UsageError, match=r"allow it by rewards\.allow_code_verifiers: true"):
+    with pytest.raises(UsageError, match=r"set rewards\.allow_code_verifiers to true"):
         rewarder(verifiers).check_rows([example(1, eval_func=NO_E, cases=CASES)])
 
 
@@ -79,17 +79,17 @@ def test_wrong_functions_are_dropped_and_named(verifiers: CodeVerifiers) -> None
         "row 2, function 1: agrees with 2 of 5 cases;",
         "row 2, function 2: agrees with 0 of 5 cases (SyntaxError",
         "row 3, function 1: agrees with 0 of 1 cases",
-        "row 4, function 1: has no case to agree with",
+        "row 4, function 1: has no cases to agree with",
     ):
         assert said in dropped
-    assert left_out.endswith("does not apply to 3 rows, which have no good function: 2, 3, 4")
+    assert left_out.endswith("does not apply to 3 rows, which have no reliable function: 2, 3, 4")
     assert [scorer.applies_to(one) for one in examples] == [True, False, False, False]
 
 
 def test_the_bar_is_an_argument(verifiers: CodeVerifiers) -> None:
     cases = [*CASES[:4], ["E", False]]  # the second function accepts the last one: 4 of 5
-    assert verifiers.good_functions([NO_E, NO_LOWER_E], cases, 0.8) == [NO_E, NO_LOWER_E]
-    assert verifiers.good_functions([NO_E, NO_LOWER_E], cases, 0.9) == [NO_E]
+    assert verifiers.reliable([NO_E, NO_LOWER_E], cases, 0.8) == [NO_E, NO_LOWER_E]
+    assert verifiers.reliable([NO_E, NO_LOWER_E], cases, 0.9) == [NO_E]
 
 
 def test_a_majority_decides_and_who_gives_no_verdict_has_no_vote(verifiers: CodeVerifiers) -> None:
@@ -132,7 +132,7 @@ def test_autoif_s_rows(verifiers: CodeVerifiers) -> None:
     notes = scorer.check_rows(good, allow_code=True)
     kept = 0
     for one in good:
-        functions = verifiers.good_functions(one.columns["eval_func"], one.columns["cases"], 0.8)
+        functions = verifiers.reliable(one.columns["eval_func"], one.columns["cases"], 0.8)
         kept += len(functions)
         cases = _cases(one.columns["cases"])
         given = scorer.score([one] * len(cases), [text for text, _ in cases], [(1,)] * len(cases))
@@ -198,7 +198,7 @@ def test_a_busy_machine_does_not_decide(verifiers: CodeVerifiers, monkeypatch: p
         return [SandboxTimeoutError("slow")] * len(answers) if late and late.pop() else answers
 
     monkeypatch.setattr(Sandbox, "run", slow)
-    assert verifiers.good_functions([NO_E], [["slow at first", True]], 0.8) == [NO_E]
+    assert verifiers.reliable([NO_E], [["slow at first", True]], 0.8) == [NO_E]
 
 
 def test_jobs_are_not_repeated(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_an_instruction_whose_checker_would_draw_is_no_training_signal() -> None
     }
     scorer = rewarder()
     (note,) = scorer.check_rows([example(1, **hash_sign), example(2, **NO_COMMA)])
-    assert "does not apply to 1 rows, whose 'keywords:letter_frequency' has an argument out of" in note
+    assert "does not apply to 1 rows, whose 'keywords:letter_frequency' has an argument outside" in note
     assert [scorer.applies_to(example(row, **NO_COMMA)) for row in (1, 2)] == [False, True]
 
 
