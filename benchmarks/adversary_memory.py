@@ -1,9 +1,10 @@
-"""Peak memory and time of a run with and without a discriminator on the same policy.
+"""Peak memory and step time of a run with and without a discriminator on the same policy.
 
     python benchmarks/adversary_memory.py [--hidden 256] [--layers 8] [--vocabulary 32000] [--json FILE]
 
-Three runs of four steps, each in a process of its own: without an adversary, with adapters on the policy's
-weights, with a discriminator that is a copy. What the process holds before it trains is taken off.
+The benchmark runs four steps in each of three separate processes: without an adversary, with a discriminator
+of LoRA adapters on the policy's weights, and with a discriminator that is a copy of the policy. The memory
+that the process uses before training is subtracted.
 """
 
 import argparse
@@ -14,21 +15,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WAYS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"objective": {"lambda_adv": 0.0}},
-    "adapters": {"discriminator": {"lora_rank": 8}},
+    "adapters": {"discriminator": {"lora_r": 8}},
     "copy": {},
 }
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far; getrusage would begin at its parent's."""
+    """Peak resident size of this process; getrusage would include the parent's peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def save_model(path: Path, options: argparse.Namespace) -> None:
-    """A Qwen3 with random weights, and a tokenizer of one token per byte."""
+    """Save a Qwen3 with random weights, and a tokenizer with one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
@@ -56,8 +57,8 @@ def save_model(path: Path, options: argparse.Namespace) -> None:
     )
 
 
-def measure(way: str, model: str, sender: Any) -> None:
-    """Send the bytes and the seconds of four steps."""
+def measure(variant: str, model: str, sender: Any) -> None:
+    """Run four steps; send the additional peak memory and the time of the last step."""
     from transformers.utils import logging
 
     import uniapl
@@ -74,10 +75,14 @@ def measure(way: str, model: str, sender: Any) -> None:
             "save_steps": 1000,
             "model": {"model_name_or_path": model},
             "rollout": {"num_generations": 8, "max_completion_length": 128},
-            "batching": {"prompts_per_step": 4, "demonstrations_per_step": 8, "max_tokens": 4096},
+            "batching": {
+                "prompts_per_step": 4,
+                "demonstrations_per_step": 8,
+                "max_tokens_per_micro_batch": 4096,
+            },
             "discriminator": {"warmup_steps": 0, "min_accuracy": 0.0},
         }
-        for section, values in WAYS[way].items():
+        for section, values in VARIANTS[variant].items():
             recipe[section] = {**recipe.get(section, {}), **values}
         with Path(output, "console").open("w") as quiet:
             sys.stdout = quiet
@@ -91,7 +96,7 @@ def measure(way: str, model: str, sender: Any) -> None:
 
 
 def main() -> None:
-    """Run every way in a process of its own, and print a table."""
+    """Measure every variant in a separate process, and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,17 +109,18 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as model:
         save_model(Path(model), options)
-        for way in WAYS:
+        for variant in VARIANTS:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=measure, args=(way, model, sender))
+            process = context.Process(target=measure, args=(variant, model, sender))
             process.start()
             sender.close()
-            results[way] = receiver.recv()
+            results[variant] = receiver.recv()
             process.join()
-    for way, result in results.items():
-        share = result["bytes"] / results["none"]["bytes"]
+    for variant, result in results.items():
+        ratio = result["bytes"] / results["none"]["bytes"]
         print(
-            f"{way:9s} {result['bytes'] / 2**20:7.0f} MiB  x {share:.3f}  last step {result['seconds']:.2f} s"
+            f"{variant:9s} {result['bytes'] / 2**20:7.0f} MiB  x {ratio:.3f}  "
+            f"last step {result['seconds']:.2f} s"
         )
     if options.json:
         options.json.write_text(json.dumps({"settings": vars(options) | {"json": None}, "results": results}))

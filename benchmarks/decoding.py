@@ -1,11 +1,12 @@
-"""Seconds of sampling: the fused decoder beside the model's own forward and transformers' `generate`.
+"""Sampling time of the fused decoder, the plain decoder and transformers' `generate`.
 
-    OMP_NUM_THREADS=1 python benchmarks/decoding.py [--sizes embedded medium wide] [--repeats 5] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py [--sizes demo medium wide] [--repeats 5] [--json FILE]
 
-All three sample 8 answers to each of 8 prompts from the same weights, and every answer ends where it was
-planned to (log-normal lengths, 40 % of the limit on average), so that all do the same work. They take turns
-after a warm-up; seconds are the processor's own, as others may work on the machine too. The floor is the
-living rows' multiplications and additions at the rate at which this machine multiplies that many rows.
+The plain decoder uses the model's own forward. All three sample 8 completions for each of 8 prompts from
+the same weights. Every completion ends at a planned length (log-normal, 40 % of the limit on average), so
+that all three do the same work. They run in turn after a warm-up. Times are CPU seconds, because other
+processes may use the machine. The floor is the time of the unfinished rows' multiplications and additions at
+the measured rate of a matrix product with that many rows.
 """
 
 import argparse
@@ -28,15 +29,15 @@ from uniapl.rollout.local import LocalSampler
 GENERATIONS = 8
 STOP = 1
 OTHER = 2
-"""What is taken where the stop token came too early."""
+"""Token that replaces a stop token drawn before the planned end."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model and what it is asked for."""
+    """A model and the size of the sampling task."""
 
     settings: dict[str, int] | None
-    """Of a random Qwen3; None: the embedded model."""
+    """Configuration of a random Qwen3; None for the demo model."""
     prompts: int
     prompt_length: int
     new_tokens: int
@@ -52,7 +53,7 @@ MEDIUM = {
     "head_dim": 64,
 }
 SIZES = {
-    "embedded": Size(None, prompts=8, prompt_length=24, new_tokens=96),
+    "demo": Size(None, prompts=8, prompt_length=24, new_tokens=96),
     "medium": Size(MEDIUM, prompts=8, prompt_length=64, new_tokens=128),
     "wide": Size(
         MEDIUM | {"vocab_size": 151_936, "hidden_size": 128, "num_hidden_layers": 1},
@@ -64,11 +65,11 @@ SIZES = {
 
 
 class PlannedSampler(LocalSampler):
-    """Ends each answer where it was planned: a number of 2 stands for the stop token."""
+    """Ends each completion at its planned length: a uniform number of 2 marks the stop token."""
 
     def _uniforms(self, seeds: list[int], num_generations: int) -> Tensor:
         uniforms = super()._uniforms(seeds, num_generations)
-        # The seeds are the prompts' places.
+        # The seeds are the indices of the prompts.
         lengths = torch.cat([planned(self.max_completion_length)[seed] for seed in seeds])
         return uniforms.scatter(1, (lengths - 1).unsqueeze(-1), 2.0)
 
@@ -79,7 +80,7 @@ class PlannedSampler(LocalSampler):
 
 
 class PlannedEnd(LogitsProcessor):
-    """The same for `generate`."""
+    """Ends each completion of `generate` at its planned length."""
 
     def __init__(self, lengths: Tensor, prompt_length: int) -> None:
         self.lengths, self.prompt_length = lengths, prompt_length
@@ -91,7 +92,7 @@ class PlannedEnd(LogitsProcessor):
 
 
 def planned(new_tokens: int, prompts: int = 8) -> Tensor:
-    """Lengths of all answers [prompts, G]: log-normal, 40 % of the limit on average."""
+    """Lengths of all completions [prompts, G]: log-normal, 40 % of the limit on average."""
     generator = torch.Generator().manual_seed(0)
     spread = 0.6
     noise = torch.randn(prompts, GENERATIONS, generator=generator)
@@ -100,7 +101,7 @@ def planned(new_tokens: int, prompts: int = 8) -> Tensor:
 
 
 def load(size: Size) -> Any:
-    """The model."""
+    """Load or create the model."""
     torch.manual_seed(0)
     if size.settings is None:
         return AutoModelForCausalLM.from_pretrained(str(files("uniapl.demo") / "base")).eval()
@@ -108,8 +109,8 @@ def load(size: Size) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def ways(model: Any, size: Size) -> dict[str, Callable[[], Sequence[int]]]:
-    """Name -> sample everything; the answers' lengths."""
+def decoders(model: Any, size: Size) -> dict[str, Callable[[], Sequence[int]]]:
+    """Return a sampling function per decoder; each returns the completion lengths."""
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(
         3, model.config.vocab_size, (size.prompts, size.prompt_length), generator=generator
@@ -141,14 +142,14 @@ def ways(model: Any, size: Size) -> dict[str, Callable[[], Sequence[int]]]:
             max_new_tokens=size.new_tokens,
             logits_processor=[PlannedEnd(lengths, size.prompt_length)],
         )
-        answers = output[:, size.prompt_length :]
-        return [(row == STOP).nonzero()[0].item() + 1 if STOP in row else len(row) for row in answers]
+        completions = output[:, size.prompt_length :]
+        return [(row == STOP).nonzero()[0].item() + 1 if STOP in row else len(row) for row in completions]
 
     return {"fused": ours("fused"), "plain": ours("plain"), "generate": generate}
 
 
 def floor(model: Any, size: Size) -> dict[str, float]:
-    """The seconds that the matrix products alone would take, and how many they are."""
+    """FLOPs of the matrix products, and the seconds that they would take at the measured rate."""
     lengths = planned(size.new_tokens).flatten()
     layers, head = model.model.layers, model.lm_head.weight
     linear = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
@@ -158,7 +159,7 @@ def floor(model: Any, size: Size) -> dict[str, float]:
         rows = int((lengths > position).sum())
         if not rows:
             break
-        # Scores and averages over the columns of the cache: 2 products of each head.
+        # Attention over the cache: two products per head, for the scores and the weighted sum of the values.
         heads, head_dim = model.config.num_attention_heads, model.config.head_dim
         attention = 2 * len(layers) * heads * head_dim * (size.prompt_length + position)
         work = 2 * rows * (linear + head.numel() + attention)
@@ -171,7 +172,7 @@ RATES: dict[tuple[int, int], float] = {}
 
 
 def rate(model: Any, rows: int) -> float:
-    """Multiplications and additions per second of this model's largest product, for about that many rows."""
+    """FLOP/s of this model's largest matrix product, for `rows` rounded to a power of two."""
     rows = 2 ** round(math.log2(rows))
     weight = model.model.layers[0].mlp.gate_proj.weight.detach().T.contiguous()
     key = (len(weight), rows)
@@ -189,12 +190,12 @@ def rate(model: Any, rows: int) -> float:
 
 
 def measure(size: Size, repeats: int) -> dict[str, Any]:
-    """Seconds of each way, in turn, and the floor."""
+    """Measure all decoders in turn, and compute the floor."""
     model = load(size)
-    runs = ways(model, size)
+    runs = decoders(model, size)
     wanted = planned(size.new_tokens).flatten().tolist()
     for name, run in runs.items():
-        assert list(run()) == wanted, f"{name}: other lengths than planned"
+        assert list(run()) == wanted, f"{name}: completion lengths differ from the planned ones"
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -210,7 +211,7 @@ def measure(size: Size, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print a table, and write the figures where `--json` says."""
+    """Print a table, and write the results to the file given by `--json`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=5)
@@ -224,12 +225,12 @@ def main() -> None:
             results[name] = found = measure(SIZES[name], options.repeats)
             print(f"{name}: {found['parameters']:,} parameters, {found['tokens']:,} tokens")
             baseline = found["seconds"]["generate"]
-            for way, seconds in found["seconds"].items():
+            for decoder, seconds in found["seconds"].items():
                 middle = statistics.median(seconds)
                 times = statistics.median(b / s for b, s in zip(baseline, seconds, strict=True))
                 print(
-                    f"{way:>10}: {middle:7.3f} s [{min(seconds):.3f}, {max(seconds):.3f}]"
-                    f"{found['tokens'] / middle:9.0f} tokens/s   {times:5.2f} times generate"
+                    f"{decoder:>10}: {middle:7.3f} s [{min(seconds):.3f}, {max(seconds):.3f}]"
+                    f"{found['tokens'] / middle:9.0f} tokens/s   {times:5.2f} x the speed of generate"
                 )
             print(f"{'floor':>10}: {found['floor']['seconds']:7.3f} s")
     if options.json:

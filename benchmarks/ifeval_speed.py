@@ -1,9 +1,9 @@
-"""IFEval on one model, by our sampler and by lm-eval's HF path, in one run: seconds and scores of both.
+"""Time and scores of IFEval on one model with UniAPL's sampler and with lm-eval's Hugging Face backend.
 
     python benchmarks/ifeval_speed.py MODEL IFEVAL.jsonl [--max-completion-length 64] [--batch-size 64]
 
-NLTK_DATA must name NLTK's data (punkt_tab). The two are run in turn, twice each, and the ratio is of the
-shorter times: what else the machine does falls on both alike only roughly.
+NLTK_DATA must be set to the directory with NLTK's data (punkt_tab). Both run in turn, twice each, and the
+ratio compares the shorter times, because other load on the machine affects both only roughly equally.
 """
 
 import argparse
@@ -39,7 +39,7 @@ generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {tokens}}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("--max-completion-length", type=int, default=64)
@@ -52,7 +52,7 @@ def main() -> None:
     model = load_model(where).eval()
     stop_ids = load_stop_ids(where, model.config, tokenizer)
     config = Config(
-        data=DataConfig(string_prompts="chat"),
+        data=DataConfig(prompt_format="chat"),
         evaluation=EvaluationConfig(max_completion_length=options.max_completion_length),
     )
     suite = load_suite(f"ifeval={options.data}", config, tokenizer, stop_ids=stop_ids)
@@ -62,7 +62,7 @@ def main() -> None:
         pad_id=tokenizer.pad_token_id,
         max_completion_length=options.max_completion_length,
         temperature=0.0,
-        max_rows=options.batch_size,
+        max_batch_size=options.batch_size,
     )
 
     def ours() -> dict[str, float]:

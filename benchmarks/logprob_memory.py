@@ -1,9 +1,9 @@
-"""Peak memory and time of chunked log-probabilities beside the full logits, forward and backward.
+"""Peak memory and time of log-probabilities from chunked and from full logits, forward and backward.
 
     python benchmarks/logprob_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 64] [--json FILE]
 
-Each way runs in a process of its own, whose peak memory the operating system keeps; what the process holds
-before it computes is taken off.
+Each variant runs in a separate process. The memory that the process uses before the computation is subtracted
+from its peak.
 """
 
 import argparse
@@ -15,17 +15,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-WAYS = ("full", "chunked")
+VARIANTS = ("full", "chunked")
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far."""
+    """Peak resident size of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(way: str, tokens: int, vocabulary: int, hidden_size: int, sender: Any) -> None:
-    """Send the bytes and seconds of one forward and backward pass."""
+def measure(variant: str, tokens: int, vocabulary: int, hidden_size: int, sender: Any) -> None:
+    """Send the peak memory and time of one forward and backward pass."""
     import torch
 
     from uniapl.functional import selected_logprobs
@@ -36,14 +36,14 @@ def measure(way: str, tokens: int, vocabulary: int, hidden_size: int, sender: An
     weight.data.div_(hidden_size**0.5)
     token_ids = torch.randint(0, vocabulary, (tokens,))
     temperature = torch.ones(tokens)
-    # A small pass first: what the libraries themselves allocate does not count.
+    # Do a small pass first, so that allocations of the libraries themselves are not counted.
     selected_logprobs(hidden[:2], weight[:8], torch.zeros(2, dtype=torch.int64), temperature[:2])[
         0
     ].sum().backward()
     hidden.grad = weight.grad = None
     before, start = peak_bytes(), time.perf_counter()
-    if way == "full":
-        # The leanest full way: no entropy, no temperature, the logits freed once they are normalised.
+    if variant == "full":
+        # The least memory that full logits need: no entropy, no temperature, logits freed after softmax.
         logprobs = torch.log_softmax(hidden @ weight.T, dim=-1).gather(-1, token_ids.unsqueeze(-1))
     else:
         logprobs, _ = selected_logprobs(hidden, weight, token_ids, temperature)
@@ -60,19 +60,19 @@ def measure(way: str, tokens: int, vocabulary: int, hidden_size: int, sender: An
 
 
 def compare(tokens: int, vocabulary: int, hidden_size: int) -> dict[str, dict[str, float]]:
-    """Way -> bytes, seconds, and two numbers that must agree between the ways."""
+    """Return memory and time of each variant, and two values that must agree between the variants."""
     context = multiprocessing.get_context("spawn")
     results: dict[str, dict[str, float]] = {}
-    for way in WAYS:
+    for variant in VARIANTS:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=measure, args=(way, tokens, vocabulary, hidden_size, sender))
+        process = context.Process(target=measure, args=(variant, tokens, vocabulary, hidden_size, sender))
         process.start()
         sender.close()
         try:
-            results[way] = receiver.recv()
+            results[variant] = receiver.recv()
         except EOFError:
             raise RuntimeError(
-                f"the '{way}' process died (exit {process.exitcode}): out of memory?"
+                f"{variant}: the process exited with code {process.exitcode}; it may have run out of memory"
             ) from None
         finally:
             process.join()
@@ -80,7 +80,7 @@ def compare(tokens: int, vocabulary: int, hidden_size: int) -> dict[str, dict[st
 
 
 def main() -> None:
-    """Print the comparison, and write it where `--json` says."""
+    """Print the comparison, and write it to the file given by `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -91,8 +91,8 @@ def main() -> None:
     print(
         f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary}, hidden size {arguments.hidden}, fp32"
     )
-    for way, result in results.items():
-        print(f"{way:>8}: peak {result['bytes'] / 2**30:6.2f} GiB   {result['seconds']:6.1f} s")
+    for variant, result in results.items():
+        print(f"{variant:>8}: peak {result['bytes'] / 2**30:6.2f} GiB   {result['seconds']:6.1f} s")
     print(f"   ratio: {results['chunked']['bytes'] / results['full']['bytes']:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")

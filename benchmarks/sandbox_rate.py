@@ -1,8 +1,8 @@
-"""Jobs per second and worker in each jail that can be set up here, and what starting a worker takes.
+"""Jobs per second of one worker in each sandbox available on this machine, and the start-up time of a worker.
 
     python benchmarks/sandbox_rate.py [--jobs 500]
 
-A job is one function of AutoIF's kind on one text of a hundred words.
+A job is one verifier function in the style of AutoIF, applied to one text of a hundred words.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def evaluate(response):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--jobs", type=int, default=500)
     options = parser.parse_args()
     for wrapper in WRAPPERS:

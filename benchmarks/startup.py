@@ -1,4 +1,4 @@
-"""How long `uniapl --help` and `uniapl check` take, and which imports take the time.
+"""Time of `uniapl --help` and `uniapl check`, and their slowest imports.
 
 python benchmarks/startup.py [--repeats 5] [--json FILE]
 """
@@ -18,16 +18,16 @@ from pathlib import Path
 import yaml
 
 LIMITS = {"uniapl --help": 0.3, "uniapl check": 5.0}
-"""Seconds."""
+"""Limit of each command in seconds."""
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Both commands; check has a small recipe on the embedded model."""
+    """The measured commands; `uniapl check` gets a small recipe for the demo model."""
     rows = [{"prompt": "write one sentence", "completion": "the cat sees a dog ."}] * 64
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "model": {"model_name_or_path": str(files("uniapl.demo") / "base")},
-        "data": {"path": str(folder / "train.jsonl"), "string_prompts": "chat"},
+        "data": {"path": str(folder / "train.jsonl"), "prompt_format": "chat"},
         "rewards": {"functions": ["lowercase"]},
         "rollout": {"max_completion_length": 48},
         "output_dir": str(folder / "run"),
@@ -41,7 +41,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def seconds(command: list[str]) -> tuple[float, float]:
-    """By the clock, and of the processors alone: what else the machine does falls on the first."""
+    """Wall-clock seconds and CPU seconds of a command; other load on the machine affects mainly the first."""
     start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -49,7 +49,7 @@ def seconds(command: list[str]) -> tuple[float, float]:
 
 
 def imports(command: list[str], *, count: int = 8) -> dict[str, float]:
-    """The packages whose imports take longest, each with all that it imports, in seconds."""
+    """Seconds of the slowest top-level package imports, each including the modules that it imports."""
     timed = [command[0], "-X", "importtime", *command[1:]]
     text = subprocess.run(timed, check=True, capture_output=True, text=True).stderr
     lines = re.findall(r"^import time:\s+\d+ \|\s+(\d+) \| \s*([\w.]+)$", text, re.MULTILINE)
@@ -58,7 +58,7 @@ def imports(command: list[str], *, count: int = 8) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print both commands' times beside their limits; exit 1 where one is over it."""
+    """Print the time and limit of each command; exit with 1 if a command exceeds its limit."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -68,7 +68,7 @@ def main() -> None:
         todo = commands(Path(name))
         times: dict[str, list[float]] = {what: [] for what in todo}
         used: dict[str, list[float]] = {what: [] for what in todo}
-        # The first round reads the files from the disk.
+        # The first round is not counted, because it reads the files from disk.
         for repeat in range(options.repeats + 1):
             for what, command in todo.items():
                 took, processors = seconds(command)
@@ -84,7 +84,7 @@ def main() -> None:
                 "imports": longest,
             }
             print(f"{what}: {middle:.2f} s ({min(times[what]):.2f} to {max(times[what]):.2f})", end="")
-            print(f", on processors {statistics.median(used[what]):.2f} s, limit {LIMITS[what]} s; imports:")
+            print(f", CPU {statistics.median(used[what]):.2f} s, limit {LIMITS[what]} s; imports:")
             print("    " + ", ".join(f"{package} {took:.2f}" for package, took in longest.items()))
     if options.json:
         options.json.write_text(json.dumps({"benchmark": "startup", "commands": found}, indent=1) + "\n")

@@ -20,18 +20,14 @@ from typing import Any
 import pytest
 import yaml
 
-from runs import lines
-from tiny import save_model
+from support.documents import ROOT, TEMPLATE, block, code_blocks, read_rows
+from support.runs import lines
+from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.demo.recipe import RECIPE
 
-ROOT = Path(__file__).parents[1]
-TEMPLATE = (
-    "{% for m in messages %}<turn>{{ m.content }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<turn>{% endif %}"
-)
 LEFT_OUT = {
     "docs/log.md": "dated records of what was run once, with the figures that came out",
     "docs/api.md": "names for mkdocstrings, which the site's test resolves",
@@ -64,10 +60,10 @@ EXEMPT = {
     "export VLLM": "goes with vllm serve",
     "vllm serve": "a GPU; tests/with_vllm has a server on a CPU",
     "python benchmarks/": "minutes each",
-    "uniapl collect": "an endpoint; tests/test_collect.py has one",
-    "uniapl demo": "minutes; tests/test_embedded.py runs it small",
+    "uniapl collect": "an endpoint; tests/collect/test_collect.py has one",
+    "uniapl demo": "minutes; tests/demo/test_demo.py runs it small",
     "uniapl compare": "minutes to hours; tests/compare runs it small",
-    "uniapl report runs/primes --figures": "half a minute of matplotlib; tests/test_report.py draws them",
+    "uniapl report runs/primes --figures": "half a minute; tests/report/test_report.py draws them",
     "uniapl report runs/before": "a comparison's page; tests/compare writes one",
     "uniapl evaluate runs/primes/final --lm-eval-tasks": "benchmarks of the Hub",
     "accelerate launch": "several processes; tests/integration/test_sharded_runs.py has two",
@@ -86,23 +82,6 @@ SMALL = {
     "chat": "--max-new-tokens 4",
     "export": "",
 }
-
-
-def code_blocks(document: Path) -> list[str]:
-    """The indented blocks of a Markdown file, without their indentation."""
-    blocks: list[list[str]] = [[]]
-    for line in document.read_text().splitlines():
-        if line.startswith("    "):
-            blocks[-1].append(line[4:])
-        elif not line.strip() and blocks[-1]:
-            blocks[-1].append("")
-        elif blocks[-1]:
-            blocks.append([])
-    return ["\n".join(block).strip() + "\n" for block in blocks if block]
-
-
-def block(document: str, beginning: str) -> str:
-    return next(b for b in code_blocks(ROOT / document) if b.startswith(beginning))
 
 
 def kind(text: str) -> str:
@@ -132,15 +111,6 @@ def commands(document: Path) -> list[list[str]]:
 
 def exempt(words: list[str]) -> bool:
     return any(" ".join(words).startswith(beginning) for beginning in EXEMPT)
-
-
-def read_rows(text: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    while text := text.strip():
-        row, end = json.JSONDecoder().raw_decode(text)
-        rows.append(row)
-        text = text[end:]
-    return rows
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config
 
-from test_documents import ROOT, TEMPLATE, block, read_rows
-from tiny import LETTERS, make_tokenizer
+from support.documents import ROOT, TEMPLATE, block, read_rows
+from support.tiny import LETTERS, make_tokenizer
 from uniapl import cli
 
 COMMON = {
@@ -57,7 +57,7 @@ def test_check_accepts_it(
     recipe: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workshop)
-    # A minute for each of them on a slow core; tests/test_memory.py has what it says beside what a run takes.
+    # A minute for each on a slow core; tests/training/preflight/test_memory.py compares it with runs.
     monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
     assert cli.run(["check", str(recipe), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -72,7 +72,7 @@ def test_check_accepts_it(
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_value_says_where_it_comes_from(recipe: Path) -> None:
-    evident = ("model_name_or_path", "path", "string_prompts")
+    evident = ("model_name_or_path", "path", "prompt_format")
     values = [line.strip() for line in recipe.read_text().splitlines() if re.match(r"  \w+: +[^ #]", line)]
     assert len(values) > 20
     for line in values:

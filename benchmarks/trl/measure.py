@@ -1,4 +1,4 @@
-"""Time, interleaved; the machine's limits, measured in the same run; the figures as a table and as JSON."""
+"""Measure interleaved run times and the machine's limits, and write the results as tables and JSON."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from work import Shape
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Of one call; on a GPU until its work is done."""
+    """Time one call in seconds; on a GPU, wait until its kernels have finished."""
     start = time.perf_counter()
     run()
     if device == "cuda":
@@ -27,7 +27,10 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 def interleaved(
     sides: Mapping[str, Callable[[], Any]], options: Namespace, *, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Side -> seconds of each repeat; all sides run in turn, so that what else goes on falls on all alike."""
+    """Return the seconds of each repeat by side.
+
+    The sides run in turn, so that other load on the machine affects all of them equally.
+    """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(warm_up + options.repeats):
         for name, run in sides.items():
@@ -38,7 +41,7 @@ def interleaved(
 
 
 def machine(options: Namespace) -> dict[str, Any]:
-    """What the figures hold for: cores, versions, and the rates that nothing can exceed."""
+    """Describe the machine: cores, package versions, and its measured peak compute and copy rates."""
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     size = 8192 if options.device == "cuda" else 1536
     left = torch.randn(size, size, device=options.device, dtype=dtype)
@@ -60,7 +63,7 @@ def machine(options: Namespace) -> dict[str, Any]:
 
 
 def _token_flops(model: PreTrainedModel) -> tuple[float, float, float]:
-    """Of one token's forward pass: the layers, the head, and attention to one token before it."""
+    """FLOPs of one token's forward pass: the layers, the head, and attention to one preceding token."""
     config = model.config.get_text_config()
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     layers = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
@@ -71,10 +74,10 @@ def _token_flops(model: PreTrainedModel) -> tuple[float, float, float]:
 def update_work(
     model: PreTrainedModel, prompt_lengths: Sequence[int], lengths: Sequence[int]
 ) -> tuple[float, float]:
-    """FLOPs and bytes that an update cannot do without: each prompt once, the head for answers alone.
+    """Minimum FLOPs and bytes of an update: each prompt is processed once, the head only for completions.
 
-    Backward costs twice the forward. Bytes: weights twice, the gradient written and read twice, and AdamW's
-    reading and writing of weights and moments.
+    The backward pass costs twice the forward pass. The bytes count two reads of the weights, one write and
+    two reads of the gradient, and AdamW's reads and writes of weights and moments.
     """
     layer, head, attention = _token_flops(model)
     flops = sum(layer * length + attention * length**2 / 2 for length in prompt_lengths)
@@ -88,10 +91,11 @@ def update_work(
 def rollout_work(
     model: PreTrainedModel, prompt_lengths: Sequence[int], lengths: Sequence[int], *, bf16: bool
 ) -> tuple[float, float]:
-    """FLOPs and bytes that sampling cannot do without.
+    """Minimum FLOPs and bytes of sampling.
 
-    Each prompt once, each token of an answer once; all weights are read at every step of the longest answer,
-    and each row's keys and values at each of its own. Weights that stay in a cache can go below the bytes.
+    Each prompt and each completion token is processed once. All weights are read at every step of the
+    longest completion, and each row's keys and values at each of its own steps. If the weights stay in the
+    processor's cache, the actual traffic can be below these bytes.
     """
     layer, head, attention = _token_flops(model)
     config = model.config.get_text_config()
@@ -118,12 +122,12 @@ def table(
     uncounted: Collection[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """One table of figures, printed and returned.
+    """Print one table of results and return it.
 
     Args:
-        reference: The side that others are compared with: "times" says how many of its runs fit in theirs.
-        work: FLOPs and bytes that cannot be avoided; None where nobody has counted them.
-        uncounted: Sides that do more than this work.
+        reference: The side that others are compared with: "times" is their time divided by its time.
+        work: Minimum FLOPs and bytes of the work; None if they have not been counted.
+        uncounted: Sides that do more than this work; their roofline efficiency is not computed.
     """
     middle = {name: statistics.median(values) for name, values in times.items()}
     least = max(work[0] / limits["matmul_flops"], work[1] / limits["copy_bytes"]) if work else None
@@ -140,7 +144,7 @@ def table(
     ]
     print(f"\n{title}: {asdict(shape)}")
     for row in rows:
-        limit = f"{row['of_limit']:7.1%} of the limit" if row["of_limit"] else ""
+        limit = f"{row['of_limit']:7.1%} of roofline" if row["of_limit"] else ""
         print(
             f"{row['name']:>34}: {row['median']:8.3f} s ({row['low']:.3f} to {row['high']:.3f})"
             f"  {row['times']:5.2f} x {reference} {limit}",
@@ -153,7 +157,7 @@ def table(
 def write(
     benchmark: str, options: Namespace, limits: Mapping[str, Any], tables: list[dict[str, Any]]
 ) -> None:
-    """Say what was measured on what, and write it where `--json` says."""
+    """Print the machine's description, and write the results to the file given by `--json`."""
     print(
         f"\n{limits['device']}, {limits['cores']} cores, {limits['threads']} threads, {limits['precision']}: "
         f"{limits['matmul_flops'] / 1e9:.0f} GFLOP/s, {limits['copy_bytes'] / 1e9:.1f} GB/s"

@@ -1,4 +1,4 @@
-"""Our side, by the product's own parts: a stage as `uniapl train` builds it, and its update of the policy."""
+"""UniAPL's side of the benchmarks: a stage as `uniapl train` builds it, and its update of the policy."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from uniapl.training.materials import Materials
 from work import Work, data_rows, load, random_reward
 
 from uniapl.config.resolve import merge, resolve, stages_of
 from uniapl.data.batching import Row, component_counts, micro_batches
 from uniapl.training.distributed.accelerator import make_accelerator
-from uniapl.training.materials import Materials
 from uniapl.training.preflight import load as setup
 from uniapl.training.stage import Stage, build_stage
 from uniapl.training.update.credit import assign_credit, rollout_rows
@@ -21,7 +21,7 @@ from uniapl.types import Example, Rollout, RolloutGroup
 
 
 def recipe(work_or_shape: Any, folder: Path, options: Namespace) -> dict[str, Any]:
-    """GRPO with the product's defaults on the benchmark's model and sizes."""
+    """GRPO recipe with UniAPL's defaults for the benchmark's model and sizes."""
     shape = getattr(work_or_shape, "shape", work_or_shape)
     return {
         "method": "grpo",
@@ -39,7 +39,7 @@ def recipe(work_or_shape: Any, folder: Path, options: Namespace) -> dict[str, An
 def our_stage(
     work: Work, folder: Path, options: Namespace, **changes: Any
 ) -> tuple[Accelerator, Stage, Materials]:
-    """Policy, optimizer and sampler of a run's first stage."""
+    """Build the first stage of a run, with its policy, optimizer and sampler."""
     resolved = resolve(merge(recipe(work, folder, options), changes))
     stages = stages_of(resolved)
     rows = data_rows(work.shape, 4)
@@ -56,7 +56,7 @@ def our_stage(
 
 
 def our_rows(work: Work, stage: Stage) -> list[Row]:
-    """The rows of a step whose answers and rewards are given."""
+    """Build the rows of a step from given completions and rewards."""
     size = work.shape.generations
     groups = [
         RolloutGroup(
@@ -70,12 +70,12 @@ def our_rows(work: Work, stage: Stage) -> list[Row]:
             ),
             rollouts=tuple(
                 Rollout(
-                    completion_ids=tuple(answer),
-                    sampling_logprobs=(0.0,) * len(answer),
+                    completion_ids=tuple(completion),
+                    sampling_logprobs=(0.0,) * len(completion),
                     finish_reason="stop",
                     policy_version=0,
                 )
-                for answer in work.answers[number * size : (number + 1) * size]
+                for completion in work.completions[number * size : (number + 1) * size]
             ),
             rewards=tuple(work.rewards[number * size : (number + 1) * size]),
             reward_parts={},
@@ -86,7 +86,7 @@ def our_rows(work: Work, stage: Stage) -> list[Row]:
     credits = assign_credit(
         groups,
         scale_rewards=objective.scale_rewards,
-        assignment=objective.adversarial_assignment,
+        assignment=objective.adversarial_credit,
         expert_mean=None,
     )
     return rollout_rows(groups, credits, temperature=stage.config.rollout.temperature)
@@ -95,8 +95,8 @@ def our_rows(work: Work, stage: Stage) -> list[Row]:
 def our_update(
     work: Work, folder: Path, options: Namespace, *, max_tokens: int | None = None
 ) -> tuple[Callable[[], tuple[float, float]], nn.Module]:
-    """One optimizer step, from rows to changed weights; it returns the loss and the gradient's norm."""
-    changes = {"batching": {"max_tokens": max_tokens}} if max_tokens else {}
+    """Return a function that does one optimizer step and returns loss and gradient norm; and the model."""
+    changes = {"batching": {"max_tokens_per_micro_batch": max_tokens}} if max_tokens else {}
     accelerator, stage, materials = our_stage(work, folder, options, **changes)
     rows = our_rows(work, stage)
     config = stage.config
@@ -105,7 +105,7 @@ def our_update(
         batches = micro_batches(
             rows,
             pad_id=materials.pad_id,
-            max_tokens=config.batching.max_tokens,
+            max_tokens=config.batching.max_tokens_per_micro_batch,
             max_rows=config.batching.per_device_train_batch_size,
             packed=stage.packing,
             device=accelerator.device,

@@ -1,4 +1,4 @@
-"""Answers of planned lengths, on both sides: the end token never comes before its place, and always there."""
+"""Completions of planned lengths for both libraries: each is forced to end exactly at its planned length."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from uniapl.rollout.local import LocalSampler
 
 
 class Plan:
-    """The lengths of all answers of a run, dealt out in the order in which they are sampled."""
+    """The lengths of all completions of a run, assigned in the order in which they are sampled."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths, self.position = lengths, 0
@@ -26,13 +26,13 @@ class Plan:
 
 
 def end_where(logits: Tensor, ending: Tensor) -> Tensor:
-    """Logits [R, V] with which exactly the rows of `ending` [R] draw the end token; changed in place."""
+    """Change logits [R, V] in place so that exactly the rows selected by `ending` [R] draw the end token."""
     logits[:, EOS] = torch.where(ending, torch.finfo(logits.dtype).max, -torch.inf)
     return logits
 
 
 class PlannedEnd(LogitsProcessor):
-    """For transformers' generate: one call's answers."""
+    """Ends the completions of one call of transformers' generate at their planned lengths."""
 
     def __init__(self, lengths: list[int], prompt_length: int, device: torch.device) -> None:
         self.last = torch.tensor(lengths, device=device) - 1
@@ -44,12 +44,12 @@ class PlannedEnd(LogitsProcessor):
 
 @contextmanager
 def our_sampler_planned(plan: Plan) -> Iterator[None]:
-    """Our sampler writes answers of the planned lengths: a uniform number above 1 stands for the end."""
+    """Make UniAPL's sampler end completions as planned: a uniform number of 1 or more marks the end."""
     uniforms, choose = LocalSampler._uniforms, LocalSampler._choose
 
     def planned_uniforms(self: LocalSampler, seeds: list[int], num_generations: int) -> Tensor:
         drawn = uniforms(self, seeds, num_generations)
-        # The trial token before a run is not part of the plan.
+        # The single token that is sampled as a check before a run is not part of the plan.
         if self.max_completion_length > 1:
             lengths = torch.tensor(plan.take(len(drawn)))
             drawn[torch.arange(len(drawn)), lengths - 1] += 1
@@ -67,7 +67,10 @@ def our_sampler_planned(plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def continuous_batching_planned(plan: Plan) -> Iterator[None]:
-    """Continuous batching knows no planned end, but a largest length per request, and no end token."""
+    """Make continuous batching end completions as planned.
+
+    It has no planned end, so each request gets the planned length as its maximum and no end token.
+    """
     add = ContinuousBatchingManager.add_request
 
     def planned_add(self: ContinuousBatchingManager, **request: object) -> object:

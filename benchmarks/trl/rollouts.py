@@ -1,4 +1,4 @@
-"""Rollouts: our sampler beside TRL's ways of sampling, with answers of the same planned lengths on all sides.
+"""Rollout time: UniAPL's sampler and TRL's sampling modes, with the same planned completion lengths.
 
 python benchmarks/trl/rollouts.py [--models 20m] [--generations 16] [--bf16] [--device cuda] [--json FILE]
 """
@@ -16,7 +16,7 @@ from planned import Plan, our_sampler_planned
 from theirs import their_sampler
 from work import Shape, Work, chosen_shapes, make_work, parse, save_model, shapes
 
-# TRL's ways of sampling without vLLM -> the settings that choose them.
+# TRL's sampling modes without vLLM, and the settings that select them.
 WAYS: dict[str, dict[str, Any]] = {
     "generate": {},
     "static": {"cache_implementation": "static"},
@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def our_sampler(work: Work, folder: Path, options: Namespace) -> tuple[Callable[[], list[list[int]]], Any]:
-    """The sampler of a stage, at the work's prompts."""
+    """Return a function that samples the given work with a stage's sampler, and the model."""
     _, stage, _ = our_stage(work, folder, options)
 
     def sample() -> list[list[int]]:
@@ -42,10 +42,10 @@ def our_sampler(work: Work, folder: Path, options: Namespace) -> tuple[Callable[
 
 
 def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[str, Any]:
-    """One table: ours, and each of TRL's ways.
+    """Measure one table: UniAPL and each of TRL's sampling modes.
 
     Raises:
-        SystemExit: A side has not written answers of the planned lengths.
+        SystemExit: A side sampled completions of other lengths than planned.
     """
     work = make_work(shape)
     with tempfile.TemporaryDirectory() as name:
@@ -54,9 +54,11 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         sides = {"uniapl": ours}
         sides |= {f"TRL, {way}": their_sampler(work, folder, options, **WAYS[way])[0] for way in options.ways}
         for side, sample in sides.items():
-            written = sorted(map(len, sample()))
-            if written != sorted(work.lengths):
-                raise SystemExit(f"{side} wrote answers of other lengths than planned: {written}")
+            sampled = sorted(map(len, sample()))
+            if sampled != sorted(work.lengths):
+                raise SystemExit(
+                    f"{side}: completion lengths {sampled} differ from the planned {sorted(work.lengths)}"
+                )
         floor = rollout_work(model, [*map(len, work.prompts)], work.lengths, bf16=options.bf16)
         return table(
             f"rollouts, G = {shape.generations}",
@@ -70,7 +72,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
 
 
 def main() -> None:
-    """One table for each size."""
+    """Measure one table per model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=[*WAYS])
     chosen_shapes(parser)

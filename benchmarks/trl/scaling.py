@@ -1,4 +1,4 @@
-"""How rollouts and update grow over G, prompts' lengths, spread of the answers' lengths, vocabulary, threads.
+"""Scaling of rollouts and update with G, prompt length, spread of completion lengths, vocabulary and threads.
 
 python benchmarks/trl/scaling.py [--over generations threads] [--device cuda] [--json FILE]
 """
@@ -28,7 +28,7 @@ AXES: dict[str, tuple[float, ...]] = {
 
 
 def point(axis: str, value: Any, options: Namespace, limits: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rollouts and update at one value, both sides."""
+    """Measure rollouts and update of both libraries at one value of an axis."""
     shape = BASE if axis == "threads" else replace(BASE, **{axis: value})
     torch.set_num_threads(value if axis == "threads" else options.threads)
     work = make_work(shape)
@@ -60,7 +60,7 @@ def point(axis: str, value: Any, options: Namespace, limits: dict[str, Any]) -> 
 
 
 def main() -> None:
-    """All values of the chosen axes."""
+    """Measure all values of the selected axes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--over", nargs="+", choices=tuple(AXES), default=[*AXES])
     options = parse(parser)

@@ -1,9 +1,10 @@
-"""The whole step: sampling, rewards, advantages, update, by `uniapl.train` and by `GRPOTrainer.train`.
+"""Time of a complete step (sampling, rewards, advantages, update) in `uniapl.train` and `GRPOTrainer.train`.
 
     python benchmarks/trl/step.py [--models 20m] [--steps 4] [--bf16] [--device cuda] [--json FILE]
 
-Each repeat is a short run of every side, one after the other; a run's first step is not counted. Beside GRPO,
-a step of the method `uniapl` with its default settings: demonstrations, discriminator and KL on top.
+Each repeat is a short run of every configuration in turn; the first step of a run is not counted. In addition
+to GRPO, a step of the method `uniapl` is measured with its defaults, which adds demonstrations, discriminator
+and KL.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from uniapl.config.resolve import merge
 from uniapl.data.rows import tokenize_row
 
 STEADY = {
-    # As a long run is most of the time: the discriminator past its warm-up, the KL's reference in use.
+    # The steady state of a long run: the discriminator is past its warm-up and the KL reference is in use.
     "method": "uniapl",
     "objective": {"reference_step": 0},
     "discriminator": {"warmup_steps": 0},
@@ -50,12 +51,12 @@ LESS = {
     "one discriminator update": STEADY | {"discriminator": {"warmup_steps": 0, "updates_per_step": 1}},
     "no discriminator": STEADY | {"objective": {"reference_step": 0, "lambda_adv": 0.0}},
 }
-"""What of the method's price is whose."""
+"""Variants without a part of the method, which show what that part costs."""
 PARTS = ("rollout", "reward", "score", "update", "discriminator")
 
 
 class Clock(TrainerCallback):
-    """Seconds of each of TRL's optimizer steps, generation included."""
+    """Measures the seconds of each of TRL's optimizer steps, including generation."""
 
     def __init__(self, device: str) -> None:
         self.device, self.times = device, []
@@ -73,7 +74,7 @@ class Clock(TrainerCallback):
 
 
 Run = Callable[[], list[dict[str, float]]]
-"""A short run -> of each step but the first: "step", and the parts where they are known."""
+"""Does a short run and returns the times of each step but the first: "step", and its parts if available."""
 
 
 def our_run(shape: Shape, folder: Path, options: Namespace, **changes: Any) -> Run:
@@ -115,12 +116,12 @@ def their_run(shape: Shape, folder: Path, options: Namespace, micro_batch: int, 
 
 
 def prompt_lengths(tokenizer: Any, rows: list[dict[str, Any]]) -> list[int]:
-    """Tokens of each row's prompt."""
+    """Number of prompt tokens of each row."""
     return [len(tokenize_row(n, row, tokenizer, DataConfig()).prompt_ids) for n, row in enumerate(rows)]
 
 
 def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[str, Any]:
-    """One table: our two methods, TRL's defaults and its best settings."""
+    """Measure one table: UniAPL's two methods and variants, TRL's defaults and its best settings."""
     with tempfile.TemporaryDirectory() as name:
         folder = save_model(shape, Path(name) / "model")
         sides = {
@@ -148,8 +149,8 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         if len(records[0]) > 1
     }
     return table(
-        "whole step",
-        # The embedded task's prompts have lengths of their own.
+        "complete step",
+        # The demo task's prompts do not have the length given by the shape.
         replace(shape, prompt_length=round(sum(prompts) / len(prompts))),
         {side: [record["step"] for record in records] for side, records in found.items()},
         reference="uniapl, grpo",
@@ -161,10 +162,14 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
 
 
 def main() -> None:
-    """One table for each size."""
+    """Measure one table per model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of a run")
-    parser.add_argument("--micro-batch", type=int, default=32, help="rows of TRL's micro-batch at its best")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="measured steps per run, after one that is not counted"
+    )
+    parser.add_argument(
+        "--micro-batch", type=int, default=32, help="rows per micro-batch of TRL with its best settings"
+    )
     chosen_shapes(parser)
     options = parse(parser)
     limits = machine(options)

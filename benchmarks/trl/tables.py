@@ -1,8 +1,8 @@
-"""Write the tables of docs/performance.md anew from the benchmarks' JSON files.
+"""Update the tables in docs/performance.md from the benchmarks' JSON files.
 
     python benchmarks/trl/tables.py [docs/performance]
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME.json is its file in the folder.
+The tables of NAME.json replace the text between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import json
@@ -31,12 +31,12 @@ def machine(found: dict[str, Any]) -> str:
 
 
 def timed(table: dict[str, Any]) -> str:
-    """Seconds of each side, its multiple of the reference, and what share of the limit it reaches."""
+    """Table with the time, relative time and roofline efficiency of each configuration."""
     shape = table["shape"]
     agree = f"; losses and norms agree to {table['difference']:.0e}" if "difference" in table else ""
     title = (
         f"{shape['model']}, {shape['prompts']} prompts of {shape['prompt_length']} tokens, G = "
-        f"{shape['generations']}, answers of {shape['completion_length']} at most, V = "
+        f"{shape['generations']}, completions of at most {shape['completion_length']} tokens, V = "
         f"{shape['vocabulary']:,}: {table['title']}{agree}"
     )
     rows = [
@@ -49,13 +49,14 @@ def timed(table: dict[str, Any]) -> str:
         ]
         for row in table["rows"]
     ]
-    text = markdown([title, "seconds", "range", "times ours", "of the limit"], rows)
+    text = markdown([title, "seconds", "range", "relative time", "roofline efficiency"], rows)
     for side, parts in table.get("parts", {}).items():
         text += f"\n\n{side}: " + ", ".join(f"{name} {took:.2f} s" for name, took in parts.items()) + "."
     return text
 
 
 def peaks(table: dict[str, Any]) -> str:
+    """Table with the peak memory of each configuration."""
     rows = [
         [
             row["name"],
@@ -65,11 +66,11 @@ def peaks(table: dict[str, Any]) -> str:
         ]
         for row in table["rows"]
     ]
-    return markdown([table["title"], "on top", "times the weights", "seconds"], rows)
+    return markdown([table["title"], "additional memory", "relative to the weights", "seconds"], rows)
 
 
 def scaling(tables: list[dict[str, Any]]) -> str:
-    """A row per value of an axis: seconds of both sides and their ratio, for rollouts and for the update."""
+    """Table with one row per value of an axis: times of rollouts and update in both libraries, and ratios."""
     rows: list[list[str]] = []
     for (axis, value), points in groupby(tables, key=lambda t: (t["axis"], t["value"])):
         cells: list[str] = []
@@ -77,10 +78,13 @@ def scaling(tables: list[dict[str, Any]]) -> str:
             ours, theirs = (row["median"] for row in point["rows"])
             cells += [f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}"]
         rows.append([f"{axis} {value:,}", *cells])
-    return markdown(["", "rollouts", "TRL", "ratio", "update", "TRL", "ratio"], rows)
+    columns = ("UniAPL", "TRL", "ratio")
+    head = ["", *(f"{what}: {column}" for what in ("rollouts", "update") for column in columns)]
+    return markdown(head, rows)
 
 
 def startup(found: dict[str, Any]) -> str:
+    """Table with the time, limit and slowest imports of each command."""
     rows = [
         [
             f"`{command}`",
@@ -91,11 +95,13 @@ def startup(found: dict[str, Any]) -> str:
         ]
         for command, figures in found["commands"].items()
     ]
-    return markdown(["", "seconds", "on the processors", "limit", "imports, with their own"], rows)
+    return markdown(
+        ["", "seconds", "CPU seconds", "limit (seconds)", "cumulative import times (seconds)"], rows
+    )
 
 
 def render(found: dict[str, Any]) -> str:
-    """The Markdown of one benchmark's file."""
+    """Markdown for the JSON file of one benchmark."""
     if found["benchmark"] == "startup":
         return startup(found)
     if found["benchmark"] == "scaling":
@@ -107,7 +113,7 @@ def render(found: dict[str, Any]) -> str:
 
 
 def filled(page: str, folder: Path) -> str:
-    """The page with the tables that the files in the folder give."""
+    """The page, with its tables generated from the JSON files in the folder."""
 
     def fresh(match: re.Match[str]) -> str:
         found = json.loads((folder / f"{match[1]}.json").read_text(encoding="utf-8"))

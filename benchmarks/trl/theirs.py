@@ -1,8 +1,8 @@
-"""TRL's side: its GRPOTrainer, with prompts, answers, rewards and lengths that are given."""
+"""TRL's side of the benchmarks: GRPOTrainer with given prompts, completions, rewards and lengths."""
 
 import os
 
-# With it TRL sends no telemetry.
+# Disables TRL's telemetry.
 os.environ.setdefault("CI", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -23,15 +23,16 @@ from work import Shape, Work, load, random_reward
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 BEST = {"gradient_checkpointing": False}
-"""Of its settings, those that make it faster whatever the size; the micro-batch is searched for."""
+"""The TRL settings that make it faster at every size; benchmarks choose the micro-batch size separately."""
 
 
 class Trainer(GRPOTrainer):
-    """With answers of planned lengths, and with a batch that is made once where the update alone is timed."""
+    """GRPOTrainer with planned completion lengths, and with one fixed batch if only the update is timed."""
 
     plan: Plan | None = None
-    """Of the answers that it samples."""
+    """Planned lengths of the completions that it samples."""
     one_batch = False
+    """Whether every update uses the first batch."""
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.one_batch and self._buffered_inputs is not None:
@@ -51,7 +52,7 @@ class Trainer(GRPOTrainer):
             end = PlannedEnd(self.plan.take(rows), width, input_ids.device)
             return generate(input_ids=input_ids, logits_processor=LogitsProcessorList([end]), **settings)
 
-        # An attribute of the instance hides the class's method until it is deleted.
+        # The instance attribute hides the class's method until it is deleted.
         self.model.generate = planned
         try:
             return super()._generate_single_turn(*args, **kwargs)
@@ -71,7 +72,7 @@ def make_trainer(
     steps: int = 1000,
     **settings: Any,
 ) -> Trainer:
-    """A trainer for the shape; settings that are not given are TRL's defaults, but for the precision."""
+    """Build a trainer for the shape, with TRL's defaults except for the precision and the given settings."""
     model, tokenizer = load(folder, options.device)
     micro_batch = min(micro_batch, shape.rows)
     with contextlib.redirect_stdout(None):
@@ -106,14 +107,14 @@ def make_trainer(
 def their_update(
     work: Work, folder: Path, options: Namespace, *, micro_batch: int = 8, **settings: Any
 ) -> tuple[Callable[[], tuple[float, float]], torch.nn.Module]:
-    """One optimizer step as `Trainer.train` does it, on a batch that TRL made of the given answers."""
+    """Return an optimizer step as in `Trainer.train`, on a batch that TRL builds from given completions."""
 
     def given_rollouts(prompts: list[str], _: Any) -> dict[str, list[Any]]:
         size = work.shape.generations
         return {
             "prompt_ids": [work.prompts[row // size] for row in range(len(prompts))],
-            "completion_ids": work.answers,
-            "logprobs": [[0.0] * len(answer) for answer in work.answers],
+            "completion_ids": work.completions,
+            "logprobs": [[0.0] * len(completion) for completion in work.completions],
         }
 
     rows = [{"prompt": str(number)} for number in range(work.shape.prompts)]
@@ -148,7 +149,7 @@ def their_update(
 def their_sampler(
     work: Work, folder: Path, options: Namespace, **settings: Any
 ) -> tuple[Callable[[], list[list[int]]], torch.nn.Module]:
-    """Its sampling of one generation batch, as token ids."""
+    """Return a function that samples one generation batch as token ids with TRL, and the model."""
     trainer = make_trainer(work.shape, folder, options, [{"prompt": "0"}] * 2, **BEST, **settings)
     prompts = [prompt for prompt in work.prompts for _ in range(work.shape.generations)]
 

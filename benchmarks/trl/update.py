@@ -1,4 +1,4 @@
-"""The update of the policy: ours beside TRL's, with losses and gradient norms compared before any is timed.
+"""Time of the policy update in UniAPL and TRL, after a check that losses and gradient norms agree.
 
 python benchmarks/trl/update.py [--models 20m] [--prompt-length 512] [--bf16] [--device cuda]
 """
@@ -18,16 +18,17 @@ from work import Shape, chosen_shapes, make_work, parse, save_model, shapes
 
 TOLERANCE = 1e-4
 OURS = (4, 16)
-"""Rows of a micro-batch that are tried with our settings (less padding), and with TRL's (fewer calls)."""
+"""Micro-batch sizes in rows that are tried for UniAPL; small ones need less padding."""
 THEIRS = (8, 32)
+"""Micro-batch sizes in rows that are tried for TRL; larger ones need fewer calls."""
 Step = Callable[[], tuple[float, float]]
 
 
 def tried(sides: dict[str, Step], options: Namespace) -> tuple[dict[str, float], float]:
-    """Two updates of every side -> seconds of the second; the largest relative difference between the sides.
+    """Do two updates of every side; return the seconds of the second and the largest relative difference.
 
     Raises:
-        SystemExit: Losses or gradient norms differ: the sides do not do the same work. bf16 may differ.
+        SystemExit: Losses or gradient norms differ, so the work is not the same. Not raised for bf16.
     """
     values: dict[str, list[tuple[float, float]]] = {}
     times: dict[str, float] = {}
@@ -44,12 +45,12 @@ def tried(sides: dict[str, Step], options: Namespace) -> tuple[dict[str, float],
     )
     print(f"  largest relative difference of losses and gradient norms: {worst:.1e}", flush=True)
     if worst > TOLERANCE and not options.bf16:
-        raise SystemExit(f"the sides do not do the same: {values}")
+        raise SystemExit(f"losses or gradient norms of the sides differ by more than {TOLERANCE}: {values}")
     return times, worst
 
 
 def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[str, Any]:
-    """One table: our default and best settings, and TRL's."""
+    """Measure one table: UniAPL and TRL, each with its defaults and its best settings."""
     work = make_work(shape)
     longest = shape.prompt_length + shape.completion_length
     with tempfile.TemporaryDirectory() as name:
@@ -63,7 +64,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
             for rows in OURS
         }
         theirs = {
-            f"TRL, micro-batches of {rows} rows, nothing recomputed": their_update(
+            f"TRL, micro-batches of {rows} rows, no gradient checkpointing": their_update(
                 work, folder, options, micro_batch=rows, **BEST
             )[0]
             for rows in sorted({min(rows, shape.rows) for rows in THEIRS})
@@ -83,7 +84,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
 
 
 def main() -> None:
-    """Each size with prompts as long as the longest answer, and four times as long."""
+    """Measure each model with prompts as long as the longest completion, and four times as long."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     chosen_shapes(parser)
     options = parse(parser)

@@ -1,4 +1,4 @@
-"""The work that both sides do: a model, prompts, answers of planned lengths, rewards; drawn from one seed."""
+"""Work for both libraries from one seed: a model, prompts, completions of planned lengths, and rewards."""
 
 import hashlib
 import math
@@ -26,22 +26,22 @@ from uniapl.demo.task import make_task
 
 disable_progress_bar()
 PAD, EOS = 0, 1
-EMBEDDED = Path(str(files("uniapl.demo") / "base"))
+DEMO = Path(str(files("uniapl.demo") / "base"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How much work there is."""
+    """Size of the work."""
 
     model: str = "20m"
-    """"embedded", or a random Qwen3: "20m" (20 M parameters at V = 32,000), "thin" (a small trunk)."""
+    """"demo", or a random Qwen3: "20m" (20 M parameters at V = 32,000) or "thin" (a small trunk)."""
     prompts: int = 4
     generations: int = 8
     prompt_length: int = 128
     completion_length: int = 128
-    """The longest answer."""
+    """Maximum completion length."""
     spread: float = 0.6
-    """Standard deviation of the answers' log lengths; their mean is 40 % of the longest."""
+    """Standard deviation of the log of completion lengths; their mean is 40 % of the maximum."""
     vocabulary: int = 32_000
 
     @property
@@ -50,8 +50,8 @@ class Shape:
 
 
 SHAPES = {
-    "embedded": Shape(
-        model="embedded",
+    "demo": Shape(
+        model="demo",
         prompts=12,
         prompt_length=MAX_COMPLETION_LENGTH,
         completion_length=MAX_COMPLETION_LENGTH,
@@ -59,25 +59,25 @@ SHAPES = {
     ),
     "20m": Shape(prompts=2),
 }
-"""The two sizes that are measured."""
+"""The measured models and their default sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Token ids of one step: prompts, and an answer with its reward for each of their rollouts."""
+    """Token ids of one step: the prompts, and a completion with its reward for each rollout."""
 
     shape: Shape
     prompts: list[list[int]]
-    answers: list[list[int]]
+    completions: list[list[int]]
     rewards: list[float]
 
     @property
     def lengths(self) -> list[int]:
-        return [len(answer) for answer in self.answers]
+        return [len(completion) for completion in self.completions]
 
 
 def planned_lengths(shape: Shape, count: int, seed: int = 0) -> list[int]:
-    """Log-normal lengths as of real answers, cut at the longest."""
+    """Log-normal lengths, as those of real completions, truncated at the maximum."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(count, generator=generator, dtype=torch.float64)
     location = math.log(0.4 * shape.completion_length) - shape.spread**2 / 2
@@ -86,45 +86,45 @@ def planned_lengths(shape: Shape, count: int, seed: int = 0) -> list[int]:
 
 
 def make_work(shape: Shape, seed: int = 0) -> Work:
-    """Random prompts of equal length and random answers that end with the end token."""
+    """Random prompts of equal length, and random completions that end with the end token."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> list[int]:
         return torch.randint(4, shape.vocabulary, (length,), generator=generator).tolist()
 
-    answers = [[*ids(length - 1), EOS] for length in planned_lengths(shape, shape.rows, seed)]
+    completions = [[*ids(length - 1), EOS] for length in planned_lengths(shape, shape.rows, seed)]
     return Work(
         shape=shape,
         prompts=[ids(shape.prompt_length) for _ in range(shape.prompts)],
-        answers=answers,
-        rewards=[pseudo_random(" ".join(map(str, answer))) for answer in answers],
+        completions=completions,
+        rewards=[pseudo_random(" ".join(map(str, completion))) for completion in completions],
     )
 
 
 def pseudo_random(text: str) -> float:
-    """A reward in [0, 1) that no two answers share."""
+    """A reward in [0, 1) from the text's hash, so that different completions have different rewards."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
 def text_of(completion: Any) -> str:
-    """A completion's text: both libraries hand over messages where the prompt is a chat."""
+    """Text of a completion; both libraries pass a list of messages if the prompt is a chat."""
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def random_reward(completions: list[Any], **_: Any) -> list[float]:
-    """The reward function of the whole step, for both libraries."""
+    """Reward function of the complete step, for both libraries."""
     return [pseudo_random(text_of(completion)) for completion in completions]
 
 
 def data_rows(shape: Shape, count: int) -> list[dict[str, Any]]:
-    """Rows for a run: the embedded task's own prompts, or random words; each with a demonstration."""
-    if shape.model == "embedded":
+    """Rows for a run, each with a demonstration: prompts of the demo task, or random words."""
+    if shape.model == "demo":
         task = make_task(prompts=count, demonstrations=count, held_out=1)
         return [{"prompt": row["prompt"], "completion": row["completion"]} for row in task.rows]
     work = make_work(replace(shape, prompts=count, generations=1), seed=1)
     return [
-        {"prompt": words(prompt), "completion": words(answer[:-1])}
-        for prompt, answer in zip(work.prompts, work.answers, strict=True)
+        {"prompt": words(prompt), "completion": words(completion[:-1])}
+        for prompt, completion in zip(work.prompts, work.completions, strict=True)
     ]
 
 
@@ -133,10 +133,10 @@ def words(ids: Sequence[int]) -> str:
 
 
 def save_model(shape: Shape, folder: Path) -> Path:
-    """A directory with the model and its tokenizer."""
-    if shape.model == "embedded":
-        # A copy: runs write beside the model.
-        return Path(copytree(EMBEDDED, folder, dirs_exist_ok=True))
+    """Save the model and its tokenizer to a directory."""
+    if shape.model == "demo":
+        # Use a copy, because runs write to the parent directory of the model.
+        return Path(copytree(DEMO, folder, dirs_exist_ok=True))
     trunk = {"20m": (384, 5, 6), "thin": (256, 2, 4)}
     hidden, layers, heads = trunk[shape.model]
     config = Qwen3Config(
@@ -165,32 +165,32 @@ def save_model(shape: Shape, folder: Path) -> Path:
 
 
 def load(folder: Path, device: str) -> tuple[PreTrainedModel, Any]:
-    """A fresh copy of the model, in fp32, and its tokenizer."""
+    """Load the model in fp32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def parse(parser: ArgumentParser) -> Namespace:
-    """The command line, with what all benchmarks have in common; the threads are set."""
+    """Add the arguments that all benchmarks share, parse the command line, and set the number of threads."""
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
 
 
 def chosen_shapes(parser: ArgumentParser) -> None:
-    """Flags that change the sizes which are measured."""
+    """Add arguments that select the models and change their sizes."""
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=[*SHAPES])
     for name in ("prompts", "generations", "prompt-length", "completion-length", "vocabulary"):
         parser.add_argument(f"--{name}", type=int)
 
 
 def shapes(options: Namespace) -> list[Shape]:
-    """The sizes to measure, with what the command line changes of them."""
+    """The selected models, with the sizes given on the command line."""
     names = ("prompts", "generations", "prompt_length", "completion_length", "vocabulary")
     changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return [replace(SHAPES[name], **changes) for name in options.models]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fakes import cells, fake_cell
+from support.fakes import cells, fake_cell
 from uniapl import cli
 from uniapl.compare import cell as cell_module
 from uniapl.compare import plan
@@ -76,7 +76,7 @@ KILLED = """
 import signal
 import sys
 from pathlib import Path
-from fakes import cells, fake_cell
+from support.fakes import cells, fake_cell
 from uniapl.compare.runner import run_cells
 if __name__ == "__main__":
     # What is started in the background may have been told to ignore Ctrl-C.

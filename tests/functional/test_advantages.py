@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import reference
+from support import reference
 from uniapl.functional import group_advantages
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import reference
+from support import reference
 from uniapl.functional import adversarial_advantages, bradley_terry_loss, win_probability
 
 POLICY = torch.tensor([[0.0, 2.0, -1.0], [5.0, 5.0, 5.0]], dtype=torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import reference
+from support import reference
 from uniapl.functional import (
     clip_fractions,
     clipped_surrogate,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from runs import lines, recipe, train
-from tiny import letter_rows, save_model
+from support.runs import lines, recipe, train
+from support.tiny import letter_rows, save_model
 
 EXPERT_LENGTH = 4
 """Three letters and the end token."""
@@ -37,7 +37,7 @@ def final_length(model_dir: Path, output: Path, method: str, **objective: Any) -
             "updates_per_step": 4,
             "replay_size": 64,
         },
-        batching={"prompts_per_step": 6, "demonstrations_per_step": 26, "max_tokens": 4000},
+        batching={"prompts_per_step": 6, "demonstrations_per_step": 26, "max_tokens_per_micro_batch": 4000},
         stages=[
             {"method": "sft", "max_steps": 60},
             {"method": method, "max_steps": 70, "optim": {"learning_rate": 5e-4}},

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import uniapl
-from runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
-from tiny import letter_rows, make_tokenizer, save_model
+from support.runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
+from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.discriminator.bradley_terry import BradleyTerry
 from uniapl.errors import UniAPLError
 from uniapl.models.policy import Policy
 from uniapl.training import step_health as watch
 from uniapl.training.checkpoint import directory as checkpoint
-from uniapl.training.checkpoint.disk import exclusive, size
+from uniapl.training.checkpoint.disk import exclusive, format_bytes
 from uniapl.types import packed_tokens
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -70,15 +70,15 @@ def test_an_update_that_does_not_fit_is_done_in_smaller_parts(
     """The result is the same, what fitted is remembered, and a resumed run begins with it."""
     values = {
         "objective": {"num_iterations": 2},
-        "batching": {"max_tokens": 1000},
-        "gradient_steps": 1,
+        "batching": {"max_tokens_per_micro_batch": 1000},
+        "log_gradients_steps": 1,
         "save_steps": 1,
     }
     train(recipe(model_dir, tmp_path / "whole", **values))
     sizes = with_little_memory(monkeypatch, Policy, 70)
     run_until(2, recipe(model_dir, tmp_path / "small", **values))
     assert "step 1: out of memory: micro-batches of" in capsys.readouterr().out
-    failed = [size for size in sizes if size > 70]
+    failed = [format_bytes for format_bytes in sizes if format_bytes > 70]
     assert 1 <= len(failed) <= 6
     state = json.loads((checkpoint.checkpoint_path(tmp_path / "small", 2) / "state.json").read_text())
     assert state["token_limit"] == max(failed[-1] // 2, 1) <= 100
@@ -93,7 +93,11 @@ def test_a_second_update_that_does_not_fit_keeps_its_old_logprobs(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory runs out between the updates of a step: each row keeps its own old log-probabilities."""
-    values = {"objective": {"num_iterations": 2}, "batching": {"max_tokens": 1000}, "max_steps": 2}
+    values = {
+        "objective": {"num_iterations": 2},
+        "batching": {"max_tokens_per_micro_batch": 1000},
+        "max_steps": 2,
+    }
     train(recipe(model_dir, tmp_path / "whole", **values))
     forward, calls = Policy.forward, 0
 
@@ -115,7 +119,7 @@ def test_the_batch_that_does_not_fit_need_not_be_the_one_with_most_tokens(
 ) -> None:
     """A long demonstration fits by itself, three short rows do not: they are parted, not the run ended."""
     rows = [row | ({"completion": "a" * 60} if row.get("completion") else {}) for row in letter_rows(12)]
-    values = {"batching": {"max_tokens": 62}, "max_steps": 2}
+    values = {"batching": {"max_tokens_per_micro_batch": 62}, "max_steps": 2}
     train(recipe(model_dir, tmp_path / "whole", **values), train_dataset=rows)
     forward, sizes = Policy.forward, list[tuple[int, int]]()
 
@@ -135,7 +139,7 @@ def test_the_batch_that_does_not_fit_need_not_be_the_one_with_most_tokens(
 def test_a_discriminator_s_update_that_does_not_fit(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"batching": {"max_tokens": 1000}}
+    values = {"batching": {"max_tokens_per_micro_batch": 1000}}
     train(recipe(model_dir, tmp_path / "whole", **values))
     sizes = with_little_memory(monkeypatch, BradleyTerry, 40)
     train(recipe(model_dir, tmp_path / "small", **values))
@@ -173,8 +177,8 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(
 @pytest.mark.parametrize(
     ("phase", "target", "remedy"),
     [
-        ("rollout", "uniapl.training.loop.sample", "rollout.max_rows"),
-        ("score", "uniapl.training.loop.judge", "batching.max_tokens"),
+        ("rollout", "uniapl.training.loop.sample", "rollout.max_batch_size"),
+        ("score", "uniapl.training.loop.score_with_discriminator", "batching.max_tokens_per_micro_batch"),
     ],
 )
 def test_too_little_memory_elsewhere_names_what_to_lower(
@@ -437,4 +441,8 @@ def test_a_model_saved_in_half_precision_is_trained_in_fp32(
 
 
 def test_sizes_for_people() -> None:
-    assert [size(0), size(2**20), size(5 * 2**30)] == ["0.0 KiB", "1.0 MiB", "5.0 GiB"]
+    assert [format_bytes(0), format_bytes(2**20), format_bytes(5 * 2**30)] == [
+        "0.0 KiB",
+        "1.0 MiB",
+        "5.0 GiB",
+    ]

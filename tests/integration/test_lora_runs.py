@@ -15,15 +15,15 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import uniapl
-from runs import assert_same_run, lines, recipe, run_until, train, write_recipe
-from tiny import SMALL, letter_rows, make_tokenizer, save_model
+from support.runs import assert_same_run, lines, recipe, run_until, train, write_recipe
+from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import ModelConfig
 from uniapl.models.loading import load_model, load_policy
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 
-LORA: dict[str, Any] = {"model.lora_r": 4, "discriminator.lora_rank": 2}
+LORA: dict[str, Any] = {"model.lora_r": 4, "discriminator.lora_r": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def learnt(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_steps=60,
         objective={"mu_decay_steps": 60, "beta": 0.0},
         optim={"learning_rate": 1e-2},
-        batching={"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens": 4000},
+        batching={"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens_per_micro_batch": 4000},
     )
     train(values | LORA, train_dataset=letter_rows(4, demonstrated=(0, 2)))
     return path
@@ -83,14 +83,14 @@ def test_grpo_learns(model_dir: Path, tmp_path: Path) -> None:
         objective={"beta": 0.0},
         optim={"learning_rate": 1e-2},
         rollout={"num_generations": 8},
-        batching={"prompts_per_step": 4, "max_tokens": 4000},
+        batching={"prompts_per_step": 4, "max_tokens_per_micro_batch": 4000},
     )
     train(values | {"model.lora_r": 4}, train_dataset=letter_rows(4))
     records = lines(tmp_path / "metrics.jsonl")
     assert mean(records[-10:], "reward") > mean(records[:10], "reward") + 0.1
 
 
-@pytest.mark.parametrize(("method", "discriminator"), [("grpo", {}), ("uniapl", {"lora_rank": 2})])
+@pytest.mark.parametrize(("method", "discriminator"), [("grpo", {}), ("uniapl", {"lora_r": 2})])
 def test_a_checkpoint_is_small(method: str, discriminator: dict[str, Any], tmp_path: Path) -> None:
     """With both optimizers and the discriminator, beside a model of a few million weights."""
     shape = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
@@ -322,7 +322,7 @@ def test_a_frozen_model_of_the_start_is_no_second_one(model_dir: Path, tmp_path:
 def test_adapters_of_the_discriminator_may_be_frozen_where_the_base_stays(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    freeze = {"discriminator": {"lora_rank": 2, "freeze_step": 2, "warmup_steps": 1, "min_accuracy": 0.0}}
+    freeze = {"discriminator": {"lora_r": 2, "freeze_after_steps": 2, "warmup_steps": 1, "min_accuracy": 0.0}}
     with pytest.raises(uniapl.UsageError, match="cannot freeze adapters"):
         train(recipe(model_dir, tmp_path / "whole", **freeze))
     train(recipe(model_dir, tmp_path / "adapter", **freeze) | {"model.lora_r": 4})
@@ -348,7 +348,7 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
         return memory(*flags)["passes"]["update"]
 
     whole = stays()
-    lora = stays("--model.lora-r", "4", "--discriminator.lora-rank", "2")
+    lora = stays("--model.lora-r", "4", "--discriminator.lora-r", "2")
     policy = load_policy(ModelConfig(model_name_or_path=str(model_dir), lora_r=4), seed=0)
     adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     assert lora["policy"] == pytest.approx(whole["policy"] + adapter, rel=0.01)
@@ -379,7 +379,7 @@ def test_space_is_asked_for_what_is_saved(
 @pytest.mark.parametrize("extra", [{}, {"model.lora_r": 4}], ids=["whole", "adapter"])
 def test_recomputed_layers_change_no_step(extra: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
     """Only how it is computed: the same metrics to the last bit, with each force's own gradient."""
-    values = {"gradient_steps": 1, "max_steps": 3, **extra}
+    values = {"log_gradients_steps": 1, "max_steps": 3, **extra}
     train(recipe(model_dir, tmp_path / "kept", **values))
     train(recipe(model_dir, tmp_path / "again", **values) | {"optim.gradient_checkpointing": True})
     kept, again = (

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import lines, recipe, timeless, train
-from tiny import save_model
+from support.runs import lines, recipe, timeless, train
+from support.tiny import save_model
 from uniapl.training.checkpoint import directory as checkpoint
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -25,7 +25,7 @@ def ten_steps(model: Path, output: Path, method: str, **changes: Any) -> dict[st
     objective: dict[str, Any] = {"beta": 0.05, "reference_step": 2, "mu_decay_steps": 10}
     if method == "uniapl":
         objective["lambda_controller"] = "dual"
-    settings = {"max_steps": 10, "save_steps": 5, "gradient_steps": 4, "objective": objective}
+    settings = {"max_steps": 10, "save_steps": 5, "log_gradients_steps": 4, "objective": objective}
     return recipe(model, output, method=method, **settings | changes)
 
 

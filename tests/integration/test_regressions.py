@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import Gemma2Config, GenerationConfig
 
 import uniapl
-from runs import has_letter, lines, recipe, run_until, timeless, train
-from tiny import CONFIGS, letter_rows, make_model, make_tokenizer, save_model
+from support.runs import has_letter, lines, recipe, run_until, timeless, train
+from support.tiny import CONFIGS, letter_rows, make_model, make_tokenizer, save_model
 from uniapl.config import DataConfig
 from uniapl.config.resolve import resolve
 from uniapl.data.rows import read_rows

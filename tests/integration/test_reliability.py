@@ -12,8 +12,8 @@ import pytest
 import safetensors
 from transformers import PreTrainedTokenizerBase
 
-from runs import Killed, lines, recipe, timeless, train, write_recipe
-from tiny import save_model
+from support.runs import Killed, lines, recipe, timeless, train, write_recipe
+from support.tiny import save_model
 from uniapl import cli
 from uniapl.files import JsonlLog
 from uniapl.training.checkpoint import directory as checkpoint

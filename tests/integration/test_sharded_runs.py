@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from runs import lines, run_processes, timeless, write_recipe
-from tiny import save_model
+from support.runs import lines, run_processes, timeless, write_recipe
+from support.tiny import save_model
 from uniapl import cli
 from uniapl.training.checkpoint import directory as checkpoint
 
@@ -29,7 +29,7 @@ def sharded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         method="uniapl",
         objective={"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 8, "reference_step": 2},
         optim={"learning_rate": 3e-3, "gradient_checkpointing": True},
-        gradient_steps=2,
+        log_gradients_steps=2,
     )
     return folder
 
@@ -71,7 +71,11 @@ def test_uniapl_on_shards(sharded: Path) -> None:
 def test_a_frozen_discriminator_reads_the_sharded_policy(model_dir: Path, tmp_path: Path) -> None:
     """Of density-ratio: a model of the expert against the policy as it is now."""
     expert = save_model(tmp_path / "expert", seed=7)
-    adversary = {"kind": "density-ratio", "model_name_or_path": str(expert), "against": "policy"}
+    adversary = {
+        "kind": "density-ratio",
+        "model_name_or_path": str(expert),
+        "density_ratio_reference": "policy",
+    }
     run_both(tmp_path, model_dir, method="a-grpo", discriminator=adversary)
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
@@ -117,4 +121,4 @@ def test_too_little_memory_in_one_process_ends_all(model_dir: Path, tmp_path: Pa
     path = write_recipe(tmp_path, model_dir, method="grpo")
     ended = run_processes("fsdp2", 2, str(program), "train", str(path))
     assert ended.returncode != 0
-    assert "lower batching.max_tokens" in ended.stderr, ended.stderr
+    assert "lower batching.max_tokens_per_micro_batch" in ended.stderr, ended.stderr

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import uniapl
-from runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train, write_recipe
-from tiny import letter_rows, make_tokenizer, save_model
+from support.runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train, write_recipe
+from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config.methods import METHODS
 from uniapl.training.checkpoint import directory as checkpoint
@@ -167,7 +167,7 @@ def test_it_learns(model_dir: Path, tmp_path: Path) -> None:
         save_steps=60,
         objective={"mu_decay_steps": 60, "beta": 0.0},
         optim={"learning_rate": 5e-3},
-        batching={"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens": 4000},
+        batching={"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens_per_micro_batch": 4000},
     )
     train(values, train_dataset=letter_rows(4, demonstrated=(0, 2)))
     records = lines(tmp_path / "run" / "metrics.jsonl")
@@ -307,12 +307,12 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             "it should be as http://host:port",
         ),
         (
-            {"discriminator": {"held_out_share": 0.999999}},
+            {"discriminator": {"held_out_fraction": 0.999999}},
             None,
             "some must be held out, and some learnt from",
         ),
-        ({"discriminator": {"held_out_share": 1e-9}}, None, "holds out 0 of"),
-        ({"discriminator": {"lora_rank": 2, "freeze_step": 2}}, None, "cannot freeze adapters"),
+        ({"discriminator": {"held_out_fraction": 1e-9}}, None, "holds out 0 of"),
+        ({"discriminator": {"lora_r": 2, "freeze_after_steps": 2}}, None, "cannot freeze adapters"),
         (
             {"method": "gad", "objective": {"adversarial_placement": "reward"}},
             None,
@@ -414,7 +414,7 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "adapters",
-    [{}, {"model.lora_r": 4, "discriminator.lora_rank": 2, "optim.gradient_checkpointing": True}],
+    [{}, {"model.lora_r": 4, "discriminator.lora_r": 2, "optim.gradient_checkpointing": True}],
     ids=["whole models", "adapters"],
 )
 def test_a_run_on_two_processes_equals_one_on_one(
@@ -422,7 +422,7 @@ def test_a_run_on_two_processes_equals_one_on_one(
 ) -> None:
     """Rollouts, rewards and both models' updates are shared out; 3 prompts do not divide by 2 processes."""
     objective = {"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 4, "reference_step": 2}
-    changes = {"objective": objective, "gradient_steps": 2, **adapters}
+    changes = {"objective": objective, "log_gradients_steps": 2, **adapters}
     path = write_recipe(tmp_path, model_dir, **changes)
     arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -496,7 +496,7 @@ def test_in_the_reward_the_adversary_has_no_term_of_its_own(model_dir: Path, tmp
 
 
 def test_a_frozen_discriminator_learns_no_more(model_dir: Path, tmp_path: Path) -> None:
-    settings = {"discriminator": {"freeze_step": 2, "accuracy_band": (1.0, 1.0)}}
+    settings = {"discriminator": {"freeze_after_steps": 2, "accuracy_band": (1.0, 1.0)}}
     train(recipe(model_dir, tmp_path / "run", method="a-grpo", save_steps=1, save_total_limit=4, **settings))
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["discriminator/updates"] for record in records[1:]] == [2, 0, 0]
@@ -546,7 +546,7 @@ def test_an_adversary_that_is_the_only_force_is_felt_in_any_case(model_dir: Path
 
 def test_mu_answers_to_the_rewards(model_dir: Path, tmp_path: Path) -> None:
     """Recomputed from the completions that the runs wrote; the threshold lies among the rewards."""
-    settings = {"mu_threshold": 0.3, "mu_peak": 0.29, "mu_valley": 0.25, "gate_reward": 0.0}
+    settings = {"mu_threshold": 0.3, "mu_peak": 0.29, "mu_valley": 0.25, "gate_threshold": 0.0}
     for controller in ("reward", "gate"):
         run = tmp_path / controller
         train(recipe(model_dir, run, max_steps=6, objective={"mu_controller": controller, **settings}))
@@ -567,7 +567,7 @@ def test_mu_answers_to_the_rewards(model_dir: Path, tmp_path: Path) -> None:
                 mus.append(len(failed) / len(prompts))
                 passed = [line for line in prompts if line not in failed]
                 learnt = sum(c["tokens"] for line in passed for c in line["completions"])
-                assert record["tokens/rl"] == learnt, "a prompt teaches by one of the two"
+                assert record["tokens/rl"] == learnt, "each prompt is trained by one of the two"
                 # The letters and the end token.
                 assert record["tokens/sft"] == sum(len(line["demonstration"]) + 1 for line in failed)
             assert record["weight/mu"] == pytest.approx(mus[-1])
@@ -575,7 +575,7 @@ def test_mu_answers_to_the_rewards(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_looking_at_the_forces_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
-    train(recipe(model_dir, tmp_path / "looked", gradient_steps=2))
+    train(recipe(model_dir, tmp_path / "looked", log_gradients_steps=2))
     train(recipe(model_dir, tmp_path / "blind"))
     looked, blind = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("looked", "blind"))
     forces = [{k: r.pop(k) for k in list(r) if k.startswith(("grad_norm/", "grad_cosine/"))} for r in looked]
@@ -610,7 +610,7 @@ def test_held_out_demonstrations_are_looked_at_and_never_learned_from(
         return original(*arguments, **settings)
 
     monkeypatch.setattr("uniapl.training.adversary.discriminator_step", watched)
-    settings = {"held_out_share": 0.4, "replay_share": 0.0, "updates_per_step": 1}
+    settings = {"held_out_fraction": 0.4, "replay_fraction": 0.0, "updates_per_step": 1}
     changes = {"discriminator": settings, "batching": {"prompts_per_step": 8}}
     train(recipe(model_dir, tmp_path / "run", method="a-grpo", max_steps=6, **changes))
     completions = lines(tmp_path / "run" / "completions.jsonl")

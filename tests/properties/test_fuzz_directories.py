@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzzing import Said, assert_clear, json_values, say, small_recipe, tries
-from tiny import letter_rows, save_model
+from support.fuzzing import Said, assert_clear, json_values, say, small_recipe, tries
+from support.tiny import letter_rows, save_model
 from uniapl.training.checkpoint import directory as checkpoint
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
-from tiny import letter_rows, save_model
+from support.fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
+from support.tiny import letter_rows, save_model
 from uniapl.config import Config
 from uniapl.config.methods import METHODS
 from uniapl.config.resolve import flatten
@@ -58,7 +58,7 @@ changes = st.sampled_from(KEYS).flatmap(
 some_changes = st.lists(changes, min_size=1, max_size=3).map(dict)
 methods = st.sampled_from(sorted(METHODS))
 stage_changes = st.dictionaries(
-    st.sampled_from(["optim", "objective", "discriminator", "stop", "max_steps", "model", "x"]),
+    st.sampled_from(["optim", "objective", "discriminator", "early_stopping", "max_steps", "model", "x"]),
     st.just({}) | st.integers(1, 3) | json_values,
     max_size=2,
 )
@@ -185,7 +185,7 @@ def test_a_recipe_that_is_no_file(folder: Path) -> None:
 
 @pytest.mark.parametrize("value", ["\ud800", b"ab", "👧"])
 def test_values_that_a_report_cannot_hold_as_they_are(value: str | bytes, folder: Path) -> None:
-    stages = [{"method": "sft", "max_steps": 1, "stop": {"metric": value}}]
+    stages = [{"method": "sft", "max_steps": 1, "early_stopping": {"metric": value}}]
     recipe = small_recipe(folder / "model", folder) | {"stages": stages, "output_dir": str(value)}
     for flags in ([], ["--json"]):
         said = check(folder, yaml.safe_dump(recipe), *flags)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fuzzing import ODD_NUMBERS, scalars, texts, tries
+from support.fuzzing import ODD_NUMBERS, scalars, texts, tries
 from uniapl.rewards.base import Rewarder, named_reward
 from uniapl.types import Example
 

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
-from tiny import save_model
+from support.fuzzing import Said, assert_clear, json_values, say, scalars, small_recipe, texts, tries
+from support.tiny import save_model
 
 TEMPLATE = (
     "{% for m in messages %}<turn>{{ m.content }}<eos>{% endfor %}"
@@ -93,7 +93,7 @@ def run(
     verb: str, folder: Path, data: Path, model: str = "text", form: str = "text", reward: str = "listed"
 ) -> Said:
     recipe = small_recipe(folder / model, folder) | {"overwrite": True}
-    recipe["data"] = {"path": str(data), "string_prompts": form}
+    recipe["data"] = {"path": str(data), "prompt_format": form}
     recipe["rewards"] = {"functions": [f"{folder / 'reward.py'}:{reward}", "lowercase"]}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.testing import assert_close
 
-from tiny import make_model, random_rows
+from support.tiny import make_model, random_rows
 from uniapl.config import methods
-from uniapl.data.batching import Row, collate, component_counts, halves, micro_batches, nothing_to_learn
+from uniapl.data.batching import Row, collate, component_counts, empty_micro_batch, halves, micro_batches
 from uniapl.functional.losses import TokenWeight
 from uniapl.models.policy import Policy
-from uniapl.training.distributed.fsdp import fillers, full, is_sharded, shard, shards_weights
+from uniapl.training.distributed.fsdp import full, is_sharded, num_empty_micro_batches, shard, shards_weights
 from uniapl.training.update.accumulate import OutOfMemoryError
-from uniapl.training.update.component_gradients import measure_forces
+from uniapl.training.update.component_gradients import component_gradient_norms
 from uniapl.training.update.policy_step import PolicyStep, policy_step
 from uniapl.types import MicroBatch
 
@@ -89,7 +89,7 @@ def test_forces_are_the_gradients_of_their_terms(parts: int) -> None:
     """Each force alone, through the same step; an optimizer that steps after the look sees nothing of it."""
     rows = random_rows()
     policy = Policy(make_model())
-    forces = measure_forces(
+    forces = component_gradient_norms(
         Accelerator(cpu=True),
         policy,
         [collate(rows[i::parts], pad_id=0) for i in range(parts)],
@@ -116,7 +116,7 @@ def test_a_force_that_does_not_act_is_not_measured() -> None:
     rows = random_rows()
     weights = {"sft": 0.0, "rl": 1.0, "adv": 0.5, "kl": 0.0}
     silent = [replace(row, adversarial_advantage=0.0) for row in rows]
-    forces = measure_forces(
+    forces = component_gradient_norms(
         Accelerator(cpu=True),
         Policy(make_model()),
         [collate(silent, pad_id=0)],
@@ -345,7 +345,7 @@ def _one_process(rank: int, world: int, folder: Path, small_one: int | None, sha
     share = rows[rank::world]
     # Unequal numbers of micro-batches: 2 rows in each on the first process, all in one on the others.
     batches = micro_batches(share, pad_id=0, max_tokens=10_000, max_rows=2 if rank == 0 else None)
-    batches += [nothing_to_learn(0)] * fillers(accelerator, len(batches))
+    batches += [empty_micro_batch(0)] * num_empty_micro_batches(accelerator, len(batches))
     forward = Policy.forward
 
     def small(self: Policy, input_ids: torch.Tensor, *args: Any) -> Any:

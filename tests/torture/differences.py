@@ -4,12 +4,12 @@ from pathlib import Path
 
 import yaml
 
-from runs import lines, timeless
+from support.runs import lines, timeless
 from uniapl.training.checkpoint import directory as checkpoint
 
 LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
 # The page and how the run ended are written after it; they need not be there after a kill at the very end.
-AFTERWARDS = {"ending.json", "report.html", ".lock"}
+END_FILES = {"ending.json", "report.html", ".lock"}
 TOP = {"config.yaml", "manifest.json", *LOGS, "checkpoints", "stages", "final"}
 
 
@@ -21,7 +21,7 @@ def differences(run: Path, reference: Path, *, moved: bool = False) -> list[str]
             The reference then has to have one of every step.
     """
     there = {path.name for path in run.iterdir()}
-    found = [f"{name}: should not be there" for name in sorted(there - TOP - AFTERWARDS)]
+    found = [f"{name}: should not be there" for name in sorted(there - TOP - END_FILES)]
     if found or (missing := sorted(TOP - there)):
         return found or [f"{name}: missing" for name in missing]
     ours, theirs = ({path.name for path in (side / "checkpoints").iterdir()} for side in (run, reference))

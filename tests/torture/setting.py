@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
-from tiny import letter_rows, save_model
+from support.tiny import letter_rows, save_model
 from torture import children, points
 from torture.differences import differences
 
@@ -44,10 +44,10 @@ RECIPE: dict[str, Any] = {
         "accuracy_band": [0.0, 1.0],
         "learning_rate": 1e-3,
         "replay_size": 8,
-        "replay_share": 0.5,
+        "replay_fraction": 0.5,
     },
     "optim": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 4},
-    "batching": {"prompts_per_step": 3, "demonstrations_per_step": 3, "max_tokens": 120},
+    "batching": {"prompts_per_step": 3, "demonstrations_per_step": 3, "max_tokens_per_micro_batch": 120},
 }
 
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from runs import lines, recipe, train
-from tiny import SMALL, make_tokenizer
+from support.runs import lines, recipe, train
+from support.tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.vllm import Engine, VLLMSampler
@@ -123,7 +123,7 @@ def colocated(*, max_model_len: int = 64) -> Colocated:
     return Colocated(
         temperature=TEMPERATURE,
         max_model_len=max_model_len,
-        max_rows=16,
+        max_batch_size=16,
         gpu_memory_utilization=0.3,
         dtype="float32",
         on_gpu=False,
@@ -226,7 +226,7 @@ def test_a_run_one_step_off(
     """From the second step on rollouts are of the weights before: as likely then as vLLM says."""
     _, engine = server
     rollout = {"sampler": "vllm", "vllm_mode": "server", "vllm_server_base_url": engine.url}
-    values = recipe(model_dir, tmp_path / "run", rollout=rollout | {"one_step_off": True}, save_steps=1)
+    values = recipe(model_dir, tmp_path / "run", rollout=rollout | {"max_off_policy_steps": 1}, save_steps=1)
     train(values | {"save_total_limit": 9})
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["rollout/staleness"] for record in records] == [0, 1, 1, 1]

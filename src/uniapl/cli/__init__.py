@@ -35,9 +35,7 @@ VERBS = {
         "compare methods on that task at equal budget, with intervals",
         "interrupted; finished cells are kept, and the same command continues with the others",
     ),
-    "train": Verb(
-        "RECIPE.yaml [--key value ...]", "run a recipe (--quiet; --json for scripts)"
-    ),
+    "train": Verb("RECIPE.yaml [--key value ...]", "run a recipe (--quiet; --json for scripts)"),
     "check": Verb("RECIPE.yaml [--key value ...]", "check a recipe without training (--json for scripts)"),
     "evaluate": Verb(
         "MODEL --suites ifeval ...",

@@ -18,7 +18,7 @@ from uniapl.config.resolve import Resolved, flatten, stages_of
 from uniapl.data.streams import is_held_out
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
-from uniapl.training.materials import Materials, streams
+from uniapl.training.inputs import RunInputs, streams
 from uniapl.training.preflight import load as setup
 from uniapl.training.preflight.memory import estimate_memory
 from uniapl.types import Example, prompt_text
@@ -47,15 +47,15 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         UsageError: What would have stopped the run.
     """
     stages = stages_of(resolved)
-    materials = setup.load_materials(resolved, stages)
-    examples, tokenizer = materials.dataset.examples, materials.tokenizer
+    inputs = setup.load_inputs(resolved, stages)
+    examples, tokenizer = inputs.dataset.examples, inputs.tokenizer
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
     values = flatten(resolved.config)
     return {
         "values": {key: [values[key], source] for key, source in resolved.sources.items()},
         "notes": [
             *dict.fromkeys(note for part in (resolved, *stages) for note in part.notes),
-            *materials.notes,
+            *inputs.notes,
             *dict.fromkeys(
                 f"the vLLM server {stage.config.rollout.vllm_server_base_url} has not been asked"
                 for stage in stages
@@ -64,14 +64,14 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         ],
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
-        "left_out": {reason: list(rows) for reason, rows in materials.dataset.left_out.items()},
+        "left_out": {reason: list(rows) for reason, rows in inputs.dataset.left_out.items()},
         "rewards": {
-            reward.name: sum(reward.applies_to(e) for e in examples) for reward in materials.rewarder.rewards
+            reward.name: sum(reward.applies_to(e) for e in examples) for reward in inputs.rewarder.rewards
         },
-        "reward_details": materials.rewarder.details,
-        "overlap": overlap_with_suites(materials),
-        "stages": [_stage_report(stage.config, materials) for stage in stages],
-        "memory": [_memory(stage.config, materials) for stage in stages],
+        "reward_details": inputs.rewarder.details,
+        "overlap": overlap_with_suites(inputs),
+        "stages": [_stage_report(stage.config, inputs) for stage in stages],
+        "memory": [_memory(stage.config, inputs) for stage in stages],
         "preview": _preview(shown, tokenizer),
     }
 
@@ -112,11 +112,11 @@ def print_report(report: dict[str, Any]) -> None:
     console.print("ok")
 
 
-def overlap_with_suites(materials: Materials) -> dict[str, dict[str, list[tuple[int, int]]]]:
+def overlap_with_suites(inputs: RunInputs) -> dict[str, dict[str, list[tuple[int, int]]]]:
     """Suite -> (training row, the suite's row) of prompts that are the same, and that share an n-gram."""
-    ours = materials.dataset.examples
+    ours = inputs.dataset.examples
     reports: dict[str, dict[str, list[tuple[int, int]]]] = {}
-    for suite in materials.suites:
+    for suite in inputs.suites:
         found = overlap(
             [prompt_text(e.prompt) for e in ours], [prompt_text(e.prompt) for e in suite.examples]
         )
@@ -129,11 +129,11 @@ def overlap_with_suites(materials: Materials) -> dict[str, dict[str, list[tuple[
     return reports
 
 
-def _memory(config: Config, materials: Materials) -> dict[str, Any]:
+def _memory(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """What a stage will take, in bytes and in words."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = estimate_memory(config, materials, device)
+        found = estimate_memory(config, inputs, device)
     except UsageError:
         raise
     except Exception as error:  # whatever a model's own code does on tensors without data
@@ -141,9 +141,9 @@ def _memory(config: Config, materials: Materials) -> dict[str, Any]:
     return {**asdict(found), "peak": found.peak, "text": str(found)}
 
 
-def _stage_report(config: Config, materials: Materials) -> dict[str, Any]:
+def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """The arithmetic of one stage: how many rows and tokens a step has, and how often the data is seen."""
-    prompts, demonstrations = streams(config, materials.dataset, materials.rewarder)
+    prompts, demonstrations = streams(config, inputs.dataset, inputs.rewarder)
     objective, batching = config.objective, config.batching
     report: dict[str, Any] = {"method": config.method, "steps": config.max_steps}
     if objective.uses_rollouts:

@@ -52,9 +52,9 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(options)
     evaluation = config.evaluation
     tokenizer = load_tokenizer(config.model)
-    if not (options.string_prompts or options.recipe) and tokenizer.chat_template:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"string_prompts": "chat"})})
-    settings = {**evaluation.model_dump(mode="json"), "string_prompts": config.data.string_prompts}
+    if not (options.prompt_format or options.recipe) and tokenizer.chat_template:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"prompt_format": "chat"})})
+    settings = {**evaluation.model_dump(mode="json"), "prompt_format": config.data.prompt_format}
     settings["temperature"] = evaluation.sampling_temperature
     against = _read_results(options.against, evaluation.suites) if options.against else None
     tasks = find_tasks(options.lm_eval_tasks, options.lm_eval_include_path) if options.lm_eval_tasks else None
@@ -72,7 +72,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         pad_id=tokenizer.pad_token_id,
         max_completion_length=evaluation.max_completion_length,
         temperature=evaluation.sampling_temperature,
-        max_rows=options.batch_size,
+        max_batch_size=options.batch_size,
         decoding=config.rollout.decoding,
     )
     found = {
@@ -143,7 +143,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, help="0 is greedy (default: 0, and 1 with several samples)")
     add("--limit", type=int, help="the first so many prompts of each suite")
     add("--answer-after", help="judge what stands behind this mark, e.g. '</think>' (benchmarks)")
-    add("--string-prompts", choices=("text", "chat"), help="default: chat if there is a chat template")
+    add("--prompt-format", choices=("text", "chat"), help="default: chat if there is a chat template")
     add("--system-prompt", help="for chat prompts that have none")
     add("--chat-template-kwargs", type=_json_object, help="""as JSON, e.g. '{"enable_thinking": false}'""")
     add("--allow-code-verifiers", action="store_true", help="as rewards.allow_code_verifiers")
@@ -186,7 +186,7 @@ def _config(options: argparse.Namespace) -> Config:
         "rollout": {"decoding": given.rollout.decoding},
     }
     evaluation = ("suites", "max_completion_length", "num_samples", "temperature", "limit", "answer_after")
-    data = ("string_prompts", "system_prompt", "chat_template_kwargs")
+    data = ("prompt_format", "system_prompt", "chat_template_kwargs")
     for section, keys in (("evaluation", evaluation), ("data", data)):
         flags = {key: getattr(options, key) for key in keys}
         values[section] |= {key: value for key, value in flags.items() if value is not None}

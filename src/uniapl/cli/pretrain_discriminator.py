@@ -137,7 +137,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("runs/discriminator"), help="where it goes")
     add("--samples", type=int, default=2, help="answers of each policy to each prompt")
     add("--max-completion-length", type=int, default=256, help="tokens of an answer at most")
-    add("--string-prompts", choices=("text", "chat"), default="text", help="as data.string_prompts")
+    add("--prompt-format", choices=("text", "chat"), default="text", help="as data.prompt_format")
     add("--steps", type=int, default=500, help="updates")
     add("--batch-size", type=int, default=32, help="triples of a step")
     add("--learning-rate", type=float, default=1e-5, help="falls to 0 by the last step")
@@ -160,7 +160,7 @@ def _write_all(
     options: argparse.Namespace, device: torch.device, console: Console
 ) -> tuple[list[Example], list[Texts]]:
     """The prompts, and what every policy writes to them; the expert last, if the data has answers of it."""
-    config = DataConfig(path=options.data, string_prompts=options.string_prompts)
+    config = DataConfig(path=options.data, prompt_format=options.prompt_format)
     rows = data.read_rows(config)
     everything: tuple[Example, ...] = ()
     written: list[Texts] = []
@@ -204,7 +204,7 @@ def _write(
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(where, model.config, tokenizer)
     with data.named_source(config.path):
-        examples = data.prepare(
+        examples = data.tokenize_rows(
             rows,
             tokenizer,
             config,

@@ -93,7 +93,7 @@ def make_reference(path: Path) -> None:
             "save_steps": REFERENCE_STEPS,
             "model": {"model_name_or_path": str(base)},
             "optim": {"learning_rate": 1e-3, "lr_scheduler_type": "linear"},
-            "batching": {"demonstrations_per_step": 64, "max_tokens": 1024},
+            "batching": {"demonstrations_per_step": 64, "max_tokens_per_micro_batch": 1024},
         }
         result = train_resolved(resolve(recipe), train_dataset=task.rows)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")

@@ -58,7 +58,7 @@ KNOBS: dict[str, tuple[str, tuple[Value, ...]]] = {
     "a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
     "sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
     "a-sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "gad": ("objective.adversarial_assignment", ("standardized", "win_probability", "logit")),
+    "gad": ("objective.adversarial_credit", ("standardized", "win_probability", "logit")),
     "uniapl": ("objective.beta", (0.1, 0.02, 0.5)),
 }
 """Second round of the search: each method's own knob, its usual value first."""
@@ -84,7 +84,7 @@ SETTINGS: dict[str, dict[str, Value]] = {
         ("a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
         ("sft -> a-grpo", 1e-3, {"objective.lambda_adv": 1.0}),
         ("a-sft -> a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
-        ("gad", 5e-4, {"objective.adversarial_assignment": "standardized"}),
+        ("gad", 5e-4, {"objective.adversarial_credit": "standardized"}),
         ("uniapl", 5e-4, {"objective.beta": 0.1}),
     )
 }
@@ -92,7 +92,10 @@ SETTINGS: dict[str, dict[str, Value]] = {
 
 ABLATIONS: dict[str, dict[str, Value]] = {
     "lambda_adv = 0: no adversary": {"objective.lambda_adv": 0.0},
-    "frozen after its warm-up": {"discriminator.freeze_step": 10, "discriminator.updates_per_step": 10},
+    "frozen after its warm-up": {
+        "discriminator.freeze_after_steps": 10,
+        "discriminator.updates_per_step": 10,
+    },
     "in the reward": {"objective.adversarial_placement": "reward"},
     "64 demonstrations": {"demonstrations": 64},
     "1,024 demonstrations": {"demonstrations": 1024},

@@ -65,7 +65,15 @@ def short_table(table: Mapping[str, Any]) -> list[list[str]]:
     """The header and a row of text per method: what fits a terminal and the README."""
     best = table["best_baseline"]
     rows = [
-        ["method", "good", f"minus {best}", "new combinations", "expert nll", "length distance", "tokens"]
+        [
+            "method",
+            "good",
+            f"difference from {best}",
+            "new combinations",
+            "expert nll",
+            "length distance",
+            "tokens",
+        ]
     ]
     for method, row in table["methods"].items():
         here, there = (row[split] for split in SPLITS)

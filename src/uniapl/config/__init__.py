@@ -60,7 +60,7 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         default={}, description="Renames columns: {theirs: ours}, e.g. {problem: prompt}."
     )
-    string_prompts: Literal["text", "chat"] = Field(
+    prompt_format: Literal["text", "chat"] = Field(
         default="text", description="A prompt that is a string is used as it is, or as a user's chat message."
     )
     system_prompt: str | None = Field(
@@ -75,7 +75,7 @@ class DataConfig(Section):
     max_demonstration_length: int | None = Field(
         default=None,
         gt=1,
-        description="Longer demonstrations are left out: half an answer teaches never to stop.",
+        description="Longer demonstrations are left out; a truncated one would teach the policy not to stop.",
     )
 
 
@@ -94,7 +94,9 @@ class RolloutConfig(Section):
     top_k: int = Field(
         default=0, ge=0, description="Sample among the k likeliest tokens, 0: all; log-probs as for top_p."
     )
-    max_rows: int = Field(default=256, ge=1, description="Rows that are decoded at the same time.")
+    max_batch_size: int = Field(
+        default=256, ge=1, description="Maximum number of rows decoded at the same time."
+    )
     decoding: Literal["fused", "plain"] = Field(
         default="fused",
         description="fused: few operations per token, for models like Llama, Mistral, Qwen2, Qwen3; plain: "
@@ -127,19 +129,20 @@ class RolloutConfig(Section):
         description="The run ends when vLLM, sent new weights, differs from the trainer by more nats per "
         "token in the mean of an answer.",
     )
-
-    one_step_off: bool = Field(
-        default=False,
-        description="A vLLM server samples the next step's rollouts while this step trains, from the weights "
-        "before its update; the importance weights correct for that.",
+    max_off_policy_steps: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="Policy updates between sampling a rollout and training on it. With 1, a vLLM server "
+        "samples the next step's rollouts while this step trains; importance weights correct for it.",
     )
 
     @model_validator(mode="after")
-    def _somebody_else_samples(self) -> "RolloutConfig":
-        if self.one_step_off and not self.behind_server:
+    def _off_policy_needs_a_server(self) -> "RolloutConfig":
+        if self.max_off_policy_steps and not self.behind_server:
             raise ValueError(
-                "one_step_off needs sampler vllm and vllm_mode server: the trainer's own device is busy "
-                "while it trains"
+                "max_off_policy_steps 1 needs sampler vllm and vllm_mode server: the trainer's own device is "
+                "busy while it trains"
             )
         return self
 
@@ -219,7 +222,7 @@ class BatchingConfig(Section):
     per_device_train_batch_size: int | None = Field(
         default=None, ge=1, description="Rows of a micro-batch at most; by default only the tokens count."
     )
-    max_tokens: int = Field(
+    max_tokens_per_micro_batch: int = Field(
         default=16384,
         ge=1,
         description="Tokens of a micro-batch at most, one row at least: a shared prompt counts once, "
@@ -243,7 +246,7 @@ class HealthConfig(Section):
     window: int = Field(
         default=10, ge=2, description="Steps that the warnings look at, and compare with as many before."
     )
-    max_zero_std: float = Field(
+    max_frac_reward_zero_std: float = Field(
         default=0.9, ge=0, le=1, description="Warn from this share of groups whose rewards are all equal."
     )
     max_clipped_ratio: float = Field(
@@ -263,7 +266,7 @@ class HealthConfig(Section):
         ge=0,
         description="Warn when length alone tells policy from expert by so much better than it.",
     )
-    max_accuracy: float = Field(
+    max_discriminator_accuracy: float = Field(
         default=0.99, ge=0, le=1, description="Warn from this accuracy of the discriminator on fresh pairs."
     )
     max_sampling_difference: float = Field(
@@ -273,8 +276,8 @@ class HealthConfig(Section):
     )
 
 
-class StopConfig(Section):
-    """When a stage ends before its last step; the reason stands in the metrics as `stop/reason`."""
+class EarlyStoppingConfig(Section):
+    """When a stage ends before its last step; the reason stands in the metrics as `early_stopping/reason`."""
 
     metric: str = Field(
         default="reward",
@@ -350,7 +353,7 @@ class Config(Section):
     logging_steps: int = Field(
         default=1, ge=1, description="Steps between lines on the console; files get every step."
     )
-    completion_steps: int = Field(
+    log_completions_steps: int = Field(
         default=20,
         ge=0,
         description="Steps between two sampled answers on the console, beside the expert's; 0: never.",
@@ -358,7 +361,7 @@ class Config(Section):
     report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
         default=(), description="Trackers that get the metrics too; metrics.jsonl is always written."
     )
-    gradient_steps: int = Field(
+    log_gradients_steps: int = Field(
         default=0,
         ge=0,
         description="Steps between measurements of each force's own gradient, which cost a forward and a "
@@ -390,5 +393,5 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     batching: BatchingConfig = BatchingConfig()
     health: HealthConfig = HealthConfig()
-    stop: StopConfig = StopConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -28,6 +28,6 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # arXiv 2511.10643: GRPO on the discriminator's logit alone. Rewards are watched, not learnt from.
     "gad": {
         "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "lambda_controller": "fixed", "reward_weight": 0.0},
-        "proposed": {"adversarial_assignment": "standardized"},
+        "proposed": {"adversarial_credit": "standardized"},
     },
 }

@@ -25,7 +25,7 @@ class ObjectiveConfig(Section):
     mu_threshold: float = Field(
         default=0.5, description="The mean reward from which on `reward` needs no demonstrations."
     )
-    gate_reward: float = Field(default=0.0, description="For `gate`, a rollout fails unless above.")
+    gate_threshold: float = Field(default=0.0, description="For `gate`, a rollout fails unless above.")
     reward_weight: float = Field(
         default=1.0, ge=0, description="Factor of the rewards' term, beside 1 - mu; 0 watches rewards only."
     )
@@ -72,7 +72,7 @@ class ObjectiveConfig(Section):
         default="none",
         description="Weight of a demonstration token by its probability p: 1, p, p(1-p), p/(p+0.1).",
     )
-    adversarial_assignment: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = Field(
+    adversarial_credit: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = Field(
         default="win_probability",
         description="What of the discriminator's logit becomes the adversarial credit.",
     )
@@ -147,13 +147,13 @@ class DiscriminatorConfig(Section):
         "policy's start; polar and remote: the reward model; density-ratio: the model that was fine-tuned on "
         "the demonstrations.",
     )
-    lora_rank: int | None = Field(
+    lora_r: int | None = Field(
         default=None,
         ge=1,
         description="Of bradley-terry: no copy, but adapters of this rank on the policy's own weights; one "
         "backbone in memory.",
     )
-    reads_example: bool = Field(
+    in_context_demonstration: bool = Field(
         default=False,
         description="Of bradley-terry: it first reads another prompt and its demonstration, as an example.",
     )
@@ -164,7 +164,7 @@ class DiscriminatorConfig(Section):
     server: Literal["vllm", "sglang"] = Field(default="vllm", description="Of remote: what runs there.")
     timeout: float = Field(default=60.0, gt=0, description="Of remote: seconds for one try of a request.")
     max_retries: int = Field(default=3, ge=0, description="Of remote: further tries, then the run ends.")
-    against: Literal["start", "policy"] = Field(
+    density_ratio_reference: Literal["start", "policy"] = Field(
         default="start", description="Of density-ratio: the stage's start, or the policy as it is now."
     )
     learning_rate: float = Field(default=1e-5, gt=0, description="Of its own AdamW.")
@@ -177,18 +177,18 @@ class DiscriminatorConfig(Section):
         default=10, ge=0, description="First steps: it learns, the policy does not feel it."
     )
     updates_per_step: int = Field(default=2, ge=1, description="Its updates per policy step.")
-    replay_share: float = Field(
+    replay_fraction: float = Field(
         default=0.5, ge=0, lt=1, description="Share of older groups in each of its updates."
     )
     replay_size: int = Field(default=256, ge=0, description="Groups that are kept for replay.")
-    held_out_share: float = Field(
+    held_out_fraction: float = Field(
         default=0.0,
         ge=0,
         lt=1,
         description="Share of the demonstrations that it never learns from, to see whether it knows the "
         "expert or only the demonstrations.",
     )
-    freeze_step: int | None = Field(
+    freeze_after_steps: int | None = Field(
         default=None, ge=1, description="From this step of the stage on it learns no more; None: always."
     )
     min_accuracy: float = Field(

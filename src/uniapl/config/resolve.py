@@ -46,6 +46,27 @@ SYNONYMS = {
     "vllm_importance_sampling_cap": "rollout.vllm_importance_sampling_clip_max",
 }
 
+# Keys of before 0.1.0 -> today's.
+RENAMED = {
+    "completion_steps": "log_completions_steps",
+    "gradient_steps": "log_gradients_steps",
+    "stop": "early_stopping",
+    "batching.max_tokens": "batching.max_tokens_per_micro_batch",
+    "data.string_prompts": "data.prompt_format",
+    "discriminator.against": "discriminator.density_ratio_reference",
+    "discriminator.freeze_step": "discriminator.freeze_after_steps",
+    "discriminator.held_out_share": "discriminator.held_out_fraction",
+    "discriminator.lora_rank": "discriminator.lora_r",
+    "discriminator.reads_example": "discriminator.in_context_demonstration",
+    "discriminator.replay_share": "discriminator.replay_fraction",
+    "health.max_accuracy": "health.max_discriminator_accuracy",
+    "health.max_zero_std": "health.max_frac_reward_zero_std",
+    "objective.adversarial_assignment": "objective.adversarial_credit",
+    "objective.gate_reward": "objective.gate_threshold",
+    "rollout.max_rows": "rollout.max_batch_size",
+    "rollout.one_step_off": "rollout.max_off_policy_steps",
+}
+
 # What pydantic says in Python's words -> what it means in a recipe.
 PLAIN_MESSAGES = {
     "tuple_type": "must be a list",
@@ -66,7 +87,7 @@ STAGE_KEYS = (
     "optim",
     "batching",
     "health",
-    "stop",
+    "early_stopping",
 )
 
 
@@ -168,11 +189,11 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
             if before[key] != fixed[key]:
                 notes.append(f"method '{method}' sets {key} = {fixed[key]} ({sources[key]}: {before[key]})")
             sources[key] = "method"
-    return Resolved(config=config, sources=sources, notes=(*notes, *_void_forces(config)))
+    return Resolved(config=config, sources=sources, notes=(*notes, *_inactive_components(config)))
 
 
 def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
-    """`discriminator.lora_rank: 8`, as flags and documents write it, as a key of its section."""
+    """`discriminator.lora_r: 8`, as flags and documents write it, as a key of its section."""
     nested: dict[str, Any] = {}
     for key, value in recipe.items():
         for part in reversed(key.split(".") if isinstance(key, str) else [key]):
@@ -181,7 +202,7 @@ def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _void_forces(config: Config) -> list[str]:
+def _inactive_components(config: Config) -> list[str]:
     """What is switched on and begins only after the last step."""
     if config.stages:
         return []
@@ -252,7 +273,9 @@ def suggestion(key: str) -> str:
     same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
     # Of the two optimizers, the policy's is meant.
     same_leaf.sort(key=lambda candidate: candidate.startswith("discriminator."))
-    best = SYNONYMS.get(leaf) or (same_leaf[0] if same_leaf else None)
+    section, _, rest = key.partition(".")
+    renamed = RENAMED.get(key) or (f"{RENAMED[section]}.{rest}" if section in RENAMED else None)
+    best = renamed or SYNONYMS.get(leaf) or (same_leaf[0] if same_leaf else None)
     if best is None:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         leaves = {candidate.rsplit(".", 1)[-1]: candidate for candidate in known}
@@ -307,8 +330,10 @@ def _apply_flags(base: Config, flags: Sequence[str]) -> Config:
     known = {key.replace("_", "-") for key in flatten(Config())}
     for flag in flags:
         key = flag.removeprefix("--").split("=", 1)[0].replace("_", "-")
-        if flag.startswith("--") and key not in known and key.replace("-", "_") in SYNONYMS:
-            raise UsageError(f"unknown flag '{flag}'{suggestion(key.replace('-', '_'))}")
+        name = key.replace("-", "_")
+        renamed = name in RENAMED or name.split(".")[0] in RENAMED
+        if flag.startswith("--") and key not in known and (renamed or name in SYNONYMS):
+            raise UsageError(f"unknown flag '{flag}'{suggestion(name)}")
     return tyro.cli(
         Config,
         default=base,

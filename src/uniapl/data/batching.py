@@ -29,14 +29,14 @@ class Row:
         """Tokens without padding."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
-    def teaches(self, weights: Mapping[str, float]) -> bool:
+    def has_gradient(self, weights: Mapping[str, float]) -> bool:
         """Whether anything asks for its log-probabilities: an advantage of 0 gives no gradient."""
         credit = {"rl": self.advantage, "adv": self.adversarial_advantage}
         return any(weights[name] and credit.get(name, 1.0) for name in self.components)
 
 
 def demonstration_row(example: Example) -> Row:
-    """The row that teaches an example's demonstration."""
+    """The row of an example's demonstration."""
     assert example.demonstration_ids is not None
     return Row(
         prompt_ids=example.prompt_ids,
@@ -160,7 +160,7 @@ def micro_batches(
     """Cut rows into micro-batches of at most `max_tokens` tokens (or one row) and `max_rows` rows.
 
     Packed, rows of a prompt share one, and it counts once; else rows of like length do, and padding counts.
-    Their kind does not matter. No rows at all give one that teaches nothing.
+    Their kind does not matter. Without rows, one empty micro-batch is returned.
     """
     if packed:
         sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
@@ -170,10 +170,10 @@ def micro_batches(
     batches = [
         collate([rows[i] for i in part], pad_id=pad_id, packed=packed, device=device) for part in parts
     ]
-    return batches or [nothing_to_learn(pad_id, device=device)]
+    return batches or [empty_micro_batch(pad_id, device=device)]
 
 
-def nothing_to_learn(pad_id: int, *, device: torch.device | str = "cpu") -> MicroBatch:
+def empty_micro_batch(pad_id: int, *, device: torch.device | str = "cpu") -> MicroBatch:
     """A micro-batch without a loss: a backward pass to take part in, which fits in any memory."""
     row = Row(prompt_ids=(pad_id, pad_id), completion_ids=(), components=frozenset())
     return collate([row], pad_id=pad_id, device=device)

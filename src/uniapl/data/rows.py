@@ -118,7 +118,7 @@ def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
         raise UsageError(f"data.path '{config.path}' cannot be loaded: {error.__cause__ or error}") from error
 
 
-def prepare(
+def tokenize_rows(
     rows: Iterable[tuple[int, Any]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
@@ -185,7 +185,7 @@ def tokenize_row(
     config: DataConfig,
     stop_ids: Collection[int] = (),
 ) -> Example:
-    """One row -> one example. See :func:`prepare` for what is refused."""
+    """One row -> one example. See :func:`tokenize_rows` for what is refused."""
     if not isinstance(row, Mapping):
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
     for theirs, name in config.columns.items():
@@ -198,11 +198,11 @@ def tokenize_row(
     rejected = _answer(number, row, "rejected", prompt)
     plain = _plain(number, completion)
     columns = {key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")}
-    if isinstance(prompt, str) and config.string_prompts == "text":
+    if isinstance(prompt, str) and config.prompt_format == "text":
         if config.system_prompt is not None:
             raise UsageError(
                 f"row {number} is plain text, which has no place for data.system_prompt; "
-                "set data.string_prompts: chat, or leave the system prompt out"
+                "set data.prompt_format: chat, or leave the system prompt out"
             )
         demonstration, disliked = plain, _plain(number, rejected)
         prompt_ids = _encode_prompt(prompt, tokenizer)
@@ -317,7 +317,7 @@ def _render_chat(
     if tokenizer.chat_template is None:
         raise UsageError(
             f"row {number} is a chat, but the tokenizer has no chat template; use a chat model's tokenizer "
-            "or give plain strings as prompts (with data.string_prompts: text, the default)"
+            "or give plain strings as prompts (with data.prompt_format: text, the default)"
         )
 
     def render(turns: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:

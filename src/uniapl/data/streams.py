@@ -69,4 +69,4 @@ def split_streams(
 def is_held_out(example: Example, config: Config) -> bool:
     """Whether the discriminator never learns from this prompt: drawn by its ids, alike for its copies."""
     drawn = derive_seed(config.seed, "held out", *example.prompt_ids)
-    return drawn < config.discriminator.held_out_share * 2**63
+    return drawn < config.discriminator.held_out_fraction * 2**63

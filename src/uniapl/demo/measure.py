@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.config import DataConfig
 from uniapl.data.batching import Row, demonstration_row, micro_batches
-from uniapl.data.rows import prepare
+from uniapl.data.rows import tokenize_rows
 from uniapl.demo.constraints import Prompt
 from uniapl.demo.language import PLACES, fluency
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
@@ -62,7 +62,7 @@ def measure(
     """
     prompts = list(expert_texts)
     rows = [as_row(prompt, text) for prompt, text in expert_texts.items()]
-    examples = prepare(enumerate(rows, start=1), tokenizer, DataConfig()).examples
+    examples = tokenize_rows(enumerate(rows, start=1), tokenizer, DataConfig()).examples
     assert isinstance(tokenizer.eos_token_id, int)
     assert isinstance(tokenizer.pad_token_id, int)
     sampler = LocalSampler(
@@ -79,7 +79,7 @@ def measure(
     )
     texts = [str(tokenizer.decode(list(g[0].completion_ids), skip_special_tokens=True)) for g in groups]
     expert_rows = [demonstration_row(example) for example in examples]
-    judged = judge(
+    judged = score_texts(
         prompts,
         texts,
         list(expert_texts.values()),
@@ -94,7 +94,7 @@ def measure(
     return replace(judged, reference_nll=_nll(reference, sampled, tokenizer.pad_token_id))
 
 
-def judge(
+def score_texts(
     prompts: Sequence[Prompt], texts: Sequence[str], expert_texts: Sequence[str], *, expert_nll: float
 ) -> Measurement:
     """What texts are worth for their prompts, beside the expert's texts for the same prompts."""

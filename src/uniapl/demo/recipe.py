@@ -15,5 +15,5 @@ RECIPE: dict[str, Any] = {
     "discriminator": {"learning_rate": 1e-3, "warmup_steps": 10},
     "optim": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"},
     # Small micro-batches: on a CPU less padding is worth more than more rows at a time.
-    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32, "max_tokens": 1024},
+    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32, "max_tokens_per_micro_batch": 1024},
 }

@@ -43,7 +43,9 @@ def another_example(examples: Sequence[Example], seed: int) -> Context:
     """
     shown = {e.prompt_ids: e.demonstration_ids for e in examples if e.demonstration_ids is not None}
     if len(shown) < 2:
-        raise UsageError("discriminator.reads_example needs demonstrations of at least two different prompts")
+        raise UsageError(
+            "discriminator.in_context_demonstration needs demonstrations of at least two different prompts"
+        )
     prompts = list(shown)
 
     def context(example: Example) -> TokenIds:

@@ -31,7 +31,7 @@ class LoraTrunk(nn.Module):
         trunk: Any = model.base_model
         if trunk is model:
             raise UsageError(
-                f"{type(model).__name__} has no trunk apart from its head: leave out discriminator.lora_rank"
+                f"{type(model).__name__} has no trunk apart from its head: leave out discriminator.lora_r"
             )
         # In a list: the policy's weights are no parameters of the discriminator.
         self._trunk = [trunk]
@@ -46,7 +46,7 @@ class LoraTrunk(nn.Module):
             self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
         if not self.down:
             raise UsageError(
-                f"{type(model).__name__} has no linear layer to adapt: leave out discriminator.lora_rank"
+                f"{type(model).__name__} has no linear layer to adapt: leave out discriminator.lora_r"
             )
 
     @property

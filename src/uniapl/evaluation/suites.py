@@ -13,7 +13,7 @@ from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
 from uniapl.rewards.checkers import Instruction
-from uniapl.rewards.instructions import answer_behind, judge, read_rows
+from uniapl.rewards.instructions import answer_behind, check_instructions, instructions_of_rows
 from uniapl.types import Example
 
 BENCHMARKS = {"ifeval": "google/IFEval", "ifbench": "allenai/IFBench_test"}
@@ -121,7 +121,7 @@ def load_suite(
     read, rewards = config.data.model_copy(update=whole), config.rewards
     try:
         with data.named_source(path):
-            dataset = data.prepare(
+            dataset = data.tokenize_rows(
                 data.read_rows(read)[: config.evaluation.limit],
                 tokenizer,
                 read,
@@ -161,7 +161,7 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -
             f"row {bare} has no instructions ('instruction_id_list' and 'kwargs'): name reward functions "
             "that score these rows"
         )
-    given = read_rows(examples)
+    given = instructions_of_rows(examples)
 
     def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
         judged: list[Scores] = []
@@ -181,7 +181,7 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -
 def _judged(given: Sequence[Instruction], text: str) -> Scores:
     scores: dict[str, list[float]] = {}
     for kind in KINDS:
-        followed = judge(given, text, loose=kind == "loose")
+        followed = check_instructions(given, text, loose=kind == "loose")
         scores[f"prompt_{kind}"] = [float(all(followed))]
         scores[f"inst_{kind}"] = [float(one) for one in followed]
     return scores

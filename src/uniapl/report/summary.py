@@ -28,9 +28,9 @@ def state(run: RunData) -> dict[str, str]:
     ending = run.ending or {}
     kind, words = STATES.get(ending.get("state"), STATES[None])
     reasons = [
-        f"Stage {record['stage'] + 1} ended at step {record['step']}: {record['stop/reason']}."
+        f"Stage {record['stage'] + 1} ended at step {record['step']}: {record['early_stopping/reason']}."
         for record in run.metrics
-        if record.get("stop/reason")
+        if record.get("early_stopping/reason")
     ]
     text = f"{words}, step {run.steps[-1]:,} of {run.planned_steps:,}"
     return {"kind": kind, "text": text, "message": " ".join([*reasons, ending.get("message") or ""]).strip()}

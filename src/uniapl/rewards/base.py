@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from uniapl.config import RewardsConfig
 from uniapl.errors import UsageError
-from uniapl.rewards.calls import RewardTimeoutError, Value, WrongFormError, arguments_of, call, place
+from uniapl.rewards.calls import RewardTimeoutError, Value, WrongFormError, arguments_of, call, error_location
 from uniapl.rewards.finding import find_function
 from uniapl.types import Example
 
@@ -253,7 +253,7 @@ class Rewarder:
             for index in chosen:
                 failed[index] = True
         except Exception as error:  # the user's own code may raise anything
-            message = f"{type(error).__name__}: {error}{place(error)}"
+            message = f"{type(error).__name__}: {error}{error_location(error)}"
             for index in chosen:
                 if timed_out:
                     failed[index] = True

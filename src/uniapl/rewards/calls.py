@@ -90,7 +90,7 @@ def call(
     return outcome[0]
 
 
-def place(error: Exception) -> str:
+def error_location(error: Exception) -> str:
     """Where in the user's file an error arose."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None

@@ -46,7 +46,9 @@ def instruction_following(
     ):
         text = answer_behind(answer_text(completion), answer_after)
         try:
-            followed = judge(instructions(prompt, ids, arguments), text, loose=criterion == "loose")
+            followed = check_instructions(
+                instructions(prompt, ids, arguments), text, loose=criterion == "loose"
+            )
         except UsageError:
             raise
         except Exception as error:  # a checker that raises has not judged
@@ -56,7 +58,7 @@ def instruction_following(
     return scores
 
 
-def judge(given: Sequence[Instruction], text: str, *, loose: bool = False) -> list[bool]:
+def check_instructions(given: Sequence[Instruction], text: str, *, loose: bool = False) -> list[bool]:
     """Which of the instructions a text follows."""
     forms = loose_forms(text) if loose else [text]
     return [any(instruction.followed_by(form) for form in forms) for instruction in given]
@@ -144,14 +146,14 @@ def check_rows(examples: Sequence[Example], **_: Any) -> RowCheck:
     return RowCheck(
         unusable={
             row: f"whose '{instruction.id}' has an argument out of its checker's range"
-            for row, given in read_rows(examples).items()
+            for row, given in instructions_of_rows(examples).items()
             for instruction in given
             if not instruction.is_determined()
         }
     )
 
 
-def read_rows(examples: Sequence[Example]) -> dict[int, list[Instruction]]:
+def instructions_of_rows(examples: Sequence[Example]) -> dict[int, list[Instruction]]:
     """Row number -> its instructions, each of them tried once.
 
     Raises:
@@ -163,7 +165,7 @@ def read_rows(examples: Sequence[Example]) -> dict[int, list[Instruction]]:
         ids, arguments = (example.columns.get(key) for key in ("instruction_id_list", "kwargs"))
         try:
             found[example.row] = instructions(example.prompt, ids, arguments)
-            judge(found[example.row], "An answer.")
+            check_instructions(found[example.row], "An answer.")
         except UsageError as error:
             raise UsageError(f"row {example.row}: {error}") from error
         except Exception as error:  # a checker raises what it likes on arguments of a wrong kind

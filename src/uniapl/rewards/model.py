@@ -15,7 +15,7 @@ def reward_model(
     completions: list[Any],
     *,
     model: str,
-    string_prompts: str = "text",
+    prompt_format: str = "text",
     batch_size: int = 16,
 ) -> list[float]:
     """The logit that a reward model gives to prompt and completion.
@@ -26,18 +26,18 @@ def reward_model(
 
     Args:
         model: Directory or Hub id of a sequence classifier with one output and its tokenizer.
-        string_prompts: As in the section `data`: "chat" makes plain strings a user's message and its answer.
+        prompt_format: As in the section `data`: "chat" makes plain strings a user's message and its answer.
         batch_size: Answers scored at a time.
     """
     import torch
 
-    if string_prompts not in ("text", "chat"):
-        raise UsageError(f"reward_model: string_prompts is 'text' or 'chat', not '{string_prompts}'")
+    if prompt_format not in ("text", "chat"):
+        raise UsageError(f"reward_model: prompt_format is 'text' or 'chat', not '{prompt_format}'")
     classifier, tokenizer = _load(model)
 
     def text(prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
-            if string_prompts == "text":
+            if prompt_format == "text":
                 return prompt + completion
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]

@@ -84,7 +84,7 @@ class Colocated:
     temperature: float
     max_model_len: int
     """Tokens of the longest prompt with its answer: sets the key-value cache that one needs at least."""
-    max_rows: int
+    max_batch_size: int
     gpu_memory_utilization: float
     dtype: str
     on_gpu: bool
@@ -142,7 +142,7 @@ class Colocated:
                 skip_tokenizer_init=True,
                 dtype=self.dtype,
                 max_model_len=self.max_model_len,
-                max_num_seqs=self.max_rows,
+                max_num_seqs=self.max_batch_size,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 # Compiling pays where many steps run on a GPU.
                 enforce_eager=not self.on_gpu,

@@ -27,7 +27,7 @@ Masks = dict[int | None, Tensor | None]
 """Window -> True where the tokens see a column of it; None: they see all of them."""
 
 
-def fits(model: PreTrainedModel) -> bool:
+def supports_fused(model: PreTrainedModel) -> bool:
     """Whether the model has exactly the parts that are known here.
 
     Parts are judged by their parameters. Another order of operations, or a factor, does not show in them:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from uniapl.rollout.fused import FusedDecoder, Weights, fits, same_logits
+from uniapl.rollout.fused import FusedDecoder, Weights, same_logits, supports_fused
 from uniapl.rollout.plain import PlainDecoder
 from uniapl.types import Rollout, TokenIds
 
@@ -42,7 +42,7 @@ class LocalSampler:
     """0 takes the likeliest token, for evaluation; log-probabilities are then those of temperature 1."""
     top_p: float = 1.0
     top_k: int = 0
-    max_rows: int = 256
+    max_batch_size: int = 256
     """Rows decoded at the same time: bounds the cache's memory."""
     decoding: Literal["fused", "plain"] = "fused"
     """`plain` is the model's own forward: the reference, and what other models than `fused` knows get."""
@@ -58,7 +58,7 @@ class LocalSampler:
         policy_version: int,
     ) -> list[tuple[Rollout, ...]]:
         """`num_generations` rollouts for each prompt, in the prompts' order. See :class:`Sampler`."""
-        at_once = max(1, self.max_rows // num_generations)
+        at_once = max(1, self.max_batch_size // num_generations)
         # Prompts of like length together: less padding. The longest first: what does not fit fails at once.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rollouts: list[tuple[Rollout, ...]] = [()] * len(prompts)
@@ -85,7 +85,7 @@ class LocalSampler:
     @functools.cached_property
     def fused(self) -> bool:
         """Whether the fused decoder is used: it was asked for, knows the model, and gives the same logits."""
-        if self.decoding == "plain" or not fits(self.model):
+        if self.decoding == "plain" or not supports_fused(self.model):
             return False
         with self._evaluating():
             return same_logits(self.model)

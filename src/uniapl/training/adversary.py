@@ -35,7 +35,7 @@ from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.distributed import fsdp as sharding
-from uniapl.training.materials import Materials
+from uniapl.training.inputs import RunInputs
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
@@ -45,7 +45,7 @@ DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learner:
+class DiscriminatorTrainer:
     """What the co-trained discriminator learns with."""
 
     discriminator: BradleyTerryDiscriminator
@@ -60,13 +60,13 @@ class Adversary:
     """The discriminator, and what its training needs where it is trained."""
 
     discriminator: Discriminator
-    learner: Learner | None
+    learner: DiscriminatorTrainer | None
     """None: it is frozen."""
     state: AdversaryState
     decode: Callable[[TokenIds], str]
     """As rollouts are decoded."""
 
-    def judge(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
+    def score(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
         """(logits of the rollouts, logit of the demonstration) of each group; None for what has none."""
         parts = [candidates_of(group, self.decode) for group in groups]
         if self.discriminator.needs_reference:
@@ -104,9 +104,9 @@ class Adversary:
         ]
         losses: list[float] = []
         skipped = 0
-        frozen = settings.freeze_step is not None and stage_step >= settings.freeze_step
+        frozen = settings.freeze_after_steps is not None and stage_step >= settings.freeze_after_steps
         if not (self.state.paused or frozen):
-            replayed = round(len(fresh) * settings.replay_share / (1 - settings.replay_share))
+            replayed = round(len(fresh) * settings.replay_fraction / (1 - settings.replay_fraction))
             for update in range(settings.updates_per_step):
                 seed = derive_seed(config.seed, "replay", step, update)
                 comparisons = fresh + learner.replay.draw(replayed, seed=seed)
@@ -124,12 +124,19 @@ class Adversary:
         }
 
     def _update(
-        self, accelerator: Accelerator, learner: Learner, comparisons: Sequence[Comparison], config: Config
+        self,
+        accelerator: Accelerator,
+        learner: DiscriminatorTrainer,
+        comparisons: Sequence[Comparison],
+        config: Config,
     ) -> tuple[float, bool]:
         """One update, in smaller batches from the first one on that does not fit in memory."""
         smallest = 2 * max(comparison.width for comparison in comparisons)
         while True:
-            limit = min(config.batching.max_tokens, self.state.max_tokens or config.batching.max_tokens)
+            limit = min(
+                config.batching.max_tokens_per_micro_batch,
+                self.state.max_tokens or config.batching.max_tokens_per_micro_batch,
+            )
             try:
                 return discriminator_step(
                     accelerator,
@@ -145,18 +152,18 @@ class Adversary:
                     raise UniAPLError(
                         f"out of memory in the discriminator's update: a pair of {smallest} tokens does not "
                         "fit; lower rollout.max_completion_length or data.max_demonstration_length, or give "
-                        "it a smaller backbone (discriminator.model_name_or_path, lora_rank)"
+                        "it a smaller backbone (discriminator.model_name_or_path, lora_r)"
                     ) from None
             total = sum(len(c.sequences) for c in comparisons) * smallest
             self.state.max_tokens = min(limit, total) // 2
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         """The discriminator with its weights, where it is sharded; all processes enter and leave together."""
         if self.learner is None:
             yield
             return
-        with sharding.whole(self.learner.discriminator.module, self.learner.module):
+        with sharding.gathered(self.learner.discriminator.module, self.learner.module):
             yield
 
     def save(self, directory: Path) -> dict[str, Any]:
@@ -171,7 +178,7 @@ class Adversary:
         vars(self.state).update(state["adversary"])
         if self.learner is not None:
             module = self.learner.discriminator.module
-            with self.whole():
+            with self.gathered():
                 checkpoint.load_module(module, directory / "discriminator.safetensors")
                 sharding.scatter(module, self.learner.module)
                 embeddings: Any = module.trunk.get_input_embeddings()
@@ -186,7 +193,7 @@ class Adversary:
 def build_adversary(
     config: Config,
     policy: Policy,
-    materials: Materials,
+    inputs: RunInputs,
     accelerator: Accelerator,
     *,
     start: Path | None,
@@ -200,16 +207,16 @@ def build_adversary(
     settings = config.discriminator
 
     def decode(ids: TokenIds) -> str:
-        return str(materials.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(inputs.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     if settings.kind == "bradley-terry":
-        learner = _build_learner(config, policy.model, materials, accelerator)
+        learner = _build_trainer(config, policy.model, inputs, accelerator)
         return Adversary(
             discriminator=learner.discriminator, learner=learner, state=AdversaryState(), decode=decode
         )
     name = settings.model_name_or_path
     assert name is not None, "check_stage asks for it"
-    max_tokens = config.batching.max_tokens
+    max_tokens = config.batching.max_tokens_per_micro_batch
     if settings.kind == "remote":
         assert settings.url is not None
         discriminator: Discriminator = Remote(
@@ -230,13 +237,13 @@ def build_adversary(
     else:
         where = ModelConfig(model_name_or_path=name, trust_remote_code=settings.trust_remote_code)
         expert = load_model(where).to(accelerator.device)
-        check_vocabulary(expert, materials.tokenizer)
-        at_start = settings.against == "start"
+        check_vocabulary(expert, inputs.tokenizer)
+        at_start = settings.density_ratio_reference == "start"
         teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
         discriminator = DensityRatio(
             expert=teacher,
             against=reference_at_start(policy, config.model, start) if at_start else policy,
-            pad_id=materials.pad_id,
+            pad_id=inputs.pad_id,
             max_tokens=max_tokens,
             packed=config.batching.packing and policy.packs and teacher.packs,
             device=accelerator.device,
@@ -245,12 +252,12 @@ def build_adversary(
     return Adversary(discriminator=discriminator, learner=None, state=AdversaryState(), decode=decode)
 
 
-def _build_learner(
-    config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
-) -> Learner:
+def _build_trainer(
+    config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator
+) -> DiscriminatorTrainer:
     settings = config.discriminator
-    if settings.lora_rank is not None:
-        module = BradleyTerry(LoraTrunk(model, settings.lora_rank, seed=config.seed)).to(accelerator.device)
+    if settings.lora_r is not None:
+        module = BradleyTerry(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
     elif settings.model_name_or_path is None:
         module = BradleyTerry.copy_of(model)
     else:
@@ -265,19 +272,19 @@ def _build_learner(
         module = BradleyTerry(trunk).to(accelerator.device)
     embeddings: Any = module.trunk.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    if len(materials.tokenizer) > rows:
+    if len(inputs.tokenizer) > rows:
         raise UsageError(
-            f"the discriminator knows {rows} tokens, the policy's tokenizer has {len(materials.tokenizer)}: "
+            f"the discriminator knows {rows} tokens, the policy's tokenizer has {len(inputs.tokenizer)}: "
             "its backbone must share the policy's vocabulary"
         )
     context = no_context
-    if settings.reads_example:
-        known = [example for example in materials.dataset.examples if not is_held_out(example, config)]
+    if settings.in_context_demonstration:
+        known = [example for example in inputs.dataset.examples if not is_held_out(example, config)]
         context = another_example(known, config.seed)
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    wrapped, optimizer = sharding.prepare(
+    wrapped, optimizer = sharding.distribute(
         accelerator,
         module,
         lambda parameters: AdamW(
@@ -285,11 +292,11 @@ def _build_learner(
         ),
     )
     sharding.release(module, wrapped)
-    return Learner(
+    return DiscriminatorTrainer(
         discriminator=BradleyTerryDiscriminator(
             module=module,
-            pad_id=materials.pad_id,
-            max_tokens=config.batching.max_tokens,
+            pad_id=inputs.pad_id,
+            max_tokens=config.batching.max_tokens_per_micro_batch,
             label_smoothing=settings.label_smoothing,
             context=context,
             packed=config.batching.packing and packs,

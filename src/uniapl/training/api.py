@@ -19,9 +19,9 @@ from uniapl.training.checkpoint.run_directory import check_run_directory
 from uniapl.training.distributed import fsdp as sharding
 from uniapl.training.distributed.accelerator import make_accelerator
 from uniapl.training.evaluation import make_evaluate
+from uniapl.training.inputs import RunInputs
 from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
-from uniapl.training.materials import Materials
 from uniapl.training.monitor.console import RunView, Show
 from uniapl.training.monitor.trackers import check_trackers, tracked
 from uniapl.training.preflight import load as setup
@@ -88,7 +88,7 @@ def train_resolved(
     config = resolved.config
     check_trackers(config.report_to)
     stages = stages_of(resolved)
-    materials = setup.load_materials(
+    inputs = setup.load_inputs(
         resolved,
         stages,
         train_dataset=train_dataset,
@@ -99,9 +99,9 @@ def train_resolved(
     for stage in stages:
         check_processes(stage.config, accelerator.num_processes)
         if sharding.shards_weights():
-            sharding.check_stage(stage.config)
+            sharding.check_sharding(stage.config)
     view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process, show=show)
-    for note in _notes(resolved, stages, materials, rows_given=train_dataset is not None):
+    for note in _notes(resolved, stages, inputs, rows_given=train_dataset is not None):
         view.say(f"note: {note}")
     if sharding.shards_weights():
         view.say(
@@ -110,13 +110,13 @@ def train_resolved(
     # The first process writes for all.
     alone = storage.exclusive(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
     with alone:
-        return _train_in_directory(resolved, stages, materials, accelerator, view, evaluate)
+        return _train_in_directory(resolved, stages, inputs, accelerator, view, evaluate)
 
 
 def _train_in_directory(
     resolved: Resolved,
     stages: Sequence[Resolved],
-    materials: Materials,
+    inputs: RunInputs,
     accelerator: Accelerator,
     view: RunView,
     evaluate: Evaluate | None,
@@ -128,14 +128,14 @@ def _train_in_directory(
     check_run_directory(config, found)
     if config.resume == "auto" and found is None:
         view.say(f"note: no checkpoint in '{directory}': starting from step 1")
-    state = _resume_state(found, resolved, stages, materials, view) if found else {"stage": 0, "step": 0}
+    state = _resume_state(found, resolved, stages, inputs, view) if found else {"stage": 0, "step": 0}
     model: Any = load_policy(config.model, found, seed=config.seed).to(accelerator.device)
-    check_vocabulary(model, materials.tokenizer)
+    check_vocabulary(model, inputs.tokenizer)
     first: int = state["stage"]
 
     def build(index: int) -> Stage:
         start = _stage_start(index, directory, found)
-        stage = build_stage(stages[index].config, index, model, materials, accelerator, start=start)
+        stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=start)
         if found and index == first:
             _load(stage, found, state)
         stage.check_sampler()
@@ -144,9 +144,9 @@ def _train_in_directory(
     stage: Stage | None = build(first)
     if accelerator.is_main_process:
         storage.check_space(directory, _bytes_to_write(stages, stage, directory, state, accelerator))
-    run = start_run(resolved, stages, accelerator, materials, view, state)
+    run = start_run(resolved, stages, accelerator, inputs, view, state)
     last_step = sum(stage.config.max_steps for stage in stages)
-    run.evaluate = make_evaluate(config, materials, accelerator, last_step=last_step, theirs=evaluate)
+    run.evaluate = make_evaluate(config, inputs, accelerator, last_step=last_step, theirs=evaluate)
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     if config.batching.packing and not stage.packing:
         view.say("note: this model's attention cannot read packed rows: updates read padded ones")
@@ -175,7 +175,7 @@ def _train_in_directory(
 
 
 def _notes(
-    resolved: Resolved, stages: Sequence[Resolved], materials: Materials, *, rows_given: bool
+    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, *, rows_given: bool
 ) -> list[str]:
     """What the user should hear of configuration and data before the first step."""
     notes: list[str] = []
@@ -190,9 +190,9 @@ def _notes(
     )
     notes += [
         f"{len(rows)} rows left out, {reason} (uniapl check lists them)"
-        for reason, rows in materials.dataset.left_out.items()
+        for reason, rows in inputs.dataset.left_out.items()
     ]
-    return [*notes, *materials.notes]
+    return [*notes, *inputs.notes]
 
 
 @contextmanager

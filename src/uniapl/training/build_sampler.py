@@ -14,31 +14,31 @@ from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
 from uniapl.training.distributed.one_step_off import Ahead
-from uniapl.training.distributed.rank_zero_sampler import FirstProcessSampler
-from uniapl.training.materials import Materials
+from uniapl.training.distributed.rank_zero_sampler import RankZeroSampler
+from uniapl.training.inputs import RunInputs
 
 
 def build_sampler(
-    config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
+    config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator
 ) -> Sampler:
     """The sampler that the configuration names."""
     rollout = config.rollout
     if rollout.sampler == "local":
         return LocalSampler(
             model=model,
-            stop_ids=materials.stop_ids,
-            pad_id=materials.pad_id,
+            stop_ids=inputs.stop_ids,
+            pad_id=inputs.pad_id,
             max_completion_length=rollout.max_completion_length,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            max_rows=rollout.max_rows,
+            max_batch_size=rollout.max_batch_size,
             decoding=rollout.decoding,
             autocast=accelerator.autocast,
         )
-    engine = _vllm(config, model, materials, accelerator)
-    speaker = FirstProcessSampler(sampler=engine, accelerator=accelerator)
-    return Ahead(sampler=speaker) if rollout.one_step_off else speaker
+    engine = _vllm(config, model, inputs, accelerator)
+    speaker = RankZeroSampler(sampler=engine, accelerator=accelerator)
+    return Ahead(sampler=speaker) if rollout.max_off_policy_steps else speaker
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -56,12 +56,10 @@ def check_processes(config: Config, processes: int) -> None:
         )
 
 
-def _vllm(
-    config: Config, model: PreTrainedModel, materials: Materials, accelerator: Accelerator
-) -> VLLMSampler:
+def _vllm(config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator) -> VLLMSampler:
     rollout = config.rollout
     bf16 = accelerator.mixed_precision == "bf16"
-    prompts = [example.prompt_ids for example in materials.dataset.examples]
+    prompts = [example.prompt_ids for example in inputs.dataset.examples]
     if rollout.vllm_mode == "server":
         engine = Server(
             url=rollout.vllm_server_base_url.rstrip("/"),
@@ -72,7 +70,7 @@ def _vllm(
         engine = Colocated(
             temperature=rollout.temperature,
             max_model_len=max(map(len, prompts)) + rollout.max_completion_length,
-            max_rows=rollout.max_rows,
+            max_batch_size=rollout.max_batch_size,
             gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
             dtype="bfloat16" if bf16 else "float32",
             on_gpu=accelerator.device.type == "cuda",
@@ -87,6 +85,6 @@ def _vllm(
         canary=prompts[0],
         tolerance=rollout.vllm_max_logp_difference,
         temperature=rollout.temperature,
-        stop_ids=materials.stop_ids,
+        stop_ids=inputs.stop_ids,
         max_completion_length=rollout.max_completion_length,
     )

@@ -8,15 +8,15 @@ from transformers import PreTrainedModel
 from uniapl.config import Config
 from uniapl.evaluation import evaluate_suite
 from uniapl.rollout.local import LocalSampler
-from uniapl.training.materials import Materials
+from uniapl.training.inputs import RunInputs
 from uniapl.training.run import Evaluate
 
 
 def make_evaluate(
-    config: Config, materials: Materials, accelerator: Accelerator, *, last_step: int, theirs: Evaluate | None
+    config: Config, inputs: RunInputs, accelerator: Accelerator, *, last_step: int, theirs: Evaluate | None
 ) -> Evaluate | None:
     """What a run calls after each step; None where nobody wants to look."""
-    if not config.eval_steps or not materials.suites:
+    if not config.eval_steps or not inputs.suites:
         return theirs
 
     def evaluate(step: int, model: PreTrainedModel) -> dict[str, Any]:
@@ -25,19 +25,19 @@ def make_evaluate(
             return found
         sampler = LocalSampler(
             model=model,
-            stop_ids=materials.stop_ids,
-            pad_id=materials.pad_id,
+            stop_ids=inputs.stop_ids,
+            pad_id=inputs.pad_id,
             max_completion_length=config.evaluation.max_completion_length,
             temperature=config.evaluation.sampling_temperature,
-            max_rows=config.rollout.max_rows,
+            max_batch_size=config.rollout.max_batch_size,
             decoding=config.rollout.decoding,
             autocast=accelerator.autocast,
         )
-        for suite in materials.suites:
+        for suite in inputs.suites:
             result = evaluate_suite(
                 suite,
                 sampler,
-                materials.tokenizer,
+                inputs.tokenizer,
                 num_samples=config.evaluation.num_samples,
                 seed=config.seed,
                 with_floors=False,

@@ -17,22 +17,22 @@ from uniapl.data.batching import (
     Row,
     component_counts,
     demonstration_row,
+    empty_micro_batch,
     micro_batches,
-    nothing_to_learn,
     shares,
 )
 from uniapl.data.streams import Stream
 from uniapl.errors import HealthStop
 from uniapl.rewards import RewardOutcome
-from uniapl.training.distributed.fsdp import fillers
-from uniapl.training.materials import streams
+from uniapl.training.distributed.fsdp import num_empty_micro_batches
+from uniapl.training.inputs import streams
 from uniapl.training.monitor import metrics
-from uniapl.training.oom_retry import within_memory
+from uniapl.training.oom_retry import retry_on_oom
 from uniapl.training.run import Run, finish_step
 from uniapl.training.stage import Stage
 from uniapl.training.step_health import check_health, save_skipped, warn
 from uniapl.training.update.activation_checkpointing import recomputed
-from uniapl.training.update.component_gradients import measure_forces
+from uniapl.training.update.component_gradients import component_gradient_norms
 from uniapl.training.update.credit import Credit, assign_credit, failed_prompts, rollout_rows
 from uniapl.training.update.policy_step import PolicyStep, policy_step
 from uniapl.types import Example, MicroBatch, RolloutGroup, derive_seed
@@ -74,12 +74,12 @@ def run_stage(run: Run, stage: Stage) -> None:
         with phase("reward"):
             groups, outcomes = reward(run, groups)
         with phase("score"):
-            groups = judge(run, stage, groups)
+            groups = score_with_discriminator(run, stage, groups)
             pairs = stage.pair_metrics(groups)
             constraint = stage.control(pairs.get("discriminator/pair_win_rate"))
         with phase("update"):
             batch = mix(run, stage, groups, demonstrations)
-            forces = look_at_forces(run, stage, batch)
+            forces = measure_gradients(run, stage, batch)
             update = update_policy(run, stage, batch)
         with phase("discriminator"):
             learnt = update_discriminator(run, stage, groups)
@@ -139,11 +139,11 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
 
     count = stage.config.batching.prompts_per_step
     prompts = stream.take(count)
-    with stage.whole_policy():
+    with stage.gathered_policy():
         rollouts = stage.sampler.sample(**asked(prompts, run.step))
         if stage.ahead is not None and stage.step + 1 < stage.config.max_steps:
             stage.ahead.begin(**asked(stream.peek(count), run.step + 1))
-    decode = run.materials.tokenizer.decode
+    decode = run.inputs.tokenizer.decode
     return [
         RolloutGroup(
             example=prompt,
@@ -159,7 +159,7 @@ def reward(
     run: Run, groups: Sequence[RolloutGroup]
 ) -> tuple[list[RolloutGroup], dict[str, list[RewardOutcome]]]:
     """All processes' groups with their rewards, in the prompts' order, and how the functions fared."""
-    rewarder = run.materials.rewarder
+    rewarder = run.inputs.rewarder
     samples = [(group, i) for group in groups for i in range(len(group.rollouts))]
     outcomes = rewarder.score(
         [group.example for group, _ in samples],
@@ -178,14 +178,14 @@ def reward(
     return _gather(run.accelerator, rewarded), {name: [o[name] for o in everywhere] for name in outcomes}
 
 
-def judge(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     """The groups with the discriminator's logits; its cadence takes the fresh pairs into account."""
     if stage.adversary is None:
         return list(groups)
     share = groups[run.accelerator.process_index :: run.accelerator.num_processes]
     # A frozen one may read the policy.
-    with stage.adversary.whole() if stage.adversary.learner else stage.whole_policy():
-        scored = stage.adversary.judge(share)
+    with stage.adversary.gathered() if stage.adversary.learner else stage.gathered_policy():
+        scored = stage.adversary.score(share)
     logits = _gather(run.accelerator, scored)
     judged = [
         replace(group, policy_logits=policy, expert_logit=expert)
@@ -193,7 +193,7 @@ def judge(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Rollou
     ]
     experts = [expert for _, expert in logits if expert is not None and math.isfinite(expert)]
     # Where some demonstrations are kept from it, those say what it knows of the expert.
-    watched = "held_out_accuracy" if stage.config.discriminator.held_out_share else "accuracy"
+    watched = "held_out_accuracy" if stage.config.discriminator.held_out_fraction else "accuracy"
     stage.adversary.state.observe(
         accuracy=stage.pair_metrics(judged).get(f"discriminator/{watched}"),
         expert_logit=sum(experts) / len(experts) if experts else None,
@@ -209,12 +209,12 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     credits = assign_credit(
         groups,
         scale_rewards=config.objective.scale_rewards,
-        assignment=config.objective.adversarial_assignment,
+        assignment=config.objective.adversarial_credit,
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
         bonus=stage.lambda_adv if in_reward else 0.0,
     )
     if config.objective.mu_controller == "gate":
-        failed = failed_prompts(groups, config.objective.gate_reward)
+        failed = failed_prompts(groups, config.objective.gate_threshold)
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [demonstration_row(group.example) for group in failed]
     elif config.objective.learns_from_demonstrations:
@@ -224,17 +224,17 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         demonstrated = []
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature) + demonstrated
     weights = stage.weights(stage.mu(groups))
-    learnt = [row for row in rows if row.teaches(weights)] if stage.packing else rows
+    learnt = [row for row in rows if row.has_gradient(weights)] if stage.packing else rows
     batches = micro_batches(
         shares(learnt, accelerator.num_processes)[accelerator.process_index],
-        pad_id=run.materials.pad_id,
+        pad_id=run.inputs.pad_id,
         max_tokens=run.max_tokens(stage),
         max_rows=config.batching.per_device_train_batch_size,
         packed=stage.packing,
         device=accelerator.device,
     )
-    for _ in range(fillers(accelerator, len(batches))):
-        batches.append(nothing_to_learn(run.materials.pad_id, device=accelerator.device))
+    for _ in range(num_empty_micro_batches(accelerator, len(batches))):
+        batches.append(empty_micro_batch(run.inputs.pad_id, device=accelerator.device))
     return MixedBatch(
         rows=rows,
         batches=batches,
@@ -246,17 +246,17 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     )
 
 
-def look_at_forces(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float]:
+def measure_gradients(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float]:
     """Norms of the three forces' gradients and the cosines between them, in the steps that are looked at."""
-    every = stage.config.gradient_steps
+    every = stage.config.log_gradients_steps
     if not every or stage.step % every:
         return {}
     with recomputed(stage.policy, stage.config.optim.gradient_checkpointing):
-        forces, _ = within_memory(
+        forces, _ = retry_on_oom(
             run,
             batch.batches,
             None,
-            lambda batches, _: measure_forces(
+            lambda batches, _: component_gradient_norms(
                 run.accelerator,
                 stage.policy,
                 batches,
@@ -298,7 +298,7 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
     all_applied = True
     with recomputed(stage.policy, stage.config.optim.gradient_checkpointing):
         for _ in range(objective.num_iterations):
-            update, batches = within_memory(run, batches, update.old_logprobs if update else None, step)
+            update, batches = retry_on_oom(run, batches, update.old_logprobs if update else None, step)
             all_applied &= update.applied
     assert update is not None
     return replace(update, applied=all_applied)
@@ -323,7 +323,7 @@ def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
 
 def _streams(run: Run, stage: Stage) -> tuple[Stream, Stream]:
     """The stage's prompts and demonstrations, at the positions that the run has reached."""
-    pools = streams(stage.config, run.materials.dataset, run.materials.rewarder)
+    pools = streams(stage.config, run.inputs.dataset, run.inputs.rewarder)
     for name, pool in zip(("prompts", "demonstrations"), pools, strict=True):
         position = run.streams[name].position
         run.streams[name] = Stream(pool, seed=run.config.seed, name=name, position=position)

@@ -11,9 +11,9 @@ from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.monitor.console import RunView
 
 OUT_OF_MEMORY = {
-    "rollout": "rollout.max_rows or rollout.max_completion_length",
-    "score": "batching.max_tokens",
-    "evaluate": "rollout.max_rows or evaluation.max_completion_length",
+    "rollout": "rollout.max_batch_size or rollout.max_completion_length",
+    "score": "batching.max_tokens_per_micro_batch",
+    "evaluate": "rollout.max_batch_size or evaluation.max_completion_length",
 }
 """Phase -> what to lower where it does not fit; an update cuts itself smaller before it gives up."""
 

@@ -17,7 +17,7 @@ OldLogprobs = Sequence[Tensor] | None
 """Of each micro-batch; None before the first update."""
 
 
-def within_memory(
+def retry_on_oom(
     run: Run,
     batches: list[MicroBatch],
     old_logprobs: OldLogprobs,
@@ -49,7 +49,7 @@ def within_memory(
         run.token_limit = limit
         run.view.say(
             f"step {run.step + 1}: out of memory: micro-batches of {limit} tokens from here on "
-            f"(batching.max_tokens is {run.config.batching.max_tokens})"
+            f"(batching.max_tokens_per_micro_batch is {run.config.batching.max_tokens_per_micro_batch})"
         )
         batches = [batch for batch, _ in parts]
         if old_logprobs is not None:

@@ -11,7 +11,7 @@ from uniapl.errors import UsageError
 from uniapl.models.lora import is_adapter
 from uniapl.training.checkpoint.run_directory import RUN_DIRECTORIES, changed_values
 from uniapl.training.checkpoint.state import read_state
-from uniapl.training.materials import Materials
+from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor.console import RunView
 from uniapl.training.run import discriminator_kind
 from uniapl.training.stage import Stage
@@ -31,14 +31,14 @@ def _bytes_to_write(
     models = len(stages) * stage.model_bytes()
     if any(s.config.rollout.sampler == "vllm" for s in stages):
         # On their way to vLLM weights are whole, in bf16 where training is.
-        models += stage.whole_bytes() // (2 if accelerator.mixed_precision == "bf16" else 1)
+        models += stage.merged_bytes() // (2 if accelerator.mixed_precision == "bf16" else 1)
     folders = [directory / name for name in RUN_DIRECTORIES]
     there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there
 
 
 def _resume_state(
-    found: Path, resolved: Resolved, stages: Sequence[Resolved], materials: Materials, view: RunView
+    found: Path, resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, view: RunView
 ) -> dict[str, Any]:
     """The state in a checkpoint, if it is one of this run's recipe; what else has changed is said.
 
@@ -73,7 +73,7 @@ def _resume_state(
             f"checkpoint '{found}' was made with another discriminator than '{kind}': change it back, "
             "or start anew from its weights by model.model_name_or_path"
         )
-    reason = state["stopping"]["reason"] if state["stop_rule"] == stage.stop.model_dump() else None
+    reason = state["stopping"]["reason"] if state["stop_rule"] == stage.early_stopping.model_dump() else None
     complete = state["stage_step"] >= stage.max_steps
     state["finished"] = reached == len(stages) and (complete or reason is not None)
     if state["finished"]:
@@ -82,7 +82,7 @@ def _resume_state(
         view.say(f"note: this run is complete{f' ({reason})' if reason else ''}; {remedy} goes on with it")
     for change in changed_values(resolved, stages):
         view.say(f"note: since the run was last started, {change}")
-    if state["data_sha256"] != materials.data_sha256:
+    if state["data_sha256"] != inputs.data_sha256:
         view.say(
             "note: the data has changed since the checkpoint; the streams go on at their positions in it"
         )

@@ -26,8 +26,8 @@ from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.checkpoint import disk as storage
 from uniapl.training.checkpoint.model_card import model_card
 from uniapl.training.checkpoint.run_directory import prepare_run_directory
+from uniapl.training.inputs import RunInputs
 from uniapl.training.machine_errors import disk_errors_explained
-from uniapl.training.materials import Materials
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.trackers import track
 from uniapl.training.stage import Stage
@@ -42,7 +42,7 @@ class Run:
 
     config: Config
     accelerator: Accelerator
-    materials: Materials
+    inputs: RunInputs
     methods: list[str]
     """Of all stages."""
     directory: Path
@@ -73,7 +73,7 @@ class Run:
 
     def max_tokens(self, stage: Stage) -> int:
         """Padded tokens of a micro-batch at most: the configuration's, or what was found to fit."""
-        configured = stage.config.batching.max_tokens
+        configured = stage.config.batching.max_tokens_per_micro_batch
         return configured if self.token_limit is None else min(configured, self.token_limit)
 
     @contextlib.contextmanager
@@ -111,7 +111,7 @@ def start_run(
     resolved: Resolved,
     stages: Sequence[Resolved],
     accelerator: Accelerator,
-    materials: Materials,
+    inputs: RunInputs,
     view: RunView,
     state: dict[str, Any],
 ) -> Run:
@@ -124,7 +124,7 @@ def start_run(
             checkpoint.sweep(directory)
             # A finished run is left as it is; config.yaml keeps saying how it was made.
             if not state.get("finished"):
-                prepare_run_directory(resolved, stages, materials)
+                prepare_run_directory(resolved, stages, inputs)
             checkpoint.forget_after(directory, state["step"])
             # A run that was killed behind its last save has not come to it.
             checkpoint.prune(directory, config.save_total_limit)
@@ -142,7 +142,7 @@ def start_run(
     return Run(
         config=config,
         accelerator=accelerator,
-        materials=materials,
+        inputs=inputs,
         methods=[stage.config.method for stage in stages],
         directory=directory,
         view=view,
@@ -159,7 +159,9 @@ def start_run(
         step=state["step"],
         num_tokens=state.get("num_tokens", 0),
         bad_steps=state.get("bad_steps", {}),
-        token_limit=state["token_limit"] if state.get("max_tokens") == config.batching.max_tokens else None,
+        token_limit=state["token_limit"]
+        if state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
+        else None,
     )
 
 
@@ -171,14 +173,14 @@ def finish_step(
     In this order: a run that dies while saving goes on from the checkpoint before and drops these lines.
     """
     if run.evaluate is not None:
-        with run.view.phase("evaluate"), stage.whole_policy():
+        with run.view.phase("evaluate"), stage.gathered_policy():
             found = run.evaluate(run.step, stage.model) if run.accelerator.is_main_process else {}
             # Numbers of NumPy and torch too: rules and JSON know Python's.
             record |= {f"eval/{k}": v.item() if hasattr(v, "item") else v for k, v in found.items()}
         heads = {k: v for k, v in found.items() if k.endswith(("/reward", "/prompt_strict"))}
         if heads:
             run.view.say(f"step {run.step}: {', '.join(f'{k} {v:.3f}' for k, v in heads.items())}")
-    rule = stage.config.stop
+    rule = stage.config.early_stopping
     watching = rule.target is not None or rule.patience is not None
     # What is evaluated comes in some steps only; whatever else a stage has, it has in its first step.
     if watching and stage.step == 1 and rule.metric not in record and not rule.metric.startswith("eval/"):
@@ -189,7 +191,7 @@ def finish_step(
     # Only the first process evaluates: what it decides holds for all.
     (stage.stopping,) = broadcast_object_list([stage.stopping])
     if stage.stopping.reason is not None:
-        record["stop/reason"] = stage.stopping.reason
+        record["early_stopping/reason"] = stage.stopping.reason
         run.view.say(f"step {run.step}: stage {stage.index + 1} ends: {stage.stopping.reason}")
     record |= {f"time/{name}": seconds for name, seconds in run.view.times.items()}
     record["step_time"] = run.view.step_seconds
@@ -197,7 +199,7 @@ def finish_step(
     run.completions_log.write(completions)
     track(run.accelerator, record)
     run.view.step_done(run.step, record, line=run.step % run.config.logging_steps == 0 or stage.ended)
-    if completions and run.config.completion_steps and run.step % run.config.completion_steps == 0:
+    if completions and run.config.log_completions_steps and run.step % run.config.log_completions_steps == 0:
         run.view.answers(completions)
     if run.step % run.config.save_steps == 0 or stage.ended or stopping:
         with run.view.phase("save"):
@@ -251,16 +253,16 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
 
     def fill(directory: Path) -> None:
         save_weights(stage.model, directory)
-        run.materials.tokenizer.save_pretrained(directory)
+        run.inputs.tokenizer.save_pretrained(directory)
         state = {
             "step": run.step,
             "num_tokens": run.num_tokens,
             "bad_steps": run.bad_steps,
             "token_limit": run.token_limit,
-            "max_tokens": run.config.batching.max_tokens,
+            "max_tokens": run.config.batching.max_tokens_per_micro_batch,
             "methods": run.methods,
             "seed": run.config.seed,
-            "data_sha256": run.materials.data_sha256,
+            "data_sha256": run.inputs.data_sha256,
             **{name: stream.position for name, stream in run.streams.items()},
             "kind": discriminator_kind(stage.config),
             **stage.save(directory, optimizers),
@@ -268,9 +270,9 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     optimizers = stage.optimizer_states(keep=run.accelerator.is_main_process)
-    with stage.whole():
+    with stage.gathered():
         if run.accelerator.is_main_process:
-            if not storage.fits(run.directory, stage.checkpoint_bytes()):
+            if not storage.has_space(run.directory, stage.checkpoint_bytes()):
                 # The newest is whole: it was read back.
                 checkpoint.prune(run.directory, 1)
             storage.require_space(run.directory, stage.checkpoint_bytes())
@@ -282,8 +284,8 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
 def discriminator_kind(config: Config) -> str:
     """What a checkpoint's discriminator must be for a run to go on with it."""
     settings = config.discriminator
-    rank = f", lora_rank {settings.lora_rank}" if settings.lora_rank is not None else ""
-    return settings.kind + rank + (", reads_example" if settings.reads_example else "")
+    rank = f", lora_r {settings.lora_r}" if settings.lora_r is not None else ""
+    return settings.kind + rank + (", in_context_demonstration" if settings.in_context_demonstration else "")
 
 
 def save_model(run: Run, stage: Stage, path: Path) -> None:
@@ -291,12 +293,12 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
 
     def fill(directory: Path) -> None:
         save_weights(stage.model, directory)
-        run.materials.tokenizer.save_pretrained(directory)
+        run.inputs.tokenizer.save_pretrained(directory)
         last = run.history[-1] if run.history else {}
         card = model_card(run.config, run.methods[: stage.index + 1], run.step, last)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
-    with stage.whole_policy():
+    with stage.gathered_policy():
         if run.accelerator.is_main_process:
             checkpoint.write_directory(path, fill)
     run.accelerator.wait_for_everyone()

@@ -30,7 +30,7 @@ from uniapl.training.build_sampler import build_sampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.distributed import fsdp as sharding
 from uniapl.training.distributed.one_step_off import Ahead
-from uniapl.training.materials import Materials
+from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor import metrics
 from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.training.update.activation_checkpointing import checkpointed_layers
@@ -58,7 +58,7 @@ class Stage:
     model: PreTrainedModel
     """The language model inside `policy`, or its twin: what is sampled from and saved."""
     policy: nn.Module
-    """What learns. Where it is sharded, `model` has weights inside :meth:`whole_policy` alone."""
+    """What learns. Where it is sharded, `model` has weights inside :meth:`gathered_policy` alone."""
     optimizer: Optimizer
     reference: Reference | None
     """What the KL term stays near; None: there is no such term, or not yet."""
@@ -88,7 +88,7 @@ class Stage:
             UsageError: It cannot sample from this model, or not here.
         """
         if self.config.objective.uses_rollouts and not self.ended:
-            with self.whole_policy():
+            with self.gathered_policy():
                 self.sampler.check()
 
     @property
@@ -143,7 +143,7 @@ class Stage:
         """The demonstrations' weight at the current step, which may depend on how its rollouts fared."""
         objective = self.config.objective
         if objective.mu_controller == "gate":
-            return len(failed_prompts(groups, objective.gate_reward)) / len(groups)
+            return len(failed_prompts(groups, objective.gate_threshold)) / len(groups)
         if objective.mu_controller == "reward":
             rewards = [reward for group in groups for reward in group.rewards if reward is not None]
             if not rewards:
@@ -176,7 +176,7 @@ class Stage:
     def set_reference(self) -> None:
         """From `reference_step` on the reference is the policy as it is then."""
         if self.later_reference is not None and self.step >= self.config.objective.reference_step:
-            with self.whole_policy():
+            with self.gathered_policy():
                 self.later_reference.follow()
             self.reference, self.later_reference = self.later_reference, None
 
@@ -211,20 +211,23 @@ class Stage:
         """What the policy takes on the disk: all of it, or its adapter."""
         return _bytes(self.policy)
 
-    def whole_bytes(self) -> int:
+    def merged_bytes(self) -> int:
         """What the policy takes on the disk as a whole model, its adapter merged."""
         return sum(p.nbytes for name, p in self.policy.named_parameters() if ".lora_" not in name)
 
     @contextlib.contextmanager
-    def whole_policy(self) -> Iterator[None]:
+    def gathered_policy(self) -> Iterator[None]:
         """`model` with its weights; all processes enter and leave together."""
-        with sharding.whole(self.model, self.policy):
+        with sharding.gathered(self.model, self.policy):
             yield
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         """`model` and the discriminator with their weights; all processes enter and leave together."""
-        with self.whole_policy(), self.adversary.whole() if self.adversary else contextlib.nullcontext():
+        with (
+            self.gathered_policy(),
+            self.adversary.gathered() if self.adversary else contextlib.nullcontext(),
+        ):
             yield
 
     def optimizer_states(self, *, keep: bool) -> dict[str, Any]:
@@ -247,7 +250,7 @@ class Stage:
             "stage_step": self.step,
             "stage_tokens": self.tokens,
             "stopping": asdict(self.stopping),
-            "stop_rule": self.config.stop.model_dump(),
+            "stop_rule": self.config.early_stopping.model_dump(),
         }
         if self.reference is not None and self.config.objective.reference_step > 0:
             self.reference.save(directory / REFERENCE)
@@ -263,7 +266,7 @@ class Stage:
         self.step = state["stage_step"]
         self.tokens = state["stage_tokens"]
         # A stage that a rule ended goes on under another rule.
-        if state["stop_rule"] == self.config.stop.model_dump():
+        if state["stop_rule"] == self.config.early_stopping.model_dump():
             self.stopping = Stopping(**state["stopping"])
         checkpoint.load_optimizer(self.optimizer, directory / POLICY_OPTIMIZER)
         if self.later_reference is not None and (directory / REFERENCE).exists():
@@ -286,7 +289,7 @@ def build_stage(
     config: Config,
     index: int,
     model: PreTrainedModel,
-    materials: Materials,
+    inputs: RunInputs,
     accelerator: Accelerator,
     *,
     start: Path | None,
@@ -304,8 +307,8 @@ def build_stage(
     reference = reference_at_start(inner, config.model, start) if objective.beta > 0 else None
     adversary = None
     if objective.lambda_adv > 0:
-        adversary = build_adversary(config, inner, materials, accelerator, start=start)
-    policy, optimizer = sharding.prepare(
+        adversary = build_adversary(config, inner, inputs, accelerator, start=start)
+    policy, optimizer = sharding.distribute(
         accelerator,
         inner,
         lambda parameters: AdamW(
@@ -316,7 +319,7 @@ def build_stage(
             fused=True,
         ),
     )
-    sampler = build_sampler(config, model, materials, accelerator)
+    sampler = build_sampler(config, model, inputs, accelerator)
     sharding.release(model, policy)
     return Stage(
         config=config,

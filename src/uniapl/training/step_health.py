@@ -68,7 +68,7 @@ def save_skipped(run: Run, update: PolicyStep, rows: Sequence[Row], weights: Map
     """Write the batch of an update that was not applied, for whoever looks for the cause."""
     if not run.accelerator.is_main_process:
         return
-    decode = run.materials.tokenizer.decode
+    decode = run.inputs.tokenizer.decode
     batch = {
         "step": run.step,
         "grad_norm": update.grad_norm,

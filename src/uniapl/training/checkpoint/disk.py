@@ -45,7 +45,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def fits(run_dir: Path, needed: int) -> bool:
+def has_space(run_dir: Path, needed: int) -> bool:
     """Whether so many bytes can be written."""
     return shutil.disk_usage(run_dir).free >= needed + RESERVE
 
@@ -56,10 +56,11 @@ def check_space(run_dir: Path, needed: int) -> None:
     Raises:
         UsageError: They do not.
     """
-    if not fits(run_dir, needed):
+    if not has_space(run_dir, needed):
         raise UsageError(
-            f"output_dir '{run_dir}' has {_free(run_dir)} free, the run will need about {size(needed)} for "
-            "checkpoints and the result: free some, lower save_total_limit, or choose another --output-dir"
+            f"output_dir '{run_dir}' has {_free(run_dir)} free; the run needs about {format_bytes(needed)} "
+            "for checkpoints and the result: free some space, lower save_total_limit, or choose another "
+            "--output-dir"
         )
 
 
@@ -69,16 +70,16 @@ def require_space(run_dir: Path, needed: int) -> None:
     Raises:
         OSError: It does not.
     """
-    if not fits(run_dir, needed):
-        lacking = f"no room for the next checkpoint: {_free(run_dir)} are free, {size(needed)} needed"
+    if not has_space(run_dir, needed):
+        lacking = f"no room for the next checkpoint: {_free(run_dir)} are free, {format_bytes(needed)} needed"
         raise OSError(errno.ENOSPC, lacking, str(run_dir))
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes as people read them.
 
     Example:
-        >>> size(1536 * 2**20)
+        >>> format_bytes(1536 * 2**20)
         '1.5 GiB'
     """
     unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if count >= 2**p or p == 10)
@@ -86,4 +87,4 @@ def size(count: int) -> str:
 
 
 def _free(run_dir: Path) -> str:
-    return size(shutil.disk_usage(run_dir).free)
+    return format_bytes(shutil.disk_usage(run_dir).free)

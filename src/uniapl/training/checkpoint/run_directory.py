@@ -19,10 +19,10 @@ from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.report.reading import ENDING, MODEL_ANALYSIS
 from uniapl.training.checkpoint import directory as checkpoint
-from uniapl.training.materials import Materials
+from uniapl.training.inputs import RunInputs
 
 # What speaks of a run that has ended.
-AFTERWARDS = (ENDING, MODEL_ANALYSIS, "report.html")
+END_FILES = (ENDING, MODEL_ANALYSIS, "report.html")
 
 RUN_FILES = (
     "config.yaml",
@@ -30,7 +30,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "completions.jsonl",
     "health.jsonl",
-    *AFTERWARDS,
+    *END_FILES,
 )
 
 WEIGHTS_IN_TRANSIT = "weights-for-vllm"
@@ -72,7 +72,7 @@ def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
 
 
-def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materials: Materials) -> Path:
+def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs) -> Path:
     """Make the directory, empty it where a run is to be replaced, and write config.yaml and manifest.json."""
     config = resolved.config
     run_dir = Path(config.output_dir)
@@ -84,11 +84,11 @@ def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], materi
                 checkpoint.remove(path)
             else:
                 path.unlink(missing_ok=True)
-    for name in AFTERWARDS:
+    for name in END_FILES:
         (run_dir / name).unlink(missing_ok=True)
     # Whole or not at all: the next start reads them.
     write_text(run_dir / "config.yaml", _as_recipe(resolved, stages))
-    write_text(run_dir / "manifest.json", json.dumps(run_manifest(resolved, materials), indent=1))
+    write_text(run_dir / "manifest.json", json.dumps(run_manifest(resolved, inputs), indent=1))
     return run_dir
 
 
@@ -103,7 +103,7 @@ def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def run_manifest(resolved: Resolved, materials: Materials) -> dict[str, Any]:
+def run_manifest(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
     """What somebody needs to know to run it again, and where the values that are not defaults came from."""
     config = resolved.config
     return {
@@ -118,9 +118,9 @@ def run_manifest(resolved: Resolved, materials: Materials) -> dict[str, Any]:
         "model": config.model.model_name_or_path,
         "data": {
             "path": config.data.path,
-            "sha256": materials.data_sha256,
-            "examples": len(materials.dataset.examples),
-            "left_out": {reason: len(rows) for reason, rows in materials.dataset.left_out.items()},
+            "sha256": inputs.data_sha256,
+            "examples": len(inputs.dataset.examples),
+            "left_out": {reason: len(rows) for reason, rows in inputs.dataset.left_out.items()},
         },
         "git_commit": _git_commit(),
         "sources": {key: source for key, source in resolved.sources.items() if source != "default"},

@@ -67,16 +67,16 @@ def shards_weights() -> bool:
     return _asked("ACCELERATE_USE_FSDP")
 
 
-def check_stage(config: Config) -> None:
+def check_sharding(config: Config) -> None:
     """What a stage cannot do with shards.
 
     Raises:
         UsageError: It names the key.
     """
-    discriminator = config.objective.lambda_adv > 0 and config.discriminator.lora_rank is not None
+    discriminator = config.objective.lambda_adv > 0 and config.discriminator.lora_r is not None
     for key, given in (
         ("model.lora_r", config.model.lora_r is not None),
-        ("discriminator.lora_rank", discriminator),
+        ("discriminator.lora_r", discriminator),
     ):
         if given:
             raise UsageError(
@@ -85,7 +85,7 @@ def check_stage(config: Config) -> None:
             )
 
 
-def prepare(
+def distribute(
     accelerator: Accelerator, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
 ) -> tuple[nn.Module, Optimizer]:
     """What learns, and its optimizer: the module itself, wrapped for DDP, or its sharded twin."""
@@ -116,7 +116,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def whole(module: nn.Module, shards: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module, shards: nn.Module) -> Iterator[None]:
     """The module with the whole weights of its sharded twin; all processes enter and leave together.
 
     Args:
@@ -192,7 +192,7 @@ def _kept(value: Any, keep: bool) -> Any:
     return everything.cpu() if keep else None
 
 
-def fillers(accelerator: Accelerator, count: int) -> int:
+def num_empty_micro_batches(accelerator: Accelerator, count: int) -> int:
     """How many backward passes without a loss this process adds to its `count` of an update.
 
     DDP exchanges gradients in the last one. Shards are exchanged in every one: all processes need as many.

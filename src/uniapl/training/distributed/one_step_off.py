@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from uniapl.training.distributed.rank_zero_sampler import FirstProcessSampler, Key
+from uniapl.training.distributed.rank_zero_sampler import Key, RankZeroSampler
 from uniapl.types import Rollout, TokenIds
 
 
@@ -18,12 +18,12 @@ from uniapl.types import Rollout, TokenIds
 class Ahead:
     """A sampler whose rollouts may have been begun a step ago; all processes call it together."""
 
-    sampler: FirstProcessSampler
+    sampler: RankZeroSampler
     landed: dict[Key, tuple[Rollout, ...]] = field(default_factory=dict)
     """Rollouts that wait for their step, of all processes."""
 
     def check(self) -> None:
-        """See :class:`FirstProcessSampler`."""
+        """See :class:`RankZeroSampler`."""
         self.sampler.check()
 
     def sample(

@@ -17,7 +17,7 @@ Key = tuple[TokenIds, int]
 
 
 @dataclass(kw_only=True)
-class FirstProcessSampler:
+class RankZeroSampler:
     """A sampler that all processes call together, each for its own prompts."""
 
     sampler: VLLMSampler

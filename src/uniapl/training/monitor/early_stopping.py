@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from uniapl.config import StopConfig
+from uniapl.config import EarlyStoppingConfig
 
 
 @dataclass(kw_only=True)
@@ -19,7 +19,7 @@ class Stopping:
     reason: str | None = None
     """Why the stage ended; None while it goes on."""
 
-    def look(self, rule: StopConfig, record: Mapping[str, Any], stage_tokens: int) -> None:
+    def look(self, rule: EarlyStoppingConfig, record: Mapping[str, Any], stage_tokens: int) -> None:
         """Take in a step's metrics, and set `reason` if a rule says that it was the last one.
 
         Args:

@@ -31,13 +31,13 @@ def warnings(records: Records, config: HealthConfig, *, bounds: tuple[float, flo
     before = records[-2 * window : -window] if len(records) >= 2 * window else []
     found = {
         "constant_rewards": _constant_rewards(last),
-        "zero_advantage": _zero_advantage(last, config.max_zero_std),
+        "zero_advantage": _zero_advantage(last, config.max_frac_reward_zero_std),
         "truncation": _truncation(last, config.max_clipped_ratio),
         "entropy_collapse": _entropy_collapse(last, config.min_entropy),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
         "length_explosion": _length_explosion(before, last, config.max_length_growth),
         "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage),
-        "discriminator_saturated": _discriminator_saturated(last, config.max_accuracy),
+        "discriminator_saturated": _discriminator_saturated(last, config.max_discriminator_accuracy),
         "divergence": _divergence(before, last),
         "multiplier_pinned": _multiplier_pinned(before, last, bounds[1]),
         "sampler_mismatch": _sampler_mismatch(last, config.max_sampling_difference),
@@ -137,7 +137,7 @@ def _discriminator_dead(before: Records, last: Records, advantage: float) -> str
     return (
         f"the discriminator is right on {accuracy:.0%} of the pairs, length alone on {by_length:.0%}: it has "
         "learnt nothing yet, or was never given the chance. Raise discriminator.learning_rate or "
-        "updates_per_step, and check freeze_step and accuracy_band"
+        "updates_per_step, and check freeze_after_steps and accuracy_band"
     )
 
 
@@ -167,7 +167,7 @@ def _divergence(before: Records, last: Records) -> str | None:
         return None
     return (
         f"the win rate rose to {statistics.fmean(wins):.2f} while {what}: the discriminator is being hacked. "
-        "Lower objective.lambda_adv, or let the discriminator keep up (no freeze_step, more "
+        "Lower objective.lambda_adv, or let the discriminator keep up (no freeze_after_steps, more "
         "updates_per_step, a higher learning_rate); min_accuracy keeps lambda at 0 until it has"
     )
 
@@ -207,7 +207,7 @@ def _no_supervised_tokens(last: Records) -> str | None:
         return None
     return (
         f"no demonstration was learnt from in the last {len(last)} steps although mu is positive: check the "
-        "completions in the data and objective.gate_reward"
+        "completions in the data and objective.gate_threshold"
     )
 
 

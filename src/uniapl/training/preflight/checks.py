@@ -12,7 +12,7 @@ from uniapl.models.loading import load_model_config, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
-from uniapl.training.materials import streams
+from uniapl.training.inputs import streams
 from uniapl.types import Example
 
 
@@ -82,26 +82,31 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
 
 def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
     settings = config.discriminator
-    if settings.lora_rank is not None and (settings.kind != "bradley-terry" or settings.model_name_or_path):
+    if settings.lora_r is not None and (settings.kind != "bradley-terry" or settings.model_name_or_path):
         raise UsageError(
-            "discriminator.lora_rank adapts the policy's own weights: leave out model_name_or_path, and kind"
+            "discriminator.lora_r adapts the policy's own weights: leave out model_name_or_path, and kind"
         )
     paired = [example for example in prompts if example.demonstration_ids]
     held_out = [example for example in paired if is_held_out(example, config)]
-    if settings.held_out_share and not 0 < len(held_out) < len(paired):
+    if settings.held_out_fraction and not 0 < len(held_out) < len(paired):
         raise UsageError(
-            f"discriminator.held_out_share {settings.held_out_share} holds out {len(held_out)} of "
+            f"discriminator.held_out_fraction {settings.held_out_fraction} holds out {len(held_out)} of "
             f"{len(paired)} prompts with a demonstration: some must be held out, and some learnt from"
         )
     moves = config.model.lora_r is None
-    if settings.lora_rank is not None and settings.freeze_step is not None and moves:
+    if settings.lora_r is not None and settings.freeze_after_steps is not None and moves:
         raise UsageError(
-            "discriminator.freeze_step cannot freeze adapters (lora_rank) on a policy that goes on learning"
+            "discriminator.freeze_after_steps cannot freeze adapters (lora_r) while the policy is trained"
         )
-    if settings.reads_example and settings.kind != "bradley-terry":
-        raise UsageError("discriminator.reads_example is for kind bradley-terry alone")
-    if settings.reads_example and len({e.prompt_ids for e in paired} - {e.prompt_ids for e in held_out}) < 2:
-        raise UsageError("discriminator.reads_example needs demonstrations of at least two different prompts")
+    if settings.in_context_demonstration and settings.kind != "bradley-terry":
+        raise UsageError("discriminator.in_context_demonstration is for kind bradley-terry alone")
+    if (
+        settings.in_context_demonstration
+        and len({e.prompt_ids for e in paired} - {e.prompt_ids for e in held_out}) < 2
+    ):
+        raise UsageError(
+            "discriminator.in_context_demonstration needs demonstrations of at least two different prompts"
+        )
     if settings.kind == "bradley-terry":
         if settings.model_name_or_path is not None:
             refuse_adapter("discriminator", settings.model_name_or_path)

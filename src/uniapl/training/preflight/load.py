@@ -10,18 +10,18 @@ from uniapl.data import rows as data
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import load_model_config, load_stop_ids, load_tokenizer
 from uniapl.rewards.base import build_rewarder
-from uniapl.training.materials import Materials
+from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import _check_recipe, check_stage
 
 
-def load_materials(
+def load_inputs(
     resolved: Resolved,
     stages: Sequence[Resolved],
     *,
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     with_suites: bool = True,
-) -> Materials:
+) -> RunInputs:
     """Tokenizer, data, reward functions and suites, each checked against what the stages need of them.
 
     Raises:
@@ -36,7 +36,7 @@ def load_materials(
     context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     source = config.data.path if train_dataset is None else None
     with data.named_source(source):
-        dataset = data.prepare(
+        dataset = data.tokenize_rows(
             rows,
             tokenizer,
             config.data,
@@ -66,7 +66,7 @@ def load_materials(
             config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
-    return Materials(
+    return RunInputs(
         tokenizer=tokenizer,
         dataset=dataset,
         rewarder=rewarder,

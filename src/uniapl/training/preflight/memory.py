@@ -19,10 +19,10 @@ from uniapl.functional import selected_logprobs
 from uniapl.models.loading import load_model_config
 from uniapl.models.lora import add_adapter
 from uniapl.models.packing import NAME, Packing, packed_hidden
-from uniapl.rollout.fused import FusedDecoder, Weights, fits
+from uniapl.rollout.fused import FusedDecoder, Weights, supports_fused
 from uniapl.rollout.local import inverse_cdf, relative_probs, truncate
-from uniapl.training.checkpoint.disk import size
-from uniapl.training.materials import Materials
+from uniapl.training.checkpoint.disk import format_bytes
+from uniapl.training.inputs import RunInputs
 from uniapl.training.update.activation_checkpointing import recomputed
 
 MOMENTS = 2
@@ -51,13 +51,13 @@ class MemoryEstimate:
     def __str__(self) -> str:
         phase = max(self.passes, key=lambda name: self.passes[name])
         stays, passes = (
-            ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+            ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
             for parts in (self.stays, self.passes)
         )
         warning = "warning: " if self.peak > self.available else ""
         return (
-            f"{warning}about {size(self.peak)} on the {self.device} at its peak ({phase}), if every answer "
-            f"is as long as it may be; {size(self.available)} are free. "
+            f"{warning}about {format_bytes(self.peak)} on the {self.device} at its peak ({phase}), if every "
+            f"completion is as long as it may be; {format_bytes(self.available)} are free. "
             f"All the time: {stays}; on top of it, one after the other: {passes}"
         )
 
@@ -99,7 +99,7 @@ class Counter(TorchDispatchMode):
         return self.peak - before
 
 
-def estimate_memory(config: Config, materials: Materials, device: torch.device) -> MemoryEstimate:
+def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> MemoryEstimate:
     """The peak of a stage on one process, every answer as long as it may be.
 
     Args:
@@ -112,7 +112,7 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
     if device.type == "cpu":
         stays["process"] = psutil.Process().memory_info().rss
     passes: dict[str, int] = {}
-    largest, compared = _readings(config, materials)
+    largest, compared = _readings(config, inputs)
     counter = Counter()
     model, trunk = _models(config)
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.device(device):
@@ -148,11 +148,11 @@ def estimate_memory(config: Config, materials: Materials, device: torch.device) 
                 passes["weights for vLLM"] = round(copies * whole)
         elif objective.uses_rollouts:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                passes["rollout"] = _rollout(counter, model, config, materials)
+                passes["rollout"] = _rollout(counter, model, config, inputs)
         if objective.lambda_adv > 0 and settings.kind != "remote":
             if trunk is not model.base_model:
                 _take_memory(trunk, device)
-            learns = settings.kind == "bradley-terry" and settings.lora_rank is None
+            learns = settings.kind == "bradley-terry" and settings.lora_r is None
             if learns or trunk is not model.base_model:
                 # The policy's adapter is merged into a copy of it.
                 weights = sum(p.nbytes for name, p in trunk.named_parameters() if ".lora_" not in name)
@@ -195,26 +195,26 @@ def _take_memory(model: Any, device: torch.device) -> None:
     model.tie_weights()
 
 
-def _longest_prompt(materials: Materials) -> int:
-    return max(len(example.prompt_ids) for example in materials.dataset.examples)
+def _longest_prompt(inputs: RunInputs) -> int:
+    return max(len(example.prompt_ids) for example in inputs.dataset.examples)
 
 
-def _readings(config: Config, materials: Materials) -> "tuple[Reading, Reading]":
+def _readings(config: Config, inputs: RunInputs) -> "tuple[Reading, Reading]":
     """The largest micro-batches of policy and discriminator."""
-    rows = _longest_step(config, materials)
+    rows = _longest_step(config, inputs)
     packed = config.batching.packing and config.model.attn_implementation in (None, "sdpa")
-    most = max(2, config.batching.max_tokens // max(row.length for row in rows))
+    most = max(2, config.batching.max_tokens_per_micro_batch // max(row.length for row in rows))
     parts = (_largest(rows, config.batching, packed=packed), rows[:most])
     policy, discriminator = (Reading.of(part, packed=packed) for part in parts)
     return policy, discriminator
 
 
-def _longest_step(config: Config, materials: Materials) -> list[Row]:
+def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
     """The rows of a step in which every text is as long as it may be."""
     objective, batching, settings = config.objective, config.batching, config.rollout
     rows: list[Row] = []
     if objective.uses_rollouts:
-        prompt = _longest_prompt(materials)
+        prompt = _longest_prompt(inputs)
         rows += [
             _row(number, prompt, settings.max_completion_length)
             for number in range(batching.prompts_per_step)
@@ -224,7 +224,7 @@ def _longest_step(config: Config, materials: Materials) -> list[Row]:
         prompt, completion = max(
             (
                 (len(example.prompt_ids), len(example.demonstration_ids))
-                for example in materials.dataset.examples
+                for example in inputs.dataset.examples
                 if example.demonstration_ids is not None
             ),
             key=sum,
@@ -268,7 +268,10 @@ class Reading:
 
 def _largest(rows: list[Row], batching: BatchingConfig, *, packed: bool) -> list[Row]:
     """The rows of the largest micro-batch."""
-    limits = {"max_tokens": batching.max_tokens, "max_rows": batching.per_device_train_batch_size}
+    limits = {
+        "max_tokens": batching.max_tokens_per_micro_batch,
+        "max_rows": batching.per_device_train_batch_size,
+    }
     if packed:
         parts = by_prompt([(row.prompt_ids, row.completion_ids) for row in rows], **limits)
     else:
@@ -305,11 +308,13 @@ def _inputs(rows: int, width: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _rollout(counter: Counter, model: Any, config: Config, materials: Materials) -> int:
+def _rollout(counter: Counter, model: Any, config: Config, inputs: RunInputs) -> int:
     """What reading the prompts takes, and one more token for every row at its full length."""
     settings = config.rollout
-    prompts = min(config.batching.prompts_per_step, max(1, settings.max_rows // settings.num_generations))
-    prompt = _longest_prompt(materials)
+    prompts = min(
+        config.batching.prompts_per_step, max(1, settings.max_batch_size // settings.num_generations)
+    )
+    prompt = _longest_prompt(inputs)
 
     def choose(logits: Tensor) -> None:
         probs = relative_probs(logits, temperature=settings.temperature)
@@ -339,13 +344,13 @@ def _rollout(counter: Counter, model: Any, config: Config, materials: Materials)
                 kept = min(kept, layer.sliding_window - 1)
             layer.keys = layer.keys.new_empty(*layer.keys.shape[:2], kept, layer.keys.shape[-1])
             layer.values = layer.values.new_empty(*layer.values.shape[:2], kept, layer.values.shape[-1])
-        inputs: dict[str, Tensor] = {
+        step: dict[str, Tensor] = {
             "input_ids": torch.zeros(rows, 1, dtype=torch.int64),
             "attention_mask": torch.ones(rows, width, dtype=torch.int64),
         }
-        choose(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1].float())
+        choose(model(**step, past_key_values=cache, use_cache=True).logits[:, -1].float())
 
-    if settings.decoding == "fused" and fits(model):
+    if settings.decoding == "fused" and supports_fused(model):
         return counter.taken_by(fused)
     return max(counter.taken_by(read), counter.taken_by(decode))
 

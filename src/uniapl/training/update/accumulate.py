@@ -65,7 +65,7 @@ def _accumulate_on_shards(accelerator: Accelerator, losses: Iterable[Callable[[]
             raise
         raise UniAPLError(
             f"out of memory in an update: {error}. With FSDP2 micro-batches are not cut by themselves: lower "
-            "batching.max_tokens; --resume auto goes on from the last checkpoint"
+            "batching.max_tokens_per_micro_batch; --resume auto goes on from the last checkpoint"
         ) from error
 
 

@@ -18,7 +18,7 @@ from uniapl.training.update.policy_step import _component_sums, _forward, _impor
 from uniapl.types import MicroBatch
 
 
-def measure_forces(
+def component_gradient_norms(
     accelerator: Accelerator,
     policy: nn.Module,
     batches: Sequence[MicroBatch],

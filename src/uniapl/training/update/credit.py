@@ -84,7 +84,7 @@ def failed_prompts(groups: Sequence[RolloutGroup], threshold: float) -> list[Rol
 def rollout_rows(
     groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, temperature: float
 ) -> list[Row]:
-    """A row per rollout; it teaches the components for which its credit is known."""
+    """One row per rollout, with the components for which its credit is known."""
     return [
         Row(
             prompt_ids=group.example.prompt_ids,

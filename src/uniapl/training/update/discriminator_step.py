@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
 from uniapl.functional import objective
-from uniapl.training.distributed.fsdp import fillers
+from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.update.accumulate import _add, _clip_gradient, accumulate_gradients, reduce_sums
 
 
@@ -45,7 +45,7 @@ def discriminator_step(
 
     optimizer.zero_grad()
     computations = [*discriminator.losses(share, module, max_tokens=max_tokens)]
-    for _ in range(fillers(accelerator, len(computations))):
+    for _ in range(num_empty_micro_batches(accelerator, len(computations))):
         computations += discriminator.losses([], module)
     losses = (lambda c=c: loss_of(c) for c in computations)
     accumulate_gradients(accelerator, module, losses)

@@ -57,7 +57,7 @@ def policy_step(
 
     Args:
         policy: A (wrapped) :class:`Policy`.
-        batches: This process's micro-batches, at least one; of several processes', the last teaches nothing.
+        batches: This process's micro-batches, at least one; with several processes the last one is empty.
         counts: Tokens per component over all micro-batches and processes.
         weights: One per component: "sft", "rl", "adv", "kl".
         reference: The policy that the KL term stays near; needed when the weight of "kl" is positive.

@@ -1,0 +1,230 @@
+"""Recipes, flags and methods become one configuration; what is wrong is named with its remedy."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from uniapl.config import Config
+from uniapl.config.methods import METHODS
+from uniapl.config.resolve import flatten, load_recipe, resolve, stages_of
+from uniapl.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"max_step": 3}, r"unknown key 'max_step'; did you mean 'max_steps'\?"),
+        (
+            {"objective": {"lamda_adv": 3}},
+            r"unknown key 'objective.lamda_adv'; did you mean 'objective.lambda_adv'",
+        ),
+        ({"learning_rate": 1.0}, r"unknown key 'learning_rate'; did you mean 'optim.learning_rate'"),
+        ({"group_size": 4}, r"did you mean 'rollout.num_generations'"),
+        ({"model": {"lora_rank": 8}}, r"did you mean 'model.lora_r'"),
+        ({"rollout": {"n_samples_per_prompt": 4}}, r"did you mean 'rollout.num_generations'"),
+        ({"zzz": 1}, r"unknown key 'zzz'; `uniapl train --help` lists"),
+        ({"max_steps": 0}, r"max_steps: .*greater than or equal to 1 \(got 0\)"),
+        ({"max_steps": "many"}, r"max_steps: .*integer.*\(got 'many'\)"),
+        ({"rollout": {"temperature": 0}}, r"rollout.temperature"),
+        ({"objective": {"mu_peak": 1.5}}, r"objective.mu_peak"),
+        ({"discriminator": {"accuracy_band": [0.9, 0.1]}}, r"discriminator.accuracy_band: .*low <= high"),
+        ({"objective": {"lambda_bounds": [3, 1]}}, r"objective.lambda_bounds: .*low <= high"),
+        ({"objective": {"lambda_gains": [1, -1, 0]}}, r"objective.lambda_gains: .*not be negative"),
+        (
+            {"objective": {"lambda_controller": "pid", "lambda_adv": 50}},
+            r"objective: .*begins within lambda_bounds, 0.05 to 20",
+        ),
+        (
+            {"method": "chord-phi", "objective": {"mu_controller": "reward"}},
+            r"objective: .*'reward' needs mu_valley below mu_peak",
+        ),
+        ({"method": "ppo"}, r"unknown method 'ppo': choose one of sft, a-sft"),
+        ({"rewards": {"functions": [{"weight": 1}]}}, r"rewards.functions.0.name: .*required"),
+        ({"stages": [{"max_steps": 3}]}, "stage 1 needs a method"),
+        ({"stages": [{"method": "sft", "model": {}}]}, "stage 1 cannot change 'model', only method"),
+        (
+            {"stages": [{"method": "sft", "optim": {"lr": 1}}]},
+            "stage 1: unknown key 'optim.lr'; did you mean",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_a_suggestion(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        stages_of(resolve(recipe))
+
+
+def test_precedence_and_sources() -> None:
+    recipe = {"method": "chord-mu", "max_steps": 5, "objective": {"mu_valley": 0.2}}
+    resolved = resolve(recipe, ["--max-steps", "7", "--optim.learning_rate", "0.1", "--seed=3"])
+    config, sources = resolved.config, resolved.sources
+    assert (config.max_steps, sources["max_steps"]) == (7, "flag")
+    assert (config.optim.learning_rate, sources["optim.learning_rate"]) == (0.1, "flag")
+    assert (config.seed, sources["seed"]) == (3, "flag")
+    assert (config.objective.mu_valley, sources["objective.mu_valley"]) == (0.2, "recipe")
+    assert (config.objective.mu_peak, sources["objective.mu_peak"]) == (0.9, "method")
+    assert (config.objective.lambda_adv, sources["objective.lambda_adv"]) == (0.0, "method")
+    assert (config.objective.beta, sources["objective.beta"]) == (0.0, "default")
+
+
+def test_a_method_on_the_command_line_is_that_method() -> None:
+    """A recipe tuned for uniapl, run as grpo, has neither demonstrations nor adversary; the user is told."""
+    resolved = resolve({"method": "uniapl", "objective": {"lambda_adv": 0.3}}, ["--method", "grpo"])
+    assert resolved.config.objective.lambda_adv == 0
+    assert not resolved.config.objective.learns_from_demonstrations
+    assert resolved.notes == ("method 'grpo' sets objective.lambda_adv = 0.0 (recipe: 0.3)",)
+    assert resolve({}, ["--method=sft"]).config.method == "sft"
+
+
+@pytest.mark.parametrize(
+    ("method", "demonstrations", "rewards", "adversary", "rollouts"),
+    [
+        ("sft", True, False, False, False),
+        ("a-sft", True, False, True, True),
+        ("grpo", False, True, False, True),
+        ("a-grpo", False, True, True, True),
+        ("chord-mu", True, True, False, True),
+        ("chord-phi", True, True, False, True),
+        ("uniapl", True, True, True, True),
+        ("gad", False, False, True, True),
+    ],
+)
+def test_methods_are_settings(
+    method: str, demonstrations: bool, rewards: bool, adversary: bool, rollouts: bool
+) -> None:
+    """The table of methods in the documentation, read off the configuration."""
+    objective = resolve({"method": method}).config.objective
+    assert objective.learns_from_demonstrations == demonstrations
+    assert objective.learns_from_rewards == rewards
+    assert (objective.lambda_adv > 0) == adversary
+    assert objective.uses_rollouts == rollouts
+    assert (objective.sft_token_weight == "phi") == (method == "chord-phi")
+
+
+def test_a_resolved_configuration_resolves_to_itself() -> None:
+    for method in METHODS:
+        config = resolve({"method": method}).config
+        assert resolve(config.model_dump()).config == config
+
+
+def test_stages_keep_what_the_recipe_says_and_take_their_method_s_values() -> None:
+    recipe = {
+        "objective": {"epsilon": 0.3, "lambda_adv": 0.7},
+        "optim": {"learning_rate": 0.5},
+        "stages": [
+            {"method": "sft", "max_steps": 2},
+            {"method": "a-grpo", "max_steps": 3, "optim": {"learning_rate": 0.1}},
+            {"method": "chord-mu"},
+        ],
+    }
+    sft, a_grpo, chord = (stage.config for stage in stages_of(resolve(recipe)))
+    assert (sft.max_steps, sft.objective.mu_valley, sft.objective.lambda_adv) == (2, 1.0, 0.0)
+    assert (a_grpo.max_steps, a_grpo.objective.mu_valley, a_grpo.objective.lambda_adv) == (3, 0.0, 0.7)
+    assert (sft.optim.learning_rate, a_grpo.optim.learning_rate) == (0.5, 0.1)
+    assert (chord.objective.mu_peak, chord.objective.epsilon, chord.max_steps) == (0.9, 0.3, 100)
+
+
+def test_a_key_may_be_written_with_its_section() -> None:
+    dotted = {
+        "discriminator.lora_r": 8,
+        "discriminator": {"replay_size": 4},
+        "data.columns": {"q": "prompt"},
+    }
+    resolved = resolve(dotted)
+    config = resolved.config
+    assert (config.discriminator.lora_r, config.discriminator.replay_size) == (8, 4)
+    assert config.data.columns == {"q": "prompt"}
+    assert resolved.sources["discriminator.lora_r"] == "recipe"
+    with pytest.raises(UsageError, match=r"unknown key 'discriminator\.lora_rnk'; did you mean"):
+        resolve({"discriminator.lora_rnk": 8})
+
+
+def test_a_force_that_begins_after_the_last_step_is_noted() -> None:
+    short, long = resolve({"max_steps": 10}), resolve({"max_steps": 26})
+    assert short.notes == (
+        "no KL acts: objective.reference_step 25 is not below max_steps 10",
+        "no adversary acts: discriminator.warmup_steps 10 is not below max_steps 10",
+    )
+    assert long.notes == ()
+    assert resolve({"max_steps": 10, "method": "grpo"}).notes == ()
+
+
+def test_reward_functions_may_be_names() -> None:
+    functions = resolve(
+        {"rewards": {"functions": ["no_comma", {"name": "x", "weight": 2}]}}
+    ).config.rewards.functions
+    assert [(f.name, f.weight) for f in functions] == [("no_comma", 1.0), ("x", 2.0)]
+
+
+def test_synonyms_of_other_libraries_as_flags() -> None:
+    with pytest.raises(
+        UsageError, match=r"unknown flag '--group-size'; did you mean 'rollout.num_generations'"
+    ):
+        resolve({}, ["--group-size", "4"])
+
+
+def test_an_unknown_flag_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        resolve({}, ["--max-stps", "4"])
+    assert exit_.value.code == 2
+    assert "--max-steps" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_had_enough_sees_no_traceback() -> None:
+    """As `uniapl train --help | head` does."""
+    command = [sys.executable, "-m", "uniapl.cli", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert "BrokenPipe" not in process.stderr.read()
+
+
+def test_help_shows_the_recipe_s_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        resolve({"max_steps": 4321}, ["--help"])
+    assert exit_.value.code == 0
+    assert "4321" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "not valid YAML"),
+        (b"optim: {a: 1}\nseed: 3\noptim: {b: 2}", "'optim' stands twice"),
+        (b"optim:\n  a: 1\n  a: 2", "'a' stands twice"),
+        (b"- a", "must be a mapping"),
+        (b"\xff\xfe\xfa", "cannot read"),
+        (b"", "mapping"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(UsageError, match=r"cannot read the recipe 'nowhere.yaml'"):
+        load_recipe("nowhere.yaml")
+
+
+def test_every_key_is_described() -> None:
+    """`--help` is the reference: a key without a description would be a riddle there."""
+    for section in Config().model_fields_set | set(Config.model_fields):
+        annotation = Config.model_fields[section].annotation
+        fields = getattr(annotation, "model_fields", {section: Config.model_fields[section]})
+        for name, field in fields.items():
+            assert field.description, f"{section}.{name}"
+
+
+def test_shipped_recipes_resolve() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        assert stages_of(resolve(load_recipe(path)))
+        assert set(flatten(yaml.safe_load(path.read_text())))

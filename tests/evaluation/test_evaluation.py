@@ -1,0 +1,543 @@
+"""Evaluation: scores against hand-made answers and against lm-eval itself, floors, intervals, overlap."""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from support.benchmark_data import (
+    CONSTANT,
+    DATA,
+    IFEVAL,
+    STAND_INS,
+    FirstDraw,
+    on_stand_ins_and_real_data,
+    rows,
+)
+from support.runs import lines, recipe, train, write_recipe
+from support.tiny import LETTERS, letter_rows, make_tokenizer, save_model
+from uniapl import cli
+from uniapl.cli.evaluate import notes
+from uniapl.config import Config, EvaluationConfig, RewardFunctionConfig, RewardsConfig
+from uniapl.errors import UsageError
+from uniapl.evaluation import evaluate_suite, scores
+from uniapl.evaluation.contamination import overlap
+from uniapl.evaluation.run import floors, paired
+from uniapl.evaluation.suites import load_suite, parse_suite
+from uniapl.types import Rollout, TokenIds
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+
+
+class Scripted:
+    """A sampler that gives answers it was told, in the prompts' order, k of them each."""
+
+    def __init__(self, texts: Sequence[Sequence[str]]) -> None:
+        self.texts, self.tokenizer = texts, make_tokenizer()
+        self.seeds: list[int] = []
+
+    def sample(
+        self, prompts: Sequence[TokenIds], *, seeds: Sequence[int], num_generations: int, policy_version: int
+    ) -> list[tuple[Rollout, ...]]:
+        self.seeds = list(seeds)
+        assert all(len(group) == num_generations for group in self.texts)
+        return [tuple(self._rollout(text) for text in group) for group in self.texts]
+
+    def check(self) -> None:
+        """Nothing to try."""
+
+    def _rollout(self, text: str) -> Rollout:
+        ids = tuple(self.tokenizer(text).input_ids)
+        return Rollout(
+            completion_ids=(*ids, 1) if len(ids) < 8 else ids,
+            sampling_logprobs=(0.0,) * (len(ids) + (len(ids) < 8)),
+            finish_reason="stop" if len(ids) < 8 else "length",
+            policy_version=0,
+        )
+
+
+def letter_suite(tmp_path: Path, count: int, **changes: Any) -> Any:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(count)))
+    functions = (RewardFunctionConfig(name="lowercase"), RewardFunctionConfig(name="no_comma"))
+    return load_suite(
+        str(path), Config(rewards=RewardsConfig(functions=functions)), make_tokenizer(), **changes
+    )
+
+
+def test_a_file_s_scores_by_hand(tmp_path: Path) -> None:
+    suite = letter_suite(tmp_path, 3)
+    sampler = Scripted([["ab", "A"], ["abcdefghij", "a,"], ["B,", "B,"]])
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, num_samples=2, with_floors=False)
+    summary = result.summary
+    # lowercase 1 0 | 1 1 | 0 0;   no comma 1 1 | 1 0 | 0 0;   reward 2 1 | 2 1 | 0 0
+    assert {name: value["mean"] for name, value in summary["scores"].items()} == {
+        "reward": 1.0,
+        "rewards/lowercase": 0.5,
+        "rewards/no_comma": 0.5,
+        "reward_best@2": pytest.approx((2 + 2 + 0) / 3),
+    }
+    assert summary["per_prompt"]["reward"] == [[3, 2], [3, 2], [0, 2]]
+    assert (summary["prompts"], summary["samples"], summary["headline"]) == (3, 2, "reward")
+    assert summary["truncated"] == pytest.approx(1 / 6)
+    assert summary["mean_length"] == pytest.approx((3 + 2 + 10 + 3 + 3 + 3) / 6), "end tokens count"
+    assert [one["completion"] for one in result.completions] == ["ab", "A", "abcdefghij", "a,", "B,", "B,"]
+    assert [one["reward"] for one in result.completions] == [[2.0], [1.0], [2.0], [1.0], [0.0], [0.0]]
+    assert [one["row"] for one in result.completions] == [1, 1, 2, 2, 3, 3]
+
+
+def test_what_cannot_be_scored_counts_nowhere(tmp_path: Path) -> None:
+    def fussy(completions: list[str]) -> list[float | Exception]:
+        return [ValueError("no") if "x" in text else float("a" in text) for text in completions]
+
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(3)))
+    suite = load_suite(str(path), Config(), make_tokenizer(), functions=[fussy])
+    sampler = Scripted([["a"], ["x"], ["b"]])
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
+    assert result.summary["scores"]["reward"]["mean"] == 0.5
+    assert result.summary["unscored"] == pytest.approx(1 / 3)
+    assert result.metrics["unscored"] == pytest.approx(1 / 3)
+    assert result.completions[1]["reward"] == []
+
+
+@on_stand_ins_and_real_data
+def test_ifeval_s_scores_equal_lm_eval_s_own(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of all kinds to the first prompts, summed up by us and by lm-eval."""
+    tokenizer = make_tokenizer()
+    limit = 120 if benchmarks == DATA else 25
+    config = Config(evaluation=EvaluationConfig(limit=limit))
+    suite = load_suite(f"ifeval={benchmarks / IFEVAL}", config, tokenizer)
+    from lm_eval.tasks.ifeval import instructions
+    from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results
+
+    rng = random.Random(0)
+    texts = [rng.choice(["", CONSTANT, str(e.prompt), "so. " * 30, "**so**\nso"]) for e in suite.examples]
+    docs = rows(benchmarks / IFEVAL)[:limit]
+    ours, failure = suite.score(suite.examples, texts, [(0,)] * len(texts))
+    assert failure is None
+    monkeypatch.setattr(instructions, "random", FirstDraw)
+    expected = [process_results(doc, [text]) for doc, text in zip(docs, texts, strict=True)]
+    for kind in ("strict", "loose"):
+        prompt = scores.mean_of(scores.sums_of([[one] for one in ours], f"prompt_{kind}"))
+        single = scores.mean_of(scores.sums_of([[one] for one in ours], f"inst_{kind}"))
+        assert prompt == pytest.approx(np.mean([e[f"prompt_level_{kind}_acc"] for e in expected]))
+        assert single == pytest.approx(agg_inst_level_acc([e[f"inst_level_{kind}_acc"] for e in expected]))
+
+
+FLOORS = {
+    "real": {"constant": (0.279, 0.420), "echo": (135 / 541, 301 / 834)},
+    "stand-ins": {"constant": (8 / 28, 14 / 34), "echo": (11 / 28, 14 / 34)},
+}
+"""Strict scores of prompts and of instructions."""
+
+
+@on_stand_ins_and_real_data
+def test_floors_take_no_model(benchmarks: Path) -> None:
+    suite = load_suite(f"ifeval={benchmarks / IFEVAL}", Config(), make_tokenizer())
+    found = floors(suite, make_tokenizer())
+    assert found["empty"] == {"prompt_strict": 0, "inst_strict": 0, "prompt_loose": 0, "inst_loose": 0}
+    for name, expected in FLOORS["real" if benchmarks == DATA else "stand-ins"].items():
+        given = (found[name]["prompt_strict"], found[name]["inst_strict"])
+        assert given == pytest.approx(expected, abs=0.002), name
+
+
+def test_intervals_against_a_slow_bootstrap() -> None:
+    rng = random.Random(1)
+    pairs = [[rng.randint(0, n), n] for n in rng.choices([1, 2, 3], k=40)]
+    found = scores.interval(scores.as_sums(pairs))
+    assert found["mean"] == pytest.approx(sum(a for a, _ in pairs) / sum(b for _, b in pairs))
+    means = []
+    for _ in range(4000):
+        drawn = rng.choices(pairs, k=40)
+        means.append(sum(a for a, _ in drawn) / sum(b for _, b in drawn))
+    means.sort()
+    assert found["low"] == pytest.approx(means[100], abs=0.03)
+    assert found["high"] == pytest.approx(means[3900], abs=0.03)
+
+
+def test_a_difference_is_paired() -> None:
+    """Two models that differ by the same amount on every prompt: no uncertainty, however the prompts vary."""
+    rng = random.Random(2)
+    theirs = [[rng.random(), 1.0] for _ in range(50)]
+    ours = [[value + 0.1, 1.0] for value, _ in theirs]
+    found = scores.difference(scores.as_sums(ours), scores.as_sums(theirs))
+    assert found["mean"] == pytest.approx(0.1)
+    assert found["low"] == pytest.approx(0.1)
+    assert found["high"] == pytest.approx(0.1)
+    alone = scores.interval(scores.as_sums(theirs))
+    assert (alone["high"] or 0) - (alone["low"] or 0) > 0.1
+
+
+def test_pairs_are_found_by_prompt() -> None:
+    ours = {
+        "prompts_digest": ["a", "b", "c"],
+        "per_prompt": {"reward": [[1, 1], [1, 1], [0, 1]], "new": [[1, 1]] * 3},
+    }
+    theirs = {"prompts_digest": ["c", "b", "x"], "per_prompt": {"reward": [[1, 1], [0, 1], [0, 1]]}}
+    found = paired(ours, theirs)
+    assert found.keys() == {"reward"}
+    assert found["reward"]["mean"] == pytest.approx((1 + 0) / 2 - (0 + 1) / 2)
+    twice = {"prompts_digest": ["a", "a"], "per_prompt": {"reward": [[1, 1], [0, 1]]}}
+    once = {"prompts_digest": ["a"], "per_prompt": {"reward": [[1, 1]]}}
+    assert paired(twice, twice)["reward"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert paired(twice, once)["reward"]["mean"] == 0.0, "the first belongs to the first"
+    empty = {"prompts_digest": ["a"], "per_prompt": {"reward": [[0, 0]]}}
+    assert paired(empty, empty)["reward"]["mean"] is None
+
+
+def test_best_of_k() -> None:
+    answers = [[{"s": [0.0]}, {"s": [1.0]}], [{"s": [0.0]}, {"s": []}], [{"s": []}, {"s": []}]]
+    assert scores.pass_at_all(answers, "s").tolist() == [[1, 1], [0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ifeval", ("ifeval", "google/IFEval")),
+        ("ifbench=x/y.jsonl", ("ifbench", "x/y.jsonl")),
+        ("mine=some/dataset", ("mine", "some/dataset")),
+        ("data/held_out.jsonl", ("held_out", "data/held_out.jsonl")),
+    ],
+)
+def test_names_of_suites(text: str, expected: tuple[str, str]) -> None:
+    assert parse_suite(text) == expected
+
+
+@pytest.mark.parametrize("text", ["gsm8k", "=x.jsonl", "x=", "folder/name"])
+def test_what_is_no_suite(text: str) -> None:
+    with pytest.raises(UsageError, match=f"no suite '{text}': give ifeval, ifbench"):
+        parse_suite(text)
+
+
+def test_rows_without_instructions_or_rewards_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    with pytest.raises(
+        UsageError, match=r"suite 'held_out': row 1 has no instructions.*name reward functions"
+    ):
+        load_suite(str(path), Config(), make_tokenizer())
+    with pytest.raises(UsageError, match=r"suite 'gone': .*there is no file 'gone\.jsonl'"):
+        load_suite("gone.jsonl", Config(), make_tokenizer())
+
+
+def test_notes_say_what_misleads() -> None:
+    score = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    result = {
+        "notes": ["sandbox: landlock"],
+        "left_out": {"prompt longer than 5 tokens": [1, 2]},
+        "truncated": 0.4,
+        "unscored": 0.25,
+        "headline": "reward",
+        "scores": {"reward": score},
+        "floors": {"empty": {"reward": 0.0}, "echo": {"reward": 0.2}, "constant": {"reward": None}},
+    }
+    said = notes(result, 64)
+    assert said.pop(0) == "sandbox: landlock"
+    assert said[0] == "2 prompts are left out, prompt longer than 5 tokens"
+    assert "40% of the answers were cut at 64 tokens" in said[1]
+    assert said[2].startswith("25.0% of the answers could not be scored")
+    assert said[3] == "reward is no better than answers that took no model: echo"
+
+
+def test_overlap_by_hand() -> None:
+    theirs = ["Name a river.", "one two three four five six seven eight nine ten eleven twelve thirteen"]
+    ours = [
+        "name  a RIVER!",
+        "Name a lake.",
+        "So: one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen. And?",
+        "one two three four five six seven eight nine ten eleven twelve",
+        "",
+    ]
+    found = overlap(ours, theirs)
+    assert found.exact == {0: 0}
+    assert found.ngram == {0: 0, 2: 1}
+    assert overlap(ours, theirs, width=12).ngram == {0: 0, 2: 1, 3: 1}
+    assert overlap([""], [""]).exact == {}, "no words are no overlap"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), chat_template=TEMPLATE)
+
+
+def held_out(tmp_path: Path) -> Path:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {x}.", "letter": x}) + "\n" for x in LETTERS[:9]))
+    return path
+
+
+def test_what_no_prompt_has_is_unknown_not_zero() -> None:
+    unknown = scores.as_sums([[0, 0], [0, 0]])
+    assert scores.interval(unknown) == {"mean": None, "low": None, "high": None}
+    one = scores.as_sums([[1, 1], *[[0, 0]] * 500])
+    assert scores.interval(one) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert scores.difference(one, scores.as_sums([[0, 1], *[[1, 1]] * 500]))["mean"] == 1.0
+
+
+def test_a_suite_that_cannot_be_scored_fails(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "calls = 0\n"
+        "def down(completions):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    print('noise')\n"
+        "    if calls > 1: raise OSError('the server is down')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    command = [
+        "evaluate",
+        str(model_dir),
+        "--suites",
+        str(held_out(tmp_path)),
+        "--max-completion-length",
+        "4",
+    ]
+    command += ["--rewards", f"{tmp_path / 'rewards.py'}:down", "--output-dir", str(tmp_path / "out")]
+    assert cli.run([*command, "--json"]) == 1
+    said = capsys.readouterr()
+    assert "suite 'held_out': no answer could be scored" in said.err
+    assert "the server is down" in said.err
+    assert "noise" not in said.out
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["suites"]["held_out"]["scores"]["reward"]["mean"] is None
+
+
+@on_stand_ins_and_real_data
+def test_floors_stand_behind_the_mark_too(benchmarks: Path) -> None:
+    name = f"ifeval={benchmarks / IFEVAL}"
+    evaluation = EvaluationConfig(limit=25, answer_after="</think>")
+    suite = load_suite(name, Config(evaluation=evaluation), make_tokenizer())
+    plain = load_suite(name, Config(evaluation=EvaluationConfig(limit=25)), make_tokenizer())
+    assert floors(suite, make_tokenizer()) == floors(plain, make_tokenizer())
+    sampler = Scripted([["b"]] * 25)
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
+    assert result.summary["notes"] == ["100% of the answers never came to '</think>' and count as empty"]
+    assert result.summary["scores"]["prompt_strict"]["mean"] == 0
+
+
+def test_many_prompts_are_sampled_some_at_a_time(tmp_path: Path) -> None:
+    """In order of length, and put back in the file's."""
+    path = tmp_path / "many.jsonl"
+    prompts = ["a" * (1 + 37 * n % 11) for n in range(150)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+    class Echo(Scripted):
+        def sample(self, prompts: Sequence[TokenIds], **rest: Any) -> list[tuple[Rollout, ...]]:
+            return [(self._rollout(self.tokenizer.decode(list(prompt))),) for prompt in prompts]
+
+    tokenizer = make_tokenizer()
+
+    def ids_are_theirs(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        read = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
+        return [float(text == said) for text, said in zip(completions, read, strict=True)]
+
+    suite = load_suite(str(path), Config(), tokenizer, functions=[ids_are_theirs])
+    advanced: list[float] = []
+    sampler = Echo([])
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False, advance=advanced.append)
+    assert [one["completion"] for one in result.completions] == prompts
+    assert advanced == [64, 64, 22]
+    assert result.summary["scores"]["reward"]["mean"] == 1.0
+
+
+def test_a_run_s_directory_is_not_written_into(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    command = ["evaluate", str(model_dir), "--suites", str(held_out(tmp_path)), "--rewards", "no_comma"]
+    command += ["--max-completion-length", "4", "--output-dir", str(tmp_path / "run")]
+    assert cli.run(command) == 2
+    assert "is the directory of a run" in capsys.readouterr().err
+
+
+def test_other_prompts_and_other_settings_are_not_compared_in_silence(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, other = held_out(tmp_path), tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "say a."}\n{"prompt": "something else"}\n')
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["evaluate", str(model_dir), "--rewards", "no_comma", "--output-dir"]
+    assert cli.run([*command, str(first), "--suites", f"x={mine}", "--max-completion-length", "4"]) == 0
+    again = [str(second), "--suites", f"x={other}", "--max-completion-length", "5", "--against", str(first)]
+    capsys.readouterr()
+    assert cli.run([*command, *again]) == 0
+    assert "not alike: max_completion_length: 4 there, 5 here" in capsys.readouterr().out
+    result = json.loads((second / "results.json").read_text())
+    first_prompt = result["suites"]["x"]["per_prompt"]["reward"][0][0]
+    theirs = json.loads((first / "results.json").read_text())["suites"]["x"]["per_prompt"]["reward"][0][0]
+    assert result["minus"]["suites"]["x"]["reward"]["mean"] == first_prompt - theirs, "one prompt in common"
+
+
+def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", str(model_dir), "--suites", str(held_out(tmp_path)), "--rewards", "no_comma"]
+    command += ["lowercase", "--max-completion-length", "6"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli.run([*command, "--output-dir", str(first)]) == 0
+    said = capsys.readouterr().out
+    assert "held_out: 9 prompts, 1 answers each" in said
+    assert "empty" in said
+    assert cli.run([*command, "--output-dir", str(second), "--against", str(first), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["minus"]["suites"]["held_out"]["reward"] == {"mean": 0.0, "low": 0.0, "high": 0.0}, "greedy"
+    assert shown["settings"]["prompt_format"] == "chat", "the tokenizer has a template"
+    assert lines(first / "completions.jsonl") == lines(second / "completions.jsonl")
+    sampled = ["--num-samples", "4", "--seed", "3", "--output-dir", str(tmp_path / "third")]
+    assert cli.run([*command, *sampled]) == 0
+    result = json.loads((tmp_path / "third" / "results.json").read_text())
+    assert result["settings"]["temperature"] == 1.0
+    values = result["suites"]["held_out"]["scores"]
+    assert values["reward_best@4"]["mean"] >= values["reward"]["mean"]
+    assert len({one["completion"] for one in lines(tmp_path / "third" / "completions.jsonl")}) > 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to evaluate: give --suites"),
+        (["--suites", "gsm8k"], "no suite 'gsm8k'"),
+        (["--suites", "{file}"], "row 1 has no instructions"),
+        (["--suites", "{file}", "--rewards", "nothing"], "unknown reward function 'nothing'"),
+        (["--suites", "{file}", "a/other.jsonl", "--rewards", "no_comma"], "there is no file"),
+        (["--suites", "{file}", "{file}", "--rewards", "no_comma"], "two suites are called 'held_out'"),
+        (
+            ["--suites", "{file}", "--rewards", "no_comma", "--against", "/nowhere"],
+            "--against '/nowhere' cannot",
+        ),
+        (["--suites", "{file}", "--rewards", "no_comma", "--num-samples", "0"], "num_samples"),
+        (["--suites", "{file}", "--rewards", "no_comma", "--batch-size", "0"], "--batch-size must"),
+        (["--lm-eval-tasks", "no_such_task"], "lm-eval has no task 'no_such_task'"),
+    ],
+)
+def test_wrong_options(
+    flags: list[str], message: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [flag.replace("{file}", str(held_out(tmp_path))) for flag in flags]
+    given += ["--max-completion-length", "6", "--output-dir", str(tmp_path / "out")]
+    assert cli.run(["evaluate", str(model_dir), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_gives_data_rewards_and_suites(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(
+        tmp_path,
+        model_dir,
+        evaluation={"suites": str(held_out(tmp_path)), "max_completion_length": 3},
+        rewards={"functions": [{"name": "no_comma", "weight": 0.5}]},
+    )
+    out = tmp_path / "out"
+    assert cli.run(["evaluate", str(model_dir), "--recipe", str(path), "--output-dir", str(out)]) == 0
+    result = json.loads((out / "results.json").read_text())
+    assert result["settings"]["prompt_format"] == "text", "as the recipe trains"
+    assert result["suites"]["held_out"]["mean_length"] <= 3
+    assert result["suites"]["held_out"]["floors"]["constant"] == {"reward": 0.5}
+
+
+def test_a_recipe_s_dotted_keys_and_its_mistakes(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_file = tmp_path / "recipe.yaml"
+    values = {"evaluation.suites": str(held_out(tmp_path)), "evaluation.num_samples": 3}
+    values |= {"rewards.functions": ["no_comma"], "evaluation.max_completion_length": 3}
+    recipe_file.write_text(yaml.safe_dump(values | {"data.prompt_format": "chat"}))
+    out = tmp_path / "out"
+    command = ["evaluate", str(model_dir), "--recipe", str(recipe_file), "--output-dir", str(out)]
+    assert cli.run(command) == 0
+    assert cli.run(command) == 2, "results are there already"
+    assert "replace them by --overwrite" in capsys.readouterr().err
+    assert cli.run([*command, "--overwrite"]) == 0
+    result = json.loads((out / "results.json").read_text())
+    assert (result["settings"]["num_samples"], result["settings"]["temperature"]) == (3, 1.0)
+    assert result["settings"]["prompt_format"] == "chat"
+    for wrong in ({"data": "train.jsonl"}, {"rewards": "no_comma"}, {"evaluation": {"num_samples": "four"}}):
+        recipe_file.write_text(yaml.safe_dump(wrong))
+        assert cli.run(command) == 2
+        assert next(iter(wrong)) in capsys.readouterr().err
+    assert cli.run([*command, "--suites", "x=y", "--num-samples", "2", "--temperature", "0"]) == 2
+
+
+def test_while_training(model_dir: Path, tmp_path: Path) -> None:
+    """Every eval_steps and at the last step, greedy, beside the user's own function."""
+    values = recipe(
+        model_dir,
+        tmp_path / "run",
+        max_steps=5,
+        eval_steps=2,
+        evaluation={"suites": [str(held_out(tmp_path))], "max_completion_length": 5},
+        rewards={"functions": ["no_comma"]},
+    )
+    train(values, evaluate=lambda step, model: {"mine": step})
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    looked = [record["step"] for record in records if "eval/held_out/reward" in record]
+    assert looked == [2, 4, 5]
+    assert [record["eval/mine"] for record in records] == [1, 2, 3, 4, 5]
+    assert all(0 <= records[step - 1]["eval/held_out/truncated"] <= 1 for step in looked)
+    final = records[-1]["eval/held_out/reward"]
+    command = ["evaluate", str(tmp_path / "run" / "final"), "--suites", str(held_out(tmp_path)), "--rewards"]
+    command += ["no_comma", "--max-completion-length", "5", "--prompt-format", "text"]
+    assert cli.run([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["suites"]["held_out"]
+    scored = found["scores"]["rewards/no_comma" if "rewards/no_comma" in found["scores"] else "reward"]
+    assert math.isclose(scored["mean"], records[-1].get("eval/held_out/rewards/no_comma", final))
+
+
+def test_looking_at_nothing_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="eval_steps: there is nothing to look at"):
+        train(recipe(model_dir, tmp_path / "run", eval_steps=2))
+
+
+def test_check_reports_overlap(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = {"suites": [str(held_out(tmp_path))], "max_completion_length": 6}
+    path = write_recipe(tmp_path, model_dir, evaluation=evaluation)
+    assert cli.run(["check", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["overlap"]["held_out"]["exact"] == [[n, n] for n in range(1, 10)], "letters a to i"
+    assert cli.run(["check", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "warning: 9 of 12: suite 'held_out': 9 training prompts are prompts of it, 0 share" in " ".join(
+        said.split()
+    )
+
+
+def test_lm_eval_s_tasks_run_on_the_model(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own IFEval on a local file, beside ours: both see the same model, and agree."""
+    import lm_eval.tasks.ifeval
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = tmp_path / "few.jsonl"
+    data.write_text("\n".join((STAND_INS / IFEVAL).read_text().splitlines()[:6]) + "\n")
+    task = {
+        "include": f"{next(iter(lm_eval.tasks.ifeval.__path__))}/ifeval.yaml",
+        "task": "ifeval_few",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"train": str(data)}},
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 8},
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "few.yaml").write_text(yaml.safe_dump(task))
+    big = save_model(tmp_path / "model", chat_template=TEMPLATE)
+    config = json.loads((big / "config.json").read_text())
+    (big / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    command = ["evaluate", str(big), "--suites", f"ifeval={data}", "--max-completion-length", "8"]
+    command += ["--lm-eval-tasks", "ifeval_few", "--lm-eval-include-path", str(tmp_path / "tasks")]
+    assert cli.run([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    ours, theirs = found["suites"]["ifeval"]["scores"], found["lm_eval"]["ifeval_few"]
+    for level in ("prompt", "inst"):
+        for kind in ("strict", "loose"):
+            assert theirs[f"{level}_level_{kind}_acc"] == pytest.approx(ours[f"{level}_{kind}"]["mean"])

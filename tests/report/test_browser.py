@@ -1,0 +1,207 @@
+"""The page in a real browser: what it shows, its controls, and that it asks nothing of any network."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.report_runs import answer, large_run, metric_rows, prompt_row, write_run
+from uniapl.report import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (apt-get install chromium)")
+
+WIDTHS = (1280, 390)
+Open = Callable[[Path, int], Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        # As root, in a container, Chromium has no sandbox of its own.
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Open]:
+    """Opens a file at a width; in the end nothing may have been said or asked for beside it."""
+    said: list[str] = []
+    asked: list[str] = []
+    contexts: list[Any] = []
+
+    def opened(path: Path, width: int) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme="light")
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("#answers .answer")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert len(asked) == len(contexts)
+    assert all(url.startswith("file://") for url in asked)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty answers: of three prompts in ten steps, rewards 0.0 to 2.9, win rates 0.00 to 0.29."""
+    rows = [
+        prompt_row(
+            step,
+            [
+                answer(
+                    f"answer {3 * (step - 1) + place}",
+                    reward=(3 * (step - 1) + place) / 10,
+                    rewards={"right": float(place % 2)},
+                    win_rate=(3 * (step - 1) + place) / 100,
+                    tokens=100 - (3 * (step - 1) + place),
+                    finish_reason="length" if place == 2 else "stop",
+                )
+                for place in range(3)
+            ],
+            prompt=("Name a bird.", "Name a <b>fish</b>.", "Name a tree.")[step % 3],
+        )
+        for step in range(1, 11)
+    ]
+    path = tmp_path_factory.mktemp("small") / "run"
+    write_run(path, metric_rows(10), rows, ending={"state": "finished", "message": ""}, max_steps=10)
+    write_report([path], path / "report.html")
+    return path / "report.html"
+
+
+def shown(page: Any) -> list[str]:
+    return page.locator("#answers .policy .text").all_inner_texts()
+
+
+def numbers(texts: list[str]) -> list[int]:
+    return [int(text.split()[-1]) for text in texts]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_answers_are_filtered_sorted_and_turned(small: Path, open_page: Open, width: int) -> None:
+    page = open_page(small, width)
+    assert numbers(shown(page)) == list(range(20))
+    page.click("#next")
+    assert numbers(shown(page)) == list(range(20, 30))
+    assert page.inner_text("#page-number") == "page 2 of 2"
+    page.fill("[name=text]", "BIRD")
+    assert numbers(shown(page)) == [6, 7, 8, 15, 16, 17, 24, 25, 26]
+    page.fill("[name=step-from]", "4")
+    page.fill("[name=step-to]", "6")
+    assert numbers(shown(page)) == [15, 16, 17]
+    page.select_option("[name=finish]", "length")
+    assert numbers(shown(page)) == [17]
+    page.click("button[type=reset]")
+    page.get_by_text("30 of 30 answers").wait_for()
+    page.fill("[name=reward-from]", "2.6")
+    page.fill("[name=win-to]", "0.28")
+    assert numbers(shown(page)) == [26, 27, 28]
+    page.select_option("[name=order]", "down")
+    for key in ("reward", "win", "step"):
+        page.select_option("[name=sort]", key)
+        assert numbers(shown(page)) == ([28, 27, 26] if key != "step" else [27, 28, 26])
+    page.select_option("[name=sort]", "tokens")
+    assert numbers(shown(page)) == [26, 27, 28]
+
+
+def test_one_entry_shows_everything(small: Path, open_page: Open) -> None:
+    page = open_page(small, 1280)
+    page.fill("[name=text]", "fish")
+    first = page.locator(".answer").first
+    assert first.locator(".prompt").inner_text() == "Name a <b>fish</b>."
+    assert first.locator(".expert .text").inner_text() == "It is."
+    header = first.locator("header").inner_text()
+    facts = ("step 1", "reward 0", "advantage 0", "win rate 0", "tokens 100", "ended by stop", "✕ right 0")
+    for part in facts:
+        assert part in header
+    assert "✓ right 1" in page.locator(".answer header").nth(1).inner_text()
+    first.get_by_role("button").click()
+    page.fill("[name=text]", "")
+    assert numbers(shown(page)) == [0, 1, 2]
+    page.click("#siblings-off")
+    assert len(shown(page)) == 20
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_theme_switches_and_nothing_is_wider_than_the_screen(
+    small: Path, open_page: Open, width: int
+) -> None:
+    page = open_page(small, width)
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.click("#theme")
+    assert page.evaluate(ground) == light
+    page.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate(ground) != light
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_charts_answer_to_pointer_keys_and_controls(small: Path, open_page: Open) -> None:
+    page = open_page(small, 1280)
+    chart = page.locator(".chart", has=page.get_by_role("heading", name="Reward", exact=True))
+    picture = chart.locator("svg[role=img]")
+    assert picture.get_attribute("aria-label").startswith("Reward, over step: mean from 0.180 to 0.900")
+    assert chart.locator(".legend b").inner_text() == "0.900"
+    picture.focus()
+    page.keyboard.press("Home")
+    assert "step 1" in chart.locator(".legend").inner_text()
+    assert chart.locator(".legend b").inner_text() == "0.180"
+    page.keyboard.press("ArrowRight")
+    assert chart.locator(".legend b").inner_text() == "0.260"
+    box = picture.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 50)
+    assert "step 10" in chart.locator(".legend").inner_text()
+    line = chart.locator("path.line:not(.raw)")
+    before = line.get_attribute("d")
+    page.locator("#smoothing").fill("0")
+    assert line.get_attribute("d") != before
+    assert chart.locator("path.raw").count() == 0
+    norm = page.locator(".chart", has=page.get_by_role("heading", name="Gradient norm", exact=True))
+    before = norm.locator("path.line").get_attribute("d")
+    norm.get_by_role("button", name="log").click()
+    assert norm.locator("path.line").get_attribute("d") != before
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_data_holds_is_never_markup(tmp_path: Path, open_page: Open, width: int) -> None:
+    nasty = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>"
+    said = answer(nasty, rewards={nasty: 1.0}, finish_reason=nasty)
+    rows = [prompt_row(1, [said], prompt=nasty, demonstration=nasty)]
+    metrics = [
+        {"step": 1, "stage": 0, f"eval/{nasty}": 1.0, f"health/{nasty}": 1, "early_stopping/reason": nasty}
+    ]
+    path = write_run(tmp_path / "<b>run", metrics, rows, ending={"state": "stopped", "message": nasty})
+    write_report([path], tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html", width)
+    assert page.locator(".answer .prompt").inner_text() == nasty
+    assert shown(page) == [nasty]
+    assert page.title() == "<b>run · uniapl report"
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 3
+
+
+def test_a_large_run_opens(tmp_path: Path, open_page: Open, record_property: Callable[..., None]) -> None:
+    path = large_run(tmp_path / "run")
+    write_report([path], path / "report.html")
+    began = time.monotonic()
+    page = open_page(path / "report.html", 1280)
+    record_property("seconds", time.monotonic() - began)
+    assert page.inner_text("#count") == "20,000 of 20,000 answers"
+    assert page.locator(".answer").count() == 20
+    page.select_option("[name=sort]", "reward")
+    page.select_option("[name=order]", "down")
+    page.fill("[name=step-from]", "500")
+    assert page.inner_text("#count") == "10,020 of 20,000 answers"

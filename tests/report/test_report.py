@@ -1,0 +1,526 @@
+"""The report: its computations against slow references, and what its page holds for runs of every kind."""
+
+import base64
+import gzip
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.report_runs import answer, large_run, metric_rows, prompt_row, write_lines, write_run
+from support.runs import has_letter, recipe, train
+from support.tiny import save_model
+from uniapl.cli import run as run_cli
+from uniapl.cli.report import report
+from uniapl.errors import HealthStop, Interrupted, UsageError
+from uniapl.report import analysis, charts, summary, write_report
+from uniapl.report.completions import as_columns, packed_completions
+from uniapl.report.distributions import distributions
+from uniapl.report.page import render
+from uniapl.report.reading import read_run
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = st.lists(st.integers(0, 12).map(lambda n: n / 2), min_size=1, max_size=12)
+
+
+def unpacked(page: str, name: str) -> Any:
+    """The data that a page holds in its script element of that name."""
+    found = re.search(rf'<script id="{name}" type="text/plain">([^<]*)</script>', page)
+    assert found is not None
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+
+
+def chart_titles(page: str) -> list[str]:
+    return [chart["title"] for theme in unpacked(page, "data")["themes"] for chart in theme["charts"]]
+
+
+def share_below(values: Sequence[float], bound: float) -> float:
+    return sum(value <= bound for value in values) / len(values)
+
+
+@given(SAMPLES, SAMPLES)
+def test_wasserstein_is_the_mean_distance_of_sorted_copies(a: list[float], b: list[float]) -> None:
+    """Copies make both samples equally long; then the best transport pairs them in their order."""
+    first, second = sorted(a * len(b)), sorted(b * len(a))
+    slow = sum(abs(x - y) for x, y in zip(first, second, strict=True)) / len(first)
+    assert analysis.wasserstein(a, b) == pytest.approx(slow)
+
+
+@given(SAMPLES, SAMPLES)
+def test_kolmogorov_smirnov_is_the_largest_gap_anywhere(a: list[float], b: list[float]) -> None:
+    grid = [bound / 4 for bound in range(-4, 60)]
+    slow = max(abs(share_below(a, bound) - share_below(b, bound)) for bound in grid)
+    assert analysis.kolmogorov_smirnov(a, b) == pytest.approx(slow)
+
+
+def test_distances_by_hand() -> None:
+    assert analysis.wasserstein([0.0, 1.0], [2.0, 5.0]) == 3.0
+    assert analysis.kolmogorov_smirnov([0.0, 1.0], [2.0, 5.0]) == 1.0
+    assert analysis.kolmogorov_smirnov([1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 5.0, 6.0]) == 0.5
+
+
+@given(SAMPLES, st.integers(1, 8))
+def test_histogram_counts_every_value_once(values: list[float], bins: int) -> None:
+    edges = analysis.bin_edges([values], bins)
+    shares = analysis.histogram(values, edges)
+    assert len(shares) == len(edges) - 1
+    assert math.fsum(shares) == pytest.approx(1.0)
+    for place, share in enumerate(shares[:-1]):
+        inside = sum(edges[place] <= value < edges[place + 1] for value in values)
+        assert share == pytest.approx(inside / len(values))
+
+
+def test_histogram_by_hand() -> None:
+    assert analysis.histogram([0.0, 0.5, 1.0, 2.0], [0.0, 1.0, 2.0]) == [0.5, 0.5]
+    assert analysis.bin_edges([[1, 2], [9]], 3) == [1.0, 4.0, 7.0, 10.0]
+    assert analysis.bin_edges([[0.0, 0.5]], 2) == [0.0, 0.25, 0.5]
+
+
+def test_quantile_by_hand() -> None:
+    assert analysis.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert analysis.quantile([10.0, 20.0, 30.0], 0.9) == pytest.approx(28.0)
+    assert analysis.quantile([7.0], 0.9) == 7.0
+
+
+def test_smoothing_by_hand() -> None:
+    """Weights 1; 1/3, 2/3; then 1/7, 2/7, 4/7: a start that counts no more than its place."""
+    expected = [3.0, 5.0, None, (3 + 12 + 52) / 7]
+    assert analysis.smoothed([3.0, 6.0, None, 13.0], 0.5) == pytest.approx(expected)
+    assert analysis.smoothed([1.0, 5.0], 0.0) == [1.0, 5.0]
+
+
+def test_distinct_by_hand() -> None:
+    """ "a b a" and "a b": five words of two kinds, three pairs of two kinds, one triple."""
+    texts = ["A b a", "a b"]
+    assert analysis.distinct(texts, 1) == pytest.approx(2 / 5)
+    assert analysis.distinct(texts, 2) == pytest.approx(2 / 3)
+    assert analysis.distinct(texts, 3) == 1.0
+    assert analysis.distinct(["a"], 2) is None
+    assert analysis.words("Don't, stop!") == ["don", "'", "t", ",", "stop", "!"]
+
+
+def test_interval_by_hand() -> None:
+    """1, 2, 3: mean 2, standard error 1 / sqrt(3), t with two degrees of freedom 4.303."""
+    assert analysis.mean_interval([1.0, 2.0, 3.0]) == pytest.approx(
+        (2.0, 2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3))
+    )
+    assert analysis.mean_interval([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_steps_and_ends_by_hand() -> None:
+    assert analysis.step_ranges([9, 3, 4, 5, 11, 12]) == "3 to 5, 9, 11 to 12"
+    assert analysis.ends(list(range(25))) == ([0, 1], [23, 24])
+    assert analysis.ends([7]) == ([7], [7])
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all forces, as training leaves it."""
+    path = tmp_path_factory.mktemp("real")
+    train(
+        recipe(save_model(path / "model"), path / "run", objective={"lambda_adv": 1.0}, log_gradients_steps=2)
+    )
+    return path / "run"
+
+
+def test_training_leaves_the_page_of_a_run(real_run: Path) -> None:
+    page = (real_run / "report.html").read_text()
+    assert "finished, step 4 of 4" in page
+    titles = chart_titles(page)
+    for title in ("Reward", "Win rate", "Weights", "KL to the reference", "Entropy", "Learning rate"):
+        assert title in titles
+    for title in ("Gradient norm of each force", "Length of answers, tokens", "Seconds per step, by phase"):
+        assert title in titles
+    metrics = [json.loads(line) for line in (real_run / "metrics.jsonl").read_text().splitlines()]
+    (reward,) = chart(page, "Reward")["lines"]
+    assert reward["x"] == [1, 2, 3, 4]
+    assert reward["y"] == pytest.approx([record["reward"] for record in metrics], rel=1e-4)
+    answers = unpacked(page, "completions-data")
+    assert len(answers["text"]) == 4 * 3 * 4
+    assert "All 48 sampled answers." in page
+    assert "objective.beta" in page
+    assert "0.05" in page
+    source = re.search(r"<code>max_steps</code></th>.*?<td>(\w+)</td></tr>", page, re.DOTALL)
+    assert source is not None
+    assert source[1] == "recipe"
+
+
+def chart(page: str, title: str) -> Any:
+    themes = unpacked(page, "data")["themes"]
+    return next(c for theme in themes for c in theme["charts"] if c["title"] == title)
+
+
+def test_the_page_asks_no_network_and_runs_only_its_own_script(real_run: Path) -> None:
+    page = (real_run / "report.html").read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r'(src|href)="(?!#|data:,)', page)
+    assert not re.search(r"\bstyle=", page)
+    # The three script elements are our script and two that hold text.
+    assert page.count("<script") == 3
+
+
+def test_sft_has_no_answers_and_no_discriminator(tmp_path: Path) -> None:
+    train(recipe(save_model(tmp_path / "model"), tmp_path / "run", method="sft"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Expert&#39;s nll" in page
+    assert 'id="completions"' not in page
+    titles = chart_titles(page)
+    assert "Expert's answers, nats per token" in titles
+    assert not {"Reward", "Win rate", "Weights of answers"} & set(titles)
+
+
+def test_a_stop_and_a_signal_are_written_down_with_a_page(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+
+    def broken(completions: list[str], letter: list[str]) -> list[float]:
+        if (tmp_path / "stopped" / "metrics.jsonl").exists():
+            raise ValueError("it broke")
+        return has_letter(completions, letter)
+
+    values = recipe(model, tmp_path / "stopped", health={"max_skipped_steps": 2})
+    with pytest.raises(HealthStop):
+        train(values, reward_functions=[broken])
+    ending = json.loads((tmp_path / "stopped" / "ending.json").read_text())
+    assert ending["state"] == "stopped"
+    assert "it broke" in ending["message"]
+    page = (tmp_path / "stopped" / "report.html").read_text()
+    assert "stopped by a health rule, step 2 of 4" in page
+    assert "it broke" in page
+
+    def interrupting(completions: list[str], letter: list[str]) -> list[float]:
+        if (tmp_path / "cut" / "metrics.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return has_letter(completions, letter)
+
+    values = recipe(model, tmp_path / "cut") | {"rewards": {"timeout": None}}
+    with pytest.raises(Interrupted):
+        train(values, reward_functions=[interrupting])
+    assert "interrupted, step 1 of 4" in (tmp_path / "cut" / "report.html").read_text()
+    # Going on, the run has no end until it comes.
+    interrupting.__name__ = has_letter.__name__
+    train(values | {"resume": "auto"}, reward_functions=[has_letter])
+    assert json.loads((tmp_path / "cut" / "ending.json").read_text())["state"] == "finished"
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(directories: Any, output: Any) -> None:
+        raise ValueError("no page today")
+
+    monkeypatch.setattr("uniapl.training.run.write_report", failing)
+    result = train(recipe(save_model(tmp_path / "model"), tmp_path / "run", max_steps=1))
+    assert result.final_dir.is_dir()
+    assert "note: no report was written: ValueError('no page today')" in capsys.readouterr().out
+
+
+def test_a_large_run_fits(tmp_path: Path) -> None:
+    path = large_run(tmp_path / "run")
+    write_report([path], path / "report.html")
+    assert (path / "report.html").stat().st_size < 10_000_000
+    answers = unpacked((path / "report.html").read_text(), "completions-data")
+    assert len(answers["text"]) == 20_000
+    # Prompts stand there once.
+    assert len(answers["prompts"]) == len(answers["experts"]) <= 200
+
+
+def test_of_too_many_answers_an_even_sample_is_shown(tmp_path: Path) -> None:
+    rows = [prompt_row(step, [answer(os.urandom(100).hex()) for _ in range(5)]) for step in range(1, 101)]
+    everything, _, _ = packed_completions(rows, 1_000_000)
+    budget = int(0.6 * len(everything))
+    packed, shown, total = packed_completions(rows, budget)
+    assert len(packed) <= budget
+    assert total == 500
+    assert 0 < shown < total
+    steps = sorted(set(json.loads(gzip.decompress(base64.b64decode(packed)))["step"]))
+    assert shown == 5 * len(steps)
+    gaps = [after - before for before, after in pairwise(steps)]
+    assert max(gaps) - min(gaps) <= 1
+    assert steps[0] == 1
+    assert steps[-1] >= 98
+    path = write_run(tmp_path / "run", metric_rows(100), rows)
+    assert f"{shown} of 500 sampled answers" in render([read_run(path)], budget=budget)
+
+
+def test_of_a_file_that_is_too_large_every_so_many_lines_are_read(tmp_path: Path) -> None:
+    rows = [prompt_row(step, [answer()]) for step in range(1, 101)]
+    path = write_run(tmp_path / "run", metric_rows(100), rows)
+    size = (path / "completions.jsonl").stat().st_size
+    run = read_run(path, most_bytes=size // 3)
+    assert run.stride == 4
+    assert [record["step"] for record in run.completions] == list(range(1, 101, 4))
+    assert "one in 4 of its prompts was read" in render([run])
+    assert len(read_run(path, most_bytes=size).completions) == 100
+
+
+def test_what_data_holds_is_escaped(tmp_path: Path) -> None:
+    nasty = "</script><img src=x onerror=alert(1)>"
+    metrics = [{"step": 1, "reward": 1.0, f"health/{nasty}": 1, f"eval/{nasty}/reward": 1.0, "stage": 0}]
+    rows = [prompt_row(1, [answer(nasty)], prompt=nasty, demonstration=nasty)]
+    path = write_run(tmp_path / "<img>", metrics, rows, ending={"state": "stopped", "message": nasty})
+    write_lines(path / "health.jsonl", [{"step": 1, "rule": nasty, "message": nasty}])
+    write_report([path], path / "report.html")
+    page = (path / "report.html").read_text()
+    assert "<img" not in page
+    assert page.count("&lt;img") >= 5
+    assert unpacked(page, "completions-data")["text"] == [nasty]
+
+
+def test_half_a_last_line_and_null_values(tmp_path: Path) -> None:
+    metrics = [
+        {"step": 1, "reward": None, "loss": 1.0, "sft/nll": None},
+        {"step": 2, "reward": 0.5, "loss": None, "sft/nll": None},
+        {"step": 3, "loss": 2.0},
+    ]
+    rows = [prompt_row(1, [answer(reward=None, rewards={"right": None}, win_rate=None, advantage=None)])]
+    path = write_run(tmp_path / "run", metrics, rows)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "reward": 0.')
+    run = read_run(path)
+    assert run.steps == [1, 2, 3]
+    assert run.series("reward") == [None, 0.5, None]
+    page = render([run])
+    assert chart(page, "Reward")["lines"][0]["x"] == [2]
+    assert "Expert's answers, nats per token" not in chart_titles(page)
+    assert unpacked(page, "completions-data")["reward"] == [None]
+    assert "no end recorded" in page
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not the directory of a run"):
+        report([str(tmp_path)])
+    path = write_run(tmp_path / "run", [])
+    with pytest.raises(UsageError, match=r"metrics\.jsonl' holds no step"):
+        report([str(path)])
+    (path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl': record 2 cannot be read"):
+        report([str(path)])
+    write_lines(path / "metrics.jsonl", [{"step": 1, "reward": 1.0}])
+    write_lines(path / "completions.jsonl", [{"step": 1}])
+    with pytest.raises(UsageError, match=r"completions\.jsonl': record 1 holds no completions"):
+        report([str(path)])
+    write_lines(path / "completions.jsonl", [])
+    (path / "manifest.json").write_text("[")
+    with pytest.raises(UsageError, match=r"manifest\.json' cannot be read"):
+        report([str(path)])
+    (path / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="say where, by -o FILE"):
+        report([str(path), str(path)])
+    with pytest.raises(UsageError, match="--model-analysis needs the run's result"):
+        report([str(path), "--model-analysis"])
+    (path / "config.yaml").write_text("max_steps: 3")
+    with pytest.raises(UsageError, match="it has no method"):
+        report([str(path)])
+    assert run_cli(["report", str(tmp_path / "nowhere")]) == 2
+
+
+def test_health_says_when_and_what(tmp_path: Path) -> None:
+    metrics = [{"step": step, "reward": 1.0, "skipped": int(step == 2)} for step in range(1, 7)]
+    for step in (3, 4, 6):
+        metrics[step - 1]["health/divergence"] = 1
+    path = write_run(tmp_path / "run", metrics)
+    said = {"step": 3, "rule": "divergence", "message": "Lower lambda."}
+    write_lines(path / "health.jsonl", [said])
+    assert summary.health(read_run(path)) == [
+        {"rule": "divergence", "steps": "3 to 4, 6", "message": "Lower lambda."},
+        {
+            "rule": "skipped (1)",
+            "steps": "2",
+            "message": "The policy's update was not finite and was not applied.",
+        },
+    ]
+
+
+def test_tiles_by_hand(tmp_path: Path) -> None:
+    metrics = [
+        {
+            "step": step,
+            "reward": step / 10,
+            "sft/nll": 2.0 - step / 10,
+            "completions/mean_length": 4.0,
+            "num_tokens": 1000 * step,
+            "step_time": 30.0,
+            "time/rollout": 20.0,
+            "time/update": 10.0,
+        }
+        for step in range(1, 11)
+    ]
+    rows = [
+        prompt_row(step, [answer(reward=float(step == 10)), answer(reward=0.0)], demonstration_tokens=6)
+        for step in range(1, 11)
+    ]
+    path = write_run(tmp_path / "run", metrics, rows)
+    found = {tile["label"]: (tile["value"], tile["detail"]) for tile in summary.tiles(read_run(path))}
+    assert found["Reward"][0] == "0.100 → 1.000"
+    assert found["Answers with reward 1"][0] == "0.0% → 50.0%"
+    assert found["Expert's nll"][0] == "1.900 → 1.000"
+    assert found["Length of answers"] == ("4.0", "tokens, last tenth, the expert's 6.0")
+    assert found["Tokens"][0] == "10,000"
+    assert found["Time"] == ("5 min 0 s", "rollout 67%, update 33%")
+    assert "Win rate" not in found
+
+
+def test_durations() -> None:
+    said = [summary.duration(seconds) for seconds in (1.26, 59.94, 61.0, 3725.0)]
+    assert said == ["1.3 s", "59.9 s", "1 min 1 s", "1 h 2 min"]
+
+
+def test_lengths_are_compared_where_the_expert_answered(tmp_path: Path) -> None:
+    """Ten steps: the first answers have 2 tokens, the last 4, the expert's 5; others are left out."""
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 11):
+        tokens = 4 if step == 10 else 2
+        rows.append(prompt_row(step, [answer(tokens=tokens)] * 2, demonstration_tokens=5))
+        alone = {"row": 2, "demonstration": None, "demonstration_tokens": None}
+        rows.append(prompt_row(step, [answer(tokens=99)], **alone))
+    found = distributions(read_run(write_run(tmp_path / "run", metric_rows(10), rows)))
+    counts = {sample["label"]: (sample["count"], sample["mean"]) for sample in found["lengths"]["samples"]}
+    assert counts == {"policy, first tenth": (2, 2.0), "policy, last tenth": (2, 4.0), "expert": (1, 5.0)}
+    distances = {row["label"]: row["wasserstein"] for row in found["lengths"]["distances"]}
+    assert distances["policy, first tenth against expert"] == 3.0
+    assert distances["policy, last tenth against expert"] == 1.0
+    diversity = next(c for c in found["charts"] if c["title"].startswith("Diversity"))
+    lines = {line["label"]: line["y"] for line in diversity["lines"]}
+    # Per step: two equal answers to one prompt, one to the other.
+    assert lines["different answers to a prompt"] == [0.75] * 10
+    assert lines["distinct-1"] == pytest.approx([1 / 3] * 10, abs=1e-5)
+
+
+def test_seeds_become_a_mean_with_an_interval(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / f"grpo-seed{seed}", [{"step": 1, "reward": seed}], seed=seed, method="grpo")
+        for seed in (1, 2, 3)
+    ]
+    other = write_run(tmp_path / "sft", [{"step": 1, "reward": 7.0}], method="sft")
+    (line,) = charts.curves([read_run(path) for path in paths])[0]["charts"][0]["lines"]
+    half = 4.303 / math.sqrt(3)
+    assert [*line["y"], *line["low"], *line["high"]] == pytest.approx([2.0, 2 - half, 2 + half], rel=1e-4)
+    output = tmp_path / "report.html"
+    assert run_cli(["report", *map(str, [*paths, other]), "-o", str(output)]) == 0
+    page = output.read_text()
+    lines = chart(page, "Reward")["lines"]
+    assert [(found["label"], found["y"]) for found in lines] == [("grpo (3 seeds)", [2.0]), ("sft", [7.0])]
+    assert "Where the runs differ" in page
+    assert "objective.mu_peak" in page
+
+
+def test_long_curves_are_thinned(tmp_path: Path) -> None:
+    metrics = [{"step": step, "loss": float(step % 2)} for step in range(1, 5001)]
+    (line,) = charts.curves([read_run(write_run(tmp_path / "run", metrics))])[0]["charts"][0]["lines"]
+    assert len(line["x"]) == math.ceil(5000 / 3)
+    assert line["x"][0] == 2
+    assert line["y"][:2] == pytest.approx([2 / 3, 1 / 3], rel=1e-4)
+
+
+def test_stages_are_marked(tmp_path: Path) -> None:
+    stages = [{"method": "sft", "max_steps": 2}, {"method": "grpo", "max_steps": 3}]
+    metrics = [{"step": step, "stage": int(step > 2), "loss": 1.0} for step in range(1, 6)]
+    metrics[1]["early_stopping/reason"] = "target: reached"
+    page = render([read_run(write_run(tmp_path / "run", metrics, stages=stages))])
+    assert unpacked(page, "data")["stages"] == [{"x": 3, "label": "grpo"}]
+    assert "step 5 of 5" in page
+    assert "Stage 1 ended at step 2: target: reached." in page
+
+
+def test_columns_of_answers() -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    found = as_columns(
+        [
+            prompt_row(1, [answer("a"), answer("b", rewards={"right": 0.0, "kind": 0.25})]),
+            prompt_row(2, [answer("c")], prompt=chat),
+        ]
+    )
+    assert found["prompts"] == ["Is it so?", "system: Be brief.\n\nuser: Why?"]
+    assert found["experts"] == ["It is.", "It is."]
+    assert (found["prompt"], found["group"], found["step"]) == ([0, 0, 1], [0, 0, 1], [1, 1, 2])
+    assert found["functions"] == ["right", "kind"]
+    assert found["parts"] == [[1.0, 0.0, 1.0], [None, 0.25, None]]
+
+
+def test_model_analysis_scores_both_kinds_of_answers(real_run: Path) -> None:
+    """The base against its own log-softmax, and the trained model differs from it."""
+    assert run_cli(["report", str(real_run), "--model-analysis"]) == 0
+    found = json.loads((real_run / "analysis.json").read_text())
+    for kind in ("expert", "policy"):
+        answers = found["answers"][kind]
+        assert answers["count"] == len(answers["base"]["means"]) == len(answers["final"]["means"]) > 0
+        assert answers["base"]["means"] != answers["final"]["means"]
+    first = found["answers"]["expert"]["base"]["means"][0]
+    assert first == pytest.approx(mean_logprob(found["base"], real_run), rel=1e-3)
+    page = (real_run / "report.html").read_text()
+    titles = [c["title"] for c in unpacked(page, "data")["analyses"]]
+    assert "Log-probability of the expert's answers" in titles
+    assert "Along the policy's answers" in titles
+
+
+def mean_logprob(model: str, run: Path) -> float:
+    """Nats per token of the first demonstration among the run's completions, its end token included."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    records = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    record = next(r for r in records if r["demonstration"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt = tokenizer(record["prompt"]).input_ids
+    answer_ids = [*tokenizer(record["demonstration"]).input_ids, tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(torch.tensor([[*prompt, *answer_ids]])).logits[0]
+    spoken = [
+        math.log(float(torch.softmax(logits[len(prompt) + i - 1].double(), -1)[token]))
+        for i, token in enumerate(answer_ids)
+    ]
+    return sum(spoken) / len(spoken)
+
+
+def test_figures_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [prompt_row(step, [answer(), answer("no")]) for step in range(1, 6)]
+    path = write_run(tmp_path / "run", metric_rows(5), rows)
+    assert run_cli(["report", str(path), "--figures", str(tmp_path / "figures")]) == 0
+    written = {file.name for file in (tmp_path / "figures").iterdir()}
+    for name in ("reward", "win-rate", "seconds-per-step-by-phase", "length-of-answers"):
+        assert {f"{name}.png", f"{name}.svg"} <= written
+    assert (tmp_path / "figures" / "reward.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_figures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = write_run(tmp_path / "run", metric_rows(2))
+    with pytest.raises(UsageError, match=r"pip install 'uniapl\[report\]'"):
+        report([str(path), "--figures", str(tmp_path / "figures")])
+
+
+def test_a_comparison_has_a_page(tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    assert run_cli(["report", str(ROOT / "docs" / "compare"), "-o", str(output)]) == 0
+    page = output.read_text()
+    results = json.loads((ROOT / "docs" / "compare" / "results.json").read_text())
+    good = results["table"]["methods"]["uniapl"]["held_out"]["good"]
+    assert f"{good['mean']:.3f} [{good['low']:.3f}, {good['high']:.3f}]" in page
+    points = chart(page, "Held-out prompts, nats per token of the expert's texts")["lines"]
+    front = results["fronts"]["held_out/expert_nll"]["methods"]
+    assert [line["label"] for line in points] == list(front)
+    expected = [point["good"]["mean"] for point in front[points[0]["label"]]["points"]]
+    assert points[0]["y"] == pytest.approx(expected, rel=1e-4)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not what uniapl compare writes"):
+        report([str(tmp_path / "other")])
+
+
+def test_reports_do_not_need_torch() -> None:
+    """A page of a finished run is there before torch would be loaded."""
+
+    code = "import sys, uniapl.cli.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,273 @@
+"""Reward functions: how they are found and called, and one rule for everything they can do wrong."""
+
+import asyncio
+import functools
+import inspect
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, Qwen3Config
+
+from support.tiny import SMALL, make_tokenizer
+from uniapl.errors import UsageError
+from uniapl.rewards import Rewarder
+from uniapl.rewards.base import named_reward
+from uniapl.rewards.finding import find_function
+from uniapl.types import Example
+
+
+def example(row: int = 1, prompt: Any = "p", **columns: Any) -> Example:
+    return Example(
+        row=row, prompt=prompt, prompt_ids=(5,), demonstration=None, demonstration_ids=None, columns=columns
+    )
+
+
+def score(
+    function: Callable[..., Any],
+    examples: Sequence[Example] | None = None,
+    texts: Sequence[str] = ("a", "bb", "ccc"),
+    **settings: Any,
+) -> Any:
+    rewarder = Rewarder([named_reward("f", function)], **settings)
+    examples = examples or [example(n) for n in range(len(texts))]
+    outcome = rewarder.score(examples, texts, [(1,)] * len(texts))["f"]
+    return outcome, rewarder.combine({"f": outcome}, len(texts))
+
+
+def test_arguments_are_given_by_name() -> None:
+    seen: dict[str, Any] = {}
+
+    def some(prompts: list[str], completions: list[str], answer: list[int]) -> list[float]:
+        seen.update(prompts=prompts, completions=completions, answer=answer)
+        return [1.0, 0.5]
+
+    def everything(**kwargs: Any) -> list[float]:
+        seen.update(everything=sorted(kwargs))
+        return [0.0, 0.0]
+
+    examples = [example(1, "p1", answer=3, other=1), example(2, "p2", answer=4)]
+    assert score(some, examples, ("a", "b"))[1] == [1.0, 0.5]
+    assert seen == {"prompts": ["p1", "p2"], "completions": ["a", "b"], "answer": [3, 4]}
+    score(everything, examples, ("a", "b"))
+    assert seen["everything"] == ["answer", "completion_ids", "completions", "other", "prompts"]
+
+
+def test_a_chat_prompt_s_completion_is_a_message() -> None:
+    chat = [{"role": "user", "content": "p"}]
+    got: list[Any] = []
+    score(lambda completions: got.extend(completions) or [0.0], [example(1, chat)], ("a",))
+    assert got == [[{"role": "assistant", "content": "a"}]]
+
+
+def test_a_row_without_a_needed_column_has_no_reward() -> None:
+    def f(completions: list[str], answer: list[int]) -> list[float]:
+        return [float(a) for a in answer]
+
+    outcome, combined = score(f, [example(1, answer=3), example(2), example(3, answer=None)])
+    assert combined == [3.0, None, None]
+    assert outcome.failed == [False] * 3
+
+
+def test_weights_and_none() -> None:
+    first = named_reward("first", lambda completions: [1.0, None, None], weight=2.0)
+    second = named_reward("second", lambda completions: [0.5, 0.5, None], weight=1.0)
+    rewarder = Rewarder([first, second])
+    outcomes = rewarder.score([example(n) for n in range(3)], ["a"] * 3, [(1,)] * 3)
+    assert rewarder.combine(outcomes, 3) == [2.5, 0.5, None]
+
+
+def test_async_functions_are_awaited() -> None:
+    async def f(completions: list[str]) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(len(c)) for c in completions]
+
+    assert score(f)[1] == [1.0, 2.0, 3.0]
+    assert score(f, timeout=None)[1] == [1.0, 2.0, 3.0]
+
+
+def test_one_bad_answer_costs_only_itself() -> None:
+    def f(completions: list[str]) -> list[float]:
+        if "bb" in completions:
+            raise ZeroDivisionError("no bb")
+        return [1.0] * len(completions)
+
+    outcome, combined = score(f)
+    assert combined == [1.0, None, 1.0]
+    assert outcome.failed == [False, True, False]
+    assert outcome.message.startswith("ZeroDivisionError: no bb (test_rewards.py, line ")
+
+
+def test_a_failed_part_makes_the_whole_reward_unknown() -> None:
+    """The other function's value alone would be a lie about the sum."""
+    bad = named_reward("bad", lambda completions: [float("nan"), 1.0])
+    good = named_reward("good", lambda completions: [1.0, 1.0])
+    rewarder = Rewarder([bad, good])
+    outcomes = rewarder.score([example(1), example(2)], ["a", "b"], [(1,)] * 2)
+    assert rewarder.combine(outcomes, 2) == [None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0], "1 values for 3 completions"),
+        ([1.0] * 4, "more than 3 values for 3"),
+        (1.0, "returned float"),
+        (None, "returned NoneType"),
+        ("abc", "returned str"),
+        ({"a": 1}, "returned dict"),
+        ([1.0, "yes", 0.0], "'yes' where a number"),
+        ([1.0, "1.0", 0.0], "'1.0' where a number"),
+        ([1.0, [2.0], 0.0], r"\[2.0\] where a number"),
+    ],
+)
+def test_wrong_results_are_no_rewards(result: Any, message: str) -> None:
+    import re
+
+    outcome, combined = score(lambda completions: result)
+    assert combined == [None, None, None]
+    assert re.search(message, outcome.message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_values_are_no_rewards(value: float) -> None:
+    outcome, combined = score(lambda completions: [1.0, value, 0.0])
+    assert combined == [1.0, None, 0.0]
+    assert outcome.failed == [False, True, False]
+    assert str(value) in outcome.message
+
+
+def test_numpy_and_torch_numbers_are_numbers() -> None:
+    import numpy
+    import torch
+
+    assert score(lambda completions: numpy.array([1, 0, 1]))[1] == [1.0, 0.0, 1.0]
+    assert score(lambda completions: torch.tensor([0.5, 0.0, 1.0]))[1] == [0.5, 0.0, 1.0]
+    assert score(lambda completions: [True, numpy.float32(0.5), None])[1] == [1.0, 0.5, None]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_hanging_function_is_left_behind_in_bounded_time(is_async: bool) -> None:
+    async def slowly(completions: list[str]) -> list[float]:
+        await asyncio.sleep(30)
+        return [1.0] * 3
+
+    def slow(completions: list[str]) -> list[float]:
+        time.sleep(30)
+        return [1.0] * 3
+
+    begin = time.monotonic()
+    outcome, combined = score(slowly if is_async else slow, timeout=0.2)
+    assert time.monotonic() - begin < 5
+    assert combined == [None] * 3
+    assert outcome.timed_out
+    assert "0.2 s" in outcome.message
+
+
+def test_a_function_that_exits_does_not_end_the_run() -> None:
+    outcome, combined = score(lambda completions: sys.exit(3))
+    assert combined == [None] * 3
+    assert "SystemExit" in outcome.message
+
+
+def test_functions_are_found_by_registry_module_and_file(tmp_path: Path) -> None:
+    assert find_function("no_comma")(["a,b", "ab", " "]) == [0.0, 1.0, 0.0]
+    assert find_function("os.path:basename")("a/b") == "b"
+    (tmp_path / "mine.py").write_text("def f(completions):\n    return [7.0]\n")
+    assert find_function(f"{tmp_path / 'mine.py'}:f")([""]) == [7.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_coma", "unknown reward function 'no_coma': use one of .*no_comma"),
+        ("nowhere.module:f", "cannot import 'nowhere.module'"),
+        ("nowhere.py:f", "no such file"),
+        ("os.path:nothing", "has no function 'nothing'"),
+    ],
+)
+def test_unknown_functions_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        find_function(name)
+
+
+def test_arguments_are_bound_and_checked() -> None:
+    reward = named_reward("length", find_function("length"), args={"max_words": 2})
+    assert reward.required_columns == ()
+    rewarder = Rewarder([reward])
+    outcome = rewarder.score([example(1)] * 3, ["a b", "a b c", ""], [(1,)] * 3)["length"]
+    assert outcome.values == [1.0, 0.0, 0.0]
+    with pytest.raises(UsageError, match="takes no argument 'maximum'"):
+        named_reward("length", find_function("length"), args={"maximum": 2})
+
+
+def test_a_name_is_no_function() -> None:
+    with pytest.raises(
+        UsageError, match=r"'length' is no reward function: names belong in rewards\.functions"
+    ):
+        inspect.unwrap(named_reward)("length", "length")
+
+
+def test_the_same_function_twice_keeps_its_metrics_apart() -> None:
+    reward = named_reward("length", find_function("length"), args={"max_words": 2})
+    assert [r.name for r in Rewarder([reward, reward]).rewards] == ["length", "length_2"]
+
+
+def test_a_column_that_no_row_has_is_refused() -> None:
+    def f(completions: list[str], answer: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    rewarder = Rewarder([named_reward("f", f)])
+    with pytest.raises(UsageError, match=r"'f' needs a column 'answer'.*columns: solution.*data.columns"):
+        rewarder.check_columns([example(1, solution="x")])
+
+
+def test_builtin_rewards_by_hand() -> None:
+    assert find_function("lowercase")(["abc 1.", "Abc", "12", ""]) == [1.0, 0.0, 0.0, 0.0]
+    assert find_function("no_comma")([[{"role": "assistant", "content": "a, b"}]]) == [0.0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, batch_size: int) -> None:
+    """One sequence at a time, without padding, gives the same logits."""
+    config = Qwen3Config(**SMALL, num_labels=1)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.save_pretrained(tmp_path)
+    user = [{"role": "user", "content": "hi"}]
+    prompts = ["say a", "b", user]
+    completions = ["aaa", "abcabcabc", [{"role": "assistant", "content": "yo"}]]
+    score = functools.partial(find_function("reward_model"), model=str(tmp_path), batch_size=batch_size)
+
+    def check(logits: list[float], *texts: str) -> None:
+        for text, logit in zip(texts, logits, strict=True):
+            with torch.no_grad():
+                expected = model(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits
+            assert logit == pytest.approx(float(expected), abs=1e-5)
+        assert len(set(logits)) == len(texts)
+
+    check(score(prompts, completions), "say aaaa", "babcabcabc", "<turn>hi<turn>yo")
+    check(
+        score(prompts[:2], completions[:2], prompt_format="chat"),
+        "<turn>say a<turn>aaa",
+        "<turn>b<turn>abcabcabc",
+    )
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="prompt_format is 'text' or 'chat', not 'Text'"):
+        find_function("reward_model")(["a"], ["b"], model="x", prompt_format="Text")
+    with pytest.raises(UsageError, match="cannot load the reward model's tokenizer"):
+        find_function("reward_model")(["a"], ["b"], model=str(tmp_path / "nowhere"))
+    config = Qwen3Config(**SMALL, num_labels=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has 2 outputs, a reward model has one"):
+        find_function("reward_model")(["a"], ["b"], model=str(tmp_path))

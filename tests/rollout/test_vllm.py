@@ -1,0 +1,281 @@
+"""Rollouts from a stand-in for vLLM: versions, the canary, deadlines, a server that dies, whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import uniapl
+from support.fake_vllm import FakeServer, FakeVLLM, behind, install, serving
+from support.runs import lines, recipe, run_until, timeless, train, write_recipe
+from support.tiny import save_model
+from uniapl import cli
+from uniapl.rollout import engines
+from uniapl.rollout.vllm import MOST_LOSSES
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "PAUSE", 0.02)
+    # The stand-in takes any seed that the local sampler takes, so that both sample alike.
+    monkeypatch.setattr(engines, "SEEDS", 2**63)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FakeServer]:
+    """Started from another model than any run trains."""
+    with serving(FakeServer(save_model(tmp_path / "theirs", seed=9))) as fake:
+        yield fake
+
+
+def texts(run: Path) -> list[Any]:
+    records = lines(run / "completions.jsonl")
+    return [[(c["text"], c["tokens"]) for c in record["completions"]] for record in records]
+
+
+def test_every_step_is_sampled_with_its_own_weights(
+    model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Colocated and behind a server: the same answers as from the trainer's own weights."""
+    started = install(monkeypatch)
+    train(recipe(model_dir, tmp_path / "local"))
+    train(recipe(model_dir, tmp_path / "colocated", rollout={"sampler": "vllm", "temperature": 1.0}))
+    train(recipe(model_dir, tmp_path / "server", rollout=behind(server)))
+    local = lines(tmp_path / "local" / "metrics.jsonl")
+    assert local[0]["sampling/importance_sampling_ratio/mean"] is None
+    for name in ("colocated", "server"):
+        assert texts(tmp_path / name) == texts(tmp_path / "local")
+        for record, expected in zip(lines(tmp_path / name / "metrics.jsonl"), local, strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+            assert record["sampling/sampling_logp_difference/max"] < 1e-4
+            assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+        assert not (tmp_path / name / "weights-for-vllm").exists()
+    # Before training, and in each of the four steps.
+    assert server.loads == 5
+    (engine,) = started
+    assert engine.loads == 4, "it was started with the first weights"
+    longest = len("say a.")
+    assert engine.settings["max_model_len"] == longest + 6
+    assert engine.settings["logprobs_mode"] == "processed_logprobs"
+    assert engine.settings["dtype"] == "float32"
+
+
+def test_a_cool_sampler_reports_what_the_trainer_computes(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    train(recipe(model_dir, tmp_path / "run", rollout=behind(server, temperature=0.6)))
+    for record in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert record["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_weights_that_were_not_taken_end_the_run(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
+    """From the second step on the server keeps what it has: the step after the change is not sampled."""
+    values = recipe(model_dir, tmp_path / "run", save_steps=1, rollout=behind(server))
+
+    def reward(completions: list[str], letter: list[str]) -> list[float]:
+        server.deaf = server.loads > 1
+        return [float(len(text)) for text in completions]
+
+    said = r"sent after step \d are not those .*\d nats per token.*--resume auto"
+    with pytest.raises(uniapl.UniAPLError, match=said):
+        train(values, reward_functions=[reward])
+    server.deaf = False
+    assert train(values | {"resume": "auto"}).steps == 4
+
+
+@pytest.mark.parametrize("fault", ["deaf", "raw"])
+def test_what_does_not_work_is_heard_before_training(
+    fault: str, model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    """A server that keeps its weights, or reports log-probabilities of another temperature."""
+    setattr(server, fault, True)
+    values = recipe(model_dir, tmp_path / "run", rollout=behind(server, temperature=0.5))
+    with pytest.raises(uniapl.UsageError, match=r"sent before the first step .* --logprobs-mode"):
+        train(values)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_server_that_comes_back_is_sent_the_weights_again(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    """It dies among the answers of steps 1 and 3 and comes back with its own weights: nobody can tell."""
+    train(recipe(model_dir, tmp_path / "whole", rollout=behind(server)))
+    loads = server.loads
+    server.asked.clear()
+    server.dies_at, server.gone_for = {4, 14}, 3
+    train(recipe(model_dir, tmp_path / "shaken", rollout=behind(server)))
+    whole, shaken = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "shaken"))
+    assert shaken == whole
+    assert server.loads - loads == loads + 2
+
+
+def test_a_server_that_dies_in_every_try_ends_the_run(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    server.dies_at = set(range(8, 100))
+    values = recipe(model_dir, tmp_path / "run", save_steps=1, rollout=behind(server))
+    said = rf"vLLM was lost {MOST_LOSSES + 1} times: {server.url}/v1/completions: .*--resume auto"
+    with pytest.raises(uniapl.UniAPLError, match=said):
+        train(values)
+    # Back again, the run goes on as if nothing had been.
+    server.dies_at = set()
+    train(values | {"resume": "auto"})
+    train(values | {"output_dir": str(tmp_path / "whole")})
+    whole, broken = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "run"))
+    assert broken == whole
+
+
+def test_a_server_that_stays_away_ends_the_run_in_bounded_time(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    server.dies_at, server.gone_for = {8}, 10**6
+    values = recipe(model_dir, tmp_path / "run", rollout=behind(server, vllm_timeout=1.0))
+    started = time.monotonic()
+    said = r"did not come up within rollout.vllm_timeout 1 s: .*--resume auto"
+    with pytest.raises(uniapl.UniAPLError, match=said):
+        train(values)
+    assert time.monotonic() - started < 60, "a deadline, not an end of patience"
+
+
+def test_a_server_that_hangs_ends_the_run(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
+    server.hangs = True
+    values = recipe(model_dir, tmp_path / "run", rollout=behind(server, vllm_timeout=0.3))
+    with pytest.raises(uniapl.UsageError, match=r"lost 4 times: .*(ReadTimeout|within 0.3 s)"):
+        train(values)
+
+
+def test_a_server_without_its_development_endpoints(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    server.refuses = True
+    values = recipe(model_dir, tmp_path / "run", rollout=behind(server))
+    with pytest.raises(uniapl.UsageError, match=r"refuses /collective_rpc: .*VLLM_SERVER_DEV_MODE=1"):
+        train(values)
+
+
+def test_a_server_that_is_not_there(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
+    nowhere = behind(server, vllm_server_base_url="http://127.0.0.1:9", vllm_timeout=0.1)
+    with pytest.raises(uniapl.UsageError, match=r"http://127.0.0.1:9 did not come up"):
+        train(recipe(model_dir, tmp_path / "run", rollout=nowhere))
+
+
+def test_a_colocated_engine_that_hangs_or_fails(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    settings = {"sampler": "vllm", "vllm_timeout": 0.3}
+
+    def hangs(self: FakeVLLM, *_: Any) -> Any:
+        time.sleep(3)
+
+    def fails(self: FakeVLLM, *_: Any) -> Any:
+        raise RuntimeError("EngineDeadError")
+
+    for broken, said in ((hangs, "no answer within rollout.vllm_timeout 0.3 s"), (fails, "EngineDeadError")):
+        monkeypatch.setattr(FakeVLLM, "answer", broken)
+        with pytest.raises(uniapl.UniAPLError, match=said):
+            train(recipe(model_dir, tmp_path / "run", rollout=settings))
+
+
+def test_answers_of_another_form_are_refused(
+    model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = FakeVLLM.answer
+    for broken in (
+        lambda self, prompt, asked: whole(self, prompt, asked | {"max_tokens": asked["max_tokens"] + 1}),
+        lambda self, prompt, asked: list(whole(self, prompt, asked))[1:],
+    ):
+        monkeypatch.setattr(FakeVLLM, "answer", broken)
+        with pytest.raises(uniapl.UsageError, match="answers of another form"):
+            train(recipe(model_dir, tmp_path / "run", rollout=behind(server)))
+
+
+def test_settings_that_cannot_work(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2 with the remedy, from `uniapl check` already."""
+    path = str(write_recipe(tmp_path, model_dir))
+    for flags, said in {
+        "--rollout.sampler vllm": "pip install 'uniapl[vllm]'",
+        "--rollout.sampler vllm --rollout.top-p 0.9": "rollout.top_p and top_k are for rollout.sampler local",
+        "--rollout.sampler vllm --rollout.vllm-mode server --rollout.vllm-server-base-url x": "is no address",
+        "--use-vllm True": "did you mean 'rollout.sampler'",
+    }.items():
+        assert cli.run(["check", path, *flags.split()]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_memory_counts_the_engine_instead_of_the_local_cache(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Colocated, its share of what is free; behind a server, nothing."""
+    install(monkeypatch)
+    path = str(write_recipe(tmp_path, model_dir))
+    found: dict[str, dict[str, Any]] = {}
+    for name, flags in {
+        "local": "",
+        "colocate": "--rollout.sampler vllm --rollout.vllm-gpu-memory-utilization 0.25",
+        "server": "--rollout.sampler vllm --rollout.vllm-mode server",
+    }.items():
+        assert cli.run(["check", path, "--json", *flags.split()]) == 0
+        (found[name],) = json.loads(capsys.readouterr().out)["memory"]
+    assert "rollout" in found["local"]["passes"]
+    for name in ("colocate", "server"):
+        assert "rollout" not in found[name]["passes"]
+    assert "vllm" not in found["server"]["stays"]
+    colocated = found["colocate"]
+    assert colocated["stays"]["vllm"] == pytest.approx(0.25 * colocated["available"], rel=0.2)
+
+
+def test_a_killed_run_resumes_to_the_same_result(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
+    """As exactly as the sampler repeats itself, which this one does; vLLM on a GPU does not."""
+    whole, broken = (
+        recipe(model_dir, tmp_path / name, rollout=behind(server)) for name in ("whole", "broken")
+    )
+    train(whole)
+    run_until(3, broken)
+    train(broken | {"resume": "auto"})
+    assert timeless(lines(tmp_path / "broken" / "metrics.jsonl")) == timeless(
+        lines(tmp_path / "whole" / "metrics.jsonl")
+    )
+
+
+def test_two_processes_speak_through_one(
+    model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts on two processes: the answers of one process; the weights are sent once a step."""
+    # As in the other processes, which know nothing of this file.
+    monkeypatch.setattr(engines, "SEEDS", 2**62)
+    path = write_recipe(tmp_path, model_dir, max_steps=2)
+    values = yaml.safe_load(path.read_text())
+    # So cool that two models with small random weights are told apart.
+    rollout = values["rollout"] | behind(server, temperature=0.3)
+    path.write_text(yaml.safe_dump(values | {"rollout": rollout}))
+    arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert cli.run([*arguments[2:], str(tmp_path / "one")]) == 0
+    before = server.loads
+    command = [sys.executable, *launcher, *arguments, str(tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert server.loads - before == 3, "before training, and in each step"
+    assert texts(tmp_path / "two") == texts(tmp_path / "one")
+    server.load(str(server.directory))
+    server.deaf = True
+    command = [sys.executable, *launcher, *arguments, str(tmp_path / "deaf")]
+    ended = subprocess.run(command, capture_output=True, env=environment, text=True, timeout=120)
+    assert ended.returncode != 0
+    assert "sent before the first step" in ended.stderr

@@ -1,0 +1,1 @@
+"""What tests share: small models, runs, servers on loopback, slow references."""

@@ -1,0 +1,196 @@
+"""What a run shows: on a terminal and elsewhere, to people and to scripts; its card, trackers, answers."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import uniapl
+from support.runs import lines, recipe, train, write_recipe
+from support.tiny import save_model
+from uniapl import cli
+from uniapl.config import Config
+from uniapl.training.checkpoint.model_card import model_card
+from uniapl.training.monitor.console import RunView
+
+CHAT = (
+    "{% for m in messages %}{{ '<turn>' + m['role'] + ' ' + m['content'] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>assistant ' }}{% endif %}"
+)
+METRICS: dict[str, Any] = {
+    "step": 7,
+    "reward": 0.5,
+    "pass_rate": 0.25,
+    "completions/mean_length": 12.0,
+    "completions/length_ratio": 1.5,
+    "entropy": 1.25,
+    "loss": 0.125,
+    "loss/sft": 2.0,
+    "weight/mu": 0.4,
+    "tokens/sft": 1234,
+    "loss/rl": -0.5,
+    "weight/rl": 0.6,
+    "tokens/rl": 0,
+    "loss/adv": 0.25,
+    "weight/lambda_adv": 1.0,
+    "tokens/adv": 99,
+    "discriminator/win_rate": 0.3,
+    "discriminator/expert_gap": 0.2,
+    "step_time": 1.5,
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def on_a_terminal(width: int, warnings: dict[str, str]) -> str:
+    """What the table below the lines looks like."""
+    view = RunView(100, visible=True)
+    view.console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    view.start_step(7)
+    with view.phase("update"):
+        pass
+    view.warnings = warnings
+    view.step_done(7, METRICS, line=False)
+    view.console.print(view._table())
+    file = view.console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_on_a_terminal(width: int) -> None:
+    shown = on_a_terminal(width, {"truncation": "raise rollout.max_completion_length " * 4})
+    assert all(len(line) <= width for line in shown.splitlines())
+    for part in ("update", "7/100", "1.5 s/step", "reward 0.500", "pass 0.25", "length 12.0", "entropy 1.25"):
+        assert part in shown
+    assert re.search(r"demonstrations +loss 2.000 +mu 0.40 +tokens 1,234", shown)
+    assert re.search(r"adversary +loss 0.250 +lambda 1.00 +tokens 99 +win rate 0.30 +gap 0.20", shown)
+    assert "rewards" not in shown.replace("max_completion", ""), "nothing was learnt from them in this step"
+    assert re.search(r"truncation +raise", shown)
+
+
+def test_elsewhere_there_are_lines_without_control_characters(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe(model_dir, tmp_path / "run", log_completions_steps=2))
+    shown = capsys.readouterr().out
+    assert all(character.isprintable() or character == "\n" for character in shown)
+    numbered = [line for line in shown.splitlines() if re.match(r"\d/4 ", line)]
+    assert [line[:3] for line in numbered] == ["1/4", "2/4", "3/4", "4/4"]
+    assert all(len(line) <= 80 for line in numbered)
+    written = lines(tmp_path / "run" / "completions.jsonl")
+    demonstrated = {step: [r for r in written if r["step"] == step and r["demonstration"]] for step in (2, 4)}
+    expected = [record for step in (2, 4) for record in demonstrated[step][:2]]
+    assert expected
+    for record in expected:
+        assert re.search(rf"prompt +{re.escape(record['prompt'])}", shown)
+        assert re.search(rf"expert +{record['demonstration']}", shown)
+    assert shown.count("  expert") == len(expected), "in every other step"
+
+
+def test_answers_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Markup and control characters of a model stay text; long answers are cut."""
+    answer = {"text": "[red]a\x1b[31mb\nc" + "x" * 500, "reward": None}
+    record = {"prompt": [{"role": "user", "content": "why?"}], "demonstration": None, "completions": [answer]}
+    RunView(1, visible=True).answers([record])
+    shown = capsys.readouterr().out
+    assert "[red]a [31mb cx" in re.sub(r"\s+", " ", shown)
+    assert "\x1b" not in shown
+    assert "why?" in shown
+    assert "expert" not in shown
+    assert len(shown) < 600
+
+
+def test_quiet_and_json(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(tmp_path, model_dir)
+    assert cli.run(["train", str(path), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert cli.run(["train", str(path), "--json", "--overwrite", "True"]) == 0
+    shown = capsys.readouterr()
+    assert [json.loads(line) for line in shown.out.splitlines()] == lines(tmp_path / "run" / "metrics.jsonl")
+    assert "steps done" in shown.err
+    assert cli.run(["train", str(path), "--json", "--quiet"]) == 2
+    assert "choose one" in capsys.readouterr().err
+
+
+def test_the_pass_rate_is_of_rewards_that_can_pass(model_dir: Path, tmp_path: Path) -> None:
+    def half(completions: list[str]) -> list[float]:
+        return [float(n % 2) for n in range(len(completions))]
+
+    def points(completions: list[str]) -> list[float]:
+        return [float(3 * (n % 2)) for n in range(len(completions))]
+
+    for function, expected in ((half, 0.5), (points, None)):
+        output = tmp_path / function.__name__
+        train(recipe(model_dir, output, max_steps=1), reward_functions=[function])
+        assert lines(output / "metrics.jsonl")[0]["pass_rate"] == expected
+
+
+def test_tensorboard_gets_the_metrics(model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(recipe(model_dir, tmp_path / "run", report_to="tensorboard"))
+    (events, *_) = [
+        EventAccumulator(str(file)).Reload()
+        for file in (tmp_path / "run" / "uniapl").rglob("events*")
+        if "loss" in EventAccumulator(str(file)).Reload().Tags()["scalars"]
+    ]
+    got = [(event.step, event.value) for event in events.Scalars("loss")]
+    written = [(r["step"], r["loss"]) for r in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert got == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in written]
+
+
+def test_a_tracker_that_is_not_there(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(uniapl.UsageError, match="'wandb' is not installed: pip install wandb"):
+        train(recipe(model_dir, tmp_path / "run", report_to=["wandb"]))
+    assert Config(report_to="none").report_to == ()  # pyright: ignore[reportArgumentType]
+
+
+def test_the_card(model_dir: Path, tmp_path: Path) -> None:
+    result = train(recipe(model_dir, tmp_path / "run"))
+    card = (result.final_dir / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\ntags:\n- uniapl\n---\n")
+    assert str(tmp_path) not in card
+    assert "base_model" not in card, "a path is no base that the Hub knows"
+    reward = lines(tmp_path / "run" / "metrics.jsonl")[-1]["reward"]
+    assert f"| reward | {reward:.4g} |" in card
+    assert "uniapl, 4 steps, seed 0." in card
+    assert AutoModelForCausalLM.from_pretrained(result.final_dir)
+    hub = Config.model_validate({"model": {"model_name_or_path": "Qwen/Qwen3-0.6B"}})
+    assert "base_model: Qwen/Qwen3-0.6B\n" in model_card(hub, ["sft", "grpo"], 3, {})
+    assert "sft -> grpo, 3 steps" in model_card(hub, ["sft", "grpo"], 3, {})
+
+
+@pytest.mark.parametrize("template", [CHAT, None])
+def test_chat(
+    template: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line is answered, greedily the same for the same; in a conversation the second knows the first."""
+    path = save_model(tmp_path / "model", chat_template=template)
+    answers: list[list[str]] = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("say a.\n\nsay a.\n"))
+        assert cli.run(["chat", str(path), "--temperature", "0", "--max-new-tokens", "12"]) == 0
+        answers.append(capsys.readouterr().out.splitlines())
+    assert answers[0] == answers[1]
+    assert len(answers[0]) >= 2
+    if template is None:
+        assert answers[0][0] == answers[0][1]
+
+
+def test_chat_of_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["chat", str(tmp_path / "nothing")]) == 2
+    assert "there is no such directory" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""The rules that warn: what fires them, what does not, and that a run says so once."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from support.runs import lines, recipe, run_until, timeless, train
+from support.tiny import save_model
+from uniapl.config import Config, HealthConfig
+from uniapl.training.monitor.health import warnings
+
+CONFIG, BOUNDS = HealthConfig(window=5), (0.1, 8.0)
+NOISE = (0.01, -0.01, 0.0, 0.02, -0.02)
+
+
+def records(**pairs: tuple[float, float]) -> list[dict[str, Any]]:
+    """Two windows; each metric has one mean in the first and another in the second, and some noise."""
+    return [
+        {name.replace("__", "/"): means[half] + noise for name, means in pairs.items()}
+        for half in (0, 1)
+        for noise in NOISE
+    ]
+
+
+def fired(given: list[dict[str, Any]]) -> set[str]:
+    return set(warnings(given, CONFIG, bounds=BOUNDS))
+
+
+def steps(**values: Any) -> list[dict[str, Any]]:
+    """One window of equal steps."""
+    return [{name.replace("__", "/"): value for name, value in values.items()}] * CONFIG.window
+
+
+WINS_MORE = {"discriminator__win_rate": (0.45, 0.6)}
+
+
+def test_divergence() -> None:
+    assert fired(records(**WINS_MORE, reward=(0.8, 0.6))) == {"divergence"}
+    assert fired(records(**WINS_MORE, reward=(0.8, 0.8), sft__nll=(1.0, 1.3))) == {"divergence"}
+    assert fired(records(**WINS_MORE, reward=(0.6, 0.8))) == set(), "better in both"
+    assert fired(records(**WINS_MORE)) == set(), "nothing is known of what it is for"
+    assert fired(records(discriminator__win_rate=(0.2, 0.4), reward=(0.8, 0.6))) == set(), "it still loses"
+    assert fired(records(discriminator__win_rate=(0.7, 0.6), reward=(0.8, 0.6))) == set(), "it wins less"
+    assert fired(records(reward=(0.8, 0.6))) == set(), "there is no discriminator"
+    assert fired(records(**WINS_MORE, reward=(0.8, 0.795))) == set(), "by chance"
+    for noisy in (slice(0, 5), slice(5, 10)):
+        wild = records(**WINS_MORE, reward=(0.8, 0.7))
+        for record, noise in zip(wild[noisy], (0.3, -0.3, 0.0, 0.3, -0.3), strict=True):
+            record["reward"] += noise
+        assert fired(wild) == set(), "by chance, where one window alone is noisy"
+
+
+def test_multiplier_pinned() -> None:
+    at_bound = [{"constraint/multiplier": 8.0}] * 10
+    falling, rising = records(reward=(0.8, 0.6)), records(reward=(0.6, 0.8))
+    assert fired([{**a, **b} for a, b in zip(at_bound, falling, strict=True)]) == {"multiplier_pinned"}
+    assert fired([{**a, **b} for a, b in zip(at_bound, rising, strict=True)]) == set()
+    once_below = [*at_bound[:7], {"constraint/multiplier": 7.9}, *at_bound[8:]]
+    assert fired([{**a, **b} for a, b in zip(once_below, falling, strict=True)]) == set()
+
+
+def test_too_few_steps_and_unknown_values_say_nothing() -> None:
+    bad = records(**WINS_MORE, reward=(0.8, 0.6))
+    assert fired(bad[1:]) == set()
+    assert fired([{}, *bad]) == {"divergence"}, "older ones are not looked at"
+    for unknown in (None, float("nan")):
+        assert fired([*bad[:5], *({**r, "reward": unknown} for r in bad[5:])]) == set()
+
+
+def test_rewards_that_teach_nothing() -> None:
+    constant = {"reward": 0.0, "reward_std": 0.0}
+    assert fired(steps(**constant)) == {"constant_rewards"}
+    assert fired(steps(**constant, frac_reward_zero_std=1.0)) == {"constant_rewards", "zero_advantage"}
+    assert fired([*steps(**constant)[:4], {"reward": 0.1, "reward_std": 0.0}]) == set(), "they differ"
+    assert fired([*steps(**constant)[:4], {"reward": 0.0, "reward_std": 0.1}]) == set(), "within a group"
+    assert fired(steps(**constant)[:4]) == set(), "too early to say"
+    assert fired(steps(reward=None, reward_std=None)) == set(), "unknown"
+    assert fired(steps(frac_reward_zero_std=0.9)) == {"zero_advantage"}
+    assert fired(steps(frac_reward_zero_std=0.89)) == set()
+
+
+def test_answers_that_never_end() -> None:
+    assert fired(steps(completions__clipped_ratio=0.51)) == {"truncation"}
+    assert fired(steps(completions__clipped_ratio=0.5)) == set()
+
+
+def test_a_policy_that_stops_exploring() -> None:
+    assert fired(steps(entropy=0.019)) == {"entropy_collapse"}
+    assert fired(steps(entropy=0.021)) == set()
+
+
+def test_a_jump_away_from_the_reference() -> None:
+    usual = steps(kl=0.05)
+    assert fired([*usual, {"kl": 0.51}]) == {"kl_jump"}
+    assert fired([*usual, {"kl": 0.49}]) == set()
+    assert fired([*usual, {"kl": 0.51}, {"kl": 0.05}]) == set(), "said once, in its step"
+    assert fired([*steps(kl=0.001), {"kl": 0.09}]) == set(), "still near"
+    assert fired([*steps(kl=None), {"kl": 5.0}]) == set(), "the first one"
+
+
+def test_answers_that_explode() -> None:
+    length = "completions__mean_length"
+    assert fired(records(**{length: (10.0, 21.0)})) == {"length_explosion"}
+    assert fired(records(**{length: (10.0, 19.0)})) == set()
+    ratio = "completions__length_ratio"
+    assert fired(records(**{ratio: (2.1, 2.3)})) == {"length_explosion"}
+    assert fired(records(**{ratio: (2.3, 2.1)})) == set(), "on its way back"
+    assert fired(records(**{ratio: (1.1, 1.9)})) == set()
+
+
+def test_a_discriminator_that_knows_nothing_or_everything() -> None:
+    def seen(accuracy: float, auc: float) -> set[str]:
+        return fired(steps(discriminator__accuracy=accuracy, completions__length_auc=auc) * 2)
+
+    assert seen(0.6, 0.8) == {"discriminator_dead"}
+    assert seen(0.6, 0.2) == {"discriminator_dead"}
+    assert seen(0.75, 0.8) == set()
+    assert seen(0.5, 0.5) == set(), "the policy is as good as the expert"
+    assert seen(0.3, 0.5) == {"discriminator_dead"}, "upside down"
+    assert seen(0.995, 0.8) == {"discriminator_saturated"}
+    assert seen(0.98, 0.8) == set()
+    first = steps(discriminator__accuracy=0.6, completions__length_auc=0.8)
+    assert fired(first) == set(), "it has hardly begun to learn"
+
+
+def test_a_sampler_that_samples_from_something_else() -> None:
+    key = "sampling/sampling_logp_difference/mean"
+    assert fired([*steps()[1:], {key: 0.06}]) == {"sampler_mismatch"}
+    assert fired([*steps()[1:], {key: 0.04}]) == set()
+    assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 0.0}]) == {"sampler_mismatch"}
+    assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 1.0}]) == set(), "an update lies between"
+
+
+def test_demonstrations_that_do_not_come() -> None:
+    assert fired(steps(weight__mu=0.5, tokens__sft=0)) == {"no_supervised_tokens"}
+    assert fired(steps(weight__mu=0.0, tokens__sft=0)) == set(), "they have no weight"
+    assert fired([*steps(weight__mu=0.5, tokens__sft=0)[1:], {"weight/mu": 0.5, "tokens/sft": 3}]) == set()
+
+
+def test_every_warning_says_what_to_do() -> None:
+    everything = steps(
+        reward=0.0,
+        reward_std=0.0,
+        frac_reward_zero_std=1.0,
+        completions__clipped_ratio=1.0,
+        entropy=0.0,
+        discriminator__accuracy=1.0,
+        weight__mu=1.0,
+        tokens__sft=0,
+    )
+    found = warnings(everything, CONFIG, bounds=BOUNDS)
+    assert len(found) == 6
+    for message in found.values():
+        keys = set(re.findall(r"\b(?:rollout|optim|objective|discriminator|model)\.(\w+)", message))
+        sections = [section for section in vars(Config()).values() if isinstance(section, BaseModel)]
+        assert keys <= {name for section in sections for name in vars(section)}
+        assert keys or "completions" in message
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def test_a_run_says_it_once_and_goes_on_saying_so_when_resumed(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rule looks at steps from before the interruption: the metrics are those of the whole run."""
+
+    def three_of_four(history: list[dict[str, Any]], config: HealthConfig, *, bounds: Any) -> Any:
+        assert bounds == (0.05, 20.0)
+        return {"rule": f"{len(history)} steps, remedy"} if len(history) >= 2 * config.window - 1 else {}
+
+    monkeypatch.setattr("uniapl.training.monitor.health.warnings", three_of_four)
+    values = {"max_steps": 6, "health": {"window": 2}}
+    train(recipe(model_dir, tmp_path / "whole", **values))
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert said == ["step 3: warning: 3 steps, remedy"]
+    written = lines(tmp_path / "whole" / "metrics.jsonl")
+    assert [record.get("health/rule") for record in written] == [None, None, 1, 1, 1, 1]
+    log = [{"step": 3, "rule": "rule", "message": "3 steps, remedy"}]
+    assert lines(tmp_path / "whole" / "health.jsonl") == log
+    run_until(4, recipe(model_dir, tmp_path / "broken", **values))
+    capsys.readouterr()
+    train(recipe(model_dir, tmp_path / "broken", resume="auto", **values))
+    assert timeless(lines(tmp_path / "broken" / "metrics.jsonl")) == timeless(written)
+    assert lines(tmp_path / "broken" / "health.jsonl") == log
+    assert "warning" not in capsys.readouterr().out, "it was said before the interruption"

@@ -1,0 +1,119 @@
+"""What `uniapl check` says of memory, beside what a run's process then takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
+from uniapl.cli.check import check_run
+from uniapl.config.resolve import resolve
+from uniapl.training.preflight.memory import Counter, MemoryEstimate
+
+MEASURED = """
+import resource, sys
+from uniapl import cli
+code = cli.run(sys.argv[1:])
+print("RSS", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+def test_the_counter_counts_what_lives() -> None:
+    with Counter() as counter:
+        a = torch.zeros(100)
+        view = a[:50]
+        assert counter.live == 400, "a view takes nothing"
+
+        def passing() -> None:
+            b = torch.zeros(300)
+            torch.add(b, 1.0)
+
+        assert counter.taken_by(passing) == 2400
+        assert counter.live == 400
+        del a
+        assert counter.live == 400, "its view still lives"
+        del view
+        assert counter.live == 0
+
+
+def test_it_says_what_stays_and_what_comes_and_goes() -> None:
+    """A discriminator does both: its weights stay, its update does not."""
+    gib = 2**30
+    stays, passes = {"policy": 2 * gib, "discriminator": 3 * gib}, {"update": 4 * gib, "discriminator": gib}
+    estimate = MemoryEstimate(device="cuda", available=10 * gib, stays=stays, passes=passes)
+    assert estimate.peak == 9 * gib
+    said = "All the time: policy 2.0 GiB, discriminator 3.0 GiB; on top of it, one after the other: "
+    assert said + "update 4.0 GiB, discriminator 1.0 GiB" in str(estimate)
+
+
+@pytest.mark.parametrize("family", ["gemma2_softcap", "gemma3", "mistral_sliding"])
+def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
+    """Decoded by the model's own forward, whose layers keep the keys of their window."""
+    save_model(tmp_path / "model", family=family)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in letter_rows()))
+    resolved = resolve(
+        {
+            "model": {"model_name_or_path": str(tmp_path / "model")},
+            "data": {"path": str(tmp_path / "rows.jsonl")},
+            "rollout": {"max_completion_length": 32, "decoding": "plain"},
+            "method": "grpo",
+            "rewards": {"functions": ["no_comma"]},
+        }
+    )
+    (estimate,) = check_run(resolved)["memory"]
+    assert estimate["passes"]["rollout"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ({}, {"method": "uniapl", "objective": {"beta": 0.1, "reference_step": 0}}),
+        ({"vocab_size": 100_000, "hidden_size": 128, "num_hidden_layers": 3}, {"method": "grpo"}),
+        ({}, {"model.lora_r": 8, "discriminator.lora_r": 8}),
+    ],
+    ids=["discriminator and reference", "a large vocabulary", "adapters"],
+)
+def test_the_estimate_is_near_what_a_run_takes(
+    model: dict[str, Any], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Within a fifth, the process included; random models hardly ever end an answer early."""
+    shape = {"vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+    config = Qwen3Config(**SMALL | shape | {"head_dim": 64, "max_position_embeddings": 2048} | model)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [row | {"prompt": "a" * 100 + row["prompt"]} for row in letter_rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Groups of equal rewards would teach nothing, and take no memory.
+    reward = "def reward(completion_ids, **_):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n"
+    (tmp_path / "varied.py").write_text(reward)
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "model": {"model_name_or_path": str(tmp_path / "model")},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+        "rewards": {"functions": [f"{tmp_path / 'varied.py'}:reward"]},
+        "rollout": {"num_generations": 8, "max_completion_length": 128},
+        "batching": {"prompts_per_step": 4, "demonstrations_per_step": 4, "max_tokens_per_micro_batch": 4096},
+        "discriminator": {"warmup_steps": 0, "min_accuracy": 0.0},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | changes))
+
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "-c", MEASURED, *arguments, str(tmp_path / "recipe.yaml")]
+        # What is freed goes back at once: glibc's fragments come to a third of the rest, and vary.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return done.stdout
+
+    (estimate,) = json.loads(said("check", "--json").rsplit("RSS", 1)[0])["memory"]
+    taken = int(said("train").rsplit("RSS", 1)[1])
+    assert estimate["peak"] == pytest.approx(taken, rel=0.2), estimate["text"]
+    assert taken > 2.5 * estimate["stays"]["process"], "or the process alone would decide it"

@@ -1,0 +1,165 @@
+"""From rewards and logits to advantages and rows: what is not known stays out."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from support import reference
+from uniapl.data.batching import component_counts
+from uniapl.training.monitor.metrics import length_metrics, pair_metrics
+from uniapl.training.update.credit import assign_credit, failed_prompts, rollout_rows
+from uniapl.types import Example, Rollout, RolloutGroup
+
+
+def group(
+    rewards: tuple[float | None, ...],
+    policy_logits: tuple[float, ...] | None = None,
+    expert_logit: float | None = None,
+) -> RolloutGroup:
+    example = Example(
+        row=1, prompt="p", prompt_ids=(5, 6), demonstration=None, demonstration_ids=None, columns={}
+    )
+    rollouts = tuple(
+        Rollout(
+            completion_ids=(7,) * (n + 1),
+            sampling_logprobs=(-1.0,) * (n + 1),
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for n in range(len(rewards))
+    )
+    return RolloutGroup(
+        example=example,
+        rollouts=rollouts,
+        texts=("",) * len(rewards),
+        rewards=rewards,
+        reward_parts={},
+        policy_logits=policy_logits,
+        expert_logit=expert_logit,
+    )
+
+
+def credit(item: RolloutGroup, expert_mean: float | None = None):
+    return assign_credit([item], scale_rewards="none", assignment="win_probability", expert_mean=expert_mean)[
+        0
+    ]
+
+
+def test_by_hand() -> None:
+    got = credit(group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0))
+    assert got.advantages == (0.5, -0.5, None)
+    wins = [reference.sigmoid(x - 1.0) for x in (0.0, 1.0, 2.0)]
+    assert got.win_rates == pytest.approx(wins)
+    assert got.adversarial_advantages == pytest.approx([u - sum(wins) / 3 for u in wins])
+
+
+def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() -> None:
+    item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
+    apart = credit(item)
+    (inside,) = assign_credit(
+        [item], scale_rewards="none", assignment="win_probability", expert_mean=None, bonus=0.25
+    )
+    # The group's mean of u is over all three, also over the one whose reward is not known.
+    wins = [reference.sigmoid(x - 1.0) for x in (0.0, 1.0, 2.0)]
+    mean = sum(wins) / 3
+    assert inside.advantages[0] == pytest.approx(0.5 + 0.25 * (wins[0] - mean))
+    assert inside.advantages[1] == pytest.approx(-0.5 + 0.25 * (wins[1] - mean))
+    assert inside.advantages[2] is None
+    assert inside.adversarial_advantages == apart.adversarial_advantages
+    unjudged = group((1.0, 0.0))
+    (inside,) = assign_credit(
+        [unjudged], scale_rewards="none", assignment="win_probability", expert_mean=None, bonus=0.25
+    )
+    assert inside.advantages == (0.5, -0.5)
+
+
+def test_a_prompt_without_demonstration_uses_the_running_mean() -> None:
+    assert credit(group((None, None), (0.0, 0.0)), expert_mean=2.0).win_rates == pytest.approx(
+        [reference.sigmoid(-2.0)] * 2
+    )
+    nothing = credit(group((None, None), (0.0, 0.0)))
+    assert nothing.win_rates == nothing.adversarial_advantages == (None, None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_is_not_known(bad: float) -> None:
+    got = credit(group((1.0, 0.0, 0.0), (0.0, bad, 1.0), 0.0))
+    assert got.win_rates[1] is None
+    wins = [0.5, reference.sigmoid(1.0)]
+    assert got.win_rates[::2] == pytest.approx(wins)
+    assert got.adversarial_advantages[0] == pytest.approx(0.5 - sum(wins) / 2)
+    assert credit(group((1.0, 0.0), (0.0, 0.0), bad)).win_rates == (None, None)
+
+
+def test_rows_teach_only_what_is_known() -> None:
+    groups = [group((1.0, None), (0.0, 1.0), 0.0), group((1.0, 0.0))]
+    credits = [credit(item) for item in groups]
+    rows = rollout_rows(groups, credits, temperature=0.7)
+    assert [row.components for row in rows] == [
+        {"kl", "rl", "adv"},
+        {"kl", "adv"},
+        {"kl", "rl"},
+        {"kl", "rl"},
+    ]
+    assert {row.temperature for row in rows} == {0.7}
+    assert [row.advantage for row in rows] == [0.0, 0.0, 0.5, -0.5]
+    wins = [0.5, reference.sigmoid(1.0)]
+    expected = [u - sum(wins) / 2 for u in wins]
+    assert [row.adversarial_advantage for row in rows[:2]] == pytest.approx(expected)
+    assert component_counts(rows) == {"sft": 0, "rl": 1 + 1 + 2, "adv": 1 + 2, "kl": 6}
+    unrewarded = [c.without_rewards() for c in credits]
+    taught = [row.components for row in rollout_rows(groups, unrewarded, temperature=0.7)]
+    assert taught == [{"kl", "adv"}, {"kl", "adv"}, {"kl"}, {"kl"}]
+
+
+def test_accuracy_counts_a_tie_as_half() -> None:
+    """A discriminator that says nothing has accuracy 0.5, not 0."""
+    pairs = pair_metrics([group((None, None, None), (0.0, 1.0, 2.0), 1.0), group((None,), (5.0,))])
+    wins = [reference.sigmoid(-1.0), 0.5, reference.sigmoid(1.0)]
+    assert pairs == {
+        "discriminator/accuracy": 0.5,
+        "discriminator/margin": 0.0,
+        "discriminator/pair_win_rate": pytest.approx(sum(wins) / 3),
+    }
+
+
+def test_a_logit_that_is_not_finite_says_nothing() -> None:
+    nan = float("nan")
+    pairs = pair_metrics([group((None, None), (0.0, nan), 1.0), group((None,), (5.0,), nan)])
+    assert pairs == {
+        "discriminator/accuracy": 1.0,
+        "discriminator/margin": 1.0,
+        "discriminator/pair_win_rate": pytest.approx(reference.sigmoid(-1.0)),
+    }
+
+
+def test_lengths_beside_the_demonstrations() -> None:
+    """Rollouts of 1, 2 and 3 tokens; one demonstration of 2 tokens, one of 4, and a prompt without."""
+
+    def beside(tokens: int) -> RolloutGroup:
+        item = group((None, None, None))
+        return replace(item, example=replace(item.example, demonstration_ids=(9,) * tokens))
+
+    lengths = length_metrics([beside(2), beside(4), group((None,))])
+    assert lengths == {
+        "completions/length_ratio": pytest.approx(12 / 18),
+        "completions/length_auc": pytest.approx((1 + 0.5) / 6),
+    }
+    assert length_metrics([group((None,))]) == {}
+
+
+def test_a_prompt_fails_when_no_known_reward_is_above_the_threshold() -> None:
+    def of(rewards: tuple[float | None, ...], *, demonstration: bool = True) -> RolloutGroup:
+        item = group(rewards)
+        return replace(item, example=replace(item.example, demonstration_ids=(9,) if demonstration else None))
+
+    groups = [
+        of((0.0, 0.0)),
+        of((0.0, 0.5)),
+        of((None, 0.0)),
+        of((None, None)),
+        of((0.0, 0.0), demonstration=False),
+    ]
+    assert failed_prompts(groups, 0.0) == [groups[0], groups[2]]
+    assert failed_prompts(groups, 0.5) == [groups[0], groups[1], groups[2]]
