@@ -13,10 +13,10 @@ from support.tiny import make_model
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.bradley_terry import (
     AdversaryState,
-    BradleyTerry,
     BradleyTerryDiscriminator,
     Comparison,
     Replay,
+    ScoreModel,
     another_example,
     no_context,
 )
@@ -26,7 +26,7 @@ from uniapl.types import Example, Rollout, RolloutGroup
 
 
 def discriminator(max_tokens: int = 10_000, *, family: str = "qwen3") -> BradleyTerryDiscriminator:
-    module = BradleyTerry.copy_of(make_model(family))
+    module = ScoreModel.copy_of(make_model(family))
     torch.manual_seed(3)
     with torch.no_grad():
         module.head.weight.normal_()
@@ -34,7 +34,7 @@ def discriminator(max_tokens: int = 10_000, *, family: str = "qwen3") -> Bradley
 
 
 def test_a_fresh_one_finds_everything_indistinguishable() -> None:
-    fresh = BradleyTerryDiscriminator(module=BradleyTerry.copy_of(make_model()), pad_id=0, max_tokens=100)
+    fresh = BradleyTerryDiscriminator(module=ScoreModel.copy_of(make_model()), pad_id=0, max_tokens=100)
     assert fresh.logits(sequences()) == [0.0] * 9
 
 
@@ -120,7 +120,7 @@ def test_no_comparisons_still_run_a_backward_pass() -> None:
 
 def test_it_learns_to_tell_two_habits_apart() -> None:
     """The expert's answers hold 7s, the policy's 9s: held-out pairs are told apart after 40 updates."""
-    module = BradleyTerry.copy_of(make_model(scale=1.0))
+    module = ScoreModel.copy_of(make_model(scale=1.0))
     subject = BradleyTerryDiscriminator(module=module, pad_id=0, max_tokens=10_000)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)

@@ -101,7 +101,7 @@ def test_polar_needs_a_reference_and_its_own_tokens(polar_dir: Path, tmp_path: P
     with pytest.raises(uniapl.UniAPLError, match="row 1 has no demonstration"):
         load(polar_dir).score([candidate("a", demonstration=None)])
     save_model(tmp_path / "policy")
-    with pytest.raises(uniapl.UsageError, match=r"does not know '<\|reward\|>'"):
+    with pytest.raises(uniapl.UsageError, match=r"has no token '<\|reward\|>'"):
         load(tmp_path / "policy")
     with pytest.raises(uniapl.UsageError, match="cannot load the tokenizer"):
         load(tmp_path / "nowhere")
@@ -110,7 +110,7 @@ def test_polar_needs_a_reference_and_its_own_tokens(polar_dir: Path, tmp_path: P
 def density_ratio(max_tokens: int = 10_000) -> DensityRatio:
     expert, start = Policy(make_model(seed=1)), Policy(make_model(seed=2))
     return DensityRatio(
-        expert=expert, against=start, pad_id=0, max_tokens=max_tokens, packed=True, device=CPU
+        expert=expert, reference=start, pad_id=0, max_tokens=max_tokens, packed=True, device=CPU
     )
 
 
@@ -140,7 +140,7 @@ def test_density_ratio_reads_padded_rows_by_their_padding(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Policy, "forward", seen)
     same = Policy(make_model(seed=1))
-    subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=40, packed=False, device=CPU)
+    subject = DensityRatio(expert=same, reference=same, pad_id=0, max_tokens=40, packed=False, device=CPU)
     subject.score(CANDIDATES * 5)
     assert max(rows for _, rows in read) > 1
     assert all(tokens <= 40 or rows == 1 for tokens, rows in read)
@@ -148,7 +148,7 @@ def test_density_ratio_reads_padded_rows_by_their_padding(monkeypatch: pytest.Mo
 
 def test_density_ratio_of_a_model_with_itself_is_zero() -> None:
     same = Policy(make_model(seed=1))
-    subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=100, packed=True, device=CPU)
+    subject = DensityRatio(expert=same, reference=same, pad_id=0, max_tokens=100, packed=True, device=CPU)
     assert subject.score(CANDIDATES) == [0.0] * 4
 
 

@@ -16,7 +16,7 @@ from support.comparisons import COMPARISONS, sequences
 from support.lora_trunk import on
 from support.runs import lines, recipe, run_until, timeless, train
 from support.tiny import make_model, save_model
-from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, ScoreModel
 from uniapl.discriminator.lora import SCALE, LoraTrunk
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.update.discriminator_step import discriminator_step
@@ -38,11 +38,11 @@ def merged(model: PreTrainedModel, trunk: LoraTrunk) -> PreTrainedModel:
 def test_it_scores_as_the_policy_with_merged_adapters_would(trained: bool) -> None:
     model = make_model()
     subject = on(model, trained=trained)
-    plain = BradleyTerry.copy_of(merged(model, subject.module.trunk))
+    plain = ScoreModel.copy_of(merged(model, subject.module.trunk))
     plain.head.load_state_dict(subject.module.head.state_dict())
     expected = BradleyTerryDiscriminator(module=plain, pad_id=0, max_tokens=10_000).logits(sequences())
     assert subject.logits(sequences()) == pytest.approx(expected, abs=2e-4)
-    unadapted = BradleyTerry.copy_of(model)
+    unadapted = ScoreModel.copy_of(model)
     unadapted.head.load_state_dict(subject.module.head.state_dict())
     plainly = BradleyTerryDiscriminator(module=unadapted, pad_id=0, max_tokens=10_000).logits(sequences())
     assert (subject.logits(sequences()) == pytest.approx(plainly, abs=1e-2)) == (not trained)

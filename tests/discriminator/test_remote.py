@@ -122,8 +122,8 @@ def cuts(handler: Any, asked: dict[str, Any]) -> None:
 
 TROUBLES: dict[str, tuple[Reply, str]] = {
     "status 500": (lambda h, a: send(h, b"boom", 500), "status 500: boom"),
-    "no JSON": (lambda h, a: send(h, b"<html>"), "no JSON: <html>"),
-    "another form": (lambda h, a: send(h, {"error": "x"}), "another form: KeyError"),
+    "no JSON": (lambda h, a: send(h, b"<html>"), "not JSON: <html>"),
+    "another form": (lambda h, a: send(h, {"error": "x"}), "unexpected response: KeyError"),
     "too few": (
         lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}]}),
         "finite scores among|unexpected response: KeyError",

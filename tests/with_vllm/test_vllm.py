@@ -24,7 +24,7 @@ from support.tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Colocated, Server
-from uniapl.rollout.vllm import Engine, VLLMSampler
+from uniapl.rollout.vllm import VLLMSampler
 from uniapl.training.checkpoint.directory import checkpoint_path
 from uniapl.types import Rollout
 
@@ -44,7 +44,7 @@ def make_model(seed: int, *, tied: bool = False) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(Qwen3Config(**(SMALL | shape))).eval()
 
 
-def make_sampler(engine: Engine, model: PreTrainedModel, directory: Path) -> VLLMSampler:
+def make_sampler(engine: Colocated | Server, model: PreTrainedModel, directory: Path) -> VLLMSampler:
     return VLLMSampler(
         engine=engine,
         model=model,

@@ -17,10 +17,10 @@ from uniapl.data.streams import is_held_out
 from uniapl.discriminator import Discriminator, candidates_of
 from uniapl.discriminator.bradley_terry import (
     AdversaryState,
-    BradleyTerry,
     BradleyTerryDiscriminator,
     Comparison,
     Replay,
+    ScoreModel,
     another_example,
     no_context,
 )
@@ -242,7 +242,7 @@ def build_adversary(
         teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
         discriminator = DensityRatio(
             expert=teacher,
-            against=reference_at_start(policy, config.model, start) if at_start else policy,
+            reference=reference_at_start(policy, config.model, start) if at_start else policy,
             pad_id=inputs.pad_id,
             max_tokens=max_tokens,
             packed=config.batching.packing and policy.packs and teacher.packs,
@@ -257,9 +257,9 @@ def _build_trainer(
 ) -> DiscriminatorTrainer:
     settings = config.discriminator
     if settings.lora_r is not None:
-        module = BradleyTerry(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
+        module = ScoreModel(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
     elif settings.model_name_or_path is None:
-        module = BradleyTerry.copy_of(model)
+        module = ScoreModel.copy_of(model)
     else:
         trunk = from_pretrained(
             AutoModel.from_pretrained,
@@ -269,7 +269,7 @@ def _build_trainer(
             dtype=torch.float32,
             use_safetensors=True,
         )
-        module = BradleyTerry(trunk).to(accelerator.device)
+        module = ScoreModel(trunk).to(accelerator.device)
     embeddings: Any = module.trunk.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if len(inputs.tokenizer) > rows:
