@@ -2,7 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,21 +55,12 @@ class LoraTrunk(nn.Module):
         """Return the policy's input embeddings."""
         return self._trunk[0].get_input_embeddings()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        use_cache: bool = False,
-        position_ids: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
+    def forward(self, *, position_ids: Tensor | None = None, **inputs: Any) -> Any:
         """Return the output of the adapted trunk; no gradient reaches the policy."""
         if self.takes_positions:
-            options["position_ids"] = position_ids
+            inputs["position_ids"] = position_ids
         with self._adapted():
-            return self._trunk[0](
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **options
-            )
+            return self._trunk[0](**inputs)
 
     @contextlib.contextmanager
     def _adapted(self) -> Iterator[None]:
@@ -78,7 +70,7 @@ class LoraTrunk(nn.Module):
         with contextlib.ExitStack() as stack:
             for key, down in self.down.items():
                 layer = trunk.get_submodule(key.replace("/", "."))
-                handle = layer.register_forward_hook(_adapter(down, self.up[key]))
+                handle = layer.register_forward_hook(partial(_add_adapter, down, self.up[key]))
                 stack.callback(handle.remove)
             for parameter in trainable:
                 stack.callback(parameter.requires_grad_, True)
@@ -87,10 +79,9 @@ class LoraTrunk(nn.Module):
             yield
 
 
-def _adapter(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        change = nn.functional.linear(SCALE * nn.functional.linear(inputs[0], down), up)
-        # In place: the gradient of a linear layer does not need its output.
-        return output.add_(change.to(output.dtype))
-
-    return add
+def _add_adapter(
+    down: Tensor, up: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    change = nn.functional.linear(SCALE * nn.functional.linear(inputs[0], down), up)
+    # In place: the gradient of a linear layer does not need its output.
+    return output.add_(change.to(output.dtype))

@@ -26,11 +26,7 @@ from uniapl.errors import UsageError
 
 
 def check_launch() -> None:
-    """Check the settings of the launcher, and prepare its environment variables for one process or FSDP2.
-
-    Raises:
-        UsageError: The launcher requests DeepSpeed, FSDP1, or an unsupported option of FSDP2.
-    """
+    """Raise a UsageError for launchers other than DDP and FSDP2; set the environment variables of FSDP2."""
     if _is_true("ACCELERATE_USE_DEEPSPEED"):
         raise UsageError(
             "launched with DeepSpeed: use torchrun (DDP), or FSDP2, which shards like ZeRO-3: "
@@ -65,17 +61,11 @@ def shards_weights() -> bool:
 
 
 def check_sharding(config: Config) -> None:
-    """Check that a stage does not train adapters with FSDP2.
-
-    Raises:
-        UsageError: It does; the message names the key.
-    """
+    """Raise a UsageError if a stage would train adapters with FSDP2."""
     discriminator = config.objective.lambda_adv > 0 and config.discriminator.lora_r is not None
-    for key, given in (
-        ("model.lora_r", config.model.lora_r is not None),
-        ("discriminator.lora_r", discriminator),
-    ):
-        if given:
+    keys = {"model.lora_r": config.model.lora_r is not None, "discriminator.lora_r": discriminator}
+    for key, is_set in keys.items():
+        if is_set:
             raise UsageError(
                 f"{key} does not work with FSDP2, which saves little memory for adapters: use torchrun (DDP) "
                 "or leave it out"
