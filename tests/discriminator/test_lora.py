@@ -1,4 +1,4 @@
-"""The discriminator as adapters on the policy's weights: what it computes; the policy never notices."""
+"""The discriminator as adapters on the policy's weights: its scores, and an unchanged policy."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from uniapl.training.update.discriminator_step import discriminator_step
 
 
 def merged(model: PreTrainedModel, trunk: LoraTrunk) -> PreTrainedModel:
-    """A copy of the policy whose weights hold the adapters."""
+    """A copy of the policy with the adapters merged."""
     copy = make_model()
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_run_with_adapters_resumes_exactly(model_dir: Path, tmp_path: Path) ->
         train(recipe(model_dir, broken, resume="auto", max_steps=7))
 
 
-def test_adapters_are_of_the_policy_alone(model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_need_the_policy_s_own_weights(model_dir: Path, tmp_path: Path) -> None:
     adversary = {"lora_r": 2, "model_name_or_path": str(model_dir)}
     with pytest.raises(uniapl.UsageError, match="adapts the policy's own weights"):
         train(recipe(model_dir, tmp_path / "run", discriminator=adversary))
