@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from uniapl.data.batching import pad_right
+from uniapl.data.batching import batch_by_length, pad_right
 from uniapl.discriminator import Candidate
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.loading import from_pretrained
