@@ -42,13 +42,13 @@ class DataConfig(Section):
     """Rows with `prompt` and optionally `completion`, or with `messages`; rewards get the other columns."""
 
     path: str | None = None
-    """A .jsonl, .json, .csv or .parquet file, or a Hub dataset id."""
+    """Hub dataset id or file (.jsonl, .json, .csv, .parquet)."""
     split: str = "train"
     """Split of a Hub dataset."""
     columns: dict[str, str] = Field(default={})
     """Columns to rename, as {old name: new name}, such as {problem: prompt}."""
     prompt_format: Literal["text", "chat"] = "text"
-    """How string prompts are used: text as they are, chat as a user message in the chat template."""
+    """How string prompts are used; text as they are, chat as a user message in the chat template."""
     system_prompt: str | None = None
     """System message for chat prompts that have none; null adds none."""
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default={})
@@ -79,7 +79,7 @@ class RolloutConfig(Section):
     """fused runs fewer operations per token for models like Llama, Mistral, Qwen2 and Qwen3; plain runs the
     model's own forward, which is the reference and what all other models use."""
     sampler: Literal["local", "vllm"] = "local"
-    """Sampler of the rollouts: local (transformers, in the training process) or vllm."""
+    """Sampler of the rollouts; local uses transformers in the training process, vllm uses vLLM."""
     vllm_mode: Literal["colocate", "server"] = "colocate"
     """Run vLLM on the trainer's GPU (colocate), or use a running `vllm serve` (server)."""
     vllm_server_base_url: str = "http://localhost:8000"
@@ -165,8 +165,8 @@ class OptimConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up of the learning rate; 0 starts at the full rate."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass of the update: less memory, a third more computation there.
-    Sampling keeps its cache."""
+    """Recompute activations in the update's backward pass: less memory, a third more work. Sampling keeps its
+    cache."""
     bf16: bool | None = None
     """Use bf16 autocast; null uses it on GPUs and not on CPUs."""
 
@@ -192,8 +192,7 @@ class HealthConfig(Section):
     """When a run warns, and when it stops (exit code 3)."""
 
     max_skipped_steps: int = Field(default=5, ge=1)
-    """Stop after this many consecutive steps with a non-finite gradient or with no reward call that
-    succeeded."""
+    """Stop after this many consecutive steps with a non-finite gradient or only failed reward calls."""
     window: int = Field(default=10, ge=2)
     """Steps whose metrics each warning reads; some warnings compare them with as many steps before."""
     max_frac_reward_zero_std: float = Field(default=0.9, ge=0, le=1)
@@ -205,16 +204,13 @@ class HealthConfig(Section):
     max_kl_growth: float = Field(default=10.0, gt=1)
     """Warn when the KL of a step is more than this many times its usual value."""
     max_length_growth: float = Field(default=2.0, gt=1)
-    """Warn when completions grow by more than this factor within a window, or beyond it relative to the
-    demonstrations."""
+    """Warn when the length exceeds this many times that of the window before, or of the demonstrations."""
     max_length_advantage: float = Field(default=0.1, ge=0)
-    """Warn when length alone distinguishes policy from expert with an accuracy that exceeds the
-    discriminator's by more than this."""
+    """Warn when a classifier by length alone beats the discriminator's accuracy by more than this."""
     max_discriminator_accuracy: float = Field(default=0.99, ge=0, le=1)
     """Warn when the discriminator's accuracy on new pairs is at least this."""
     max_sampling_difference: float = Field(default=0.05, ge=0)
-    """Warn when the log-probabilities of sampler and trainer differ by more than this in the mean of a step,
-    in nats per token."""
+    """Warn when sampler and trainer differ by more than this, in nats per token averaged over a step."""
 
 
 class EarlyStoppingConfig(Section):
@@ -236,8 +232,7 @@ class EvaluationConfig(Section):
     """The evaluation on other prompts, every `eval_steps` and by `uniapl evaluate`."""
 
     suites: Names = ()
-    """Suites: ifeval, ifbench (from the Hub), or PATH or NAME=PATH of a file of rows, which the run's rewards
-    score."""
+    """Files of rows (PATH or NAME=PATH), ifeval or ifbench; the run's rewards score completions."""
     max_completion_length: int = Field(default=1280, ge=1)
     """Maximum number of new tokens per completion (lm-eval's limit)."""
     num_samples: int = Field(default=1, ge=1)
@@ -265,13 +260,13 @@ class Config(Section):
     """The configuration of a run."""
 
     method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"] = "uniapl"
-    """Training method, which fixes or proposes values of `objective`."""
+    """Training method; it fixes or proposes values of `objective`."""
     output_dir: str = "runs/uniapl"
     """Directory of the run."""
     overwrite: bool = False
     """Replace a run that already exists in output_dir."""
     resume: str = "never"
-    """never, auto (newest complete checkpoint), or the path of a checkpoint."""
+    """Checkpoint to resume from; a path, auto for the newest complete one, or never."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of every random draw."""
     max_steps: int = Field(default=100, ge=1)
@@ -290,7 +285,7 @@ class Config(Section):
     """Steps between measurements of each loss component's own gradient, each of which costs a forward and a
     backward pass per component; 0 never measures."""
     eval_steps: int = Field(default=0, ge=0)
-    """Steps between evaluations of evaluation.suites, which also follow the last step; 0 never evaluates."""
+    """Steps between evaluations; evaluation.suites are also evaluated at the end. 0 never evaluates."""
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of a pipeline: each has a `method`, and optionally `max_steps` and changes to any section."""
     model: ModelConfig = ModelConfig()

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
-from uniapl.config.section import FractionInterval, NonNegative, PositiveInterval, Section
+from uniapl.config.section import FractionInterval, PositiveInterval, Section
 
 
 class ObjectiveConfig(Section):
@@ -37,15 +37,14 @@ class ObjectiveConfig(Section):
     """How far the win rate may stay below 0.5, at which policy and expert cannot be distinguished."""
     lambda_learning_rate: float = Field(default=0.5, gt=0)
     """Learning rate of the dual ascent on log lambda."""
-    lambda_gains: tuple[NonNegative, NonNegative, NonNegative] = (10.0, 0.5, 0.0)
+    lambda_gains: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (10.0, 0.5, 0.0)
     """Gains Kp, Ki and Kd of the PID controller."""
     lambda_bounds: PositiveInterval = (0.05, 20.0)
     """Lower and upper bound of an adapted lambda."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL to a reference model; 0 disables it and keeps no reference in memory."""
     reference_step: int = Field(default=0, ge=0)
-    """Step of the stage after which the policy is copied as the KL's reference; there is no KL before. 0 uses
-    the initial policy of the stage."""
+    """Step of the stage whose policy is the KL's reference, without a KL before; 0 is the initial policy."""
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clip width of the ratio, and the upper one if epsilon_high is null."""
     epsilon_high: float | None = Field(default=None, gt=0)
@@ -59,8 +58,7 @@ class ObjectiveConfig(Section):
     adversarial_credit: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = "win_probability"
     """Function of the discriminator's logit that is the adversarial credit of a rollout."""
     adversarial_placement: Literal["loss", "reward"] = "loss"
-    """loss gives the credit a loss component of its own; reward adds lambda_adv times the credit to the
-    rewards' advantage."""
+    """loss gives the credit its own loss component; reward adds lambda_adv * credit to the advantage."""
 
     @model_validator(mode="after")
     def _controllers_have_a_range(self) -> "ObjectiveConfig":
@@ -104,16 +102,14 @@ class DiscriminatorConfig(Section):
     """The discriminator, which distinguishes the expert's completions from the policy's."""
 
     kind: Literal["bradley-terry", "polar", "remote", "density-ratio"] = "bradley-terry"
-    """bradley-terry is trained on pairs during the run. The others are frozen: polar is a POLAR reward model,
-    remote the same behind a server, density-ratio the log-likelihood ratio of a model that was fine-tuned on
-    the demonstrations."""
+    """Kind of discriminator; bradley-terry is trained during the run. The others are frozen: polar is a POLAR
+    reward model, remote is one on a server, density-ratio is the likelihood ratio of a fine-tuned model."""
     model_name_or_path: str | None = None
-    """Model of the discriminator. bradley-terry: a backbone with the policy's vocabulary, null copies the
-    initial policy; polar and remote: the reward model; density-ratio: the model fine-tuned on the
-    demonstrations."""
+    """Model: a backbone with the policy's vocabulary (bradley-terry; null copies the initial policy), the
+    reward model (polar, remote), or the model fine-tuned on the demonstrations (density-ratio)."""
     lora_r: int | None = Field(default=None, ge=1)
-    """Rank of LoRA adapters on the policy's own weights, so that only one backbone is in memory; null trains
-    a separate copy (kind: bradley-terry)."""
+    """Rank of LoRA adapters on the policy's weights (kind: bradley-terry); null trains a second copy of
+    them."""
     in_context_demonstration: bool = False
     """Put another prompt and its demonstration before the input, as an example (kind: bradley-terry)."""
     trust_remote_code: bool = False
@@ -145,12 +141,10 @@ class DiscriminatorConfig(Section):
     replay_size: int = Field(default=256, ge=0)
     """Groups that are kept for replay; 0 keeps none."""
     held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of the demonstrations on which the discriminator is never trained, to measure whether it
-    generalizes; 0 trains on all."""
+    """Fraction of demonstrations kept from the discriminator to measure generalization; 0 uses all."""
     freeze_after_steps: int | None = Field(default=None, ge=1)
     """Stop training the discriminator after this many steps of the stage; null trains it throughout."""
     min_accuracy: float = Field(default=0.55, ge=0, le=1)
     """Set lambda to 0 while the discriminator's accuracy on new pairs is below this."""
     accuracy_band: FractionInterval = (0.85, 0.95)
-    """Pause the discriminator's training when its accuracy on new pairs exceeds the upper end, until it falls
-    below the lower end."""
+    """Pause the discriminator's training above the upper accuracy on new pairs, until below the lower."""

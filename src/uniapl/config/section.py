@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
 
 class Section(BaseModel):
@@ -33,10 +33,8 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInterval = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+PositiveInterval = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
 FractionInterval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """A list of names; a single name is a list of one."""

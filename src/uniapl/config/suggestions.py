@@ -41,10 +41,9 @@ OTHER_NAMES = {
 def suggestion(key: str, known: Iterable[str]) -> str:
     """The end of the error for an unknown key: the key that was probably meant, or where all are listed."""
     leaf = key.rsplit(".", 1)[-1]
-    by_leaf: dict[str, str] = {}
-    # Of the two optimizers, the policy's is more likely meant.
-    for candidate in sorted(known, key=lambda name: name.startswith("discriminator.")):
-        by_leaf.setdefault(candidate.rsplit(".", 1)[-1], candidate)
+    # Of keys with the same leaf the first is meant, and of the two optimizers the policy's.
+    ordered = sorted(known, key=lambda name: name.startswith("discriminator."))
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(ordered)}
     best = OTHER_NAMES.get(key) or OTHER_NAMES.get(leaf) or by_leaf.get(leaf)
     if best is None:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
