@@ -83,7 +83,7 @@ def print_report(report: dict[str, Any]) -> None:
     table = Table("key", "value", "source", title="Values that differ from the defaults")
     for key, (value, source) in report["values"].items():
         if source != "default":
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             table.add_row(key, escape(text), source)
     console.print(table)
     lines = [f"note: {note}" for note in report["notes"]]
