@@ -321,7 +321,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         (
             {"objective": {"mu_controller": "gate", "reward_weight": 0.0}, "rewards": {}},
             None,
-            "'gate' needs rewards: add at least one",
+            "'gate' needs rewards: set rewards.functions",
         ),
         (
             {

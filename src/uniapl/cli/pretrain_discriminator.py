@@ -154,12 +154,10 @@ def _sample_all(
         everything = everything or examples
         if [example.row for example in examples] != [example.row for example in everything]:
             raise UsageError(
-                f"'{name}' cannot use the same rows as '{options.policies[0]}' (context window, chat template)"
+                f"'{name}' cannot use the same rows as '{options.policies[0]}' (window, chat template)"
             )
         texts.append(completions)
-        console.print(
-            f"{name}: {options.samples} completions for each of {len(completions)} prompts", markup=False
-        )
+        console.print(f"{name}: {len(completions)} prompts, {options.samples} completions each", markup=False)
     # Decoded like the completions: the data's own text lacks what a chat template adds around it.
     decode: Any = load_tokenizer(ModelConfig(model_name_or_path=options.policies[0])).decode
     demonstrations: dict[TokenIds, list[str]] = {example.prompt_ids: [] for example in everything}
@@ -178,7 +176,7 @@ def _sample(
     options: argparse.Namespace,
     device: torch.device,
 ) -> tuple[tuple[Example, ...], Texts]:
-    """The rows tokenized for one policy, and its completions for the wanted rows (if empty: distinct prompts)."""
+    """One policy's tokenized rows, and its completions for the wanted rows (none: for distinct prompts)."""
     source = ModelConfig(model_name_or_path=name)
     tokenizer: Any = load_tokenizer(source)
     model: Any = load_model(source)
@@ -220,7 +218,10 @@ def _sample(
 
 def _distinct(examples: Sequence[Example]) -> list[Example]:
     """The first example of each prompt, in the order of the rows."""
-    return list({example.prompt_ids: example for example in reversed(examples)}.values())[::-1]
+    found: dict[TokenIds, Example] = {}
+    for example in examples:
+        found.setdefault(example.prompt_ids, example)
+    return list(found.values())
 
 
 def _new_classifier(backbone: str, max_tokens: int, device: torch.device) -> Polar:
@@ -285,7 +286,8 @@ def _train(polar: Polar, triples: Iterator[Triple], options: argparse.Namespace,
         norm = torch.nn.utils.clip_grad_norm_(polar.model.parameters(), 1.0)
         if not (loss.isfinite() and norm.isfinite()):
             raise UniAPLError(
-                f"step {step}: the loss or its gradient is not finite, nothing was written: lower --learning-rate"
+                f"step {step}: the loss or its gradient is not finite; nothing was written. Lower "
+                "--learning-rate"
             )
         optimizer.step()
         schedule.step()

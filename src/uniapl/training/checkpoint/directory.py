@@ -108,19 +108,24 @@ def defects(path: Path) -> list[str]:
         return [f"{MANIFEST}: not a mapping of files to sizes and checksums"]
     found: list[str] = []
     for name, expected in manifest.items():
-        file = path / name
         try:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                found.append(f"{name:.80}: not inside the directory")
-            elif not os.path.isfile(file):
-                found.append(f"{name:.80}: missing")
-            elif file.stat().st_size != expected.get("bytes"):
-                found.append(f"{name}: {file.stat().st_size} bytes, expected {expected.get('bytes')!r:.80}")
-            elif _sha256(file) != expected.get("sha256"):
-                found.append(f"{name}: contents changed")
+            defect = _defect(path, name, expected)
         except OSError as error:
-            found.append(f"{name}: {error}")
+            defect = str(error)
+        if defect is not None:
+            found.append(f"{name:.80}: {defect}")
     return found
+
+
+def _defect(directory: Path, name: str, expected: dict[str, Any]) -> str | None:
+    file = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "not inside the directory"
+    if not os.path.isfile(file):
+        return "missing"
+    if file.stat().st_size != expected.get("bytes"):
+        return f"{file.stat().st_size} bytes, expected {expected.get('bytes')!r:.80}"
+    return None if _sha256(file) == expected.get("sha256") else "contents changed"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -147,21 +152,17 @@ def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> P
         if found := defects(path):
             raise UsageError(f"checkpoint '{path}' cannot be used: {'; '.join(found)}")
         if not (path / STATE).is_file():
-            raise UsageError(
-                f"'{path}' is a model, not a checkpoint; to start from it, set model.model_name_or_path"
-            )
+            raise UsageError(f"'{path}' is a model, not a checkpoint: set model.model_name_or_path to it")
         return path
     existing = checkpoints(run_dir)
     for path in reversed(existing):
         found = defects(path)
         if not found and (path / STATE).is_file():
             return path
-        found = found or [f"{STATE}: missing"]
-        say(f"checkpoint {path} is damaged and skipped: {'; '.join(found)}")
+        say(f"checkpoint {path} is damaged and skipped: {'; '.join(found or [f'{STATE}: missing'])}")
     if existing:
-        raise UsageError(
-            f"every checkpoint in {run_dir / 'checkpoints'} is damaged; choose another --output-dir"
-        )
+        folder = run_dir / "checkpoints"
+        raise UsageError(f"every checkpoint in {folder} is damaged: choose another --output-dir")
     return None
 
 

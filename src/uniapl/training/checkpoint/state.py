@@ -3,9 +3,9 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError, create_model
 
 from uniapl.discriminator.bradley_terry import AdversaryState, Comparison
 from uniapl.errors import UsageError
@@ -17,39 +17,32 @@ from uniapl.types import Rollout, TokenIds
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class RolloutsAhead(TypedDict):
-    """The rollouts of one prompt that were sampled one step ahead."""
-
-    prompt_ids: TokenIds
-    seed: Count
-    temperature: float
-    max_completion_length: Count
-    rollouts: list[Rollout]
-
-
-class State(TypedDict):
-    """The content of state.json."""
-
-    step: Count
-    num_tokens: Count
-    bad_steps: dict[str, Count]
-    token_limit: Count | None
-    max_tokens: Count
-    methods: list[str]
-    seed: Count
-    data_sha256: str
-    prompts: Count
-    demonstrations: Count
-    kind: str
-    stage: Count
-    stage_step: Count
-    stage_tokens: Count
-    stopping: Stopping
-    stop_rule: dict[str, Any]
-    adversary: NotRequired[AdversaryState]
-    replay: NotRequired[list[Comparison]]
-    multiplier: NotRequired[Multiplier]
-    ahead: NotRequired[list[RolloutsAhead]]
+AHEAD: dict[str, Any] = {
+    "prompt_ids": TokenIds,
+    "seed": Count,
+    "temperature": float,
+    "max_completion_length": Count,
+    "rollouts": list[Rollout],
+}
+"""The rollouts of one prompt that were sampled one step ahead."""
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("step", "num_tokens", "max_tokens", "stage", "stage_step", "stage_tokens"), Count),
+    **dict.fromkeys(("seed", "prompts", "demonstrations"), Count),
+    "bad_steps": dict[str, Count],
+    "token_limit": Count | None,
+    "methods": list[str],
+    "data_sha256": str,
+    "kind": str,
+    "stopping": Stopping,
+    "stop_rule": dict[str, Any],
+}
+OPTIONAL: dict[str, Any] = {
+    "adversary": (AdversaryState, None),
+    "replay": (list[Comparison], None),
+    "multiplier": (Multiplier, None),
+    "ahead": (list[create_model("Ahead", **AHEAD)], None),
+}
+State = create_model("State", **FIELDS, **OPTIONAL)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -60,14 +53,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         text = (path / STATE).read_text(encoding="utf-8")
-        TypeAdapter(State).validate_json(text, strict=True)
+        State.model_validate_json(text, strict=True)
         state = json.loads(text, parse_int=_count, parse_float=_finite, parse_constant=_finite)
         if state["stage"] < len(state["methods"]):
             return state
         reason = f"stage {state['stage'] + 1} of {len(state['methods'])}"
     except ValidationError as error:
         first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
     except (OSError, ValueError) as error:
         reason = str(error)
     raise UsageError(

@@ -1,6 +1,7 @@
 """Health rules: warnings about the metrics of the last steps, each with a remedy. They change nothing."""
 
 import math
+import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
@@ -16,6 +17,28 @@ SMALL_KL = 0.1
 """Nats per token; no smaller KL counts as a jump. Our choice."""
 
 
+LIMITS = (
+    (
+        *("zero_advantage", "frac_reward_zero_std", operator.ge, "max_frac_reward_zero_std"),
+        "all rewards were equal in {:.0%} of the groups (limit {:.0%}), so their rollouts have no advantage. "
+        "Use easier or harder prompts, a graded reward, a higher rollout.temperature or more "
+        "rollout.num_generations",
+    ),
+    (
+        *("truncation", "completions/clipped_ratio", operator.gt, "max_clipped_ratio"),
+        "{:.0%} of the completions were truncated at rollout.max_completion_length (limit {:.0%}) and scored "
+        "incomplete. Raise it or reward brevity; if completions never end, check that demonstrations end "
+        "with the end token",
+    ),
+    (
+        *("entropy_collapse", "entropy", operator.lt, "min_entropy"),
+        "the entropy fell to {:.2g} nats per token (limit {:g}): the completions of a group are nearly "
+        "identical. Lower optim.learning_rate, or raise objective.epsilon_high or objective.mu_peak",
+    ),
+)
+"""Rules on the mean of one metric: name, metric, comparison with the limit, the limit's key, message."""
+
+
 def warnings(records: Records, config: HealthConfig, *, bounds: tuple[float, float]) -> dict[str, str]:
     """The message of each rule that fires, by the rule's name.
 
@@ -29,11 +52,12 @@ def warnings(records: Records, config: HealthConfig, *, bounds: tuple[float, flo
         return {}
     last = records[-window:]
     before = records[-2 * window : -window] if len(records) >= 2 * window else []
-    found = {
+    found: dict[str, str | None] = {}
+    for name, metric, exceeds, key, message in LIMITS:
+        mean, limit = _mean(last, metric), getattr(config, key)
+        found[name] = message.format(mean, limit) if mean is not None and exceeds(mean, limit) else None
+    found |= {
         "constant_rewards": _constant_rewards(last),
-        "zero_advantage": _zero_advantage(last, config.max_frac_reward_zero_std),
-        "truncation": _truncation(last, config.max_clipped_ratio),
-        "entropy_collapse": _entropy_collapse(last, config.min_entropy),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
         "length_explosion": _length_explosion(before, last, config.max_length_growth),
         "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage),
@@ -58,39 +82,6 @@ def _constant_rewards(last: Records) -> str | None:
     return (
         f"every reward of the last {len(last)} steps was {means[0]:g}, so rewards have no gradient. Check "
         "in completions.jsonl that the reward function parses the completions, or choose easier prompts"
-    )
-
-
-def _zero_advantage(last: Records, highest: float) -> str | None:
-    fraction = _mean(last, "frac_reward_zero_std")
-    if fraction is None or fraction < highest:
-        return None
-    return (
-        f"all rewards were equal in {fraction:.0%} of the groups (limit {highest:.0%}), so their rollouts "
-        "have no advantage. Use easier or harder prompts, a graded reward, a higher rollout.temperature or "
-        "more rollout.num_generations"
-    )
-
-
-def _truncation(last: Records, highest: float) -> str | None:
-    fraction = _mean(last, "completions/clipped_ratio")
-    if fraction is None or fraction <= highest:
-        return None
-    return (
-        f"{fraction:.0%} of the completions were truncated at rollout.max_completion_length (limit "
-        f"{highest:.0%}) and scored incomplete. Raise it or reward brevity; if completions never end, check "
-        "that demonstrations end with the end token"
-    )
-
-
-def _entropy_collapse(last: Records, lowest: float) -> str | None:
-    entropy = _mean(last, "entropy")
-    if entropy is None or entropy >= lowest:
-        return None
-    return (
-        f"the entropy fell to {entropy:.2g} nats per token (limit {lowest:g}): the completions of a "
-        "group are nearly identical. Lower optim.learning_rate, or raise objective.epsilon_high or "
-        "objective.mu_peak"
     )
 
 

@@ -91,8 +91,7 @@ def rollout_metrics(
         "rollout/staleness": _mean([step - rollout.policy_version for rollout in rollouts]),
     }
     if wins:
-        win_rate = statistics.fmean(wins)
-        metrics["discriminator/win_rate"] = win_rate
+        metrics["discriminator/win_rate"] = win_rate = statistics.fmean(wins)
         metrics["discriminator/expert_gap"] = expert_gap(win_rate)
     for name in groups[0].reward_parts:
         values = [v for group in groups for v in group.reward_parts[name] if v is not None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -55,77 +55,54 @@ class MemoryEstimate:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Sizes of a micro-batch; packed, a prompt counts once."""
+class Batch(NamedTuple):
+    """Sizes of a micro-batch: tokens (packed, a prompt counts once), gathered keys, elements of the masks."""
 
     tokens: int
     completion_tokens: int
     keys: int
-    """Keys that attention gathers, over all rows."""
     scores: int
-    """Elements of the attention masks."""
-
-    @staticmethod
-    def of(rows: Sequence[Row], *, packed: bool) -> "Batch":
-        """The sizes of these rows."""
-        completions = sum(len(row.completion_ids) for row in rows)
-        if not packed:
-            tokens = len(rows) * max(row.length for row in rows)
-            return Batch(tokens=tokens, completion_tokens=completions, keys=tokens, scores=0)
-        prompts = sum(map(len, {row.prompt_ids for row in rows}))
-        return Batch(
-            tokens=prompts + completions,
-            completion_tokens=completions,
-            keys=prompts + sum(row.length for row in rows),
-            scores=sum(len(row.completion_ids) * row.length for row in rows),
-        )
 
 
 class Footprint:
-    """Bytes that a model of Llama's structure allocates; other structures are taken for one of its widths.
+    """Bytes that a model allocates in each phase, from the tensors that a Llama or Qwen layer keeps.
 
-    Each count was fitted to the operations of a step on tensors without data (docs/log.md).
+    The peaks are within 4 % of those of a step on tensors without data (docs/log.md).
     """
 
     def __init__(self, model: Any, *, bf16: bool, repeats_keys: bool) -> None:
-        """
-        Args:
-            bf16: Autocast is on; weights, residuals and norms stay fp32.
-            repeats_keys: Attention copies keys and values for every head of queries.
-        """
-        self.config = model.config.get_text_config()
+        """With `repeats_keys`, attention copies keys and values for every query head; `bf16`: autocast."""
+        self.config = config = model.config.get_text_config()
         self.number = 2 if bf16 else 4
-        """Bytes of a number that a matrix product reads or writes."""
+        """Bytes per element of what matrix products read and write; weights, residuals and norms are fp32."""
         named = dict(model.named_parameters())
         self.head_norms = any(".q_norm." in name for name in named)
         self.weights = sum(p.nbytes for p in named.values())
         self.merged = sum(p.nbytes for name, p in named.items() if ".lora_" not in name)
         trained = [p.nbytes for p in named.values() if p.requires_grad]
         self.trained, self.largest = sum(trained), max(trained)
-        embedding = model.get_input_embeddings().weight
-        self.embedding = embedding.nbytes
-        self.matrices = sum(p.nbytes for p in named.values() if p.ndim > 1 and p.shape != embedding.shape)
-        heads = self.config.num_attention_heads
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        self.keys = head_dim * (getattr(self.config, "num_key_value_heads", None) or heads)
-        """Width of all heads' keys, and of all heads' queries."""
-        self.queries = head_dim * heads
-        self.gathered_keys = self.queries if repeats_keys else self.keys
-        self.intermediate = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
         self.frozen = self.trained < self.weights
         """Only adapters are trained."""
+        table = model.get_input_embeddings().weight
+        self.embedding = table.nbytes
+        self.matrices = sum(p.nbytes for p in named.values() if p.ndim > 1 and p.shape != table.shape)
+        self.casts = self.matrices // 2 if bf16 else 0
+        """The bf16 copies of matrices, which autocast keeps until a pass ends."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.queries = head_dim * heads
+        self.keys = head_dim * (getattr(config, "num_key_value_heads", None) or heads)
+        self.gathered_keys = self.queries if repeats_keys else self.keys
+        self.intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
 
     def saved(self, batch: Batch) -> int:
         """What one layer keeps for the backward pass."""
         n, trained = self.number, not self.frozen
-        # A norm keeps its fp32 input, and with trained weights the normalized input. The five products that
-        # follow the two norms share an fp32 output, but each casts its own to bf16.
+        # A norm keeps its fp32 input and, if its weight is trained, the normalized input. The five products
+        # behind the two norms share two fp32 inputs, but cast one each to bf16.
         per_token = self.config.hidden_size * (2 * 4 * (1 + trained) + (2 * n if n == 4 else 5 * n))
-        # The gate, its activation, up and their product.
-        per_token += 4 * n * self.intermediate
-        # Queries, the output of attention and its copy in the rows' order.
-        per_token += 3 * n * self.queries
+        # Gate, activation, up and their product; queries, attention's output and its copy in row order.
+        per_token += 4 * n * self.intermediate + 3 * n * self.queries
         if self.head_norms:
             per_token += (self.queries + self.keys) * (4 + n * trained)
         masks = 2 * batch.scores if n == 2 else 0
@@ -135,14 +112,10 @@ class Footprint:
         """What a pass through one layer allocates and frees."""
         return batch.tokens * (8 * self.config.hidden_size + 3 * self.number * self.intermediate)
 
-    def casts(self) -> int:
-        """The bf16 copies of matrices, which autocast keeps until the pass ends."""
-        return self.matrices // 2 if self.number == 2 else 0
-
     def update(self, batch: Batch, *, checkpointing: bool) -> int:
         """An update of the policy: gradients, the layers, the output head, and the optimizer's step."""
         layers, hidden, n = self.config.num_hidden_layers, self.config.hidden_size, self.number
-        saved, layer, casts = layers * self.saved(batch), 0, self.casts()
+        saved, layer, casts = layers * self.saved(batch), 0, self.casts
         if checkpointing:
             saved, layer = layers * batch.tokens * 4 * hidden, self.saved(batch)
             casts //= layers if self.frozen else 1
@@ -159,7 +132,7 @@ class Footprint:
 
     def discriminate(self, batch: Batch) -> int:
         """A discriminator's forward and backward pass, which ends with all gradients."""
-        saved = self.config.num_hidden_layers * self.saved(batch) + self.casts() + 4 * batch.scores
+        saved = self.config.num_hidden_layers * self.saved(batch) + self.casts + 4 * batch.scores
         return max(saved + self.transient(batch), self.trained + self.embedding)
 
     def rollout(self, prompts: int, rows: int, prompt: int, completion: int, *, fused: bool) -> int:
@@ -176,7 +149,7 @@ class Footprint:
         if fused:
             copies = (self.matrices + self.embedding) * n // 4
             return copies + 2 * n * layers * cache + max(read, (8 + n) * logits)
-        return (0 if self.frozen else self.casts()) + max(read, 4 * (2 * layers + 1) * cache + 8 * logits)
+        return max(read, 4 * (2 * layers + 1) * cache + 8 * logits)
 
 
 def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> MemoryEstimate:
@@ -194,7 +167,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
         add_adapter(model, config.model, seed=config.seed)
     policy = Footprint(model, bf16=bf16, repeats_keys=repeats_keys)
     rows = _longest_step(config, inputs)
-    largest = Batch.of(_largest(rows, batching, packed=packed), packed=packed)
+    largest = _batch(_largest(rows, batching, packed=packed), packed=packed)
     stays = {"process": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
     stays |= {"policy": policy.weights, "optimizer": MOMENTS * policy.trained}
     if objective.beta > 0:
@@ -232,7 +205,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
             stays["discriminator"] = discriminator.merged * (1 + MOMENTS * learns)
         if pairwise:
             most = max(2, batching.max_tokens_per_micro_batch // max(row.length for row in rows))
-            passes["discriminator"] = discriminator.discriminate(Batch.of(rows[:most], packed=packed))
+            passes["discriminator"] = discriminator.discriminate(_batch(rows[:most], packed=packed))
     return MemoryEstimate(device=device.type, available=_available(device), stays=stays, passes=passes)
 
 
@@ -266,14 +239,27 @@ def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
 
 def _largest(rows: Sequence[Row], batching: BatchingConfig, *, packed: bool) -> list[Row]:
     """The rows of the largest micro-batch."""
-    tokens, most = batching.max_tokens_per_micro_batch, batching.per_device_train_batch_size
+    limit, most = batching.max_tokens_per_micro_batch, batching.per_device_train_batch_size
     if packed:
         sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-        parts = by_prompt(sequences, max_tokens=tokens, max_rows=most)
+        parts = by_prompt(sequences, max_tokens=limit, max_rows=most)
     else:
-        parts = by_length([row.length for row in rows], max_tokens=tokens, max_rows=most)
-    largest = max(parts, key=lambda part: sum(rows[index].length for index in part))
-    return [rows[index] for index in largest]
+        parts = by_length([row.length for row in rows], max_tokens=limit, max_rows=most)
+    return max(([rows[index] for index in part] for part in parts), key=_tokens)
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(row.length for row in rows)
+
+
+def _batch(rows: Sequence[Row], *, packed: bool) -> Batch:
+    completions = sum(len(row.completion_ids) for row in rows)
+    if not packed:
+        tokens = len(rows) * max(row.length for row in rows)
+        return Batch(tokens, completions, keys=tokens, scores=0)
+    prompts = sum(map(len, {row.prompt_ids for row in rows}))
+    scores = sum(len(row.completion_ids) * row.length for row in rows)
+    return Batch(prompts + completions, completions, keys=prompts + _tokens(rows), scores=scores)
 
 
 def _available(device: torch.device) -> int:
