@@ -29,7 +29,7 @@ FIELDS: dict[str, Any] = {
     **dict.fromkeys(("step", "num_tokens", "max_tokens", "stage", "stage_step", "stage_tokens"), Count),
     **dict.fromkeys(("seed", "prompts", "demonstrations"), Count),
     "bad_steps": dict[str, Count],
-    "token_limit": Count | None,
+    "token_limit": Annotated[int | None, Field(ge=0, lt=2**63)],
     "methods": list[str],
     "data_sha256": str,
     "kind": str,

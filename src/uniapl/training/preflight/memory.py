@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from uniapl.config import BatchingConfig, Config, ModelConfig
@@ -209,7 +208,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
     return MemoryEstimate(device=device.type, available=_available(device), stays=stays, passes=passes)
 
 
-def _model(load: Any, config: ModelConfig) -> nn.Module:
+def _model(load: Any, config: ModelConfig) -> Any:
     """A model of shapes alone."""
     with torch.device("meta"):
         return load.from_config(load_model_config(config), trust_remote_code=config.trust_remote_code)
