@@ -17,40 +17,22 @@ from uniapl.types import prompt_text
 Show = Literal["text", "quiet"] | Callable[[str], None]
 """All output; none; or a function that gets each step's metrics as a line of JSON (messages go to stderr)."""
 
-# Column, metric and format of the line per step. Metrics that a step does not have are left out.
-COLUMNS = (
-    ("reward", "reward", ".3f"),
-    ("loss", "loss", ".2f"),
-    ("nll", "sft/nll", ".2f"),
-    ("win", "discriminator/win_rate", ".2f"),
-    ("mu", "weight/mu", ".2f"),
-    ("lam", "weight/lambda_adv", ".2f"),
-    ("len", "completions/mean_length", ".1f"),
-    ("s", "step_time", ".1f"),
+# Columns are two spaces apart. Those whose metric a step does not have are left out.
+LINE = (
+    "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  win {discriminator/win_rate:.2f}  "
+    "mu {weight/mu:.2f}  lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  s {step_time:.1f}"
 )
-# The same for each row of the table below the progress bar on a terminal.
 ROWS = {
-    "completions": (
-        ("reward", "reward", ".3f"),
-        ("pass", "pass_rate", ".2f"),
-        ("length", "completions/mean_length", ".1f"),
-        ("length ratio", "completions/length_ratio", ".2f"),
-        ("entropy", "entropy", ".2f"),
-    ),
-    "demonstrations": (
-        ("loss", "loss/sft", ".3f"),
-        ("mu", "weight/mu", ".2f"),
-        ("tokens", "tokens/sft", ","),
-    ),
-    "rewards": (("loss", "loss/rl", ".3f"), ("weight", "weight/rl", ".2f"), ("tokens", "tokens/rl", ",")),
-    "adversary": (
-        ("loss", "loss/adv", ".3f"),
-        ("lambda", "weight/lambda_adv", ".2f"),
-        ("tokens", "tokens/adv", ","),
-        ("win rate", "discriminator/win_rate", ".2f"),
-        ("gap", "discriminator/expert_gap", ".2f"),
-    ),
+    "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
+    "ratio {completions/length_ratio:.2f}  entropy {entropy:.2f}",
+    "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
+    "rewards": "loss {loss/rl:.3f}  weight {weight/rl:.2f}  tokens {tokens/rl:,}",
+    "adversary": "loss {loss/adv:.3f}  lambda {weight/lambda_adv:.2f}  tokens {tokens/adv:,}  "
+    "win rate {discriminator/win_rate:.2f}  gap {discriminator/expert_gap:.2f}",
 }
+"""The table below the progress bar on a terminal."""
+TOKENS = {"demonstrations": "tokens/sft", "rewards": "tokens/rl", "adversary": "tokens/adv"}
+"""A loss component without tokens has no row: it had no effect in this step."""
 SHOWN_CHARACTERS = 240
 """Maximum length of a shown prompt or completion: three lines of a terminal. Our choice."""
 
@@ -122,7 +104,7 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         if self._json is not None:
             self._json(json_line(metrics))
         elif line:
-            self.say(f"{step:>{len(str(self._total))}}/{self._total} {_numbers(COLUMNS, metrics, ' ')}")
+            self.say(f"{step:>{len(str(self._total))}}/{self._total} {' '.join(_filled(LINE, metrics))}")
 
     def answers(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Print two sampled completions (see `metrics.completion_records`) with their demonstrations."""
@@ -147,20 +129,21 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
     def _table(self) -> Group:
         table = Table.grid(padding=(0, 2))
         for title, columns in ROWS.items():
-            numbers = _numbers(columns, self._metrics, "  ")
-            # A loss component without tokens had no effect in this step.
-            inactive = any(name == "tokens" and not self._metrics.get(key) for name, key, _ in columns)
-            if numbers and not inactive:
-                table.add_row(Text(title, style="dim"), Text(numbers))
+            numbers = _filled(columns, self._metrics)
+            if numbers and (title not in TOKENS or self._metrics.get(TOKENS[title])):
+                table.add_row(Text(title, style="dim"), Text("  ".join(numbers)))
         for name, message in self.warnings.items():
             table.add_row(Text(name, style="yellow"), Text(message))
         return Group(self._progress, table)
 
 
-def _numbers(columns: Sequence[tuple[str, str, str]], metrics: Mapping[str, Any], gap: str) -> str:
-    return gap.join(
-        f"{title} {metrics[key]:{form}}" for title, key, form in columns if metrics.get(key) is not None
-    )
+def _filled(columns: str, metrics: Mapping[str, Any]) -> list[str]:
+    """The columns whose metric is known."""
+    found: list[str] = []
+    for column in columns.split("  "):
+        with contextlib.suppress(KeyError, TypeError):  # TypeError: the metric is None
+            found.append(column.format_map(metrics))
+    return found
 
 
 def _shortened(text: str) -> str:
