@@ -106,5 +106,5 @@ def test_a_run_with_adapters_resumes_exactly(model_dir: Path, tmp_path: Path) ->
 
 def test_adapters_need_the_policy_s_own_weights(model_dir: Path, tmp_path: Path) -> None:
     adversary = {"lora_r": 2, "model_name_or_path": str(model_dir)}
-    with pytest.raises(uniapl.UsageError, match="adapts the policy's own weights"):
+    with pytest.raises(uniapl.UsageError, match="trains adapters on the policy"):
         train(recipe(model_dir, tmp_path / "run", discriminator=adversary))

@@ -492,8 +492,8 @@ def test_while_training(model_dir: Path, tmp_path: Path) -> None:
     assert math.isclose(scored["mean"], records[-1].get("eval/held_out/rewards/no_comma", final))
 
 
-def test_looking_at_nothing_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="eval_steps: there is nothing to look at"):
+def test_evaluation_without_suites_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"eval_steps: evaluation\.suites is empty"):
         train(recipe(model_dir, tmp_path / "run", eval_steps=2))
 
 

@@ -196,7 +196,7 @@ def test_two_runs_never_share_a_directory(model_dir: Path, tmp_path: Path) -> No
     values = recipe(model_dir, tmp_path / "run", max_steps=1)
     with (
         exclusive(tmp_path / "run"),
-        pytest.raises(uniapl.UsageError, match="another run is at work in output_dir"),
+        pytest.raises(uniapl.UsageError, match="another run is using output_dir"),
     ):
         train(values)
     train(values)

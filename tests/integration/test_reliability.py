@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from support.runs import Killed, lines, recipe, timeless, train, write_recipe
 from support.tiny import save_model
-from uniapl import cli
+from uniapl import cli, files
 from uniapl.files import JsonlLog
 from uniapl.training.checkpoint import directory as checkpoint
-from uniapl.training.monitor import metrics
 
 FULL = "No space left on device (os error 28)"
 
@@ -102,7 +101,7 @@ def test_a_disk_that_fails_before_the_first_save_or_the_first_step(
     assert cli.run(["train", str(path), "--resume", "auto"]) == 0
     # A finished run writes no config.yaml, but looks its logs through.
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "write_text", failing(metrics.write_text, full, 1))
+        patch.setattr(files, "write_text", failing(files.write_text, full, 1))
         assert cli.run(["train", str(path), "--resume", "auto"]) == 2
     assert f"error: output_dir '{tmp_path / 'run'}' cannot be written: [Errno 28]" in capsys.readouterr().err
 

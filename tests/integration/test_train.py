@@ -311,7 +311,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         (
             {"discriminator": {"held_out_fraction": 0.999999}},
             None,
-            "some must be held out, and some learnt from",
+            "leaves prompts on both sides",
         ),
         ({"discriminator": {"held_out_fraction": 1e-9}}, None, "holds out 0 of"),
         ({"discriminator": {"lora_r": 2, "freeze_after_steps": 2}}, None, "cannot freeze adapters"),
@@ -323,7 +323,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         (
             {"objective": {"mu_controller": "gate", "reward_weight": 0.0}, "rewards": {}},
             None,
-            "'gate' reads rewards: name at least one",
+            "'gate' needs rewards: set rewards.functions",
         ),
         (
             {
@@ -333,7 +333,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
                 "_file": NEEDS_COLUMN,
             },
             [{"prompt": "a", "answer": "a"}, {"prompt": "b", "completion": "b"}],
-            "but none of them has one",
+            "but no sampled prompt has one",
         ),
     ],
 )

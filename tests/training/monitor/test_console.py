@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal and elsewhere, to people and to scripts; its card, trackers, answers."""
+"""Output of a run on a terminal, in files and as JSON; model card, trackers and chat."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_a_terminal(width: int, warnings: dict[str, str]) -> str:
-    """What the table below the lines looks like."""
+    """The table below the lines."""
     view = RunView(100, visible=True)
     view.console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     view.start_step(7)
@@ -75,11 +75,11 @@ def test_the_table_on_a_terminal(width: int) -> None:
         assert part in shown
     assert re.search(r"demonstrations +loss 2.000 +mu 0.40 +tokens 1,234", shown)
     assert re.search(r"adversary +loss 0.250 +lambda 1.00 +tokens 99 +win rate 0.30 +gap 0.20", shown)
-    assert "rewards" not in shown.replace("max_completion", ""), "nothing was learnt from them in this step"
+    assert "rewards" not in shown.replace("max_completion", ""), "the component has no tokens in this step"
     assert re.search(r"truncation +raise", shown)
 
 
-def test_elsewhere_there_are_lines_without_control_characters(
+def test_lines_without_control_characters_outside_a_terminal(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(recipe(model_dir, tmp_path / "run", log_completions_steps=2))
@@ -98,8 +98,8 @@ def test_elsewhere_there_are_lines_without_control_characters(
     assert shown.count("  expert") == len(expected), "in every other step"
 
 
-def test_answers_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """Markup and control characters of a model stay text; long answers are cut."""
+def test_completions_are_shown_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Markup stays text, control characters are removed, and long completions are cut."""
     answer = {"text": "[red]a\x1b[31mb\nc" + "x" * 500, "reward": None}
     record = {"prompt": [{"role": "user", "content": "why?"}], "demonstration": None, "completions": [answer]}
     RunView(1, visible=True).answers([record])
@@ -123,7 +123,7 @@ def test_quiet_and_json(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "choose one" in capsys.readouterr().err
 
 
-def test_the_pass_rate_is_of_rewards_that_can_pass(model_dir: Path, tmp_path: Path) -> None:
+def test_the_pass_rate_needs_rewards_between_0_and_1(model_dir: Path, tmp_path: Path) -> None:
     def half(completions: list[str]) -> list[float]:
         return [float(n % 2) for n in range(len(completions))]
 
@@ -151,7 +151,7 @@ def test_tensorboard_gets_the_metrics(model_dir: Path, tmp_path: Path) -> None:
     assert got == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in written]
 
 
-def test_a_tracker_that_is_not_there(
+def test_a_tracker_that_is_not_installed(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -160,12 +160,12 @@ def test_a_tracker_that_is_not_there(
     assert Config(report_to="none").report_to == ()  # pyright: ignore[reportArgumentType]
 
 
-def test_the_card(model_dir: Path, tmp_path: Path) -> None:
+def test_model_card(model_dir: Path, tmp_path: Path) -> None:
     result = train(recipe(model_dir, tmp_path / "run"))
     card = (result.final_dir / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- uniapl\n---\n")
     assert str(tmp_path) not in card
-    assert "base_model" not in card, "a path is no base that the Hub knows"
+    assert "base_model" not in card, "the Hub does not know a local path"
     reward = lines(tmp_path / "run" / "metrics.jsonl")[-1]["reward"]
     assert f"| reward | {reward:.4g} |" in card
     assert "uniapl, 4 steps, seed 0." in card
@@ -180,7 +180,7 @@ def test_the_card(model_dir: Path, tmp_path: Path) -> None:
 def test_chat(
     template: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each line is answered, greedily the same for the same; in a conversation the second knows the first."""
+    """Each line gets a completion; at temperature 0 equal lines get equal ones, unless a chat has history."""
     path = save_model(tmp_path / "model", chat_template=template)
     answers: list[list[str]] = []
     for _ in range(2):
@@ -193,6 +193,6 @@ def test_chat(
         assert answers[0][0] == answers[0][1]
 
 
-def test_chat_of_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["chat", str(tmp_path / "nothing")]) == 2
     assert "directory not found" in capsys.readouterr().err
