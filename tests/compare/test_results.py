@@ -88,10 +88,6 @@ def test_a_variant_is_compared_with_uniapl_on_the_same_seeds() -> None:
     assert variants["worse"]["held_out"]["expert_nll"]["difference"]["low"] == pytest.approx(0.1)
 
 
-def test_a_markdown_table() -> None:
-    assert results.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
-
-
 def test_the_page_has_every_part() -> None:
     outcomes = made_up()
     grpo = [swept([0.3, 0.4, 0.5, 0.6], [1.5, 1.6, 1.7, 1.8]) for _ in range(2)]

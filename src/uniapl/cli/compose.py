@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from uniapl.collect.rows import prompt_of
 from uniapl.compose.wordings import FURTHER_CONFLICTS, KINDS, say
 from uniapl.config import DataConfig
 from uniapl.data import rows as data
@@ -103,21 +104,12 @@ def all_conflicts() -> dict[str, set[str]]:
 
 def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
     """(last user message, messages before it); None for the latter if the prompt is text."""
-    if not isinstance(row, Mapping):
-        raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
+    column, prompt = prompt_of(number, row)
     if row.get("instruction_id_list") is not None:
         raise UsageError(f"row {number} already has instructions: use its base prompt, or remove the row")
-    column = "prompt" if row.get("prompt") is not None else "messages"
-    prompt = row.get(column)
-    if isinstance(prompt, str) and column == "prompt":
-        if not prompt.strip():
-            raise UsageError(f"row {number}: the prompt is empty")
+    if isinstance(prompt, str):
         return prompt.strip(), None
-    if prompt is None:
-        raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
-    messages = data.checked_messages(number, column, prompt)
-    if column == "messages" and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+    messages = prompt[:-1] if column == "messages" and prompt[-1]["role"] == "assistant" else prompt
     last = messages[-1] if messages else {"role": None, "content": None}
     if last["role"] != "user" or not isinstance(last["content"], str) or not last["content"].strip():
         raise UsageError(f"row {number}: '{column}' must end with a user message whose content is text")

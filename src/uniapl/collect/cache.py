@@ -42,7 +42,8 @@ class Cache:
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 fields = json.loads(line)
-                self.replies[fields.pop("key")] = Reply(**fields)
+                key = fields.pop("key")
+                self.replies[key] = Reply(**fields)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UsageError(
                     f"{path}: line {number} is not a reply ({error!r:.80}); delete the line and repeat"

@@ -172,7 +172,7 @@ def only_model(endpoint: Endpoint) -> str:
     try:
         models = asyncio.run(names())
     except RequestFailedError as error:
-        raise _stopped(endpoint, error, "With --model the server's list of models is not needed") from None
+        raise _stopped(endpoint, error, "Set --model to skip the list of models") from None
     if len(models) != 1:
         listed = ", ".join(models) or "none"
         raise UsageError(f"{endpoint.shown} has {len(models)} models ({listed:.1000}): set --model")

@@ -1,4 +1,4 @@
-"""Progress of `uniapl collect`: a bar on a terminal, lines elsewhere."""
+"""Progress of `uniapl collect`: a status line on a terminal, lines elsewhere."""
 
 import contextlib
 import time
@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 from uniapl.collect.cache import Reply
 
@@ -55,9 +53,7 @@ class Progress:
 def counting(progress: Progress, console: Console) -> Iterator[Callable[[Reply | None], None]]:
     """A function that counts a reply, or None for a failed request, and shows the progress."""
     last = progress.started
-    columns = TextColumn("collect"), BarColumn(), TextColumn("{task.description}", markup=False)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(progress.line(), total=progress.total)
+    with console.status(progress.line()) as status:
 
         def count(reply: Reply | None) -> None:
             nonlocal last
@@ -66,7 +62,7 @@ def counting(progress: Progress, console: Console) -> Iterator[Callable[[Reply |
             if reply is not None:
                 progress.prompt_tokens += reply.prompt_tokens
                 progress.completion_tokens += reply.completion_tokens
-            bar.update(task, completed=progress.done, description=progress.line())
+            status.update(progress.line())
             if not console.is_terminal and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
                 console.print(progress.line(), markup=False)

@@ -73,25 +73,35 @@ def read_prompts(path: str, limit: int | None) -> list[PromptRow]:
         return [_prompt_row(number, row) for number, row in rows]
 
 
-def _prompt_row(number: int, row: Any) -> PromptRow:
+def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
+    """The column with the prompt ('prompt' or 'messages'), and the prompt.
+
+    Raises:
+        UsageError: The row has no prompt, or an invalid one.
+    """
     if not isinstance(row, Mapping):
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
-    for column in ("completion", "source", "chosen"):
-        if row.get(column) is not None:
-            raise UsageError(
-                f"row {number} already has a '{column}', which collect would replace: rename the column, "
-                "or remove it or the row"
-            )
     column = "prompt" if row.get("messages") is None else "messages"
     prompt = row.get(column)
     if prompt is None:
         raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
     if column == "messages" or not isinstance(prompt, str):
-        prompt = data.checked_messages(number, column, prompt)
-        if prompt[-1]["role"] == "assistant":
-            raise UsageError(f"row {number}: '{column}' already ends with a completion: remove that message")
-    elif not prompt.strip():
+        return column, data.checked_messages(number, column, prompt)
+    if not prompt.strip():
         raise UsageError(f"row {number}: the prompt is empty")
+    return column, prompt
+
+
+def _prompt_row(number: int, row: Any) -> PromptRow:
+    column, prompt = prompt_of(number, row)
+    for written in ("completion", "source", "chosen"):
+        if row.get(written) is not None:
+            raise UsageError(
+                f"row {number} already has a '{written}', which collect would replace: rename the column, "
+                "or remove it or the row"
+            )
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise UsageError(f"row {number}: '{column}' already ends with a completion: remove that message")
     # Training would look for the demonstration in 'messages', not in 'completion'.
     columns = {name: value for name, value in row.items() if name not in ("prompt", "messages")}
     try:

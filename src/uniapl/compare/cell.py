@@ -82,7 +82,7 @@ def _train(
 def task_of(cell: Cell) -> Task:
     """The task drawn from the cell's seed; test cells share no prompt with the search."""
     demonstrations = int(cell.settings.get("demonstrations", 256))
-    without = () if cell.split == "validation" else make_task(seed=SEARCH_SEED).texts
+    without = () if cell.seed >= SEARCH_SEED else make_task(seed=SEARCH_SEED).texts
     return make_task(seed=cell.seed, demonstrations=demonstrations, without=without)
 
 

@@ -9,13 +9,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from uniapl.config.resolve import merge
 from uniapl.demo.recipe import RECIPE
 
 Value = float | int | str
-Split = Literal["validation", "test"]
 
 STEPS = 100
 """Steps of a stage with rollouts, each with the batch of the demo's recipe."""
@@ -128,11 +127,6 @@ class Cell:
         canonical = json.dumps(asdict(self), sort_keys=True)
         method = self.method.replace(" -> ", "+")
         return f"{method}-{self.seed}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
-
-    @property
-    def split(self) -> Split:
-        """Whether the prompts serve the search or the results."""
-        return "validation" if self.seed >= SEARCH_SEED else "test"
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -78,12 +78,6 @@ def short_table(table: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, the header first, as a Markdown table."""
-    header, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([header, "|---" * len(rows[0]) + "|", *body])
-
-
 def mean_curve(runs: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, list[float]]:
     """The means over seeds of `good` and of the costs at each point of the curve; the base is the first."""
     curve: dict[str, list[float]] = {name: [0.0] for name in COSTS}

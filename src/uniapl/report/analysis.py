@@ -3,10 +3,10 @@
 import math
 import re
 import statistics
-from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
 from typing import Any, TypeVar
+
+import numpy as np
 
 Item = TypeVar("Item")
 Numbers = Sequence[float | int]
@@ -37,26 +37,25 @@ def mean_interval(values: Numbers) -> tuple[float, float, float]:
 
 def quantile(values: Numbers, fraction: float) -> float:
     """The value below which a fraction of the values lies, interpolated linearly."""
-    ordered = sorted(values)
-    position = fraction * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+    return float(np.quantile(values, fraction))
 
 
 def wasserstein(first: Numbers, second: Numbers) -> float:
     """Wasserstein-1 distance, in the unit of the values: the area between the distribution functions."""
-    a, b = sorted(first), sorted(second)
-    return math.fsum(
-        abs(bisect_right(a, low) / len(a) - bisect_right(b, low) / len(b)) * (high - low)
-        for low, high in pairwise(sorted({*a, *b}))
-    )
+    points, gaps = _cdf_gaps(first, second)
+    return float(np.sum(gaps[:-1] * np.diff(points)))
 
 
 def kolmogorov_smirnov(first: Numbers, second: Numbers) -> float:
     """Largest difference of the distribution functions: 0 for equal samples, 1 for disjoint ranges."""
-    a, b = sorted(first), sorted(second)
-    return max(abs(bisect_right(a, x) / len(a) - bisect_right(b, x) / len(b)) for x in {*a, *b})
+    return float(max(_cdf_gaps(first, second)[1]))
+
+
+def _cdf_gaps(first: Numbers, second: Numbers) -> tuple[Any, Any]:
+    """The distinct values of both samples, and the differences of the distribution functions there."""
+    points = np.unique([*first, *second])
+    one, other = (np.searchsorted(np.sort(s), points, side="right") / len(s) for s in (first, second))
+    return points, np.abs(one - other)
 
 
 def bin_edges(samples: Iterable[Numbers], bins: int) -> list[float]:
@@ -73,10 +72,7 @@ def bin_edges(samples: Iterable[Numbers], bins: int) -> list[float]:
 
 def histogram(values: Numbers, edges: Sequence[float]) -> list[float]:
     """The fraction of the values in each bin; bins are half open, except that the last has both edges."""
-    counts = [0] * (len(edges) - 1)
-    for value in values:
-        counts[min(bisect_right(edges, value), len(counts)) - 1] += 1
-    return [count / len(values) for count in counts]
+    return (np.histogram(values, edges)[0] / len(values)).tolist()
 
 
 def smoothed(values: Sequence[float | int | None], weight: float) -> list[float | None]:

@@ -8,8 +8,11 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import takewhile
 from typing import Any
+
+import yaml
 
 from uniapl.report.analysis import bin_edges, histogram, mean, mean_interval, rounded
 from uniapl.report.reading import RunData, step_phases
@@ -45,107 +48,33 @@ class Group:
     runs: list[RunData]
 
 
-SOURCES = {"sft": "demonstrations", "rl": "rewards", "adv": "adversary"}
-COMPONENTS = {**SOURCES, "kl": "KL"}
-ALL_OR_HELD_OUT = ("all prompts", "held-out prompts")
-ALL_OR_PAIRED = ("all completions", "paired with a demonstration")
-
-
-def _labelled(prefix: str, names: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
-    return {prefix + name: label for name, label in zip(names, labels, strict=True)}
-
-
-LOSSES = (
-    Plan("Loss per token of each component, unweighted", {f"loss/{k}": v for k, v in COMPONENTS.items()}),
-    Plan("Loss", {"loss": "weighted sum"}),
-    Plan("Demonstration NLL, nats per token", {"sft/nll": "nll"}, log=True),
-    Plan(
-        "Weights",
-        {"weight/mu": "mu, demonstrations", "weight/lambda_adv": "lambda, adversary"},
-        smooth=False,
-    ),
-    Plan("Learning rate", {"learning_rate": "policy"}, log=True, smooth=False),
-)
-DISCRIMINATOR = (
-    Plan(
-        "Win rate",
-        _labelled("discriminator/", ("win_rate", "pair_win_rate"), ALL_OR_PAIRED),
-        note="Mean probability that a completion is preferred to the demonstration. At 0.5 the discriminator "
-        "cannot distinguish them.",
-    ),
-    Plan(
-        "Discriminator accuracy",
-        _labelled("discriminator/", ("accuracy", "held_out_accuracy"), ALL_OR_HELD_OUT),
-    ),
-    Plan(
-        "Margin, expert logit minus policy logit",
-        _labelled("discriminator/", ("margin", "held_out_margin"), ALL_OR_HELD_OUT),
-    ),
-    Plan("Expert gap", _labelled("", ("discriminator/expert_gap", "constraint/expert_gap"), ALL_OR_PAIRED)),
-    Plan("Constraint violation", {"constraint/violation": "expert gap minus its bound"}),
-    Plan("Lagrange multiplier", {"constraint/multiplier": "lambda, learned"}, log=True, smooth=False),
-    Plan("Discriminator loss", {"discriminator/loss": "loss"}, log=True),
-)
-POLICY = (
-    Plan("Completion length, tokens", {"completions/mean_length": "policy", "expert/mean_length": "expert"}),
-    Plan("Truncated completions", {"completions/clipped_ratio": "fraction"}),
-    Plan("KL to the reference", {"kl": "nats per token"}, log=True),
-    Plan("Entropy", {"entropy": "nats per token"}),
-    Plan("Gradient norm", {"grad_norm": "before clipping"}, log=True),
-    Plan("Gradient norm of each component", {f"grad_norm/{k}": v for k, v in COMPONENTS.items()}, log=True),
-    Plan(
-        "Cosine between the components' gradients",
-        {
-            f"grad_cosine/{a}_{b}": f"{SOURCES[a]}, {SOURCES[b]}"
-            for a, b in (("sft", "rl"), ("sft", "adv"), ("rl", "adv"))
-        },
-    ),
-    Plan(
-        "Log-probability difference, sampler and trainer",
-        _labelled("sampling/sampling_logp_difference/", ("mean", "max"), ("mean", "maximum")),
-        log=True,
-    ),
-    Plan(
-        "Clipped tokens", _labelled("clip_ratio/", ("low_mean", "high_mean"), ("lower bound", "upper bound"))
-    ),
-)
 RATES = ("/error_rate", "/timeout_rate", "/none_rate")
-GROUPS = ("mixed", "all_good", "all_bad"), ("rewards differ", "all maximum", "all minimum")
-TOKENS = ("sft", "rollout", "rl", "adv"), ("demonstrations", "completions", "with a reward", "with a score")
 
 
 def themes(runs: Sequence[RunData]) -> dict[str, list[Plan]]:
-    """The charts that the runs may have, by theme."""
-    found = {key: None for run in runs for prefix in ("rewards/", "eval/") for key in run.keys(prefix)}
-    functions: dict[str, str] = {}
-    failures: dict[str, str] = {}
-    for key in found:
-        if key.startswith("rewards/") and key.endswith("/mean"):
-            functions[key] = key.removesuffix("/mean").split("/", 1)[1].rsplit(":", 1)[-1]
-        elif key.endswith(RATES) and any(value for run in runs for value in run.series(key)):
-            *_, name, rate = key.split("/")
-            failures[key] = f"{name.rsplit(':', 1)[-1]}, {rate.replace('_rate', '')}"
-    band = "Band: plus and minus the standard deviation among a prompt's completions."
-    rewards = [Plan("Reward", {"reward": "mean"}, note=band, spread="reward_std")]
-    if len(functions) > 1:
-        rewards.append(Plan("Reward functions", functions))
-    note = "Only groups whose rewards differ contribute a gradient from the rewards."
-    rewards.append(Plan("Rollout groups", _labelled("groups/", *GROUPS), note=note))
-    rewards.append(Plan("Completions without a reward", failures))
-    phases = {key: phase for run in runs for key, phase in step_phases(run).items()}
-    return {
-        "Reward": rewards,
-        "Evaluation": [
-            Plan(key.removeprefix("eval/"), {key: "score"}) for key in found if key.startswith("eval/")
-        ],
-        "Loss components": list(LOSSES),
-        "Discriminator": list(DISCRIMINATOR),
-        "Policy": list(POLICY),
-        "Cost": [
-            Plan("Tokens of each loss component", _labelled("tokens/", *TOKENS)),
-            Plan("Seconds per step, by phase", phases, kind="stack"),
-        ],
+    """The charts that the runs may have, by theme: those of charts.yaml, and those of the runs' metrics."""
+    text = (files("uniapl.report") / "charts.yaml").read_text(encoding="utf-8")
+    plans = {theme: [Plan(**plan) for plan in found] for theme, found in yaml.safe_load(text).items()}
+    evaluations = {key: None for run in runs for key in run.keys("eval/")}
+    rewards = {key: None for run in runs for key in run.keys("rewards/")}
+    functions = {key: _function(key) for key in rewards if key.endswith("/mean")}
+    failures = {
+        key: f"{_function(key)}, {key.rsplit('/', 1)[1].removesuffix('_rate')}"
+        for key in (*rewards, *evaluations)
+        if key.endswith(RATES) and any(value for run in runs for value in run.series(key))
     }
+    if len(functions) > 1:
+        plans["Reward"].insert(1, Plan("Reward functions", functions))
+    plans["Reward"].append(Plan("Completions without a reward", failures))
+    phases = {key: phase for run in runs for key, phase in step_phases(run).items()}
+    plans["Cost"].append(Plan("Seconds per step, by phase", phases, kind="stack"))
+    scores = [Plan(key.removeprefix("eval/"), {key: "score"}) for key in evaluations]
+    return {"Reward": plans.pop("Reward"), "Evaluation": scores, **plans}
+
+
+def _function(key: str) -> str:
+    """ "length" for rewards/path/to/task.py:length/mean."""
+    return key.rsplit("/", 1)[0].rsplit(":", 1)[-1].rsplit("/", 1)[-1]
 
 
 def curves(runs: Sequence[RunData]) -> list[dict[str, Any]]:
