@@ -101,9 +101,11 @@ class _HttpClient(openai.DefaultAsyncHttpxClient):
             raise
         self.reached = True
         if response.is_success:
-            parse = _model_names if request.method == "GET" else _reply
             try:
-                response.extensions["parsed"] = parse(json.loads(response.content))
+                found = json.loads(response.content)
+                models = request.method == "GET"
+                parsed = [str(model["id"]) for model in found["data"]] if models else _reply(found)
+                response.extensions["parsed"] = parsed
             except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as e:
                 message = f"malformed response ({e}): {response.text}"
                 raise httpx.DecodingError(message, request=request) from None
@@ -125,17 +127,17 @@ def _connected(endpoint: Endpoint, concurrency: int) -> openai.AsyncOpenAI:
 async def _parsed(request: Awaitable[Any], endpoint: Endpoint) -> Any:
     try:
         return (await request).extensions["parsed"]
-    except openai.OpenAIError as error:
+    except (openai.APIError, UnreachableError) as error:
         raise _failure(error, endpoint) from None
 
 
-def _failure(error: openai.OpenAIError, endpoint: Endpoint) -> RequestFailedError:
+def _failure(error: openai.APIError | UnreachableError, endpoint: Endpoint) -> RequestFailedError:
     def clean(text: str) -> str:
         """One short line without the key, which a server may repeat."""
         return " ".join((text.replace(endpoint.key, "[key]") if endpoint.key else text).split())[:300]
 
     cause = error.__cause__ or error
-    if isinstance(cause, UnreachableError):
+    if isinstance(error, UnreachableError) or isinstance(cause, UnreachableError):
         return RequestFailedError(f"cannot be reached ({clean(str(cause))})", fatal=True)
     if isinstance(error, openai.APIStatusError):
         status, body = error.status_code, error.body
@@ -152,8 +154,7 @@ def _failure(error: openai.OpenAIError, endpoint: Endpoint) -> RequestFailedErro
         reason = f"no complete response within {endpoint.timeout:g} s"
     else:
         reason = clean(_described(cause))
-    request = getattr(error, "request", None)
-    tries = int(request.headers["x-stainless-retry-count"]) + 1 if request else 1
+    tries = int(error.request.headers["x-stainless-retry-count"]) + 1
     return RequestFailedError(f"failed {tries} times, the last time with: {reason}")
 
 
@@ -225,10 +226,6 @@ async def request_all(
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-
-
-def _model_names(found: Any) -> list[str]:
-    return [str(model["id"]) for model in found["data"]]
 
 
 def _reply(found: Any) -> dict[str, Any]:
