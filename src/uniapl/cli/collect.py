@@ -71,13 +71,7 @@ def _collect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.output.exists() and not path.exists():
         raise UsageError(f"'{options.output}' exists without its cache '{path}': choose another --output")
     with open_cache(path) as cache:
-        given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_tokens")}
-        settings = Settings(
-            model=options.model or only_model(endpoint),
-            sampling={name: value for name, value in given.items() if value is not None} | options.extra_body,
-            seed=options.seed,
-            system_prompt=options.system_prompt,
-        )
+        settings = _settings(options, options.model or only_model(endpoint))
         requests = {
             settings.key(row.prompt, sample): (row, sample)
             for row in rows
@@ -114,6 +108,12 @@ def _collect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     for line in _lines(summary, progress):
         console.print(line, markup=False, soft_wrap=True)
     return summary
+
+
+def _settings(options: argparse.Namespace, model: str) -> Settings:
+    given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_tokens")}
+    sampling = {name: value for name, value in given.items() if value is not None} | options.extra_body
+    return Settings(model=model, sampling=sampling, seed=options.seed, system_prompt=options.system_prompt)
 
 
 def _request(

@@ -64,8 +64,8 @@ def render_comparison(summary: Mapping[str, Any], *, title: str) -> str:
             f"the rollouts). Square brackets: 95 % bootstrap intervals over seeds. {versions}."
         ),
         tables=list(_tables(summary)),
-        chosen=_settings(summary["settings"]),
-        found=_settings(summary.get("search", {})),
+        chosen=summary["settings"],
+        found=summary.get("search", {}),
         data={"themes": themes, "analyses": [], "stages": []},
     )
 
@@ -117,13 +117,6 @@ def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
             ]
         )
     return {"header": header, "rows": rows}
-
-
-def _settings(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    return [
-        (method, ", ".join(f"{key} = {value}" for key, value in values.items()))
-        for method, values in settings.items()
-    ]
 
 
 def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,15 +79,11 @@ def _one(run: RunData, budget: int) -> dict[str, Any]:
     packed, shown, total = packed_completions(run.completions, budget)
     return {
         "run": run,
-        "state": summary.state(run),
-        "tiles": summary.tiles(run),
-        "health": summary.health(run),
+        "summary": summary,
         "lengths": found["lengths"],
         "shown": shown,
         "total": total,
         "completions": packed,
-        "settings": summary.settings(run),
-        "provenance": summary.provenance(run),
         "data": {"themes": charts.curves([run]), "analyses": analyses, "stages": _stage_starts(run)},
     }
 
@@ -97,19 +93,10 @@ def _several(runs: Sequence[RunData]) -> dict[str, Any]:
     tiles = [{tile["label"]: tile["value"] for tile in summary.tiles(run)} for run in runs]
     labels = list(dict.fromkeys(label for found in tiles for label in found))
     return {
-        "names": names,
+        "summary": summary,
         "labels": labels,
-        "rows": [
-            {
-                "name": name,
-                "run": run,
-                "state": summary.state(run),
-                "values": [found.get(label, "") for label in labels],
-                "health": summary.health(run),
-            }
-            for name, run, found in zip(names, runs, tiles, strict=True)
-        ],
-        "differing": summary.differing_settings(runs),
+        "runs": dict(zip(names, runs, strict=True)),
+        "rows": [[found.get(label, "") for label in labels] for found in tiles],
         "data": {"themes": charts.curves(runs), "analyses": charts.cost_curves(runs), "stages": []},
     }
 
