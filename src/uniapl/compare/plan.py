@@ -1,4 +1,4 @@
-"""The plan of a comparison: budget, methods as pipelines, their settings, and the cells of each part.
+"""The plan of a comparison: budget, methods (methods.yaml), variants, and the cells of each part.
 
 The budget of a run is 9,600 rollouts and 3,200 demonstrations in the losses (repetitions count), for any
 number of stages; a method without rollouts gets as many demonstrations instead. Tokens and seconds depend on
@@ -9,7 +9,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 from uniapl.config.resolve import merge
 from uniapl.demo.recipe import RECIPE
@@ -21,73 +24,19 @@ STEPS = 100
 ROLLOUTS = STEPS * RECIPE["batching"]["prompts_per_step"] * RECIPE["rollout"]["num_generations"]
 DEMONSTRATIONS = STEPS * RECIPE["batching"]["demonstrations_per_step"]
 
-_SFT_FIRST = {"method": "sft", "max_steps": 25, "batching": {"demonstrations_per_step": 128}}
-
-PIPELINES: dict[str, tuple[dict[str, Any], ...]] = {
-    "sft": ({"method": "sft", "max_steps": 100, "batching": {"demonstrations_per_step": 128}},),
-    "grpo": ({"method": "grpo"},),
-    "sft -> grpo": (_SFT_FIRST, {"method": "grpo"}),
-    "chord-mu": ({"method": "chord-mu", "objective": {"mu_decay_steps": STEPS}},),
-    "chord-phi": ({"method": "chord-phi"},),
-    "a-sft": ({"method": "a-sft"},),
-    "a-grpo": ({"method": "a-grpo"},),
-    "sft -> a-grpo": (_SFT_FIRST, {"method": "a-grpo"}),
-    "a-sft -> a-grpo": (
-        {"method": "a-sft", "max_steps": 50, "batching": {"demonstrations_per_step": 64}},
-        {"method": "a-grpo", "max_steps": 50},
-    ),
-    "gad": ({"method": "gad"},),
-    "uniapl": ({"method": "uniapl"},),
-}
-"""The stages of each method, as changes to the demo's recipe with `STEPS` steps."""
+_METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
+    (files("uniapl.compare") / "methods.yaml").read_text(encoding="utf-8")
+)
+PIPELINES: dict[str, Sequence[dict[str, Any]]] = {name: m["stages"] for name, m in _METHODS.items()}
+KNOBS: dict[str, tuple[str, Sequence[Value]]] = {name: m["search"] for name, m in _METHODS.items()}
+SETTINGS: dict[str, dict[str, Value]] = {name: m["settings"] for name, m in _METHODS.items()}
+FRONTS: dict[str, tuple[str, Sequence[Value]]] = {n: m["front"] for n, m in _METHODS.items() if "front" in m}
 
 BASELINES = ("sft", "grpo", "sft -> grpo", "chord-mu", "chord-phi")
 """Methods of other libraries, without an adversary."""
 
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
 """First round of the search; if the best value is at an end, the next one beyond it is tried too."""
-
-KNOBS: dict[str, tuple[str, tuple[Value, ...]]] = {
-    "sft": ("batching.demonstrations_per_step", (128, 64, 32)),
-    "grpo": ("objective.beta", (0.0, 0.02, 0.1)),
-    "sft -> grpo": ("objective.beta", (0.0, 0.02, 0.1)),
-    "chord-mu": ("objective.mu_decay_steps", (100, 50, 25)),
-    "chord-phi": ("objective.mu_valley", (0.1, 0.3, 0.03)),
-    "a-sft": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "a-sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "gad": ("objective.adversarial_credit", ("standardized", "win_probability", "logit")),
-    "uniapl": ("objective.beta", (0.1, 0.02, 0.5)),
-}
-"""Second round of the search: a setting of the method and its values, the default first."""
-
-FRONTS: dict[str, tuple[str, tuple[Value, ...]]] = {
-    "grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
-    "sft -> grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
-    "chord-mu": ("objective.mu_valley", (0.02, 0.05, 0.2, 0.5)),
-    "uniapl": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
-}
-"""The setting by which a method trades `good` for closeness to the expert. For uniapl it is the KL weight, as
-for the pipeline that uniapl replaces; the variants include other values of lambda_adv."""
-
-SETTINGS: dict[str, dict[str, Value]] = {
-    method: {"optim.learning_rate": rate, **own}
-    for method, rate, own in (
-        ("sft", 2.5e-4, {"batching.demonstrations_per_step": 128}),
-        ("grpo", 1e-3, {"objective.beta": 0.02}),
-        ("sft -> grpo", 1e-3, {"objective.beta": 0.02}),
-        ("chord-mu", 1e-3, {"objective.mu_decay_steps": 25, "objective.mu_valley": 0.05}),
-        ("chord-phi", 5e-4, {"objective.mu_valley": 0.3}),
-        ("a-sft", 5e-4, {"objective.lambda_adv": 2.0}),
-        ("a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
-        ("sft -> a-grpo", 1e-3, {"objective.lambda_adv": 1.0}),
-        ("a-sft -> a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
-        ("gad", 5e-4, {"objective.adversarial_credit": "standardized"}),
-        ("uniapl", 5e-4, {"objective.beta": 0.1}),
-    )
-}
-"""The settings found by the search."""
 
 ABLATIONS: dict[str, dict[str, Value]] = {
     "lambda_adv = 0: no adversary": {"objective.lambda_adv": 0.0},
