@@ -9,35 +9,22 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-NOUNS = tuple(
-    "farmer teacher doctor sailor painter baker singer soldier hunter judge king queen "
-    "child monk pilot clerk nurse poet guard miner butcher gardener fisher tailor".split()
-)
-VERBS = tuple(
-    "saw found took lost kept sold made bought carried cleaned dropped followed "
-    "forgot held hid opened painted pushed raised showed stole threw watched wanted".split()
-)
-OBJECTS = tuple(
-    "apple basket boat book bottle box candle chair clock coat coin cup "
-    "door drum flag hat key knife lamp letter map ring rope wheel".split()
-)
-PLACES = tuple("barn bridge castle church forest garden harbor hill market mill river tower".split())
-PREPOSITIONS = ("in", "near", "behind", "beside")
-ADJECTIVES = tuple(
-    "old young dark bright quiet loud small large heavy light clever foolish "
-    "brave gentle proud tired empty broken golden wooden".split()
-)
-ADVERBS = tuple("slowly quickly softly again often rarely proudly sadly gladly calmly today early".split())
-DETERMINERS = ("the", "a")
-
-CLASSES = {
-    "noun": NOUNS,
-    "verb": VERBS,
-    "object": OBJECTS,
-    "place": PLACES,
-    "adjective": ADJECTIVES,
-    "adverb": ADVERBS,
+WORDS = {
+    "noun": "farmer teacher doctor sailor painter baker singer soldier hunter judge king queen "
+    "child monk pilot clerk nurse poet guard miner butcher gardener fisher tailor",
+    "verb": "saw found took lost kept sold made bought carried cleaned dropped followed "
+    "forgot held hid opened painted pushed raised showed stole threw watched wanted",
+    "object": "apple basket boat book bottle box candle chair clock coat coin cup "
+    "door drum flag hat key knife lamp letter map ring rope wheel",
+    "place": "barn bridge castle church forest garden harbor hill market mill river tower",
+    "adjective": "old young dark bright quiet loud small large heavy light clever foolish "
+    "brave gentle proud tired empty broken golden wooden",
+    "adverb": "slowly quickly softly again often rarely proudly sadly gladly calmly today early",
 }
+CLASSES = {name: tuple(words.split()) for name, words in WORDS.items()}
+NOUNS, VERBS, OBJECTS, PLACES, ADJECTIVES, ADVERBS = CLASSES.values()
+PREPOSITIONS = ("in", "near", "behind", "beside")
+DETERMINERS = ("the", "a")
 CLASS_OF = {word: name for name, words in CLASSES.items() for word in words}
 
 
