@@ -10,7 +10,7 @@ import pytest
 
 import uniapl
 from uniapl import cli
-from uniapl.cli.help import KEYS
+from uniapl.cli.help import KEYS, RECIPE_ONLY
 from uniapl.config import Config
 from uniapl.config.resolve import flatten
 
@@ -61,7 +61,7 @@ def test_help_all_lists_every_key(verb: str, capsys: pytest.CaptureFixture[str])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out.replace("-", "_")
     for key in flatten(Config()):
-        assert f"__{key}" in shown
+        assert (f"{key} (in the recipe only): " if key in RECIPE_ONLY else f"__{key}") in shown
 
 
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])

@@ -16,6 +16,7 @@ KEYS = """
     batching.demonstrations_per_step rollout.num_generations rollout.max_completion_length rollout.sampler
     optim.learning_rate objective.mu_peak objective.lambda_adv objective.beta discriminator.kind
 """.split()
+RECIPE_ONLY = ("stages", "rewards.functions")
 
 
 def recipe_help(verb: str, arguments: Sequence[str]) -> None:
@@ -30,7 +31,10 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         from uniapl.demo.recipe import RECIPE as recipe
     elif flags and not flags[0].startswith("-"):
         recipe = load_recipe(flags.pop(0))
-    values = flatten(resolve(recipe, [*flags, "--help"] if "--help-all" in arguments else flags).config)
+    if "--help-all" in arguments:
+        print("\n".join(f"{key} (in the recipe only): {_field(key).description}" for key in RECIPE_ONLY))
+        flags.append("--help")
+    values = flatten(resolve(recipe, flags).config)
     keys = "\n".join(
         f"  {_shorten(f'{key}: {_text(values[key])}', KEY_WIDTH):<{KEY_WIDTH}} {_summary(key)}"
         for key in KEYS
@@ -58,14 +62,18 @@ def _text(value: Any) -> str:
 
 def _summary(key: str) -> str:
     """The beginning of the key's description and its choices, on one line."""
+    field = _field(key)
+    beginning = re.split(r"[;.](?: |$)", field.description)[0]
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return _shorten(beginning + (f": {', '.join(choices)}" if choices else ""), WIDTH - KEY_WIDTH - 3)
+
+
+def _field(key: str) -> Any:
     model: Any = Config
     *sections, leaf = key.split(".")
     for section in sections:
         model = model.model_fields[section].annotation
-    field = model.model_fields[leaf]
-    beginning = re.split(r"[;.](?: |$)", field.description)[0]
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    return _shorten(beginning + (f": {', '.join(choices)}" if choices else ""), WIDTH - KEY_WIDTH - 3)
+    return model.model_fields[leaf]
 
 
 def _shorten(text: str, width: int) -> str:
