@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ class Candidate:
     """The decoded demonstration; None if the prompt has none."""
 
 
+@runtime_checkable
 class Discriminator(Protocol):
     """Scores completions with a logit: higher = more like the expert's.
 

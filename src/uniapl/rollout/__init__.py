@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from uniapl.types import Rollout, TokenIds
 
@@ -26,6 +26,7 @@ class SampleRequest:
     """The training step whose weights sample; it is recorded in every rollout."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Samples completions: token ids in, token ids out.
 
