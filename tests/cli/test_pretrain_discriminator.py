@@ -103,7 +103,7 @@ def test_what_cannot_be_learned_from_is_refused(
     two = ("--policies", *policies)
     assert "cannot load the backbone" in refused(*two, "--model-name-or-path", str(tmp_path / "nowhere"))
     data.write_text("")
-    assert "holds no rows" in refused(*two)
+    assert "no rows" in refused(*two)
     data.write_text('{"question": "a"}\n')
     assert "row 1" in refused(*two)
     write_data(data, demonstrations=False)

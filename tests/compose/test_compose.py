@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import uniapl
-from support.benchmark_data import IFBENCH, IFEVAL, needs_data, rows
+from support.benchmark_data import IFBENCH, IFEVAL, STAND_INS, on_stand_ins_and_real_data, rows
 from support.runs import recipe
 from support.tiny import save_model
 from uniapl import cli
@@ -18,7 +18,6 @@ from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
 from uniapl.rewards.instructions import check_instructions, instructions
 
-pytestmark = needs_data
 BASES = ["Name a river, please.", "Why do leaves fall?", "Describe a market.", "Explain gravity to a child."]
 GERMAN = "Das ist ein ziemlich langer Satz, damit man die Sprache gut erkennen kann."
 TEXTS = {
@@ -145,14 +144,16 @@ def test_every_wording_says_every_argument(kind: str) -> None:
                     assert str(part) in sentence, (name, sentence)
 
 
-def test_no_wording_is_a_benchmark_s() -> None:
+@on_stand_ins_and_real_data
+def test_no_wording_is_a_benchmark_s(benchmarks: Path) -> None:
     said = [
         say(kind, kind.draw(random.Random(seed), "Name a river, please.", set()), random.Random(seed))
         for kind in KINDS.values()
         for seed in range(30)
     ]
-    theirs = [row["prompt"] for row in rows(IFEVAL) + rows(IFBENCH)]
+    theirs = [row["prompt"] for row in rows(benchmarks / IFEVAL) + rows(benchmarks / IFBENCH)]
     assert overlap(said, theirs).ngram == {}
+    assert overlap([f"{theirs[0]} {said[0]}"], theirs).ngram == {0: 0}, "a prompt of theirs would be found"
 
 
 def test_no_two_instructions_of_a_prompt_conflict() -> None:
@@ -200,8 +201,8 @@ def write(path: Path, prompts: list[Any], **columns: Any) -> Path:
     return path
 
 
-def run(base: Path, output: Path, *flags: str) -> int:
-    known = [f"ifeval={IFEVAL}", f"ifbench={IFBENCH}"]
+def run(base: Path, output: Path, *flags: str, benchmarks: Path = STAND_INS) -> int:
+    known = [f"ifeval={benchmarks / IFEVAL}", f"ifbench={benchmarks / IFBENCH}"]
     return cli.run(["compose", str(base), "-o", str(output), "--benchmarks", *known, *flags])
 
 
@@ -263,17 +264,20 @@ def test_composed_prompts_are_trained_on(tmp_path: Path) -> None:
         assert [one["reward"] for one in group["completions"]] == expected
 
 
-def test_a_benchmark_s_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stolen = rows(IFEVAL)[3]["prompt"]
+@on_stand_ins_and_real_data
+def test_a_benchmark_s_prompt_is_refused(
+    benchmarks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stolen = rows(benchmarks / IFEVAL)[3]["prompt"]
     base = write(tmp_path / "base.jsonl", [BASES[0], stolen])
     out = tmp_path / "out.jsonl"
-    assert run(base, out) == 2
+    assert run(base, out, benchmarks=benchmarks) == 2
     assert "1 prompts overlap with a benchmark's" in (said := capsys.readouterr().err)
     assert "row 2 and ifeval row 4" in said
     assert not out.exists()
-    assert run(base, out, "--overlap", "drop") == 0
+    assert run(base, out, "--overlap", "drop", benchmarks=benchmarks) == 0
     assert [row["base_row"] for row in rows(out)] == [1]
-    assert run(base, out, "--overlap", "allow") == 0
+    assert run(base, out, "--overlap", "allow", benchmarks=benchmarks) == 0
     assert [row["base_row"] for row in rows(out)] == [1, 2]
 
 
@@ -321,7 +325,7 @@ def test_a_short_prompt_of_a_benchmark_is_found(tmp_path: Path, capsys: pytest.C
     theirs = write(tmp_path / "theirs.jsonl", ["Name a river, please."])
     base = write(tmp_path / "base.jsonl", ["name a river please", "Another."])
     command = ["compose", str(base), "-o", str(tmp_path / "out.jsonl"), "--benchmarks"]
-    command += [f"mine={theirs}", f"ifeval={IFEVAL}", f"ifbench={IFBENCH}"]
+    command += [f"mine={theirs}", f"ifeval={STAND_INS / IFEVAL}", f"ifbench={STAND_INS / IFBENCH}"]
     assert cli.run(command) == 2
     assert "row 1 and mine row 1" in capsys.readouterr().err
     assert cli.run([*command, "--overlap", "drop"]) == 0

@@ -226,7 +226,7 @@ def test_it_runs_without_git(model_dir: Path, tmp_path: Path, monkeypatch: pytes
             {"prompt": "a", "completion": [{"role": "assistant", "content": None}]},
             "row 1: 'completion' must be",
         ),
-        ({"prompt": "a\ud800b"}, "row 1 cannot be tokenised"),
+        ({"prompt": "a\ud800b"}, "row 1: tokenisation failed"),
         (
             {"prompt": "a", "question": "b"},
             "row 1: data.columns renames 'question' to 'prompt', which is there",
@@ -248,7 +248,7 @@ def test_odd_values(values: dict[str, Any], model_dir: Path, tmp_path: Path) -> 
 
 
 def test_a_system_prompt_for_plain_text_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(uniapl.UsageError, match=r"no place for data\.system_prompt"):
+    with pytest.raises(uniapl.UsageError, match=r"data\.system_prompt does not apply"):
         train(recipe(model_dir, tmp_path / "run", data={"system_prompt": "be brief"}))
 
 

@@ -260,7 +260,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
     ("changes", "rows", "message"),
     [
         ({"max_stepz": 3}, None, "unknown key 'max_stepz'; did you mean 'max_steps'?"),
-        ({}, [], "holds no rows"),
+        ({}, [], "no rows"),
         ({}, [{"question": "a"}], "row 1 has no 'prompt'"),
         (
             {},
@@ -285,7 +285,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             "No module named",
         ),
         ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "directory not found"),
-        ({"data": {"path": "nowhere.jsonl"}}, None, "there is no file 'nowhere.jsonl'"),
+        ({"data": {"path": "nowhere.jsonl"}}, None, "file not found: 'nowhere.jsonl'"),
         ({"resume": "{tmp}/nowhere"}, None, "cannot be used"),
         ({"discriminator": {"kind": "polar"}}, None, "'polar' needs discriminator.model_name_or_path"),
         (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.benchmark_data import AUTOIF, needs_data, rows
+from support.benchmark_data import AUTOIF, DATA, on_stand_ins_and_real_data, rows
 from support.runs import write_recipe
 from support.tiny import save_model
 from uniapl import cli
@@ -58,7 +58,7 @@ def scores(verifiers: CodeVerifiers, texts: list[str], **columns: Any) -> list[f
 
 
 def test_it_is_off_unless_allowed(verifiers: CodeVerifiers) -> None:
-    with pytest.raises(UsageError, match=r"allow it by rewards\.allow_code_verifiers: true"):
+    with pytest.raises(UsageError, match=r"set rewards\.allow_code_verifiers to true"):
         rewarder(verifiers).check_rows([example(1, eval_func=NO_E, cases=CASES)])
 
 
@@ -79,17 +79,17 @@ def test_wrong_functions_are_dropped_and_named(verifiers: CodeVerifiers) -> None
         "row 2, function 1: agrees with 2 of 5 cases;",
         "row 2, function 2: agrees with 0 of 5 cases (SyntaxError",
         "row 3, function 1: agrees with 0 of 1 cases",
-        "row 4, function 1: has no case to agree with",
+        "row 4, function 1: has no cases to agree with",
     ):
         assert said in dropped
-    assert left_out.endswith("does not apply to 3 rows, which have no good function: 2, 3, 4")
+    assert left_out.endswith("does not apply to 3 rows, which have no reliable function: 2, 3, 4")
     assert [scorer.applies_to(one) for one in examples] == [True, False, False, False]
 
 
 def test_the_bar_is_an_argument(verifiers: CodeVerifiers) -> None:
     cases = [*CASES[:4], ["E", False]]  # the second function accepts the last one: 4 of 5
-    assert verifiers.good_functions([NO_E, NO_LOWER_E], cases, 0.8) == [NO_E, NO_LOWER_E]
-    assert verifiers.good_functions([NO_E, NO_LOWER_E], cases, 0.9) == [NO_E]
+    assert verifiers.reliable([NO_E, NO_LOWER_E], cases, 0.8) == [NO_E, NO_LOWER_E]
+    assert verifiers.reliable([NO_E, NO_LOWER_E], cases, 0.9) == [NO_E]
 
 
 def test_a_majority_decides_and_who_gives_no_verdict_has_no_vote(verifiers: CodeVerifiers) -> None:
@@ -124,32 +124,37 @@ def test_columns_of_a_wrong_form_name_their_row(
         rewarder(verifiers).check_rows([example(9, **columns)], allow_code=True)
 
 
-@needs_data
-def test_autoif_s_rows(verifiers: CodeVerifiers) -> None:
-    """22 good functions with their cases; and rows whose functions disagree with most of theirs."""
-    good = [example(i, **row) for i, row in enumerate(rows(AUTOIF / "back_trans.jsonl"), start=1)]
+@on_stand_ins_and_real_data
+def test_autoif_s_rows(benchmarks: Path, verifiers: CodeVerifiers) -> None:
+    """Good functions with their cases; and rows whose functions disagree with most of theirs."""
+    real, folder = benchmarks == DATA, benchmarks / AUTOIF
+    good = [example(i, **row) for i, row in enumerate(rows(folder / "back_trans.jsonl"), start=1)]
     scorer = rewarder(verifiers)
     notes = scorer.check_rows(good, allow_code=True)
     kept = 0
     for one in good:
-        functions = verifiers.good_functions(one.columns["eval_func"], one.columns["cases"], 0.8)
+        functions = verifiers.reliable(one.columns["eval_func"], one.columns["cases"], 0.8)
         kept += len(functions)
         cases = _cases(one.columns["cases"])
         given = scorer.score([one] * len(cases), [text for text, _ in cases], [(1,)] * len(cases))
         agreed = [v == float(e) for v, (_, e) in zip(given["code_verifiers"].values, cases, strict=True)]
         assert sum(agreed) >= 0.95 * len(cases), one.columns["instruction"]
-    assert kept == 22
+    assert kept == (22 if real else 6)
     assert len(notes) == 1, notes
-    wrong = [example(i, **row) for i, row in enumerate(rows(AUTOIF / "query_rft.jsonl"), start=1)]
+    wrong = [example(i, **row) for i, row in enumerate(rows(folder / "query_rft.jsonl"), start=1)]
     scorer = rewarder(verifiers)
     dropped = scorer.check_rows(wrong, allow_code=True)[1]
-    assert "dropped 12 functions: row 17, function 1: agrees with 2 of 8 cases; " in dropped
-    assert [one.row for one in wrong if not scorer.applies_to(one)] == [17, 18, 19, 20]
+    total, unusable, agreement = (12, [17, 18, 19, 20], "2 of 8") if real else (4, [2, 3], "1 of 4")
+    first = f"dropped {total} functions: row {unusable[0]}, function 1: agrees with {agreement} cases; "
+    assert first in dropped
+    assert [one.row for one in wrong if not scorer.applies_to(one)] == unusable
 
 
-@needs_data
-def test_autoif_s_functions_that_return_strings_are_all_dropped(verifiers: CodeVerifiers) -> None:
-    answers = rows(AUTOIF / "dpo_query_w_funcs.jsonl")
+@on_stand_ins_and_real_data
+def test_autoif_s_functions_that_return_strings_are_all_dropped(
+    benchmarks: Path, verifiers: CodeVerifiers
+) -> None:
+    answers = rows(benchmarks / AUTOIF / "dpo_query_w_funcs.jsonl")
     examples = [
         example(i, eval_func=row["eval_func"], cases=[["2, 3, 5", True], ["1", False]])
         for i, row in enumerate(answers, start=1)
@@ -157,7 +162,7 @@ def test_autoif_s_functions_that_return_strings_are_all_dropped(verifiers: CodeV
     scorer = rewarder(verifiers)
     notes = scorer.check_rows(examples, allow_code=True)
     assert not any(map(scorer.applies_to, examples))
-    assert "dropped 21 functions" in notes[1]
+    assert f"dropped {len(answers)} functions" in notes[1]
     assert "returned str, not a bool" in notes[1]
 
 
@@ -198,7 +203,7 @@ def test_a_busy_machine_does_not_decide(verifiers: CodeVerifiers, monkeypatch: p
         return [SandboxTimeoutError("slow")] * len(answers) if late and late.pop() else answers
 
     monkeypatch.setattr(Sandbox, "run", slow)
-    assert verifiers.good_functions([NO_E], [["slow at first", True]], 0.8) == [NO_E]
+    assert verifiers.reliable([NO_E], [["slow at first", True]], 0.8) == [NO_E]
 
 
 def test_jobs_are_not_repeated(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:

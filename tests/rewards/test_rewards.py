@@ -186,7 +186,7 @@ def test_functions_are_found_by_registry_module_and_file(tmp_path: Path) -> None
     [
         ("no_coma", "unknown reward function 'no_coma': use one of .*no_comma"),
         ("nowhere.module:f", "cannot import 'nowhere.module'"),
-        ("nowhere.py:f", "no such file"),
+        ("nowhere.py:f", "file not found"),
         ("os.path:nothing", "has no function 'nothing'"),
     ],
 )
@@ -207,7 +207,7 @@ def test_arguments_are_bound_and_checked() -> None:
 
 def test_a_name_is_no_function() -> None:
     with pytest.raises(
-        UsageError, match=r"'length' is no reward function: names belong in rewards\.functions"
+        UsageError, match=r"'length' is not a function: names of functions belong in rewards\.functions"
     ):
         inspect.unwrap(named_reward)("length", "length")
 
@@ -262,12 +262,12 @@ def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, bat
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="prompt_format is 'text' or 'chat', not 'Text'"):
+    with pytest.raises(UsageError, match="prompt_format must be 'text' or 'chat', not 'Text'"):
         find_function("reward_model")(["a"], ["b"], model="x", prompt_format="Text")
     with pytest.raises(UsageError, match="cannot load the reward model's tokenizer"):
         find_function("reward_model")(["a"], ["b"], model=str(tmp_path / "nowhere"))
     config = Qwen3Config(**SMALL, num_labels=2)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="has 2 outputs, a reward model has one"):
+    with pytest.raises(UsageError, match="has 2 outputs; a reward model must have one"):
         find_function("reward_model")(["a"], ["b"], model=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The jail holds. Each hostile payload first proves that it would run in a process namespace of its own."""
+"""The sandbox contains hostile verifiers, which run only in a jail with its own process namespace."""
 
 import os
 import resource
@@ -12,7 +12,7 @@ import pytest
 
 from uniapl.errors import UsageError
 from uniapl.rewards import sandbox
-from uniapl.rewards.sandbox import Job, Layers, Limits, Sandbox, SandboxError
+from uniapl.rewards.sandbox import Job, Layers, Sandbox, SandboxError
 
 GOOD = "def evaluate(response):\n    import re\n    return bool(re.search('yes', response))"
 
@@ -69,13 +69,13 @@ def start(workers: int = 1, **layers: object) -> Sandbox:
 def jail(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     pool = start(**JAILS[request.param])
     if pool.pid_namespace in ("", os.readlink("/proc/self/ns/pid")):
-        pytest.skip("the jail has no process namespace of its own: nothing hostile is run in it")
+        pytest.skip("the jail has no process namespace of its own, so no hostile payload is run in it")
     yield pool
     pool.close()
 
 
 @pytest.mark.parametrize("name", [*PAYLOADS, *NEEDS_SECCOMP])
-def test_a_hostile_function_ends_in_no_verdict_and_the_pool_goes_on(jail: Sandbox, name: str) -> None:
+def test_hostile_function_gets_no_verdict_and_pool_continues(jail: Sandbox, name: str) -> None:
     if name in NEEDS_SECCOMP and "seccomp" not in jail.layers:
         pytest.skip("without seccomp this is only contained by the namespace")
     job = Job(payload((PAYLOADS | NEEDS_SECCOMP)[name]), "text")
@@ -93,7 +93,9 @@ def test_a_hostile_function_ends_in_no_verdict_and_the_pool_goes_on(jail: Sandbo
     assert not os.path.exists("/tmp/uniapl-was-here")
 
 
-def test_nothing_of_the_caller_is_to_be_seen(jail: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_and_files_of_the_caller_are_hidden(
+    jail: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     job = Job(payload("import os; return 'HF_TOKEN' in os.environ"), "")
     assert jail.run([job]) == [False]
@@ -104,8 +106,8 @@ def test_nothing_of_the_caller_is_to_be_seen(jail: Sandbox, monkeypatch: pytest.
         assert jail.run([job]) == [False]
 
 
-def test_a_job_has_its_own_four_files_and_no_others(jail: Sandbox) -> None:
-    """Standard input, output and error, and the pipe for its answer: not the worker's own pipes."""
+def test_job_has_four_open_files(jail: Sandbox) -> None:
+    """Standard input, output and error, and the pipe for its result, but not the worker's own pipes."""
     body = "import os; return [fd for fd in range(256) if exists(fd)] == [0, 1, 2, 3]"
     exists = "def exists(fd):\n    import os\n    try: os.fstat(fd)\n    except OSError: return False\n"
     assert jail.run([Job(f"{exists}    return True\n{payload(body)}", "")]) == [True]
@@ -118,7 +120,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     pool.close()
 
 
-def test_verdicts_are_bools_and_nothing_else(pool: Sandbox) -> None:
+def test_only_bools_are_verdicts(pool: Sandbox) -> None:
     bodies = [
         "return True",
         "return False",
@@ -137,13 +139,13 @@ def test_verdicts_are_bools_and_nothing_else(pool: Sandbox) -> None:
     ]
 
 
-def test_order_is_kept_and_text_arrives_as_it_is(pool: Sandbox) -> None:
+def test_order_and_text_are_preserved(pool: Sandbox) -> None:
     texts = ["", "one\ntwo", "größer 😀 \u2028 \x00", "x" * 300_000]
     jobs = [Job(payload(f"return response == {text!r}"), other) for text in texts for other in texts]
     assert pool.run(jobs) == [text == other for text in texts for other in texts]
 
 
-def test_a_broken_function_says_what_is_wrong(pool: Sandbox) -> None:
+def test_broken_function_reports_its_error(pool: Sandbox) -> None:
     sources = [
         "def evaluate(response)",
         "def other(response): return True",
@@ -151,13 +153,13 @@ def test_a_broken_function_says_what_is_wrong(pool: Sandbox) -> None:
     ]
     assert [str(error)[:40] for error in pool.run([Job(source, "") for source in sources])] == [
         "SyntaxError: expected ':' (<verifier>, l"[:40],
-        "NameError: it defines no function 'evaluate'"[:40],
+        "NameError: the source defines no function 'evaluate'"[:40],
         "ModuleNotFoundError: No module named 'nl"[:40],
     ]
 
 
-def test_draws_and_sets_are_the_same_every_time(pool: Sandbox) -> None:
-    """random.seed(0), and a hash seed of 0, in every job and every worker."""
+def test_random_numbers_and_set_order_are_reproducible(pool: Sandbox) -> None:
+    """Every job of every worker starts with random.seed(0) and a hash seed of 0."""
     job = Job(payload("import random; return random.random() == 0.8444218515250481"), "")
     assert pool.run([job]) == [True]
     order = Job(payload("raise ValueError(' '.join(set('abcdefgh')))"), "")
@@ -167,10 +169,10 @@ def test_draws_and_sets_are_the_same_every_time(pool: Sandbox) -> None:
     other.close()
 
 
-def test_a_verdict_is_remembered_a_failure_is_not(pool: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_are_cached_and_failures_are_not(pool: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Job] = []
-    ask = sandbox._Worker.ask
-    monkeypatch.setattr(sandbox._Worker, "ask", lambda self, job: asked.append(job) or ask(self, job))
+    run = sandbox._Worker.run
+    monkeypatch.setattr(sandbox._Worker, "run", lambda self, job: asked.append(job) or run(self, job))
     good, bad = Job(GOOD, "remembered: yes"), Job(payload("raise ValueError"), "remembered")
     assert pool.run([good, good, bad])[:2] == [True, True]
     assert pool.run([good])[0] is True
@@ -192,14 +194,14 @@ def evaluate(response):
 """
 
 
-def test_a_job_cannot_answer_for_others(jail: Sandbox) -> None:
-    """Not even where only namespaces hold it, and files of processes of its own user are in sight."""
+def test_job_cannot_forge_results_of_others(jail: Sandbox) -> None:
+    """This holds even if only namespaces contain it and it can see the files of its user's processes."""
     assert jail.run([Job(FORGE, "")]) == [False]
     never = [Job(payload("return False"), str(number)) for number in range(6)]
     assert jail.run(never) == [False] * 6
 
 
-def test_answers_out_of_step_are_no_verdicts(pool: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_response_to_another_job_is_no_verdict(pool: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     exchange = sandbox._Worker._exchange
 
     def late(self: object, question: dict[str, object], seconds: float) -> dict[str, object]:
@@ -209,32 +211,32 @@ def test_answers_out_of_step_are_no_verdicts(pool: Sandbox, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(sandbox._Worker, "_exchange", late)
         (verdict,) = pool.run([Job(GOOD, "yes, out of step")])
-    assert str(verdict) == "the worker's answers are out of step"
+    assert str(verdict) == "the worker's response belongs to another job"
     assert pool.run([Job(GOOD, "yes, out of step")]) == [True]
 
 
-def test_a_closed_sandbox_gives_no_verdicts() -> None:
+def test_closed_sandbox_gives_no_verdicts() -> None:
     pool = start(1, wrapper="none")
     pool.close()
     (verdict,) = pool.run([Job(GOOD, "yes, closed")])
     assert str(verdict) == "the sandbox is closed"
 
 
-def test_a_surprise_in_the_pool_is_no_verdict_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exception_in_the_pool_is_no_verdict_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = start(1, wrapper="none")
 
     def surprise(self: object, job: Job) -> bool:
         raise RuntimeError("of the pool itself")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox._Worker, "ask", surprise)
+        patch.setattr(sandbox._Worker, "run", surprise)
         (verdict,) = pool.run([Job(GOOD, "yes, surprised")])
     assert "of the pool itself" in str(verdict)
     assert pool.run([Job(GOOD, "yes, surprised")]) == [True]
     pool.close()
 
 
-def test_a_call_that_was_given_up_does_not_hold_up_the_next() -> None:
+def test_abandoned_call_does_not_delay_the_next() -> None:
     pool = start(1, wrapper="none")
     slow = [Job(payload(f"import time; time.sleep(0.5); return {number} < 0"), "") for number in range(60)]
     answers: list[object] = []
@@ -243,11 +245,11 @@ def test_a_call_that_was_given_up_does_not_hold_up_the_next() -> None:
     time.sleep(0.7)
     assert pool.run([Job(GOOD, "yes, after others")]) == [True]
     thread.join(10)
-    assert sum("given up" in str(answer) for answer in answers) >= 50
+    assert sum("abandoned" in str(answer) for answer in answers) >= 50
     pool.close()
 
 
-def test_a_forked_process_has_workers_of_its_own() -> None:
+def test_forked_process_has_its_own_workers() -> None:
     pool = start(1, wrapper="none")
     assert pool.run([Job(GOOD, "yes, before")]) == [True]
     child = os.fork()
@@ -258,9 +260,9 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
     pool.close()
 
 
-def test_many_open_files_do_no_harm() -> None:
+def test_descriptors_above_1023_work() -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1300:
-        pytest.skip("so many files cannot be opened here")
+        pytest.skip("the limit of open files is too low")
     files = [open(os.devnull) for _ in range(1100)]  # noqa: SIM115
     try:
         pool = start(1, wrapper="none")
@@ -271,7 +273,7 @@ def test_many_open_files_do_no_harm() -> None:
             file.close()
 
 
-def test_no_jail_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_jail_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"no jail could be set up.*install bubblewrap"):
         Sandbox(layers=Layers(wrapper="none", seccomp=None))
     with pytest.raises(UsageError, match="only rlimits, seccomp"):
@@ -281,13 +283,13 @@ def test_no_jail_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         Sandbox(layers=Layers(wrapper="bubblewrap"))
 
 
-def test_memory_is_limited_by_size_and_not_by_time(pool: Sandbox) -> None:
+def test_memory_limit_acts_before_the_time_limit(pool: Sandbox) -> None:
     (verdict,) = pool.run([Job(payload("return len(bytearray(1 << 30)) > 0"), "")])
     assert str(verdict) == "MemoryError: "
 
 
-def test_seccomp_alone_lets_no_file_be_opened_for_writing() -> None:
-    """Nor would landlock and the read-only file system: each layer holds without the others."""
+def test_seccomp_alone_denies_opening_files_for_writing() -> None:
+    """Landlock and the read-only file system deny it too; each layer holds without the others."""
     pool = start(1, wrapper="bubblewrap", landlock=False)
     if "seccomp" not in pool.layers:
         pytest.skip("pyseccomp or libseccomp is missing")
@@ -298,12 +300,12 @@ def test_seccomp_alone_lets_no_file_be_opened_for_writing() -> None:
     pool.close()
 
 
-def test_limits_are_the_caller_s() -> None:
+def test_time_limit_is_configurable() -> None:
     pool = start(wrapper="none")
     pool.close()
-    pool = Sandbox(workers=1, limits=Limits(seconds=0.2))
+    pool = Sandbox(workers=1, seconds=0.2)
     began = time.monotonic()
     (verdict,) = pool.run([Job(payload("import time; time.sleep(30)"), "")])
-    assert str(verdict) == "no answer within 0.2 s"
+    assert str(verdict) == "no result within 0.2 s"
     assert time.monotonic() - began < 10
     pool.close()

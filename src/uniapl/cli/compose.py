@@ -120,7 +120,7 @@ def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
         return prompt.strip(), None
     if prompt is None:
         raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
-    messages = data.checked_messages(number, column, prompt)
+    messages = data.checked_messages(f"row {number}: '{column}'", prompt)
     if column == "messages" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     last = messages[-1] if messages else {"role": None, "content": None}

@@ -90,7 +90,7 @@ def _question(number: int, row: Any) -> Question:
     if prompt is None:
         raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
     if column == "messages" or not isinstance(prompt, str):
-        prompt = data.checked_messages(number, column, prompt)
+        prompt = data.checked_messages(f"row {number}: '{column}'", prompt)
         if prompt[-1]["role"] == "assistant":
             raise UsageError(f"row {number}: '{column}' ends with an answer already: take that message out")
     elif not prompt.strip():

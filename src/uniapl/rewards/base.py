@@ -1,4 +1,4 @@
-"""Reward functions with their names, weights and columns: calling all, and combining what they say."""
+"""Named and weighted reward functions: checks before training, calls, and the combined reward."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
 class RewardFunction(Protocol):
-    """TRL's signature; see the package's docstring."""
+    """TRL's signature; see :mod:`uniapl.rewards`."""
 
     def __call__(self, **kwargs: Any) -> Any:
         """One float, None or Exception per completion (or an awaitable of that)."""
@@ -28,84 +28,82 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RowCheck:
-    """What a reward function's own `check_rows` found before training.
+    """The result of a reward function's own `check_rows`, before training.
 
     Examples:
         RowCheck(unusable={17: "none of its functions agrees with its cases"}, notes=["sandbox: landlock"])
     """
 
     unusable: Mapping[int, str] = field(default_factory=dict)
-    """Row number -> why the function cannot score answers to it: it does not apply to that row."""
+    """Row number -> why the function does not apply to that row."""
     notes: Sequence[str] = ()
-    """What the user should hear."""
+    """Messages for the user."""
     details: Sequence[str] = ()
-    """All that the notes sum up, for `uniapl check --json`."""
+    """The findings that the notes summarise, for `uniapl check --json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedReward:
-    """A reward function with its name, its weight, and the columns that it cannot do without."""
+    """A reward function with its arguments bound, its name, its weight and the columns that it requires."""
 
     name: str
     function: functools.partial[Any]
     weight: float
     required_columns: tuple[str, ...]
     unusable: Mapping[int, str] = field(default_factory=dict)
-    """Rows that its own check has refused, by their numbers, and why."""
+    """See :class:`RowCheck`."""
 
     def applies_to(self, example: Example) -> bool:
-        """Every column that the function needs has a value in this row, which it has not refused."""
+        """Whether the row has a value in every required column and the function's own check accepts it."""
         filled = all(example.columns.get(column) is not None for column in self.required_columns)
         return filled and example.row not in self.unusable
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOutcome:
-    """What one function said of some samples, and what went wrong."""
+    """One function's values for some samples, and its failures."""
 
     values: list[float | None]
     failed: list[bool]
-    """True where the function broke a rule: the sample's whole reward is then unknown."""
+    """True if the function failed on the sample, whose combined reward is then unknown."""
     timed_out: bool = False
     message: str | None = None
-    """The first failure, for people."""
+    """The first failure."""
     seconds: float = 0.0
 
 
 def named_reward(
     name: str, function: Callable[..., Any], *, weight: float = 1.0, args: dict[str, Any] | None = None
 ) -> NamedReward:
-    """Bind arguments and read from the signature which columns the function needs.
+    """Bind the arguments, and read from the signature which columns the function requires.
 
     Raises:
-        UsageError: An argument that the function does not take.
+        UsageError: The function does not take one of the arguments, or has no signature.
     """
+    args = args or {}
     if not callable(function):
-        raise UsageError(f"{function!r} is no reward function: names belong in rewards.functions")
+        raise UsageError(f"{function!r} is not a function: names of functions belong in rewards.functions")
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters.values()
     except ValueError as error:
-        raise UsageError(
-            f"reward function '{name}' does not say which arguments it takes: {error}"
-        ) from error
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for argument in args or {}:
-        if argument not in parameters and not takes_any:
+        raise UsageError(f"reward function '{name}' has no signature that can be read: {error}") from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for argument in args:
+        if not takes_any and argument not in [p.name for p in parameters]:
             raise UsageError(f"reward function '{name}' takes no argument '{argument}'")
-    bound = functools.partial(function, **(args or {}))
     required = tuple(
         p.name
-        for p in parameters.values()
-        if p.default is inspect.Parameter.empty
-        and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        and p.name not in STANDARD_ARGUMENTS
-        and p.name not in (args or {})
+        for p in parameters
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in (*STANDARD_ARGUMENTS, *args)
     )
+    bound = functools.partial(function, **args)
     return NamedReward(name=name, function=bound, weight=weight, required_columns=required)
 
 
 def build_rewarder(config: RewardsConfig, functions: Sequence[Callable[..., Any]] = ()) -> "Rewarder":
-    """The reward functions of a configuration, and further callables."""
+    """The reward functions of a configuration, followed by further callables."""
     named = [
         named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args) for f in config.functions
     ]
@@ -114,94 +112,83 @@ def build_rewarder(config: RewardsConfig, functions: Sequence[Callable[..., Any]
 
 
 class Rewarder:
-    """All reward functions of a run: calls them, applies the rules, adds up."""
+    """All reward functions of a run: checks them, calls them and combines their values."""
 
     def __init__(self, rewards: Sequence[NamedReward], *, timeout: float | None = 60.0) -> None:
         self.rewards: list[NamedReward] = []
         for reward in rewards:
-            self.rewards.append(replace(reward, name=self._free_name(reward.name)))
+            # The same function with other arguments gets a number, so that its metrics have their own names.
+            names = itertools.chain([reward.name], (f"{reward.name}_{n}" for n in itertools.count(2)))
+            taken = {other.name for other in self.rewards}
+            self.rewards.append(replace(reward, name=next(name for name in names if name not in taken)))
         self.timeout = timeout
         self.details: list[str] = []
-        """What :meth:`check_rows` has found, one by one."""
-
-    def _free_name(self, name: str) -> str:
-        """The name, with a number where it is taken (one function, other arguments): metrics stay apart."""
-        taken = {reward.name for reward in self.rewards}
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        return next(candidate for candidate in itertools.chain([name], numbered) if candidate not in taken)
+        """The single findings of :meth:`check_rows`."""
 
     def applies_to(self, example: Example) -> bool:
-        """Some function can score answers to this row."""
+        """Whether at least one function can score completions of this row."""
         return any(reward.applies_to(example) for reward in self.rewards)
 
     def check_columns(self, examples: Iterable[Example]) -> None:
-        """Refuse a function whose columns no row has.
+        """Check that every required column has a value in some row.
 
         Raises:
-            UsageError: Naming the function, the missing column, and the columns that there are.
+            UsageError: Names the function, the missing column and the existing columns.
         """
         known = {key for example in examples for key, value in example.columns.items() if value is not None}
         for reward in self.rewards:
             for column in reward.required_columns:
                 if column not in known:
                     raise UsageError(
-                        f"reward function '{reward.name}' needs a column '{column}', which no row fills "
-                        f"(columns: {', '.join(sorted(known)) or 'none':.200}); rename yours by "
+                        f"reward function '{reward.name}' needs a column '{column}', but no row has a value "
+                        f"for it (columns: {', '.join(sorted(known)) or 'none':.200}); rename yours with "
                         "data.columns, or give the argument a default or a value in rewards.functions"
                     )
 
     def check_rows(self, examples: Sequence[Example], *, allow_code: bool = False) -> list[str]:
-        """Let the functions that know how to look at the data do so; what the user should hear.
-
-        A function may have an attribute `check_rows(examples, **args)` that returns a `RowCheck`, and
-        an attribute `runs_code_from_data`: without `allow_code` it is refused.
+        """Call `check_rows` of every function that has it, and return the notes for the user.
 
         Raises:
-            UsageError: A row that a function can make nothing of, named with what is wrong with it.
+            UsageError: A function cannot read a row; or it runs code from the data (its attribute
+                `runs_code_from_data`) without `allow_code`.
         """
         notes: list[str] = []
         for index, reward in enumerate(self.rewards):
             if getattr(reward.function.func, "runs_code_from_data", False) and not allow_code:
                 raise UsageError(
-                    f"reward function '{reward.name}' runs Python code that the data brings along, in a "
-                    "sandbox: allow it by rewards.allow_code_verifiers: true"
+                    f"reward function '{reward.name}' runs Python code from the data in a sandbox: set "
+                    "rewards.allow_code_verifiers to true to allow it"
                 )
-            look = getattr(reward.function.func, "check_rows", None)
+            check = getattr(reward.function.func, "check_rows", None)
             rows = [example for example in examples if reward.applies_to(example)]
-            if look is None or not rows:
+            if check is None or not rows:
                 continue
-            found: RowCheck = look(rows, **reward.function.keywords)
+            found: RowCheck = check(rows, **reward.function.keywords)
             self.rewards[index] = replace(reward, unusable=found.unusable)
-            notes += [f"reward '{reward.name}': {note}" for note in found.notes]
-            self.details += [f"reward '{reward.name}': {detail}" for detail in found.details]
-            reasons: dict[str, list[int]] = {}
-            for row, reason in found.unusable.items():
-                reasons.setdefault(reason, []).append(row)
-            notes += [
-                f"reward '{reward.name}' does not apply to {len(numbers)} rows, {reason}: {_listed(numbers)}"
-                for reason, numbers in reasons.items()
-            ]
+            label = f"reward '{reward.name}'"
+            notes += [f"{label}: {note}" for note in found.notes]
+            self.details += [f"{label}: {detail}" for detail in found.details]
+            for reason in dict.fromkeys(found.unusable.values()):
+                numbers = [row for row, its_reason in found.unusable.items() if its_reason == reason]
+                notes.append(f"{label} does not apply to {len(numbers)} rows, {reason}: {_listed(numbers)}")
         return notes
 
     def try_out(self, examples: Sequence[Example]) -> None:
-        """Call every function once on two rows: what fails on the first call is better heard of now.
+        """Call every function on two rows, so that a broken one is reported before training.
 
         Raises:
-            UsageError: The function raised, hung, or returned something of a wrong form.
+            UsageError: The function raised, timed out, or returned values of a wrong form.
         """
         for reward in self.rewards:
             rows = [example for example in examples if reward.applies_to(example)][:2]
-            if not rows:
-                continue
-            answers = [example.demonstration or "An answer." for example in rows]
-            ids = [example.demonstration_ids or (0,) for example in rows]
-            outcome = self.score_one(reward, rows, answers, ids)
-            # One answer that cannot be scored may be just that one.
-            if all(outcome.failed):
+            texts = [example.demonstration or "An answer." for example in rows]
+            outcome = self.score_one(reward, rows, texts, [row.demonstration_ids or (0,) for row in rows])
+            # A single failure may be due to that completion.
+            if rows and all(outcome.failed):
                 chat = (
                     ""
                     if isinstance(rows[0].prompt, str)
-                    else ("; the completions of chat prompts are lists with one message: use c[0]['content']")
+                    else "; completions of chat prompts are lists with one message: use c[0]['content']"
                 )
                 raise UsageError(
                     f"reward function '{reward.name}' fails on rows {_listed([row.row for row in rows])} of "
@@ -211,14 +198,12 @@ class Rewarder:
     def score(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> dict[str, RewardOutcome]:
-        """Function name -> its outcome over all samples, each sample with its example.
+        """Function name -> its outcome over all samples; the arguments have one entry per sample.
 
-        A function that raises on the whole batch is called again sample by sample, so that one bad answer
-        does not cost the others their reward. A time-out, or a result of a wrong form, is not repeated.
+        A function that raises on the whole batch is called again for each sample, so that a failure on one
+        completion does not cost the others their reward. Time-outs and results of a wrong form are final.
         """
-        return {
-            reward.name: self.score_one(reward, examples, texts, completion_ids) for reward in self.rewards
-        }
+        return {r.name: self.score_one(r, examples, texts, completion_ids) for r in self.rewards}
 
     def score_one(
         self,
@@ -230,10 +215,11 @@ class Rewarder:
         """:meth:`score` for one function."""
         values: list[float | None] = [None] * len(examples)
         failed = [False] * len(examples)
-        chosen = [index for index, example in enumerate(examples) if reward.applies_to(example)]
-        if not chosen:
+        applicable = [index for index, example in enumerate(examples) if reward.applies_to(example)]
+        if not applicable:
             return RewardOutcome(values=values, failed=failed)
         start = time.monotonic()
+        message, timed_out = None, False
 
         def score_some(indices: list[int]) -> list[Value]:
             arguments = arguments_of(
@@ -244,47 +230,35 @@ class Rewarder:
             )
             return call(reward.function, arguments, self.timeout, len(indices))
 
-        message, timed_out = None, False
         found: dict[int, Value] = {}
         try:
-            found = dict(zip(chosen, score_some(chosen), strict=True))
+            found = dict(zip(applicable, score_some(applicable), strict=True))
         except (RewardTimeoutError, WrongFormError) as error:
             message, timed_out = str(error), isinstance(error, RewardTimeoutError)
-            for index in chosen:
-                failed[index] = True
-        except Exception as error:  # the user's own code may raise anything
+            found = dict.fromkeys(applicable, error)
+        except Exception as error:  # the user's code may raise anything
             message = f"{type(error).__name__}: {error}{error_location(error)}"
-            for index in chosen:
-                if timed_out:
-                    failed[index] = True
-                    continue
+            for index in applicable:
                 try:
-                    found[index] = score_some([index])[0]
-                except RewardTimeoutError:
-                    failed[index] = timed_out = True
-                except Exception:
-                    failed[index] = True
+                    found[index] = error if timed_out else score_some([index])[0]
+                except Exception as failure:
+                    found[index], timed_out = failure, isinstance(failure, RewardTimeoutError)
         for index, value in found.items():
             if isinstance(value, Exception):
-                message = message or f"{type(value).__name__}: {value}"
-                failed[index] = True
+                failed[index], message = True, message or f"{type(value).__name__}: {value}"
             elif value is not None and not math.isfinite(value):
-                message = message or f"returned {value}"
-                failed[index] = True
+                failed[index], message = True, message or f"returned {value}"
             else:
                 values[index] = value
+        seconds = time.monotonic() - start
         return RewardOutcome(
-            values=values,
-            failed=failed,
-            timed_out=timed_out,
-            message=message,
-            seconds=time.monotonic() - start,
+            values=values, failed=failed, timed_out=timed_out, message=message, seconds=seconds
         )
 
     def combine(self, outcomes: dict[str, RewardOutcome], count: int) -> list[float | None]:
         """The reward of each sample: the weighted sum over the functions that apply to it.
 
-        None where no function applies, and where one failed: without its part the sum would be a lie.
+        It is None if no function applies, or if one failed, because the sum without its value would be wrong.
         """
         combined: list[float | None] = []
         for index in range(count):

@@ -1,4 +1,4 @@
-"""One call of a reward function: its arguments, its time, and the form of what it returns."""
+"""A single call of a reward function: its arguments, its time limit and the check of its result."""
 
 import asyncio
 import copy
@@ -14,15 +14,15 @@ from uniapl.threads import DeadlineError, call_with_deadline
 from uniapl.types import Example
 
 Value = float | None | Exception
-"""What a function says of one completion: a score, "does not apply", or why it could not score it."""
+"""A function's result for one completion: a score, None ("does not apply"), or why it could not be scored."""
 
 
 class RewardTimeoutError(Exception):
-    """A call did not end in time. (A TimeoutError may be the function's own, about one sample.)"""
+    """A call exceeded its time limit. (A TimeoutError may be the function's own, for one sample.)"""
 
 
 class WrongFormError(ValueError):
-    """A reward function returned something else than one number or None per completion."""
+    """A reward function did not return one number, None or exception per completion."""
 
 
 def arguments_of(
@@ -31,9 +31,9 @@ def arguments_of(
     texts: list[str],
     completion_ids: list[list[int]],
 ) -> dict[str, Any]:
-    """What the function's parameters name, or everything if it takes ``**kwargs``."""
+    """The arguments that the function's parameters name; all of them if it takes ``**kwargs``."""
     everything: dict[str, Any] = {
-        # A copy: a function that changes its arguments must not change the data of later steps.
+        # Copied, so that a function that modifies its arguments does not modify the data of later steps.
         column: [copy.deepcopy(example.columns.get(column)) for example in examples]
         for column in {column for example in examples for column in example.columns}
     }
@@ -44,19 +44,25 @@ def arguments_of(
     ]
     everything["completion_ids"] = completion_ids
     parameters = inspect.signature(function.func).parameters
-    everything = {key: value for key, value in everything.items() if key not in function.keywords}
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return everything
-    return {key: value for key, value in everything.items() if key in parameters}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = (everything if takes_any else everything.keys() & parameters.keys()) - function.keywords.keys()
+    return {name: everything[name] for name in names}
 
 
 def call(
     function: Callable[..., Any], arguments: dict[str, Any], timeout: float | None, count: int
 ) -> list[Value]:
-    """The function's `count` values, awaited if it is async; RewardTimeoutError after `timeout` seconds.
+    """The function's `count` values, awaited if it is async.
 
-    A function that calls sys.exit() does not end the run: that is an error like others.
-    A thread cannot be killed: one that hangs is left behind as a daemon and cannot keep the run from ending.
+    A call of sys.exit() is an error like any other and does not end the run. A thread cannot be killed: a
+    function that hangs keeps its thread, which is a daemon and therefore does not keep the process alive.
+
+    Args:
+        timeout: Seconds; None calls the function in this thread, without a limit.
+
+    Raises:
+        RewardTimeoutError: The function did not return in time.
+        WrongFormError: It returned something else than `count` values.
     """
 
     def run() -> list[Value]:
@@ -74,7 +80,7 @@ def call(
 
 
 def error_location(error: Exception) -> str:
-    """Where in the user's file an error arose."""
+    """File and line of the user's code that raised the error, in parentheses."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
     return f" ({Path(last.filename).name}, line {last.lineno})" if last and last.filename != __file__ else ""
@@ -85,25 +91,23 @@ async def _awaited(result: Any) -> Any:
 
 
 def _checked(result: Any, count: int) -> list[Value]:
-    """The result as floats, Nones and exceptions, or a WrongFormError that says what is wrong with it."""
+    """The result as floats, Nones and exceptions; raises WrongFormError."""
     if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
         raise WrongFormError(
             f"must return a list with one value per completion, returned {type(result).__name__}"
         )
-    # No more than can be used: a generator may have no end.
+    # A generator may be infinite.
     values = list(itertools.islice(result, count + 1))
     if len(values) != count:
         found = len(values) if len(values) < count else f"more than {count}"
         raise WrongFormError(f"returned {found} values for {count} completions")
-    checked: list[Value] = []
-    for value in values:
-        if value is None or isinstance(value, Exception):
-            checked.append(value)
-            continue
-        try:
-            checked.append(float(value.item() if hasattr(value, "item") else value))
-        except (TypeError, ValueError) as error:
-            raise WrongFormError(f"returned {value!r:.80} where a number or None belongs") from error
-        if isinstance(value, str):
-            raise WrongFormError(f"returned the text {value!r:.80} where a number or None belongs")
-    return checked
+    return [value if value is None or isinstance(value, Exception) else _as_float(value) for value in values]
+
+
+def _as_float(value: Any) -> float:
+    if isinstance(value, str):
+        raise WrongFormError(f"returned the text {value!r:.80} where a number or None was expected")
+    try:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError) as error:
+        raise WrongFormError(f"returned {value!r:.80} where a number or None was expected") from error

@@ -1,37 +1,27 @@
-"""`code_verifiers`: verifier functions that come with the data as Python source, as AutoIF writes them.
+"""`code_verifiers`: verifier functions that come with the data as Python source, in AutoIF's format.
 
-A row's `eval_func` holds sources of functions `evaluate(response) -> bool` (alone, or each in a list with its
-author's own score), its `cases` pairs of a text and what a right function says of it. Everything runs in
-:mod:`uniapl.rewards.sandbox`, and only if the configuration allows it. Source of the format and of the bar of
-0.8: AutoIF (arXiv 2406.13542); that a majority decides is our choice.
+A row's `eval_func` holds sources of functions `evaluate(response) -> bool`, each optionally in a list with
+its author's score; `cases` holds pairs of a text and the expected verdict. Everything runs in
+:mod:`uniapl.rewards.sandbox`, and only if the configuration allows it. The format and the threshold of 0.8
+are AutoIF's (arXiv 2406.13542); the majority vote is our choice.
 """
 
 import ast
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from uniapl.errors import UsageError
 from uniapl.rewards.base import RowCheck
-from uniapl.rewards.builtin import answer_text
+from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.finding import register
-from uniapl.rewards.sandbox import Job, Sandbox, SandboxError, SandboxTimeoutError
+from uniapl.rewards.sandbox import Job, Sandbox, SandboxError, SandboxTimeoutError, Verdict
 from uniapl.types import Example
 
-TRIES = 3
-"""How often a function may run out of time on a case."""
-SHOWN = 10
-"""Dropped functions that are named one by one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tested:
-    """A function and how it did on its cases."""
-
-    source: str
-    problem: str | None
-    """Why it is dropped, None if it is kept."""
+ATTEMPTS = 3
+"""Times that a case may exceed its time limit, so that load on the machine does not drop a function."""
+LISTED = 10
+"""Dropped functions that the note lists individually."""
 
 
 class CodeVerifiers:
@@ -41,7 +31,7 @@ class CodeVerifiers:
 
     def __init__(self) -> None:
         self._sandbox: Sandbox | None = None
-        self._tested: dict[tuple[Any, ...], list[Tested]] = {}
+        self._problems: dict[tuple[Any, ...], dict[str, str | None]] = {}
 
     def __call__(
         self,
@@ -51,18 +41,18 @@ class CodeVerifiers:
         *,
         min_agreement: float = 0.8,
     ) -> list[float | Exception]:
-        """1 where more than half of a row's good functions accept the answer, else 0.
+        """1 if more than half of a row's reliable functions accept the completion, else 0.
 
-        A function that gives no verdict (it raises, hangs, or returns no bool) has no vote; where none has
-        one, the answer could not be scored.
+        A function without a verdict (it raises, times out, or does not return a bool) has no vote. If no
+        function has one, the completion could not be scored.
 
         Args:
-            min_agreement: Functions that agree with fewer of their cases are not asked.
+            min_agreement: A function is reliable if it agrees with at least this fraction of its cases.
         """
-        texts = [answer_text(completion) for completion in completions]
+        texts = [completion_text(completion) for completion in completions]
         jobs = [
-            [Job(source, text) for source in self.good_functions(functions, known, min_agreement)]
-            for functions, known, text in zip(eval_func, cases or [None] * len(texts), texts, strict=True)
+            [Job(source, text) for source in self.reliable(sources, known, min_agreement)]
+            for sources, known, text in zip(eval_func, cases or [None] * len(texts), texts, strict=True)
         ]
         verdicts = iter(self.sandbox().run([job for row in jobs for job in row]))
         return [_vote([next(verdicts) for _ in row]) for row in jobs]
@@ -71,77 +61,75 @@ class CodeVerifiers:
         """The pool of workers.
 
         Raises:
-            UsageError: No jail can be set up here.
+            UsageError: No jail can be set up on this machine.
         """
         self._sandbox = self._sandbox or Sandbox()
         return self._sandbox
 
-    def good_functions(self, functions: Any, cases: Any, min_agreement: float) -> list[str]:
-        """Sources of those functions that agree with enough of their cases."""
-        return [t.source for t in self.tested(functions, cases, min_agreement) if t.problem is None]
+    def reliable(self, functions: Any, cases: Any, min_agreement: float) -> list[str]:
+        """Sources of the functions that agree with enough of their cases."""
+        found = self.problems(functions, cases, min_agreement)
+        return [source for source, problem in found.items() if problem is None]
 
-    def tested(self, functions: Any, cases: Any, min_agreement: float) -> list[Tested]:
-        """Every function of a row with what is wrong with it; each is tried once per process."""
+    def problems(self, functions: Any, cases: Any, min_agreement: float) -> dict[str, str | None]:
+        """Source -> why the function is dropped, or None; each row is tested once per process."""
         sources, known = _sources(functions), _cases(cases)
         key = (*sources, None, *known, min_agreement)
-        if key not in self._tested:
+        if key not in self._problems:
             jobs = [Job(source, text) for source in sources for text, _ in known]
-            answers = self.sandbox().run(jobs)
-            for _ in range(TRIES - 1):
-                # What a busy machine has slowed down must not decide which rows there are.
-                late = [place for place, one in enumerate(answers) if isinstance(one, SandboxTimeoutError)]
-                for place, answer in zip(late, self.sandbox().run([jobs[p] for p in late]), strict=True):
-                    answers[place] = answer
-            verdicts = iter(answers)
-            self._tested[key] = [
-                Tested(source=source, problem=_problem([next(verdicts) for _ in known], known, min_agreement))
+            verdicts: dict[Job, Verdict] = {}
+            for _ in range(ATTEMPTS):
+                verdicts |= zip(jobs, self.sandbox().run(jobs), strict=True)
+                jobs = [job for job in jobs if isinstance(verdicts[job], SandboxTimeoutError)]
+            self._problems[key] = {
+                source: _problem([verdicts[Job(source, text)] for text, _ in known], known, min_agreement)
                 for source in sources
-            ]
-        return self._tested[key]
+            }
+        return self._problems[key]
 
     def check_rows(self, examples: Sequence[Example], *, min_agreement: float = 0.8) -> RowCheck:
-        """Try every function on its cases; rows that no function is left for have no reward.
+        """Test every function on its cases. The reward does not apply to rows without a reliable function.
 
         Raises:
-            UsageError: Columns of a wrong form, naming the row.
+            UsageError: A row's columns have a wrong form.
         """
         dropped: list[str] = []
         unusable: dict[int, str] = {}
         for example in examples:
-            columns = example.columns
             try:
-                found = self.tested(columns["eval_func"], columns.get("cases"), min_agreement)
+                found = self.problems(
+                    example.columns["eval_func"], example.columns.get("cases"), min_agreement
+                )
             except ValueError as error:
                 raise UsageError(f"row {example.row}: {error}") from error
             dropped += [
-                f"row {example.row}, function {number}: {tested.problem}"
-                for number, tested in enumerate(found, start=1)
-                if tested.problem is not None
+                f"row {example.row}, function {number}: {problem}"
+                for number, problem in enumerate(found.values(), start=1)
+                if problem is not None
             ]
-            if all(tested.problem is not None for tested in found):
-                unusable[example.row] = "which have no good function"
+            if None not in found.values():
+                unusable[example.row] = "which have no reliable function"
         notes = [f"sandbox: {', '.join(self.sandbox().layers)}"]
         if dropped:
-            rest = len(dropped) - SHOWN
+            rest = len(dropped) - LISTED
             more = f"; and {rest} more (uniapl check --json lists them)" if rest > 0 else ""
-            notes.append(f"dropped {len(dropped)} functions: {'; '.join(dropped[:SHOWN])}{more}")
+            notes.append(f"dropped {len(dropped)} functions: {'; '.join(dropped[:LISTED])}{more}")
         return RowCheck(unusable=unusable, notes=notes, details=dropped)
 
 
-def _vote(verdicts: Sequence[bool | SandboxError]) -> float | Exception:
+def _vote(verdicts: Sequence[Verdict]) -> float | Exception:
     votes = [verdict for verdict in verdicts if isinstance(verdict, bool)]
     if not votes:
-        failures = [str(verdict) for verdict in verdicts]
-        return SandboxError(failures[0] if failures else "the row has no good function")
+        return SandboxError(str(verdicts[0]) if verdicts else "the row has no reliable function")
     return float(2 * sum(votes) > len(votes))
 
 
 def _problem(
-    verdicts: Sequence[bool | SandboxError], cases: Sequence[tuple[str, bool]], min_agreement: float
+    verdicts: Sequence[Verdict], cases: Sequence[tuple[str, bool]], min_agreement: float
 ) -> str | None:
-    """Why a function with these verdicts on its cases is not to be trusted."""
+    """Why a function with these verdicts on its cases is dropped, or None."""
     if not cases:
-        return "has no case to agree with"
+        return "has no cases to agree with"
     agreed = sum(verdict == expected for verdict, (_, expected) in zip(verdicts, cases, strict=True))
     if agreed >= min_agreement * len(cases):
         return None
@@ -153,9 +141,8 @@ def _sources(value: Any) -> list[str]:
     """The sources in `eval_func`: one, a list, or AutoIF's list of [source, score]; or JSON of these."""
     parsed = _parsed(value)
     parsed = parsed if isinstance(parsed, list | tuple) else [parsed]
-    items = [item[0] if isinstance(item, list | tuple) and item else item for item in parsed]
-    sources = [item for item in items if isinstance(item, str)]
-    if sources and len(sources) == len(items):
+    sources = [item[0] if isinstance(item, list | tuple) and item else item for item in parsed]
+    if sources and all(isinstance(source, str) for source in sources):
         return list(dict.fromkeys(sources))
     raise ValueError(f"'eval_func' must be Python source, or a list of sources, not {value!r:.80}")
 
@@ -178,14 +165,13 @@ def _cases(value: Any) -> list[tuple[str, bool]]:
 
 
 def _parsed(value: Any) -> Any:
-    """JSON, or Python's way to write the same (AutoIF keeps its cases so); other text as it is."""
-    if not isinstance(value, str):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
+    """The value of JSON or of a Python literal, in which AutoIF stores its cases; other text unchanged."""
+    if isinstance(value, str):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return parse(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
     return value
 
 

@@ -1,4 +1,4 @@
-"""The registry of reward functions, and finding others by name."""
+"""The registry of reward functions, and lookup of others by module or file."""
 
 import hashlib
 import importlib
@@ -15,7 +15,7 @@ REGISTRY: dict[str, Callable[..., Any]] = {}
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function known to `rewards.functions` under `name`."""
+    """Decorator that makes a function available to `rewards.functions` under `name`."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         REGISTRY[name] = function
@@ -25,10 +25,10 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def find_function(name: str) -> Callable[..., Any]:
-    """A registry name, `module:function` or `path.py:function` -> the function.
+    """The function that `name` refers to: a registry name, `module:function` or `path.py:function`.
 
     Raises:
-        UsageError: Nothing there by that name; the message lists what is.
+        UsageError: It does not exist, or its module cannot be imported.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -40,7 +40,7 @@ def find_function(name: str) -> Callable[..., Any]:
         )
     try:
         module = _load_file(Path(source).resolve()) if source.endswith(".py") else _import(source)
-    except Exception as error:  # the user's own code runs here and may raise anything
+    except Exception as error:  # the user's code runs here and may raise anything
         raise UsageError(f"reward function '{name}': cannot import '{source}': {error!r}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -49,23 +49,21 @@ def find_function(name: str) -> Callable[..., Any]:
 
 
 def _import(module: str) -> Any:
-    """Import by name; modules beside the user, in the working directory, are found too."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    """Import a module by name, also from the working directory."""
+    _add_to_path(os.getcwd())
     return importlib.import_module(module)
 
 
 def _load_file(path: Path) -> Any:
-    """Run a Python file once; its neighbours can be imported from it."""
+    """Import a Python file once; it can import the files in its directory."""
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"file not found: {path}")
     name = f"uniapl_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
-        if str(path.parent) not in sys.path:
-            sys.path.insert(0, str(path.parent))
+        _add_to_path(str(path.parent))
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -73,3 +71,8 @@ def _load_file(path: Path) -> Any:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def _add_to_path(directory: str) -> None:
+    if directory not in sys.path:
+        sys.path.insert(0, directory)

@@ -18,21 +18,24 @@ def reward_model(
     prompt_format: str = "text",
     batch_size: int = 16,
 ) -> list[float]:
-    """The logit that a reward model gives to prompt and completion.
+    """The reward model's logit for each prompt and completion.
 
-    Its text is made as TRL's GRPOTrainer makes it: a chat by the reward model's own template, plain strings
-    as they are. A logit has no fixed range: weigh it against other rewards. The weights are loaded at the
-    first call, which `rewards.timeout` has to allow for.
+    The text is formatted as by TRL's GRPOTrainer: chats with the reward model's own template, plain strings
+    unchanged. A logit has no fixed range, so choose its weight relative to other rewards. The weights are
+    loaded in the first call, and `rewards.timeout` must allow for that.
 
     Args:
         model: Directory or Hub id of a sequence classifier with one output and its tokenizer.
-        prompt_format: As in the section `data`: "chat" makes plain strings a user's message and its answer.
-        batch_size: Answers scored at a time.
+        prompt_format: As in the section `data`: "chat" turns plain strings into messages.
+        batch_size: Completions scored at a time.
+
+    Raises:
+        UsageError: The model cannot be loaded, or `prompt_format` is invalid.
     """
     import torch
 
     if prompt_format not in ("text", "chat"):
-        raise UsageError(f"reward_model: prompt_format is 'text' or 'chat', not '{prompt_format}'")
+        raise UsageError(f"reward_model: prompt_format must be 'text' or 'chat', not '{prompt_format}'")
     classifier, tokenizer = _load(model)
 
     def text(prompt: Any, completion: Any) -> str:
@@ -60,11 +63,7 @@ def reward_model(
 
 @functools.cache
 def _load(name: str) -> tuple[Any, Any]:
-    """The classifier on the accelerator, if there is one, and its tokenizer.
-
-    Raises:
-        UsageError: It cannot be loaded, or has another number of outputs.
-    """
+    """The classifier, on the accelerator if there is one, and its tokenizer."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -77,11 +76,11 @@ def _load(name: str) -> tuple[Any, Any]:
         use_safetensors=True,
     )
     if model.config.num_labels != 1:
-        raise UsageError(f"'{name}' has {model.config.num_labels} outputs, a reward model has one")
+        raise UsageError(f"'{name}' has {model.config.num_labels} outputs; a reward model must have one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    # By number: a thread of its own would otherwise take the first one in every process.
-    found = torch.accelerator.current_accelerator()
-    device = "cpu" if found is None else f"{found.type}:{os.environ.get('LOCAL_RANK', 0)}"
+    # With its index: reward functions run in their own thread, which would use device 0 in every process.
+    accelerator = torch.accelerator.current_accelerator()
+    device = "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
     return model.eval().requires_grad_(False).to(device), tokenizer

@@ -1,17 +1,16 @@
-"""Running verifier code that came with the data, in a jail that it cannot hurt anybody from.
+"""Runs verifier functions that come with the data in a jail.
 
-A pool of long-lived workers, each a bare Python interpreter behind as many layers as the machine offers:
+A pool of long-lived workers, each a bare Python interpreter inside every layer that the machine offers:
 
-* bubblewrap (else `unshare`): namespaces of its own for processes, network, IPC and users; with bubblewrap a
-  file system that holds the interpreter alone, read-only;
-* landlock: nothing on the file system may be touched but the interpreter's own files, read-only;
-* seccomp: a short list of system calls, among them none for processes, sockets, signals and writing files;
+* bubblewrap, else `unshare`: separate process, network, IPC and user namespaces; bubblewrap also gives a
+  read-only file system that contains only the interpreter and the system's libraries;
+* landlock: no file access except reading the interpreter's own files;
+* seccomp: an allowlist of system calls without processes, sockets, signals and writing files;
 * rlimits: processor time, memory, file sizes, descriptors.
 
-Without bubblewrap, and without seccomp and landlock together, nothing is run. Each job is a forked child in a
-session of its own; it has one second, and only True or False is a verdict. Everything else (an exception, a
-time-out, a result of another type) is a :class:`SandboxError`: no reward, never a 0. docs/decisions/0009 has
-the reasons.
+Nothing runs without either bubblewrap or seccomp together with landlock. Each job is a forked child in its
+own session. It has one second, and only True or False is a verdict. Every other result (an exception, a
+time-out, another type) is a :class:`SandboxError`, which means "no reward" and never 0.
 """
 
 import atexit
@@ -26,6 +25,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,24 +38,29 @@ from uniapl.rewards.sandbox.layers import (
     wrapper_command,
 )
 
+MEMORY_LIMIT = 512 * 2**20
+"""Address space of a job, in bytes."""
 START_SECONDS = 20.0
-"""How long a worker may take to start on a busy machine."""
+"""Time limit for starting a worker, long enough for a busy machine."""
 GRACE_SECONDS = 5.0
-"""How long after a job's own time a worker may take to say so, before it is taken for dead."""
+"""Time beyond a job's own limit after which a silent worker is considered dead."""
 CACHED_VERDICTS = 100_000
 
 
 class SandboxError(Exception):
-    """A job gave no verdict; the text says why."""
+    """A job gave no verdict; the message says why."""
 
 
 class SandboxTimeoutError(SandboxError):
-    """It took too long: another time it may not."""
+    """A job exceeded its time limit; a retry may succeed."""
+
+
+Verdict = bool | SandboxError
 
 
 @dataclass(frozen=True)
 class Job:
-    """The source of a function `evaluate(response) -> bool`, and one text.
+    """The source of a function `evaluate(response) -> bool`, and the text to apply it to.
 
     Example:
         Job(source="def evaluate(response): return 'e' not in response", text="A short word")
@@ -66,28 +71,14 @@ class Job:
 
     @property
     def key(self) -> bytes:
-        """What it is remembered by."""
+        """Digest under which the verdict is cached."""
         parts = json.dumps([self.source, self.text]).encode()
         return hashlib.blake2b(parts, digest_size=16).digest()
 
 
-_Question = tuple[object, bytes, Job, "queue.SimpleQueue[tuple[bytes, bool | SandboxError]]"]
-"""(the call that it belongs to, its key, itself, where the answer goes)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a job may use."""
-
-    seconds: float = 1.0
-    """Wall clock."""
-    memory: int = 512 * 2**20
-    """Bytes of address space."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """What to build the jail from."""
+    """The layers that a jail is built from."""
 
     wrapper: str
     landlock: bool = True
@@ -95,23 +86,26 @@ class Layers:
 
 
 class Sandbox:
-    """The pool. Close it, or leave that to the end of the process.
+    """The pool of workers, which ends with the process or with :meth:`close`.
 
-    One call at a time: a new one ends what an earlier one, whose caller has given up on it, still had to do.
+    It serves one call at a time. A new call cancels the queued jobs of an abandoned one.
     """
 
     def __init__(
-        self, *, workers: int | None = None, limits: Limits | None = None, layers: Layers | None = None
+        self, *, workers: int | None = None, seconds: float = 1.0, layers: Layers | None = None
     ) -> None:
-        """Find the best jail that there is, or set up the one that is asked for.
+        """Set up the given jail, or the best one available.
+
+        Args:
+            seconds: Wall-clock limit of a job.
 
         Raises:
-            UsageError: It would not be a jail: neither bubblewrap nor seccomp with landlock can be set up.
+            UsageError: Neither bubblewrap nor seccomp with landlock can be set up.
         """
-        self.limits = limits or Limits()
-        self._layers, probe = _first_worker(layers, self.limits)
+        self._seconds = seconds
+        self._layers, probe = _first_worker(layers, seconds)
         self.layers: tuple[str, ...] = probe.layers
-        """What is in force, by name."""
+        """Names of the layers in force."""
         self.pid_namespace = probe.pid_namespace
         probe.close()
         self._count = workers or min(4, os.cpu_count() or 1)
@@ -121,8 +115,8 @@ class Sandbox:
         self._start()
         atexit.register(self.close)
 
-    def run(self, jobs: Sequence[Job]) -> list[bool | SandboxError]:
-        """The verdict of each job, in order, or why there is none; verdicts are remembered."""
+    def run(self, jobs: Sequence[Job]) -> list[Verdict]:
+        """The verdict of each job, in order, or why there is none. Verdicts are cached, errors are not."""
         if self._closed:
             return [SandboxError("the sandbox is closed")] * len(jobs)
         if os.getpid() != self._pid:
@@ -130,17 +124,18 @@ class Sandbox:
         if len(self._verdicts) > CACHED_VERDICTS:
             self._verdicts.clear()
         keys = [job.key for job in jobs]
-        unknown = {key: job for key, job in zip(keys, jobs, strict=True) if key not in self._verdicts}
         call = self._call = object()
-        answered: queue.SimpleQueue[tuple[bytes, bool | SandboxError]] = queue.SimpleQueue()
-        for key, job in unknown.items():
-            self._jobs.put((call, key, job, answered))
-        found = dict(answered.get() for _ in unknown)
+        pending: dict[bytes, Future[Verdict]] = {}
+        for key, job in zip(keys, jobs, strict=True):
+            if key not in self._verdicts and key not in pending:
+                pending[key] = Future()
+                self._jobs.put((call, job, pending[key]))
+        found = {key: future.result() for key, future in pending.items()}
         self._verdicts |= {key: value for key, value in found.items() if isinstance(value, bool)}
         return [found[key] if key in found else self._verdicts[key] for key in keys]
 
     def close(self) -> None:
-        """End the workers; what is still asked of them gets no verdict."""
+        """End the workers. Jobs still in the queue get no verdict."""
         atexit.unregister(self.close)
         self._closed = True
         self._call = None
@@ -152,9 +147,9 @@ class Sandbox:
                     worker.close()
 
     def _start(self) -> None:
-        """Threads that each own a worker: bubblewrap ends one together with the thread that started it."""
+        """Start one thread per worker: bubblewrap ends a worker together with the thread that started it."""
         self._pid = os.getpid()
-        self._jobs: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[object, Job, Future[Verdict]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
         for number in range(self._count):
@@ -162,25 +157,25 @@ class Sandbox:
 
     def _serve(self) -> None:
         worker: _Worker | None = None
-        while (question := self._jobs.get()) is not None:
-            call, key, job, answered = question
+        while (item := self._jobs.get()) is not None:
+            call, job, verdict = item
             if call is not self._call:
-                answered.put((key, SandboxError("its caller has given up")))
+                verdict.set_result(SandboxError("the call was abandoned"))
                 continue
             try:
                 worker = worker or self._new_worker()
-                answered.put((key, worker.ask(job)))
-            except Exception as error:  # whatever it is: who waits must hear of it
-                # The worker itself is gone or mute; the next job gets a new one.
+                verdict.set_result(worker.run(job))
+            except Exception as error:  # any failure must reach the waiting caller
+                # The worker has ended or is silent; the next job starts another one.
                 if worker is not None:
                     worker.close()
                     with self._lock:
                         self._workers.discard(worker)
                 worker = None
-                answered.put((key, error if isinstance(error, SandboxError) else SandboxError(repr(error))))
+                verdict.set_result(error if isinstance(error, SandboxError) else SandboxError(repr(error)))
 
     def _new_worker(self) -> "_Worker":
-        worker = _Worker(self._layers, self.limits)
+        worker = _Worker(self._layers, self._seconds)
         with self._lock:
             self._workers.add(worker)
             if self._closed:
@@ -191,11 +186,11 @@ class Sandbox:
 class _Worker:
     """One jailed interpreter and the pipes to it."""
 
-    def __init__(self, layers: Layers, limits: Limits) -> None:
+    def __init__(self, layers: Layers, seconds: float) -> None:
         wrapper = wrapper_command(layers.wrapper)
         if wrapper is None:
             raise SandboxError(f"{layers.wrapper} is not installed")
-        self._seconds = limits.seconds
+        self._seconds = seconds
         try:
             self._process = subprocess.Popen(
                 [*wrapper, *worker_command()],
@@ -206,71 +201,67 @@ class _Worker:
                 start_new_session=True,
             )
         except OSError as error:
-            raise SandboxError(f"cannot be started: {error}") from error
+            raise SandboxError(f"cannot start the worker: {error}") from error
         settings = {
-            "seconds": limits.seconds,
-            "memory": limits.memory,
+            "seconds": seconds,
+            "memory": MEMORY_LIMIT,
             "landlock": layers.landlock,
             "readable": readable_directories(),
             "seccomp": layers.seccomp,
-            "caller_pid_namespace": _pid_namespace(),
+            "caller_pid_namespace": os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else "",
         }
         try:
-            said = self._exchange(settings, START_SECONDS)
+            jail = self._exchange(settings, START_SECONDS)
         except SandboxError as error:
             self._process.kill()
             assert self._process.stderr is not None
-            complaint = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
             self.close()
-            raise SandboxError(complaint[-1] if complaint else str(error)) from error
+            raise SandboxError(lines[-1] if lines else str(error)) from error
         wrappers = () if layers.wrapper == "none" else (layers.wrapper,)
-        self.layers = (*wrappers, *said["layers"])
-        self.pid_namespace: str = said["pid_namespace"]
+        self.layers = (*wrappers, *jail["layers"])
+        self.pid_namespace: str = jail["pid_namespace"]
 
-    def ask(self, job: Job) -> bool | SandboxError:
-        """The job's verdict. Raises SandboxError where the worker itself has failed."""
-        # Only the worker knows it: nothing that a job may leave in the pipe passes for another job's answer.
+    def run(self, job: Job) -> Verdict:
+        """The job's verdict. Raises SandboxError if the worker itself failed."""
+        # Jobs never see the token, so what one leaves in the pipe cannot pass for another's verdict.
         token = secrets.token_hex(8)
-        question = {"source": job.source, "text": job.text, "token": token}
-        answer = self._exchange(question, self._seconds + GRACE_SECONDS)
-        if answer.get("token") != token:
-            raise SandboxError("the worker's answers are out of step")
-        value = answer.get("value")
-        if isinstance(value, bool):
-            return value
-        kind = SandboxTimeoutError if answer.get("expired") else SandboxError
-        return kind(str(answer.get("error", "no verdict")))
+        request = {"source": job.source, "text": job.text, "token": token}
+        response = self._exchange(request, self._seconds + GRACE_SECONDS)
+        if response.get("token") != token:
+            raise SandboxError("the worker's response belongs to another job")
+        if isinstance(response.get("value"), bool):
+            return response["value"]
+        kind = SandboxTimeoutError if response.get("expired") else SandboxError
+        return kind(str(response.get("error", "no verdict")))
 
     def close(self) -> None:
         self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self._process.wait()
+        with contextlib.suppress(OSError), self._process:
+            pass  # leaving the context closes the pipes and waits
 
-    def _exchange(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            # Not select, which knows no descriptors above 1,023.
+            # select.select does not support descriptors above 1,023.
             with selectors.DefaultSelector() as selector:
                 selector.register(self._process.stdout, selectors.EVENT_READ)
                 if not selector.select(seconds):
-                    raise SandboxError("the worker gave no answer")
+                    raise SandboxError("the worker did not respond")
             return json.loads(self._process.stdout.readline())
         except (OSError, ValueError) as error:
             raise SandboxError("the worker has ended") from error
 
 
-def _first_worker(layers: Layers | None, limits: Limits) -> tuple[Layers, _Worker]:
+def _first_worker(layers: Layers | None, seconds: float) -> tuple[Layers, _Worker]:
     """A worker in the best jail that can be set up."""
     tried: list[str] = []
     for candidate in [layers] if layers else [Layers(wrapper=wrapper) for wrapper in WRAPPERS]:
         try:
-            worker = _Worker(candidate, limits)
+            worker = _Worker(candidate, seconds)
         except SandboxError as error:
             tried.append(f"{candidate.wrapper}: {error}")
             continue
@@ -279,11 +270,6 @@ def _first_worker(layers: Layers | None, limits: Limits) -> tuple[Layers, _Worke
         tried.append(f"only {', '.join(worker.layers)}")
         worker.close()
     raise UsageError(
-        "code verifiers cannot be run: no jail could be set up "
-        f"({'; '.join(tried)}). On Linux, install bubblewrap, or 'uniapl[sandbox]' (seccomp) on a kernel "
-        "with landlock"
+        f"code verifiers cannot run: no jail could be set up ({'; '.join(tried)}). On Linux, install "
+        "bubblewrap, or 'uniapl[sandbox]' (seccomp) on a kernel with landlock"
     )
-
-
-def _pid_namespace() -> str:
-    return os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""

@@ -1,11 +1,10 @@
-"""What a jail is built from: namespaces by bubblewrap or unshare, and the seccomp filter."""
+"""The parts of a jail: the bubblewrap or unshare command line, and the seccomp filter."""
 
 import base64
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 SYSTEM_CALLS = """
@@ -16,14 +15,14 @@ SYSTEM_CALLS = """
     select pselect6 poll ppoll sched_yield sched_getaffinity
     getpid getppid gettid getuid geteuid getgid getegid uname exit exit_group
 """.split()
-"""All that a verifier may ask of the kernel, beside opening files for reading. None of them makes a process,
-a socket or a file, sends a signal, or changes a limit."""
+"""System calls that a verifier may make, in addition to opening files for reading. None of them creates a
+process, a socket or a file, sends a signal, or changes a limit."""
 
 WRAPPERS = ("bubblewrap", "unshare", "none")
 
 
 def wrapper_command(wrapper: str) -> list[str] | None:
-    """The words in front of the worker's own command line; None where the program is not installed."""
+    """The command that the worker's command line is appended to; None if it is not installed."""
     if wrapper == "none":
         return []
     program = shutil.which("bwrap" if wrapper == "bubblewrap" else wrapper)
@@ -43,16 +42,14 @@ def wrapper_command(wrapper: str) -> list[str] | None:
 
 
 def worker_command() -> list[str]:
-    """A bare interpreter with the worker's source: no site-packages, nothing to find.
-
-    Not isolated (-I), which would ignore PYTHONHASHSEED; its environment is ours anyway.
-    """
+    """A bare interpreter, without site-packages, that runs the worker's source."""
+    # -I (isolated mode) would ignore PYTHONHASHSEED. The environment is already a minimal one.
     source = (Path(__file__).parent / "worker.py").read_text(encoding="utf-8")
     return [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B", "-c", source]
 
 
 def readable_directories() -> list[str]:
-    """Where the interpreter, its standard library and the system's shared libraries lie."""
+    """Directories of the interpreter, its standard library and the system's shared libraries."""
     found = [sys.base_prefix, os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))]
     found += ["/usr", "/lib", "/lib64"]
     real = [path for path in dict.fromkeys(found) if Path(path).is_dir() and not Path(path).is_symlink()]
@@ -60,26 +57,22 @@ def readable_directories() -> list[str]:
 
 
 def seccomp_program() -> str | None:
-    """The filter as a BPF program in base64; None where pyseccomp or libseccomp is missing."""
+    """The filter as a base64-encoded BPF program; None if pyseccomp or libseccomp is missing."""
     try:
         import pyseccomp
     except (ImportError, OSError, RuntimeError, AttributeError):
         return None
     filter_ = pyseccomp.SyscallFilter(pyseccomp.ERRNO(1))
-    for call in SYSTEM_CALLS:
-        _allow(filter_, call, [])
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    for call, place in (("open", 1), ("openat", 2)):
-        _allow(filter_, call, [pyseccomp.Arg(place, pyseccomp.MASKED_EQ, writing, 0)])
+    conditions = {
+        call: [pyseccomp.Arg(position, pyseccomp.MASKED_EQ, writing, 0)]
+        for call, position in (("open", 1), ("openat", 2))
+    }
+    for call in (*SYSTEM_CALLS, *conditions):
+        # A call that this architecture does not have cannot be made and needs no rule.
+        if pyseccomp.resolve_syscall(pyseccomp.system_arch(), call) >= 0:
+            filter_.add_rule(pyseccomp.ALLOW, call, *conditions.get(call, ()))
     with tempfile.TemporaryFile() as file:
         filter_.export_bpf(file)
         file.seek(0)
         return base64.b64encode(file.read()).decode()
-
-
-def _allow(filter_: object, call: str, conditions: Sequence[object]) -> None:
-    import pyseccomp
-
-    # A call that this architecture does not have cannot be made either.
-    if pyseccomp.resolve_syscall(pyseccomp.system_arch(), call) >= 0:
-        filter_.add_rule(pyseccomp.ALLOW, call, *conditions)  # type: ignore[attr-defined]
