@@ -13,7 +13,7 @@ from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
 from uniapl.rewards.checkers import Instruction
-from uniapl.rewards.instructions import answer_behind, check_instructions, instructions_of_rows
+from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
 from uniapl.types import Example
 
 BENCHMARKS = {"ifeval": "google/IFEval", "ifbench": "allenai/IFBench_test"}
@@ -167,7 +167,7 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -
         judged: list[Scores] = []
         failure: str | None = None
         for example, text in zip(examples, texts, strict=True):
-            answer = answer_behind(text, answer_after)
+            answer = text_after(text, answer_after)
             try:
                 judged.append(_judged(given[example.row], answer))
             except Exception as error:  # a checker that raises has not judged: counted as unknown
