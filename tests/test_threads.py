@@ -16,7 +16,7 @@ from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Server
 from uniapl.threads import in_background
 
-# A program that a shell has started behind its back ignores Ctrl-C.
+# A background process of a shell ignores Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 server = Server(url=sys.argv[1], timeout=600.0)
 
@@ -43,15 +43,15 @@ def test_each_item_once_and_in_order() -> None:
     assert map_in_threads(work, [], num_threads=3) == []
 
 
-def test_so_many_at_once() -> None:
-    """Three wait for each other: fewer threads would wait for ever, a fourth item is begun only later."""
+def test_calls_run_in_parallel() -> None:
+    """Three calls wait for each other: with fewer threads they would wait forever."""
     meeting = threading.Barrier(3)
     assert (
         map_in_threads(lambda item: meeting.wait(timeout=20) < 3, list(range(6)), num_threads=3) == [True] * 6
     )
 
 
-def test_after_a_failure_nothing_is_begun() -> None:
+def test_after_a_failure_no_item_is_started() -> None:
     begun: list[int] = []
 
     def work(item: int) -> None:
@@ -64,8 +64,8 @@ def test_after_a_failure_nothing_is_begun() -> None:
     assert begun == [0, 1, 2]
 
 
-def test_a_failure_waits_for_what_is_under_way() -> None:
-    """Nothing else is asked of a server while it still answers."""
+def test_a_failure_waits_for_running_calls() -> None:
+    """No call is left running, so that a server gets no other request at the same time."""
     failed = threading.Event()
     ended: list[str] = []
 
@@ -81,7 +81,7 @@ def test_a_failure_waits_for_what_is_under_way() -> None:
     assert ended == ["slow"]
 
 
-def test_a_failure_in_the_background_is_raised_where_it_is_waited_for() -> None:
+def test_a_failure_in_the_background_is_raised_by_the_future() -> None:
     def fails() -> None:
         raise ValueError("behind")
 
@@ -128,7 +128,7 @@ def test_a_program_ends_although_a_server_does_not_answer(where: str) -> None:
     try:
         assert asked.wait(timeout=60)
         child.send_signal(signal.SIGINT)
-        # An answer would be waited for ten minutes.
+        # The request has a timeout of ten minutes.
         assert child.wait(timeout=60) == 130
     finally:
         child.kill()

@@ -71,11 +71,7 @@ def with_retries(call: Callable[[], Result], max_retries: int) -> Result:
 
 
 def check_url(key: str, url: str) -> None:
-    """Check the URL in a configuration key.
-
-    Raises:
-        UsageError: httpx is not installed, or the URL is invalid.
-    """
+    """Raise a UsageError if the URL in a configuration key is invalid or httpx is not installed."""
     try:
         import httpx
     except ImportError as error:

@@ -1,7 +1,7 @@
 """Calls in daemon threads: a call that hangs is left behind and does not keep the program from exiting."""
 
+import functools
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import TypeVar
@@ -57,26 +57,19 @@ def map_in_threads(
     After a failure no further item is started; the running ones are awaited and the failure is raised.
     After Ctrl-C nothing is awaited.
     """
-    queue = deque(enumerate(items))
-    results: dict[int, Result] = {}
+    free, failed = threading.Semaphore(num_threads), threading.Event()
+    futures: list[Future[Result]] = []
 
-    def run() -> None:
-        while True:
-            try:
-                number, item = queue.popleft()
-            except IndexError:
-                return
-            try:
-                results[number] = work(item)
-            except BaseException:
-                queue.clear()
-                raise
+    def finish(future: Future[Result]) -> None:
+        if future.exception() is not None:
+            failed.set()
+        free.release()
 
-    workers = [in_background(run) for _ in range(min(num_threads, len(items)))]
-    try:
-        wait(workers)
-    finally:
-        queue.clear()
-    for worker in workers:
-        worker.result()
-    return [results[number] for number in range(len(items))]
+    for item in items:
+        free.acquire()
+        if failed.is_set():
+            break
+        futures.append(in_background(functools.partial(work, item)))
+        futures[-1].add_done_callback(finish)
+    wait(futures)
+    return [future.result() for future in futures]

@@ -1,4 +1,4 @@
-"""The discriminator behind a server, on loopback: one that answers, and every way in which it may not."""
+"""The discriminator behind a server on loopback: correct responses and every kind of failure."""
 
 import http.server
 import json
@@ -35,7 +35,7 @@ def send(handler: http.server.BaseHTTPRequestHandler, answer: Any, status: int =
 
 
 def honest(handler: http.server.BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-    """As the servers document it; vLLM's items come in any order."""
+    """Respond as the servers document; vLLM's items can have any order."""
     if handler.path == "/classify":
         assert asked["model"] == "polar"
         send(handler, [{"embedding": [logit_of(text)]} for text in asked["text"]])
@@ -122,8 +122,8 @@ def cuts(handler: Any, asked: dict[str, Any]) -> None:
 
 TROUBLES: dict[str, tuple[Reply, str]] = {
     "status 500": (lambda h, a: send(h, b"boom", 500), "status 500: boom"),
-    "no JSON": (lambda h, a: send(h, b"<html>"), "no JSON: <html>"),
-    "another form": (lambda h, a: send(h, {"error": "x"}), "another form: KeyError"),
+    "no JSON": (lambda h, a: send(h, b"<html>"), "not JSON: <html>"),
+    "another form": (lambda h, a: send(h, {"error": "x"}), "unexpected response: KeyError"),
     "too few": (
         lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}]}),
         "finite scores among|unexpected response: KeyError",
@@ -149,7 +149,7 @@ def test_a_server_in_trouble_ends_in_bounded_time_with_its_name(trouble: str) ->
     with serving(reply) as url:
         started = time.monotonic()
         with pytest.raises(uniapl.UniAPLError, match=rf"{url} failed, attempt 3: .*({message})"):
-            # Only who is silent needs a short deadline: on a busy machine an answer may take longer.
+            # Only a silent server needs a short deadline: on a busy machine a response can take longer.
             remote(url, timeout=0.4 if "0.4 s" in message else 5.0).score(CANDIDATES)
         assert time.monotonic() - started < 20, "three tries, and pauses"
 
@@ -162,20 +162,20 @@ def test_a_server_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".org"])
-def test_a_host_that_no_name_can_be(host: str) -> None:
-    """Parts of 1 to 63 letters, as the standard of names has it."""
+def test_an_invalid_host_name(host: str) -> None:
+    """Labels of a host name have 1 to 63 characters."""
     with pytest.raises(uniapl.UsageError, match=r"discriminator.url: invalid URL 'http://.*'"):
         check_url("discriminator.url", f"http://{host}:8000")
     with pytest.raises(RequestError, match="UnicodeError"):
         request_json(f"http://{host}:8000", timeout=5.0)
 
 
-def test_hosts_that_names_can_be() -> None:
+def test_valid_host_names() -> None:
     for host in ("localhost", "my_host.", "127.0.0.1", "[::1]", "bücher.example", "a" * 63 + ".org"):
         check_url("discriminator.url", f"http://{host}:8000")
 
 
-def test_an_answer_that_is_nested_too_deeply() -> None:
+def test_a_response_that_is_nested_too_deeply() -> None:
     def deep(handler: Any, asked: dict[str, Any]) -> None:
         send(handler, b"[" * 100_000)
 

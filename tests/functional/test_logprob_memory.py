@@ -17,7 +17,10 @@ def test_peak_memory(tmp_path: Path) -> None:
     if psutil.virtual_memory().available < NEEDED:
         pytest.skip(f"the full computation needs {NEEDED / 2**30:.0f} GiB of free memory")
     output = tmp_path / "memory.json"
-    subprocess.run([sys.executable, str(BENCHMARK), "--hidden", "16", "--tokens", "2048", "--json", str(output)], check=True)
+    subprocess.run(
+        [sys.executable, str(BENCHMARK), "--hidden", "16", "--tokens", "2048", "--json", str(output)],
+        check=True,
+    )
     results = json.loads(output.read_text())
     full, chunked = results["full"], results["chunked"]
     assert chunked["logprob_sum"] == pytest.approx(full["logprob_sum"], rel=1e-5)

@@ -19,7 +19,7 @@ import uniapl
 from support.runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
-from uniapl.discriminator.bradley_terry import BradleyTerry
+from uniapl.discriminator.bradley_terry import ScoreModel
 from uniapl.errors import UniAPLError
 from uniapl.models.policy import Policy
 from uniapl.training import step_health as watch
@@ -141,14 +141,14 @@ def test_a_discriminator_s_update_that_does_not_fit(
 ) -> None:
     values = {"batching": {"max_tokens_per_micro_batch": 1000}}
     train(recipe(model_dir, tmp_path / "whole", **values))
-    sizes = with_little_memory(monkeypatch, BradleyTerry, 40)
+    sizes = with_little_memory(monkeypatch, ScoreModel, 40)
     train(recipe(model_dir, tmp_path / "small", **values))
     assert max(sizes) > 40
     assert max(sizes[-8:]) <= 40, "it tried, and then knew"
     assert_close_runs(tmp_path / "small", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("module", "said"), [(Policy, "one row of"), (BradleyTerry, "a pair of")])
+@pytest.mark.parametrize(("module", "said"), [(Policy, "one row of"), (ScoreModel, "a pair of")])
 def test_what_fits_in_no_part_ends_the_run(
     module: type[torch.nn.Module],
     said: str,
@@ -329,13 +329,13 @@ def test_a_discriminator_without_finite_answers_stops_the_run(
 def test_a_discriminator_whose_gradient_is_not_finite_stops_the_run(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward: Callable[..., Any] = BradleyTerry.forward
+    forward: Callable[..., Any] = ScoreModel.forward
 
     def poisoned(self: Any, *args: Any) -> Any:
         logits = forward(self, *args)
         return logits * float("inf") if torch.is_grad_enabled() else logits
 
-    monkeypatch.setattr(BradleyTerry, "forward", poisoned)
+    monkeypatch.setattr(ScoreModel, "forward", poisoned)
     values = recipe(model_dir, tmp_path / "run", health={"max_skipped_steps": 2}, max_steps=6)
     with pytest.raises(uniapl.HealthStop, match="2 steps in a row: the discriminator's gradient"):
         train(values)

@@ -223,13 +223,13 @@ def test_what_cannot_be_exported_is_named(
     damaged.mkdir()
     (damaged / "manifest.json").write_text(json.dumps({"model.safetensors": {"bytes": 1, "sha256": ""}}))
     cases = [
-        (tmp_path / "nowhere", "new", "no directory of a run"),
+        (tmp_path / "nowhere", "new", "not the directory of a run"),
         (tmp_path / "unfinished", "new", "newest checkpoint is .*step-000004"),
-        (tmp_path / "empty", "new", "no directory of a run"),
-        (gone_on, "new", "went on after .*/final or .*step-000001"),
+        (tmp_path / "empty", "new", "not the directory of a run"),
+        (gone_on, "new", "continued after .*/final or .*step-000001"),
         (damaged, "new", "damaged: model.safetensors: missing"),
-        (learnt, "taken", "is there already"),
-        (learnt, "file", "is there already"),
+        (learnt, "taken", "already exists"),
+        (learnt, "file", "already exists"),
         (learnt, "file/new", "cannot be written"),
     ]
     for source, output, said in cases:
@@ -267,7 +267,7 @@ def test_a_directory_that_must_stay_is_refused_before_anything_is_loaded(
     output = {"a mount": str(tmp_path / "here"), "the working directory": "."}[what]
     # The source cannot be loaded either.
     assert cli.run(["export", str(tmp_path / "source"), "-o", output]) == 2
-    assert f"'{output}' cannot be replaced by another: name a new directory in it" in capsys.readouterr().err
+    assert f"'{output}' cannot be replaced: name a new directory inside it" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from support.tiny import make_model, make_tokenizer, random_rows, save_model
 from uniapl import UsageError, cli
 from uniapl.config import ModelConfig
 from uniapl.data.batching import collate
-from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, ScoreModel
 from uniapl.models.loading import ModelSource, load_stop_ids
 from uniapl.models.lora import (
     is_adapter,
@@ -249,7 +249,7 @@ def test_a_discriminator_of_adapters_reads_with_the_policy_s_base(model_dir: Pat
 
 def test_a_discriminator_that_is_a_copy_has_the_adapter_merged_and_learns_as_a_whole(model_dir: Path) -> None:
     model = adapted(settings(model_dir))
-    module = BradleyTerry.copy_of(model)
+    module = ScoreModel.copy_of(model)
     assert all(parameter.requires_grad for parameter in module.parameters())
     plain = complete_model(settings(model_dir))
     assert trained_weights(module.trunk).keys() == trained_weights(plain.base_model).keys()

@@ -117,7 +117,7 @@ def test_every_name_has_a_module(model_dir: Path, tmp_path: Path, capsys: pytest
     for names, missing in ((["q_proj", "vproj"], "vproj"), (["q_proj", ""], ""), (["proj"], "proj")):
         with pytest.raises(UsageError, match=f"Qwen3ForCausalLM has no module '{missing}'"):
             policy_model(settings(model_dir, lora_target_modules=names), seed=0)
-    with pytest.raises(ValueError, match="all-linear stands alone"):
+    with pytest.raises(ValueError, match="'all-linear' cannot be combined"):
         settings(model_dir, lora_target_modules=["all-linear", "lm_head"])
     flags = ["check", str(write_recipe(tmp_path, model_dir)), "--model.lora-r", "2"]
     assert cli.run([*flags, "--model.lora-target-modules", "q_proj,v_proj"]) == 2

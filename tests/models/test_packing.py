@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from support.runs import lines, recipe, train
 from support.tiny import CONFIGS, make_model, save_model
 from uniapl.data.batching import Row, batch_sequences, collate, halves, micro_batches, shards
-from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator, Comparison
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison, ScoreModel
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.models.packing import NAME, Packing, can_pack
 from uniapl.models.policy import Policy, inputs_of
@@ -309,7 +309,7 @@ def test_the_discriminator_packs(lora: int | None) -> None:
     results: list[tuple[list[float], list[Tensor]]] = []
     for packed in (False, True):
         model = make_model()
-        module = BradleyTerry(LoraTrunk(model, lora, seed=0)) if lora else BradleyTerry.copy_of(model)
+        module = ScoreModel(LoraTrunk(model, lora, seed=0)) if lora else ScoreModel.copy_of(model)
         assert can_pack(module.trunk)
         torch.nn.init.normal_(module.head.weight, generator=torch.Generator().manual_seed(0))
         subject = BradleyTerryDiscriminator(module=module, pad_id=0, max_tokens=40, packed=packed)

@@ -1,4 +1,4 @@
-"""The local sampler: greedy equals `generate`, log-probs equal the trainer's, draws obey their seeds."""
+"""The local sampler: greedy decoding equals `generate`, log-probabilities the trainer's, seeds decide."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_greedy_equals_generate(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_trainers(family: str, temperature: float) -> None:
-    """Prompts and answers of many lengths: the sampler pads left and uses a cache, the trainer neither."""
+    """Prompts and completions of many lengths: only the sampler pads on the left and uses a cache."""
     ours = sampler(family, temperature=temperature, stop_ids={1, 2, 3})
     groups = ours.sample(request(num_generations=4))
     rows = [
@@ -78,7 +78,7 @@ def test_the_chunked_head_is_used_where_it_is_exact_and_only_there() -> None:
     assert set(linear.values()) == {True}
 
 
-def test_a_prompt_s_rollouts_do_not_depend_on_the_prompts_beside_it() -> None:
+def test_a_prompt_s_rollouts_do_not_depend_on_the_other_prompts() -> None:
     together = sampler().sample(request(num_generations=3))
     for max_batch_size in (1, 6, 1000):
         few_rows = sampler(max_batch_size=max_batch_size)
@@ -98,7 +98,7 @@ def test_seeds_decide() -> None:
 
 
 def test_end_and_length() -> None:
-    """An answer ends with its stop token, which belongs to it, or at the length limit."""
+    """A completion ends with its stop token, which belongs to it, or at the length limit."""
     groups = sampler(stop_ids=set(range(1, VOCABULARY, 8))).sample(
         SampleRequest(prompts=PROMPTS, seeds=SEEDS, num_generations=8, policy_version=3)
     )
@@ -130,9 +130,9 @@ def test_frequencies_are_the_model_s_probabilities() -> None:
 def test_truncation_by_hand() -> None:
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
     assert_close(truncate(probs, top_p=1.0, top_k=2), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
-    # 0.4 alone is under 0.6, with 0.3 it is over: both stay.
+    # 0.4 is less than 0.6 and 0.4 + 0.3 is more: both stay.
     assert_close(truncate(probs, top_p=0.6, top_k=0), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
-    # The nucleus is taken of what top-k left: 0.4 / 0.7 = 0.57 already reaches 0.5.
+    # The nucleus is a part of what top-k left: 0.4 / 0.7 = 0.57 reaches 0.5.
     assert_close(truncate(probs, top_p=0.5, top_k=2), torch.tensor([[0.0, 0.4, 0.0, 0.0]]))
     assert torch.equal(truncate(probs, top_p=1.0, top_k=0), probs)
 
@@ -150,7 +150,7 @@ def test_truncation_equals_transformers() -> None:
         assert torch.equal(kept, warped.isfinite())
 
 
-def test_truncated_sampling_stays_inside_and_reports_the_whole_distribution() -> None:
+def test_truncated_sampling_reports_logprobs_of_the_full_distribution() -> None:
     ours = sampler(top_k=2, temperature=1.0)
     (group,) = ours.sample(request([PROMPTS[0]], [0], num_generations=64))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`uniapl demo`: UniAPL on the embedded task, from the model that ships with the package."""
+"""`uniapl demo`: UniAPL on the demo task, from the model that is part of the package."""
 
 from collections.abc import Sequence
 from importlib.resources import as_file, files
@@ -17,17 +17,21 @@ from uniapl.training.api import train_resolved
 
 SHOWN = (
     ("good", "{:.2f}", "satisfies every constraint and is fluent throughout"),
-    ("passed", "{:.2f}", "satisfies every constraint: all that the reward sees"),
-    ("fluency", "{:.3f}", "share of well-formed, distinct sentences"),
-    ("length_distance", "{:.2f}", "distance of the lengths from the expert's, in words"),
-    ("place_habit", "{:.2f}", "mentions a place unasked: a habit of the expert's"),
-    ("expert_nll", "{:.3f}", "nats per token of the expert's texts"),
-    ("distinct", "{:.2f}", "share of distinct texts"),
+    ("passed", "{:.2f}", "satisfies every constraint, which is all that the reward checks"),
+    ("fluency", "{:.3f}", "fraction of well-formed, distinct sentences"),
+    ("length_distance", "{:.2f}", "distance between the length distributions of model and expert, in words"),
+    (
+        "place_habit",
+        "{:.2f}",
+        "mentions a place although the prompt does not ask for one, as the expert does",
+    ),
+    ("expert_nll", "{:.3f}", "negative log-likelihood of the expert's texts, in nats per token"),
+    ("distinct", "{:.2f}", "fraction of distinct texts"),
 )
 
 
 def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measurement, Measurement]:
-    """Train, measure the base and the result on held-out prompts, and print what changed."""
+    """Train, measure the base model and the result on held-out prompts, and print both."""
     task = task or make_task()
     console = Console(highlight=False)
     with as_file(files("uniapl.demo") / "base") as base:
@@ -38,11 +42,9 @@ def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measur
     for name, form, meaning in SHOWN:
         table.add_row(name, form.format(getattr(before, name)), form.format(getattr(after, name)), meaning)
     console.print(table)
-    for index, prompt in enumerate(list(task.held_out)[:5]):
-        console.print(f"\n{prompt.text}", markup=False)
-        console.print(f"  before: {before.texts[index]}", markup=False)
-        console.print(f"  after:  {after.texts[index]}", markup=False)
-    console.print(f"\nmodel, metrics and every sampled text: {result.output_dir}")
+    for prompt, old, new in list(zip(task.held_out, before.texts, after.texts, strict=True))[:5]:
+        console.print(f"\n{prompt.text}\n  before: {old}\n  after:  {new}", markup=False)
+    console.print(f"\nmodel, metrics and all sampled texts: {result.output_dir}")
     return before, after
 
 

@@ -1,4 +1,8 @@
-"""The engines of the vLLM sampler: in the training process (Colocated) or behind a URL (Server)."""
+"""The engines of the vLLM sampler: in the training process (Colocated) or behind a URL (Server).
+
+Both load weights from a directory and return the completions of each prompt, with log-probabilities at the
+sampling temperature. Every call ends in bounded time.
+"""
 
 import importlib
 import importlib.util
@@ -12,7 +16,6 @@ from uniapl.config import RolloutConfig
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.http import RequestError, check_url, request_json
 from uniapl.rollout import SampledTokens, SampleRequest
-from uniapl.rollout.vllm import EngineLostError
 from uniapl.threads import DeadlineError, call_with_deadline, map_in_threads
 
 Result = TypeVar("Result")
@@ -27,12 +30,12 @@ SEEDS = 2**62
 """vLLM adds the number of the rollout to the seed of the prompt; both must be 64-bit integers."""
 
 
-def check_vllm(config: RolloutConfig) -> None:
-    """Check the settings of rollout.sampler vllm.
+class EngineLostError(Exception):
+    """vLLM did not respond; after a restart it may have other weights."""
 
-    Raises:
-        UsageError: vLLM or httpx is not installed, the URL is invalid, or a setting does not fit vLLM.
-    """
+
+def check_vllm(config: RolloutConfig) -> None:
+    """Raise a UsageError if vLLM or httpx is not installed, the URL is invalid, or a setting does not fit."""
     if config.top_p < 1 or config.top_k > 0:
         raise UsageError(
             "rollout.top_p and top_k need rollout.sampler local: vLLM reports the log-probabilities of the "
@@ -70,7 +73,7 @@ class Colocated:
     llm: Any = None
 
     def load(self, directory: Path) -> None:
-        """Load the weights in `directory`. See :class:`Engine`."""
+        """Load the weights in `directory` and drop the prefix cache of older weights."""
         if self.llm is None:
             self.llm = self._start(directory)
             return
@@ -80,7 +83,7 @@ class Colocated:
             raise UniAPLError("vLLM did not drop its prefix cache, which was computed with older weights")
 
     def generate(self, request: SampleRequest, params: dict[str, Any]) -> list[list[SampledTokens]]:
-        """Return the completions of each prompt. See :class:`Engine`."""
+        """Return the completions of each prompt; `params` are vLLM's sampling parameters without the seed."""
         vllm = importlib.import_module("vllm")
         per_prompt = [
             vllm.SamplingParams(**params, seed=seed % SEEDS, detokenize=False) for seed in request.seeds
@@ -94,10 +97,6 @@ class Colocated:
             ]
             for output in outputs
         ]
-
-    def wait(self) -> None:
-        """Raise an error: a colocated engine does not recover."""
-        raise UniAPLError("a colocated vLLM does not restart")
 
     def _start(self, directory: Path) -> Any:
         vllm = importlib.import_module("vllm")
@@ -132,7 +131,8 @@ class Server:
     """Seconds for one request, and for the server to become healthy."""
 
     def load(self, directory: Path) -> None:
-        """Load the weights in `directory`. See :class:`Engine`."""
+        """Wait until the server is healthy; load the weights in `directory` and drop the prefix cache."""
+        self.wait()
         kwargs = {"weights_path": str(directory)}
         self._post(RELOAD, {"method": "reload_weights", "kwargs": kwargs, "timeout": self.timeout})
         response = self._post("/reset_prefix_cache")
@@ -140,7 +140,7 @@ class Server:
             raise EngineLostError(f"{self.url} did not drop its prefix cache ({response})")
 
     def generate(self, request: SampleRequest, params: dict[str, Any]) -> list[list[SampledTokens]]:
-        """Return the completions of each prompt. See :class:`Engine`."""
+        """Return the completions of each prompt. See :meth:`Colocated.generate`."""
         bodies = [
             {"prompt": list(prompt), "seed": seed % SEEDS, "return_token_ids": True, **params}
             for prompt, seed in zip(request.prompts, request.seeds, strict=True)
@@ -151,11 +151,7 @@ class Server:
         return [self._completions(response) for response in responses]
 
     def wait(self) -> None:
-        """Wait until the server is healthy.
-
-        Raises:
-            UniAPLError: It is not within `timeout`.
-        """
+        """Wait until the server is healthy; raise a UniAPLError if it is not within `timeout`."""
         deadline = time.monotonic() + self.timeout
         while True:
             left = deadline - time.monotonic()

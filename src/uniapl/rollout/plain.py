@@ -32,11 +32,7 @@ class PlainDecoder:
         self.cache: Cache | None = None
 
     def prefill(self) -> Tensor:
-        """Read each prompt once; return the next token's logits of all rows, [rows, vocabulary].
-
-        Raises:
-            UsageError: The model has no cache that the rows of a group can share.
-        """
+        """Read each prompt once; return the next token's logits of all rows, [rows, vocabulary]."""
         name = type(self.model).__name__
         logits = self._forward(self.prompts)
         if self.cache is None:

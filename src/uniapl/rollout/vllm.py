@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import logprobs_from_logits
 from uniapl.models.lora import merged
 from uniapl.rollout import SampledTokens, SampleRequest, make_rollouts
+from uniapl.rollout.engines import Colocated, EngineLostError, Server
 from uniapl.threads import in_background
 from uniapl.types import Rollout, TokenIds
 
@@ -34,38 +35,11 @@ BEFORE_TRAINING = -1
 """Version of the weights that are sent by the check before the first step."""
 
 
-class EngineLostError(Exception):
-    """vLLM did not respond; after a restart it may have other weights."""
-
-
-class Engine(Protocol):
-    """A vLLM engine. Every call ends in bounded time."""
-
-    def load(self, directory: Path) -> None:
-        """Load the weights in `directory` and drop the prefix cache of older weights."""
-        ...
-
-    def generate(self, request: SampleRequest, params: dict[str, Any]) -> list[list[SampledTokens]]:
-        """Return the completions of each prompt, with log-probabilities at the sampling temperature.
-
-        Args:
-            params: vLLM's sampling parameters without the seed.
-
-        Raises:
-            EngineLostError: The engine did not respond.
-        """
-        ...
-
-    def wait(self) -> None:
-        """Wait until a lost engine responds again."""
-        ...
-
-
 @dataclass(kw_only=True)
 class VLLMSampler:
     """Samples with the weights of the requested policy version, which it sends to vLLM."""
 
-    engine: Engine
+    engine: Colocated | Server
     model: PreTrainedModel
     """The policy: its weights are sent, and it scores the canary."""
     autocast: Callable[..., AbstractContextManager[Any]]
@@ -132,8 +106,6 @@ class VLLMSampler:
         losses: list[str] = []
         while len(losses) <= MAX_RESTARTS:
             try:
-                if losses:
-                    self.engine.wait()
                 if self.version != version:
                     self._send_weights()
                     self._check_canary(version)

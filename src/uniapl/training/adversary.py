@@ -19,10 +19,10 @@ from uniapl.data.streams import is_held_out
 from uniapl.discriminator import Discriminator, candidates_of
 from uniapl.discriminator.bradley_terry import (
     AdversaryState,
-    BradleyTerry,
     BradleyTerryDiscriminator,
     Comparison,
     Replay,
+    ScoreModel,
     another_example,
     no_context,
 )
@@ -246,7 +246,7 @@ def _frozen_discriminator(
     teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
     return DensityRatio(
         expert=teacher,
-        against=reference_at_start(policy, source) if at_start else policy,
+        reference=reference_at_start(policy, source) if at_start else policy,
         pad_id=inputs.pad_id,
         max_tokens=max_tokens,
         packed=config.batching.packing and policy.packs and teacher.packs,
@@ -264,9 +264,9 @@ def _build_trainer(
 ) -> DiscriminatorTrainer:
     settings = config.discriminator
     if settings.lora_r is not None:
-        module = BradleyTerry(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
+        module = ScoreModel(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
     elif settings.model_name_or_path is None:
-        module = BradleyTerry.copy_of(model)
+        module = ScoreModel.copy_of(model)
     else:
         trunk = from_pretrained(
             AutoModel.from_pretrained,
@@ -276,7 +276,7 @@ def _build_trainer(
             dtype=torch.float32,
             use_safetensors=True,
         )
-        module = BradleyTerry(trunk).to(accelerator.device)
+        module = ScoreModel(trunk).to(accelerator.device)
     vocabulary_size = _vocabulary_size(module)
     if len(inputs.tokenizer) > vocabulary_size:
         raise UsageError(
@@ -312,6 +312,6 @@ def _build_trainer(
     )
 
 
-def _vocabulary_size(module: BradleyTerry) -> int:
+def _vocabulary_size(module: ScoreModel) -> int:
     embeddings: Any = module.trunk.get_input_embeddings()
     return embeddings.weight.shape[0]

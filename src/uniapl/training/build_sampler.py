@@ -40,11 +40,7 @@ def build_sampler(
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Check that a stage can sample with this number of processes.
-
-    Raises:
-        UsageError: It would need a colocated vLLM in every process.
-    """
+    """Raise a UsageError if a stage would need a colocated vLLM in each of several processes."""
     rollout = config.rollout
     colocated = rollout.sampler == "vllm" and rollout.vllm_mode == "colocate"
     if config.objective.uses_rollouts and colocated and processes > 1:
