@@ -189,5 +189,5 @@ def test_errors_of_a_frozen_discriminator_s_settings(model_dir: Path, tmp_path: 
     values = recipe(model_dir, tmp_path / "other")
     train(values)
     changed = {"kind": "density-ratio", "model_name_or_path": str(model_dir)}
-    with pytest.raises(uniapl.UsageError, match=r"but the recipe has 'density-ratio'"):
+    with pytest.raises(uniapl.UsageError, match=r"the recipe has 'density-ratio'"):
         train(values | {"resume": "auto", "max_steps": 6, "discriminator": changed})

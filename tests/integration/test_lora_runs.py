@@ -274,9 +274,9 @@ def test_a_checkpoint_of_the_other_kind_is_refused(model_dir: Path, tmp_path: Pa
     train(recipe(model_dir, tmp_path / "whole", method="sft", max_steps=2))
     train(recipe(model_dir, tmp_path / "adapter", method="sft", max_steps=2) | {"model.lora_r": 4})
     again = {"method": "sft", "max_steps": 4, "resume": "auto"}
-    with pytest.raises(uniapl.UsageError, match="of a whole model, the recipe trains an adapter"):
+    with pytest.raises(uniapl.UsageError, match="contains a complete model; the recipe trains an adapter"):
         train(recipe(model_dir, tmp_path / "whole", **again) | {"model.lora_r": 4})
-    with pytest.raises(uniapl.UsageError, match="of an adapter, the recipe trains a whole model"):
+    with pytest.raises(uniapl.UsageError, match="contains an adapter; the recipe trains the complete model"):
         train(recipe(model_dir, tmp_path / "adapter", **again))
     with pytest.raises(uniapl.UsageError, match="r 4 instead of 2"):
         train(recipe(model_dir, tmp_path / "adapter", **again) | {"model.lora_r": 2})

@@ -77,7 +77,7 @@ def test_going_back_to_an_older_checkpoint_forgets_the_later_ones(model_dir: Pat
 
 def test_a_checkpoint_of_another_recipe_is_refused(model_dir: Path, tmp_path: Path) -> None:
     train(recipe(model_dir, tmp_path / "run", method="sft"))
-    with pytest.raises(uniapl.UsageError, match="was made with the methods sft, but the recipe has uniapl"):
+    with pytest.raises(uniapl.UsageError, match="was made with methods sft; the recipe has uniapl"):
         train(recipe(model_dir, tmp_path / "run", resume="auto"))
     with pytest.raises(uniapl.UsageError, match="is a model, not a checkpoint"):
         train(recipe(model_dir, tmp_path / "new", method="sft", resume=str(tmp_path / "run" / "final")))

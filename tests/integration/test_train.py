@@ -202,7 +202,9 @@ def test_a_hugging_face_dataset_and_a_config_object(model_dir: Path, tmp_path: P
     import datasets
 
     config = uniapl.Config.model_validate(recipe(model_dir, tmp_path / "run", max_steps=1))
-    result = train(config, train_dataset=datasets.Dataset.from_list(letter_rows()))  # type: ignore[arg-type]
+    result = uniapl.train(
+        config, train_dataset=datasets.Dataset.from_list(letter_rows()), reward_functions=has_letter
+    )
     assert result.metrics["step"] == 1
 
 
@@ -306,7 +308,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         (
             {"discriminator": {"kind": "remote", "model_name_or_path": "x", "url": "host:80"}},
             None,
-            "it should be as http://host:port",
+            "expected http://host:port",
         ),
         (
             {"discriminator": {"held_out_fraction": 0.999999}},

@@ -70,7 +70,7 @@ def step(
     return result, optimizer.gradients
 
 
-def whole(rows: Sequence[Row]) -> tuple[PolicyStep, list[torch.Tensor]]:
+def one_batch(rows: Sequence[Row]) -> tuple[PolicyStep, list[torch.Tensor]]:
     return step([collate(rows, pad_id=0)], rows)
 
 
@@ -133,13 +133,13 @@ def test_a_component_without_weight_is_not_measured() -> None:
 def test_micro_batches(parts: int) -> None:
     rows = random_rows()
     cut = [collate(rows[i::parts], pad_id=0) for i in range(parts)]
-    assert_same(step(cut, rows), whole(rows))
+    assert_same(step(cut, rows), one_batch(rows))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 def test_token_budgets(max_tokens: int) -> None:
     rows = random_rows()
-    assert_same(step(micro_batches(rows, pad_id=0, max_tokens=max_tokens), rows), whole(rows))
+    assert_same(step(micro_batches(rows, pad_id=0, max_tokens=max_tokens), rows), one_batch(rows))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -154,14 +154,14 @@ def test_padding_side_and_amount(side: Literal["left", "right"], family: str) ->
 
 def test_order_of_rows() -> None:
     rows = random_rows()
-    assert_same(whole(rows[::-1]), whole(rows))
+    assert_same(one_batch(rows[::-1]), one_batch(rows))
 
 
 @pytest.mark.parametrize("pad_id", [1, 17])
 def test_pad_token(pad_id: int) -> None:
     """Also when it is the end token, or an ordinary one: masks come from lengths."""
     rows = random_rows()
-    assert_same(step([collate(rows, pad_id=pad_id)], rows), whole(rows))
+    assert_same(step([collate(rows, pad_id=pad_id)], rows), one_batch(rows))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
@@ -187,19 +187,19 @@ def test_more_demonstrations_do_not_rescale_the_rollouts_term() -> None:
     rows = random_rows()
     demonstrations = [row for row in rows if "sft" in row.components]
     assert_same_gradient = step([collate(rows + demonstrations * 4, pad_id=0)], rows + demonstrations * 4)[1]
-    for mine, theirs in zip(assert_same_gradient, whole(rows)[1], strict=True):
+    for mine, theirs in zip(assert_same_gradient, one_batch(rows)[1], strict=True):
         assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
 
 
 def test_components_add_up() -> None:
-    """The gradient of the mixed step is the weighted sum of the gradients of its components alone."""
+    """The gradient of the mixed step is the weighted sum of the gradients of its components."""
     rows = random_rows()
     batch = [collate(rows, pad_id=0)]
     total = [torch.zeros_like(g) for g in step(batch, rows)[1]]
     for name, weight in WEIGHTS.items():
         alone = step(batch, rows, weights=dict.fromkeys(WEIGHTS, 0.0) | {name: 1.0})[1]
         total = [sum_ + weight * gradient for sum_, gradient in zip(total, alone, strict=True)]
-    for mine, theirs in zip(total, whole(rows)[1], strict=True):
+    for mine, theirs in zip(total, one_batch(rows)[1], strict=True):
         assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
 
 
@@ -238,9 +238,9 @@ def test_a_second_update_is_measured_against_the_first_one_s_policy() -> None:
 
 
 def test_importance_weights_scale_the_tokens_terms() -> None:
-    """A sampler that was 1.5 or 5 times less sure of a row: the row's advantages count 1.5 and 2 times.
+    """If the sampler's probabilities were 1.5 or 5 times lower, advantages are scaled by 1.5 and 2 (the cap).
 
-    Imitation and the KL, which speak of no sampler's policy, are as they were.
+    The SFT and KL terms do not depend on the sampler.
     """
     rows = random_rows()
     batch = collate(rows, pad_id=0)
@@ -257,7 +257,7 @@ def test_importance_weights_scale_the_tokens_terms() -> None:
         for row, factor in zip(rows, less_sure, strict=True)
     ]
     got, gradients = step([reported], rows, importance_cap=2.0)
-    expected, expected_gradients = whole(weighted)
+    expected, expected_gradients = one_batch(weighted)
     for name in ("loss", "sft", "rl", "adv", "kl"):
         assert got.sums[name] == pytest.approx(expected.sums[name], rel=1e-4, abs=1e-5), name
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
@@ -267,7 +267,7 @@ def test_importance_weights_scale_the_tokens_terms() -> None:
     assert got.sums["importance"] / component_counts(rows)["kl"] == pytest.approx(mean, rel=1e-4)
     unweighted, gradients = step([reported], rows)
     assert "importance" not in unweighted.sums
-    for mine, theirs in zip(gradients, whole(rows)[1], strict=True):
+    for mine, theirs in zip(gradients, one_batch(rows)[1], strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -287,7 +287,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison: float) -> No
 
     result = update(bad)
     assert not result.applied
-    assert not optimizer.state, "the optimizer's moments must not see it either"
+    assert not optimizer.state, "the optimizer's moments must not change either"
     for mine, theirs in zip(policy.parameters(), before, strict=True):
         assert torch.equal(mine, theirs)
     assert update(batch).applied
@@ -303,10 +303,10 @@ METHODS: dict[str, tuple[dict[str, float], TokenWeight]] = {
     "uniapl": ({"sft": 0.4, "rl": 0.6, "adv": 0.5, "kl": 0.1}, "none"),
     "gad": ({"sft": 0.0, "rl": 0.0, "adv": 1.0, "kl": 0.0}, "none"),
 }
-"""Every method's weights at some step of it."""
+"""The weights of each method at one of its steps."""
 
 
-def test_the_table_of_methods_is_whole() -> None:
+def test_the_table_has_every_method() -> None:
     assert METHODS.keys() == methods.METHODS.keys()
 
 
@@ -365,7 +365,7 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
     ("world", "small_one", "sharded"), [(2, 1, False), (4, None, False), (2, None, True), (4, None, True)]
 )
 def test_processes(world: int, small_one: int | None, sharded: bool, tmp_path: Path) -> None:
-    """Every method; also when one of the processes has to cut its micro-batches, and with it the other."""
+    """Every method; also if one process runs out of memory, so that both split their micro-batches."""
     assert run_processes(world, _one_process, tmp_path, small_one, sharded) == [0] * world
     rows = random_rows()
     saved = torch.load(tmp_path / "result.pt", weights_only=True)

@@ -18,7 +18,7 @@ from uniapl.training.monitor.console import RunView
 from uniapl.training.stage import Stage
 from uniapl.training.stage_checkpoint import StageCheckpoint, discriminator_kind
 
-RESTART = "or start a new run from its weights with model.model_name_or_path"
+RESTART = "Change the recipe back, or start a new run from its weights with model.model_name_or_path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Start:
         except Exception as error:
             raise UsageError(
                 f"checkpoint '{self.checkpoint}' does not fit the recipe: {type(error).__name__}: "
-                f"{error!s:.300}; change the recipe back, {RESTART}"
+                f"{error!s:.300}. {RESTART}"
             ) from error
 
 
@@ -100,32 +100,26 @@ def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs
 
 def _check_recipe(found: Path, state: dict[str, Any], resolved: Resolved, stages: Sequence[Resolved]) -> None:
     methods, reached = [stage.config.method for stage in stages], state["stage"] + 1
-    if methods[:reached] != state["methods"][:reached]:
-        raise UsageError(
-            f"checkpoint '{found}' was made with the methods {' -> '.join(state['methods'])}, but the recipe "
-            f"has {' -> '.join(methods)}: change them back, {RESTART}"
-        )
     lora, adapter = resolved.config.model.lora_r is not None, is_adapter(found)
-    if lora != adapter:
-        kinds = ("an adapter", "a complete model") if adapter else ("a complete model", "an adapter")
-        raise UsageError(
-            f"checkpoint '{found}' contains {kinds[0]}, but the recipe trains {kinds[1]}: change model.lora_r"
-            f" back, {RESTART}"
-        )
-    stage = stages[state["stage"]].config
-    if stage.objective.lambda_adv == 0:
-        return
-    if "adversary" not in state:
-        raise UsageError(
-            f"checkpoint '{found}' has no discriminator, because it was made with objective.lambda_adv 0: "
-            f"set it to 0, {RESTART}"
-        )
+    # A recipe with fewer stages than the checkpoint fails the first check.
+    stage = stages[min(state["stage"], len(stages) - 1)].config
     kind, saved = discriminator_kind(stage), state["kind"]
-    if kind != saved and {kind, saved} != {"polar", "remote"}:
-        raise UsageError(
-            f"checkpoint '{found}' was made with the discriminator '{saved}', but the recipe has '{kind}': "
-            f"change it back, {RESTART}"
-        )
+    adversary = stage.objective.lambda_adv > 0
+    for wrong, problem in (
+        (
+            methods[:reached] != state["methods"][:reached],
+            f"was made with methods {' -> '.join(state['methods'])}; the recipe has {' -> '.join(methods)}",
+        ),
+        (lora and not adapter, "contains a complete model; the recipe trains an adapter (model.lora_r)"),
+        (adapter and not lora, "contains an adapter; the recipe trains the complete model (model.lora_r)"),
+        (adversary and "adversary" not in state, "has no discriminator: its objective.lambda_adv was 0"),
+        (
+            adversary and kind != saved and {kind, saved} != {"polar", "remote"},
+            f"was made with discriminator '{saved}'; the recipe has '{kind}'",
+        ),
+    ):
+        if wrong:
+            raise UsageError(f"checkpoint '{found}' {problem}. {RESTART}")
 
 
 def bytes_to_write(
