@@ -157,7 +157,7 @@ def test_a_policy_with_a_coarser_tokenizer_samples_every_prompt(policies: list[s
         examples, texts = _sample_all(_parse(arguments), torch.device("cpu"), Console(quiet=True))
         first_sees_all = pair[0] == policies[0]
         assert [example.row for example in examples] == ([1, 2, 3] if first_sees_all else [1, 3])
-        assert [len(answers) for answers in texts[:2]] == [len(examples)] * 2
+        assert [len(completions) for completions in texts[:2]] == [len(examples)] * 2
 
 
 def test_every_policy_is_as_often_the_other_one_as_the_reference() -> None:

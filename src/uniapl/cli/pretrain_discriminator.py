@@ -19,7 +19,7 @@ from uniapl.config import Config, DataConfig, ModelConfig
 from uniapl.data import rows as data
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.functional import bradley_terry_loss, learning_rate_factor
+from uniapl.functional import bradley_terry_loss
 from uniapl.models.loading import (
     ModelSource,
     check_vocabulary,
@@ -120,7 +120,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--policies", nargs="+", required=True, help="directories or Hub ids of language models")
     add("--model-name-or-path", required=True, help="backbone to start from")
     add("--output-dir", type=Path, default=Path("runs/discriminator"), help="directory to create")
-    add("--samples", type=int, default=2, help="completions per policy and prompt")
+    add("--samples", type=int, default=2, help="completions per policy and prompt, at least 2")
     add("--max-completion-length", type=int, default=256, help="maximum tokens of a completion")
     add("--prompt-format", choices=("text", "chat"), default="text", help="same as data.prompt_format")
     add("--steps", type=int, default=500, help="optimizer steps")
@@ -129,11 +129,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max-tokens", type=int, default=16384, help="maximum padded tokens of a forward pass")
     add("--seed", type=int, default=0, help="seed of sampling, triples and the new head")
     options = parser.parse_args(arguments)
-    if options.samples < 2:
-        raise UsageError("--samples must be at least 2: two completions of a policy are compared")
-    for name in ("max_completion_length", "steps", "batch_size", "max_tokens"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("samples", "max_completion_length", "steps", "batch_size", "max_tokens"):
+        least = 2 if name == "samples" else 1
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0 <= options.seed < 2**32:
         raise UsageError("--seed must be from 0 to 4,294,967,295")
     if not 0 < options.learning_rate < math.inf:
@@ -281,10 +280,7 @@ def _triples(
 
 def _train(polar: Polar, triples: Iterator[Triple], options: argparse.Namespace, console: Console) -> None:
     optimizer = AdamW(polar.model.parameters(), lr=options.learning_rate, weight_decay=0.0)
-    schedule = LambdaLR(
-        optimizer,
-        lambda step: learning_rate_factor(step, "linear", warmup_steps=0, total_steps=options.steps),
-    )
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / options.steps)
     for step in range(1, options.steps + 1):
         same, other = _logits(polar, list(itertools.islice(triples, options.batch_size)))
         loss = bradley_terry_loss(same, other) / options.batch_size
@@ -304,13 +300,12 @@ def _train(polar: Polar, triples: Iterator[Triple], options: argparse.Namespace,
 
 def _logits(polar: Polar, batch: Sequence[Triple]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the candidates by the reference's policy, and of those by another policy."""
-    logits = polar.logits(
-        [
-            polar.format.text(triple.example.prompt, triple.reference, candidate)
-            for triple in batch
-            for candidate in (triple.same, triple.other)
-        ]
-    )
+    texts = [
+        polar.format.text(example.prompt, reference, candidate)
+        for example, reference, *candidates in batch
+        for candidate in candidates
+    ]
+    logits = polar.logits(texts)
     return logits[::2], logits[1::2]
 
 

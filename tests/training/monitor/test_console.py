@@ -100,8 +100,12 @@ def test_lines_without_control_characters_outside_a_terminal(
 
 def test_completions_are_shown_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     """Markup stays text, control characters are removed, and long completions are cut."""
-    answer = {"text": "[red]a\x1b[31mb\nc" + "x" * 500, "reward": None}
-    record = {"prompt": [{"role": "user", "content": "why?"}], "demonstration": None, "completions": [answer]}
+    completion = {"text": "[red]a\x1b[31mb\nc" + "x" * 500, "reward": None}
+    record = {
+        "prompt": [{"role": "user", "content": "why?"}],
+        "demonstration": None,
+        "completions": [completion],
+    }
     RunView(1, visible=True).answers([record])
     shown = capsys.readouterr().out
     assert "[red]a [31mb cx" in re.sub(r"\s+", " ", shown)
@@ -182,15 +186,15 @@ def test_chat(
 ) -> None:
     """Each line gets a completion; at temperature 0 equal lines get equal ones, unless a chat has history."""
     path = save_model(tmp_path / "model", chat_template=template)
-    answers: list[list[str]] = []
+    replies: list[list[str]] = []
     for _ in range(2):
         monkeypatch.setattr(sys, "stdin", io.StringIO("say a.\n\nsay a.\n"))
         assert cli.run(["chat", str(path), "--temperature", "0", "--max-new-tokens", "12"]) == 0
-        answers.append(capsys.readouterr().out.splitlines())
-    assert answers[0] == answers[1]
-    assert len(answers[0]) >= 2
+        replies.append(capsys.readouterr().out.splitlines())
+    assert replies[0] == replies[1]
+    assert len(replies[0]) >= 2
     if template is None:
-        assert answers[0][0] == answers[0][1]
+        assert replies[0][0] == replies[0][1]
 
 
 def test_chat_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

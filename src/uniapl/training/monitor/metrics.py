@@ -69,6 +69,7 @@ def rollout_metrics(
     rewarded = [rewards for rewards in known if rewards]
     every = [reward for rewards in rewarded for reward in rewards]
     constant = [rewards for rewards in rewarded if max(rewards) == min(rewards)]
+    zero_std = len(constant) / len(rewarded) if rewarded else None
     highest, lowest = max(every, default=0.0), min(every, default=0.0)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
@@ -78,8 +79,8 @@ def rollout_metrics(
         # Rewards outside [0, 1] have no known value that passes.
         "pass_rate": _mean([float(r == 1) for r in every]) if every and 0 <= lowest <= highest <= 1 else None,
         "reward_std": _mean([statistics.pstdev(rewards) for rewards in rewarded]),
-        "frac_reward_zero_std": len(constant) / len(rewarded) if rewarded else None,
-        "groups/mixed": 1 - len(constant) / len(rewarded) if rewarded else None,
+        "frac_reward_zero_std": zero_std,
+        "groups/mixed": None if zero_std is None else 1 - zero_std,
         # Good and bad are the step's best and worst reward; if all rewards are equal, neither is known.
         "groups/all_good": _fraction(constant, highest, rewarded) if highest > lowest else None,
         "groups/all_bad": _fraction(constant, lowest, rewarded) if highest > lowest else None,

@@ -209,9 +209,10 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
 
 
 def _model(load: Any, source: ModelSource) -> Any:
-    """A model of shapes alone."""
+    """The model on the meta device, which allocates nothing."""
+    described, trusted = load_model_config(source), source.trust_remote_code
     with torch.device("meta"):
-        return load.from_config(load_model_config(source), trust_remote_code=source.trust_remote_code)
+        return load.from_config(described, dtype=torch.float32, trust_remote_code=trusted)
 
 
 def _longest_prompt(inputs: RunInputs) -> int:
