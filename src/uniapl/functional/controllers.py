@@ -54,9 +54,9 @@ def pid(
 ) -> Multiplier:
     """`lambda = K_p P + I + K_d D`, clamped to `bounds`.
 
-    P is a moving average of the violation, I the sum of Ki times the violation, at least 0, and D the increase
-    of P since the last step, 0 in the first. Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the
-    average and its decay, as in OmniSafe's code, and the integral's start at the first lambda are our choice.
+    P is a moving average of the violation, I the sum of Ki times the violation, at least 0, and D the rise of P
+    since the last step, 0 in the first. Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average
+    and its decay, as in OmniSafe's code, and the start of the integral at the first lambda are our choice.
 
     Args:
         violation: c - epsilon, positive if the constraint is violated; c is 0.5 minus the win rate.
