@@ -54,8 +54,8 @@ def pid(
 ) -> Multiplier:
     """`lambda = K_p P + I + K_d D`, clamped to `bounds`.
 
-    P is a moving average of the violation, I the sum of Ki times the violation, at least 0, and D the rise of P
-    since the last step, 0 in the first. Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average
+    P is a moving average of the violation, I the sum of Ki times the violation (at least 0), D the rise of P
+    since the last step (0 in the first). Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average
     and its decay, as in OmniSafe's code, and the start of the integral at the first lambda are our choice.
 
     Args:
