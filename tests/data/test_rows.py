@@ -1,4 +1,4 @@
-"""Rows become examples: forms, templates, masks, refusals that name the row; and the streams."""
+"""Tokenisation of rows, chat templates, errors that name the row, and the streams."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_chat_prompt_with_template_and_its_arguments() -> None:
     }
     example = one(row, TEMPLATE)
     assert text(example.prompt_ids) == "<turn>uhi<eos>\n<turn>a"
-    assert text(example.demonstration_ids) == "yo<eos>", "what the template writes after the end token is cut"
+    assert text(example.demonstration_ids) == "yo<eos>", "text after the end token is removed"
     thinking_off = one(row, TEMPLATE, chat_template_kwargs={"thinking": False})
     assert text(thinking_off.prompt_ids) == "<turn>uhi<eos>\n<turn>a,,"
     assert text(thinking_off.demonstration_ids) == "yo<eos>"
@@ -73,13 +73,13 @@ def test_prompt_format_chat_and_system_prompt() -> None:
     example = one({"prompt": "hi", "completion": "yo"}, TEMPLATE, prompt_format="chat", system_prompt="be")
     assert text(example.prompt_ids) == "<turn>sbe<eos>\n<turn>uhi<eos>\n<turn>a"
     assert text(example.demonstration_ids) == "yo<eos>"
-    assert example.prompt == "hi", "rewards see the prompt as the data has it"
+    assert example.prompt == "hi", "reward functions get the prompt from the data"
     own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
     assert text(one({"prompt": own}, TEMPLATE, system_prompt="be").prompt_ids).startswith("<turn>smine")
 
 
 def test_preferences() -> None:
-    """TRL's two forms: with a prompt of its own, and with whole conversations that share their beginning."""
+    """TRL's two formats: an explicit prompt, and conversations that share their beginning."""
     example = one({"prompt": "say a", "chosen": "aaa", "rejected": "bb", "score": 3})
     assert (text(example.demonstration_ids), text(example.rejected_ids)) == ("aaa<eos>", "bb<eos>")
     assert example.demonstration == "aaa"

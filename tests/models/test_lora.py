@@ -1,4 +1,4 @@
-"""The policy as an adapter: what it computes, what its files hold, who reads without it."""
+"""LoRA policies: their outputs, files, merged copies, and models that use the base without the adapter."""
 
 import copy
 import importlib.util
@@ -44,7 +44,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapted(config: ModelConfig, *, scale: float = 0.3) -> PreTrainedModel:
-    """A policy whose adapter has learnt something."""
+    """A policy whose adapter changes the output."""
     model = policy_model(config, seed=0).eval()
     torch.manual_seed(7)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained(family: str,
     trained = trained_weights(model)
     assert trained
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
-    # The head's projection is left alone: the policy reads it as it is.
+    # The head has no adapter, because the policy uses its weight directly.
     assert not any("head" in name for name in trained)
     assert Policy(model).has_linear_head == Policy(complete_model(settings(path))).has_linear_head
 
@@ -116,7 +116,7 @@ def test_peft_and_transformers_load_what_is_saved(model_dir: Path, tmp_path: Pat
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(model_dir)
     assert (said["r"], said["lora_alpha"], said["lora_dropout"], said["revision"]) == (4, 8, 0.0, "main")
-    assert said["target_modules"] == sorted(said["target_modules"]), "or the file would differ between runs"
+    assert said["target_modules"] == sorted(said["target_modules"]), "a set's order would differ between runs"
 
 
 def test_loading_an_adapter_merges_it_and_training_goes_on_from_it(model_dir: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_loading_an_adapter_merges_it_and_training_goes_on_from_it(model_dir: Pa
 
 
 def test_what_ends_an_answer_is_the_base_s_to_say(model_dir: Path, tmp_path: Path) -> None:
-    """As of an adapter that peft has saved: no settings of its own beside it."""
+    """For an adapter without a generation configuration, as PEFT saves it."""
     base = tmp_path / "base"
     save_model(base)
     (base / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
@@ -191,7 +191,7 @@ def test_broken_adapters_are_named(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_peft_s_own_making_is_merged(model_dir: Path, tmp_path: Path) -> None:
-    """Of another kind than ours: with magnitudes (DoRA), on some layers only."""
+    """An adapter of another kind: DoRA, on some layers."""
     kind = LoraConfig(r=2, use_dora=True, target_modules=["v_proj", "up_proj"], task_type="CAUSAL_LM")
     theirs = get_peft_model(complete_model(settings(model_dir)), kind).eval()
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_the_base_is_read_without_the_adapter_and_the_adapter_goes_on(model_dir:
 
 
 def test_a_discriminator_of_adapters_reads_with_the_policy_s_base(model_dir: Path) -> None:
-    """And its own adapters, each with its tensors' usual names; the policy's adapter never learns from it."""
+    """The tensors of its own adapters keep their names, and the policy's adapter gets no gradient."""
     model = adapted(settings(model_dir))
     subject, plainly = on(model, trained=True), on(complete_model(settings(model_dir)).eval(), trained=True)
     assert subject.module.state_dict().keys() == plainly.module.state_dict().keys()
@@ -266,7 +266,7 @@ def test_a_discriminator_that_is_a_copy_has_the_adapter_merged_and_learns_as_a_w
 
 @pytest.mark.parametrize("lora_r", [4, None])
 def test_the_reference_is_the_policy_as_it_was(lora_r: int | None, model_dir: Path, tmp_path: Path) -> None:
-    """Whatever the policy learns; it is kept in a file, and may follow the policy to a later step."""
+    """The reference does not change with the policy, is saved and loaded, and can copy the policy later."""
     config, inputs = settings(model_dir, lora_r=lora_r), batch_of()
     policy = Policy(policy_model(config, seed=0))
     at_start, _ = policy(*inputs)
@@ -334,7 +334,9 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient(
     assert plain.keys() == {name for name, p in policy.named_parameters() if p.requires_grad}
     assert all(torch.equal(plain[name], again[name]) for name in plain)
     assert little < 0.5 * much
-    assert not any("forward" in vars(module) for module in policy.modules()), "nothing of it is left"
+    assert not any("forward" in vars(module) for module in policy.modules()), (
+        "the wrapped forwards are removed"
+    )
 
 
 def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
@@ -348,7 +350,7 @@ def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
 
 
 def test_a_merged_copy_is_saved_as_a_whole_model(model_dir: Path, tmp_path: Path) -> None:
-    """What vLLM is sent: it answers as the adapter does, which stays what it was."""
+    """The copy, which vLLM receives, has the outputs of the adapted model, which is unchanged."""
     model = adapted(settings(model_dir))
     expected = model(IDS).logits
     merged(model).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Which adapters fit a model, whoever made them, and what is said of those that do not."""
+"""Which adapters, also of PEFT's own making, fit a model, and the errors for those that do not."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_peft(model_dir: Path, path: Path, **changes: Any) -> Tensor:
-    """An adapter that PEFT alone has saved, after it has learnt something; what it answers."""
+    """Save an adapter with changed weights by PEFT only; return its logits."""
     kind: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     model: Any = get_peft_model(complete_model(settings(model_dir)), LoraConfig(**kind | changes)).eval()
     learn(model)
@@ -39,7 +39,7 @@ def source_of(path: Path) -> ModelSource:
 
 
 def learn(model: nn.Module) -> None:
-    """Something, in all that is trained."""
+    """Change all trained weights."""
     torch.manual_seed(7)
     with torch.no_grad():
         for tensor in trained_weights(model).values():
@@ -47,7 +47,7 @@ def learn(model: nn.Module) -> None:
 
 
 def change_settings(path: Path, **changes: Any) -> None:
-    """Of an adapter; None takes one away."""
+    """Change keys of an adapter's settings; None removes a key."""
     file = path / "adapter_config.json"
     content = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
@@ -55,14 +55,14 @@ def change_settings(path: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
 def test_an_embedding_that_is_the_head_has_no_adapter(end: str, model_dir: Path, tmp_path: Path) -> None:
-    """Merged into the one weight of both, it would act twice; trained, it acts on one side."""
+    """Merged into the shared weight it would act twice, but in training it acts once."""
     reason = rf"{end}.*the model's embedding and head are one weight"
     with pytest.raises(UsageError, match=f"model.lora_target_modules: remove .*{reason}"):
         policy_model(settings(model_dir, lora_target_modules=["q_proj", end]), seed=0)
     of_peft(model_dir, tmp_path / "theirs", target_modules=["q_proj", end])
     with pytest.raises(UsageError, match=f"cannot load the adapter '{tmp_path / 'theirs'}': .*{reason}"):
         complete_model(settings(tmp_path / "theirs"))
-    # Two weights may each have one.
+    # Untied weights may have adapters.
     untied = save_model(tmp_path / "untied", family="llama")
     model = policy_model(settings(untied, lora_target_modules=[end]), seed=0).eval()
     learn(model)
@@ -93,7 +93,7 @@ def test_the_base_s_revision_outlives_a_start_from_an_adapter(model_dir: Path, t
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_an_adapter_of_other_shapes_is_refused(rank: int, model_dir: Path, tmp_path: Path) -> None:
-    """A rank of 1 would be copied to all of ours; any other would end in a traceback."""
+    """Without the check, rank 1 would be broadcast and any other rank would raise a traceback."""
     of_peft(model_dir, tmp_path, rank_pattern={"q_proj": rank})
     shapes = rf"q_proj.lora_B.weight is \[32, {rank}\] instead of \[32, 4\]"
     said = f"does not match model.lora_r.*another base model or rank: .*{shapes}.*uniapl export {tmp_path}"
@@ -113,7 +113,7 @@ def test_the_settings_that_an_older_peft_did_not_write_are_its_defaults(
 
 
 def test_every_name_has_a_module(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """PEFT passes over those that have none, where another one does."""
+    """PEFT ignores a name without a module if another name has one."""
     for names, missing in ((["q_proj", "vproj"], "vproj"), (["q_proj", ""], ""), (["proj"], "proj")):
         with pytest.raises(UsageError, match=f"Qwen3ForCausalLM has no module '{missing}'"):
             policy_model(settings(model_dir, lora_target_modules=names), seed=0)
@@ -135,7 +135,7 @@ def test_an_adapter_without_a_tokenizer_has_its_base_s(model_dir: Path, tmp_path
     assert load_tokenizer(source_of(tmp_path / "run" / "final")).get_vocab() == make_tokenizer().get_vocab()
     assert cli.run(["export", str(tmp_path / "theirs"), "-o", str(tmp_path / "merged")]) == 0
     assert_close(logits(complete_model(settings(tmp_path / "merged")).eval()), expected, atol=1e-5, rtol=1e-5)
-    # Its own, where it has one.
+    # An adapter's own tokenizer has priority.
     make_tokenizer(chat_template="own").save_pretrained(tmp_path / "theirs")
     assert load_tokenizer(source_of(tmp_path / "theirs")).chat_template == "own"
 
@@ -144,7 +144,7 @@ def test_an_adapter_without_a_tokenizer_has_its_base_s(model_dir: Path, tmp_path
 def test_an_adapter_on_the_hub_is_refused(
     others: tuple[str, ...], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transformers would load it into its base and freeze all of it. The Hub's cache stands for the Hub."""
+    """transformers would load its base model and freeze it. The Hub's cache replaces the Hub in this test."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--me--adapter"
     snapshot = repository / "snapshots" / ("a" * 40)

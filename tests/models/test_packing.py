@@ -1,4 +1,4 @@
-"""Packed rows: their slots by hand, the hidden states of padded rows, and models that cannot."""
+"""Packed rows: slots by hand, equality with padded rows, and models that cannot be packed."""
 
 import copy
 from dataclasses import replace
@@ -59,7 +59,7 @@ def group_rows(*, groups: int = 3, seed: int = 0) -> list[Row]:
 
 
 def gradient(batches: list[MicroBatch], rows: list[Row], family: str = "qwen3") -> tuple[float, list[Tensor]]:
-    """Loss and gradients of a step on all forces, in double precision but for the rotary tables."""
+    """Loss and gradients of a step with all loss components, in double precision except for rotary tables."""
     policy = Policy(make_model(family).double())
     assert policy.packs
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
@@ -83,7 +83,7 @@ def assert_same(got: tuple[float, list[Tensor]], expected: tuple[float, list[Ten
 
 
 def test_slots_by_hand() -> None:
-    """The picture of the module's docstring, and a row of another prompt padded on the left."""
+    """The example in the module's docstring, and a left-padded row with another prompt."""
     spans = [Span(0, 2, 4, 7), Span(0, 2, 5, 7), Span(2, 1, 3, 9)]
     packing = Packing(spans, 5, torch.device("cpu"))
     assert packing.slots.tolist() == [[0, 1, 3, 4, 0], [0, 1, 5, 6, 7], [0, 0, 2, 8, 9]]
@@ -91,7 +91,7 @@ def test_slots_by_hand() -> None:
 
 
 def test_a_long_prompt_does_not_widen_the_others() -> None:
-    """What attention reads, with its padding, beside what it has to read; rows of one prompt each."""
+    """Attention reads at most 1.3 times the necessary keys; each row has a different prompt."""
     lengths = [(300, 40), (290, 6), *[(8, 6)] * 20, *[(9, 40)] * 3]
     spans = [Span(0, prompt, prompt + answer, n) for n, (prompt, answer) in enumerate(lengths)]
     packing = Packing(spans, 340, torch.device("cpu"))
@@ -102,7 +102,7 @@ def test_a_long_prompt_does_not_widen_the_others() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_padded_queries_see_a_key(window: int | None) -> None:
-    """Not every kernel takes a query that sees none, which a short prompt has beside a long one."""
+    """Some kernels fail on queries without keys, which padding would create."""
     spans = [Span(0, 1, 2, 0), Span(0, 9, 30, 1), Span(0, 12, 30, 2)]
     packing = Packing(spans, 30, torch.device("cpu"))
     for block, mask in zip(packing.blocks, packing.masks(window, torch.float32), strict=True):
@@ -117,7 +117,7 @@ def test_padded_queries_see_a_key(window: int | None) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", PACKING_FAMILIES)
 def test_packed_is_padded(family: str, side: Any) -> None:
-    """The loss on all forces and every gradient; windows of 4 tokens are shorter than prompts and answers."""
+    """The loss of all components and every gradient; windows of 4 tokens are shorter than the rows."""
     rows = group_rows()
     packed = [collate(rows, pad_id=0, padding_side=side, packed=True)]
     assert_same(gradient(packed, rows, family), gradient([collate(rows, pad_id=0)], rows, family))
@@ -135,7 +135,7 @@ def test_the_cut_changes_nothing(max_tokens: int, pad_id: int) -> None:
 
 
 def test_a_row_s_neighbours_do_not_reach_it() -> None:
-    """Other completions of the same prompt may be anything; not by one bit does a log-prob move."""
+    """Log-probabilities are bit-identical for all other completions of the same prompt."""
     rows = group_rows(groups=1)
     policy = Policy(make_model())
 
@@ -186,7 +186,7 @@ def test_batches_by_prompt(sequences: list[Any], max_tokens: int, max_rows: int 
         group = [index for index, (other, _) in enumerate(sequences) if other == prompt]
         if tokens(group) <= max_tokens and (max_rows is None or len(group) <= max_rows):
             assert sum(not set(group).isdisjoint(batch) for batch in batches) == 1, (
-                "a group that fits is whole"
+                "a group that fits is not split"
             )
 
 
@@ -210,7 +210,7 @@ def test_rows_that_teach_nothing() -> None:
     rows = group_rows()
     silent = replace(rows[0], advantage=0.0, adversarial_advantage=0.0)
     assert [row.has_gradient(WEIGHTS) for row in (rows[0], silent, rows[4])] == [True, False, True]
-    assert silent.has_gradient(WEIGHTS | {"kl": 0.1}), "the KL term asks for its log-probs"
+    assert silent.has_gradient(WEIGHTS | {"kl": 0.1}), "the KL term needs its log-probabilities"
     assert not replace(rows[0], advantage=0.0).has_gradient(WEIGHTS | {"adv": 0.0})
     every = [silent, *rows[1:]]
     without = [row for row in every if row.has_gradient(WEIGHTS)]
@@ -221,7 +221,7 @@ def test_rows_that_teach_nothing() -> None:
 
 
 def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
-    """Rewards all alike: no rollout is read, so none is measured; the padded path reads them all."""
+    """With equal rewards no rollout is computed, so none has metrics; the padded path computes all."""
     for packing in (True, False):
         output = tmp_path / str(packing)
         values = recipe(
@@ -240,7 +240,7 @@ def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_means_of_the_rollouts_that_were_read() -> None:
-    """Of 40 tokens 8 were read; a component's mean is over all of its own."""
+    """8 of 40 tokens were computed; the mean of a component is over all of its tokens."""
     step = PolicyStep(
         applied=True,
         grad_norm=1.0,
@@ -259,7 +259,7 @@ def test_means_of_the_rollouts_that_were_read() -> None:
     metrics = update_metrics(step, counts, {"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": 0.0})
     assert metrics["entropy"] == 1.5
     assert metrics["loss/rl"] == 0.5
-    assert metrics["loss/sft"] is metrics["loss/adv"] is None, "without weight nobody has read them"
+    assert metrics["loss/sft"] is metrics["loss/adv"] is None, "components without weight are not computed"
 
 
 def test_which_models_pack() -> None:
@@ -273,7 +273,7 @@ def test_which_models_pack() -> None:
 
 
 def shifted(module: Any, inputs: Any, output: Any) -> Any:
-    """A layer that mixes each token with the one before it, as a convolution would."""
+    """A hook that mixes each token with the one before it, like a convolution."""
     hidden = output[0] if isinstance(output, tuple) else output
     return hidden + 0.1 * hidden.roll(1, dims=1)
 
@@ -291,7 +291,7 @@ def test_a_model_that_mixes_tokens_otherwise_is_found_out() -> None:
 
 
 def test_windows_that_attention_is_not_told_of_are_refused() -> None:
-    """The masks keep the window, the layers do not hand it on: beyond the probe's length it would be lost."""
+    """The layers do not pass the window on, and the probe is too short to show it."""
     model = make_model("mistral_sliding")
     model.config.sliding_window = 64
     for layer in model.base_model.layers:

@@ -219,7 +219,8 @@ def _example(
         prompt_ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     if not prompt_ids:
         raise UsageError("the prompt is empty")
-    stop_ids = {*stop_ids, int(tokenizer.eos_token_id)}
+    eos_id: Any = tokenizer.eos_token_id
+    stop_ids = {*stop_ids, eos_id}
     demonstration_ids, rejected_ids = (
         None if text is None else _encode_completion(text, tokenizer, stop_ids)
         for text in (demonstration, rejected_text)
@@ -358,4 +359,5 @@ def _encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, stop_ids: 
     """
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
-    return (*ids, int(tokenizer.eos_token_id)) if end is None else ids[: end + 1]
+    eos_id: Any = tokenizer.eos_token_id
+    return (*ids, eos_id) if end is None else ids[: end + 1]

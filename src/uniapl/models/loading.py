@@ -42,11 +42,11 @@ class ModelSource:
         Raises:
             UsageError: No model is named, the base model is not found, or the Hub id is an adapter's.
         """
-        name, revision = config.model_name_or_path, config.model_revision
+        name, revision, adapter = config.model_name_or_path, config.model_revision, None
         if name is None:
             raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
-        adapter = Path(name) if is_adapter(name) else None
-        if adapter is not None:
+        if is_adapter(name):
+            adapter = Path(name)
             name, revision = base_of_adapter(adapter)
         source = ModelSource(
             base=name,
@@ -115,7 +115,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     name = source.base
     if source.adapter is not None and any(source.adapter.glob("tokenizer*")):
         name = str(source.adapter)
-    tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer", replace(source, base=name))
+    tokenizer = _load(AutoTokenizer, "tokenizer", replace(source, base=name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -123,7 +123,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def load_model_config(source: ModelSource) -> Any:
     """The configuration of the base model, without weights."""
-    return _load(AutoConfig.from_pretrained, source.what, source)
+    return _load(AutoConfig, source.what, source)
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
@@ -182,13 +182,12 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def _load_base(source: ModelSource) -> PreTrainedModel:
-    optional = {"attn_implementation": source.attn_implementation} if source.attn_implementation else {}
-    load = AutoModelForCausalLM.from_pretrained
-    return _load(load, source.what, source, dtype=torch.float32, use_safetensors=True, **optional)
+    arguments: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    if source.attn_implementation:
+        arguments["attn_implementation"] = source.attn_implementation
+    return _load(AutoModelForCausalLM, source.what, source, **arguments)
 
 
-def _load(load: Callable[..., Any], what: str, source: ModelSource, **arguments: Any) -> Any:
-    trusted = source.trust_remote_code
-    return from_pretrained(
-        load, what, source.base, revision=source.revision, trust_remote_code=trusted, **arguments
-    )
+def _load(family: Any, what: str, source: ModelSource, **arguments: Any) -> Any:
+    arguments |= {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    return from_pretrained(family.from_pretrained, what, source.base, **arguments)

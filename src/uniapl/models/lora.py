@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ def require_peft() -> None:
         raise UsageError("LoRA adapters need peft: pip install 'uniapl[peft]'")
 
 
-def is_adapter(path: str | Path | None) -> bool:
+def is_adapter(path: str | Path) -> bool:
     """Whether a directory holds an adapter rather than a complete model."""
     # Path.is_file raises an error if the name is too long for a file name.
-    return path is not None and os.path.isfile(Path(path) / SETTINGS)
+    return os.path.isfile(Path(path) / SETTINGS)
 
 
 def base_of_adapter(path: Path) -> tuple[str, str | None]:
@@ -129,16 +129,14 @@ def read_adapter(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
     # Older versions of PEFT did not write every setting; a missing one has its default value.
     theirs = LoraConfig().to_dict() | _settings(path)
     names, tensors = _parameter_names(model), _tensors(path)
+    shapes = {key: model.get_parameter(name).shape for key, name in names.items()}
     different = [f"{k} {theirs[k]} instead of {ours[k]}" for k in COMPARED_SETTINGS if theirs[k] != ours[k]]
     if not different and tensors.keys() != names.keys():
         different = [f"{len(tensors)} matrices instead of {len(names)}, for other modules"]
-    if not different:
-        shapes = {key: model.get_parameter(name).shape for key, name in names.items()}
-        different = [
-            f"another base model or rank: {key} is {list(tensor.shape)} instead of {list(shapes[key])}"
-            for key, tensor in tensors.items()
-            if tensor.shape != shapes[key]
-        ][-1:]
+    for key, tensor in tensors.items() if not different else ():
+        if tensor.shape != shapes[key]:
+            shape = f"{key} is {list(tensor.shape)} instead of {list(shapes[key])}"
+            different = [f"another base model or rank: {shape}"]
     if different:
         raise UsageError(
             f"the adapter '{path}' does not match model.lora_r, lora_alpha and lora_target_modules "
@@ -238,18 +236,18 @@ def _parameter_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    file = path / SETTINGS
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read the adapter's settings '{file}': {error}") from error
+    content = _read("settings", path / SETTINGS, lambda file: json.loads(file.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
-        raise UsageError(f"cannot read the adapter's settings '{file}': expected a JSON object")
+        raise UsageError(f"cannot read the adapter's settings '{path / SETTINGS}': expected a JSON object")
     return content
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    return _read("weights", path / WEIGHTS, load_file)
+
+
+def _read(what: str, file: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return load_file(path / WEIGHTS)
-    except Exception as error:  # safetensors raises its own type
-        raise UsageError(f"cannot read the adapter's weights '{path / WEIGHTS}': {error}") from error
+        return read(file)
+    except Exception as error:  # json and safetensors raise many types
+        raise UsageError(f"cannot read the adapter's {what} '{file}': {error}") from error
