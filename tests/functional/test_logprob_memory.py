@@ -13,11 +13,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "logprob_memory.py"
 
 
 def test_peak_memory(tmp_path: Path) -> None:
-<<<<<<< HEAD
     """2,048 tokens, V = 151,936: the full computation holds three tensors of 1.2 GiB at once."""
-=======
-    """8,192 tokens, V = 151,936: the full computation holds three tensors of 4.6 GiB at once."""
->>>>>>> workB
     if psutil.virtual_memory().available < NEEDED:
         pytest.skip(f"the full computation needs {NEEDED / 2**30:.0f} GiB of free memory")
     output = tmp_path / "memory.json"
