@@ -41,11 +41,11 @@ def example(row: int, **columns: Any) -> Example:
 def verifiers() -> Iterator[CodeVerifiers]:
     found = CodeVerifiers()
     try:
-        found.sandbox()
+        assert found.sandbox.layers
     except UsageError as error:
         pytest.skip(str(error))
     yield found
-    found.sandbox().close()
+    found.sandbox.close()
 
 
 def rewarder(verifiers: CodeVerifiers, **args: Any) -> Rewarder:
