@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-IFEVAL ?= ../shared/data/ifeval/input_data.jsonl
+IFEVAL ?=
 DEMO ?= runs/demo
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo recipe test test-vllm torture lint docs benchmark clean
+.PHONY: demo recipe test test-real-data test-vllm torture lint docs benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,11 +25,15 @@ demo: $(VENV)/.installed
 	$(BIN)/uniapl demo --output-dir $(DEMO) --overwrite True
 
 recipe: $(VENV)/.installed
-	$(BIN)/python recipes/ifeval_tiny.py --prompts "$(IFEVAL)" --output build/ifeval_tiny
+	$(BIN)/python recipes/ifeval_tiny.py $(if $(IFEVAL),--prompts "$(IFEVAL)") --output build/ifeval_tiny
 	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir runs/ifeval_tiny --overwrite True
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
+
+# Only the tests that read the real benchmark files, in ../shared/data or UNIAPL_TEST_DATA.
+test-real-data: $(VENV)/.developed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet -m real_data
 
 # vLLM's CPU build (Linux, 4 GB) has a separate environment because it requires an older transformers than our
 # constraints. It also requires the CPU build of torch, which pip must be able to find (PIP_EXTRA_INDEX_URL). Its image

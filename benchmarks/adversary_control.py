@@ -73,7 +73,7 @@ def run(name: str, output: Path, seed: int) -> None:
         def evaluate(step: int, model: PreTrainedModel) -> Mapping[str, Any]:
             if step % 10:
                 return {}
-            found = measure(model, tokenizer, held_out)
+            found, _ = measure(model, tokenizer, held_out)
             return {key: getattr(found, key) for key in ("good", "passed", "fluency", "expert_nll")}
 
         changes = {

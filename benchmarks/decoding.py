@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, Qwen3Config
 
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 
 GENERATIONS = 8
@@ -124,10 +125,11 @@ def decoders(model: Any, size: Size) -> dict[str, Callable[[], Sequence[int]]]:
 
         def run() -> Sequence[int]:
             groups = sampler.sample(
-                [tuple(prompt) for prompt in prompts.tolist()],
-                seeds=range(size.prompts),
-                num_generations=GENERATIONS,
-                policy_version=0,
+                SampleRequest(
+                    prompts=[tuple(prompt) for prompt in prompts.tolist()],
+                    seeds=range(size.prompts),
+                    num_generations=GENERATIONS,
+                )
             )
             return [len(rollout.completion_ids) for group in groups for rollout in group]
 

@@ -21,11 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import lm_eval.tasks.ifeval
 import torch
 
-from uniapl.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from uniapl.config import Config, DataConfig, EvaluationConfig
 from uniapl.evaluation import evaluate_suite
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.suites import load_suites
-from uniapl.models.loading import load_model, load_stop_ids, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
 from uniapl.rollout.local import LocalSampler
 
 TASK = """\
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    where = ModelConfig(model_name_or_path=options.model)
+    where = ModelSource(base=options.model)
     tokenizer: Any = load_tokenizer(where)
     model = load_model(where).eval()
     stop_ids = load_stop_ids(where, model.config, tokenizer)

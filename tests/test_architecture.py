@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
     {"functional"},
-    {"types", "files", "http"},
+    {"types", "files", "http", "threads"},
     {"config"},
     {"data", "models"},
     {"rollout", "rewards", "discriminator"},
@@ -130,7 +130,7 @@ def test_public_names_exist() -> None:
 
     for name in uniapl.__all__:
         assert getattr(uniapl, name) is not None
-    assert sorted(uniapl._HOME) == sorted(uniapl.__all__)
+    assert {name for names in uniapl._EXPORTS.values() for name in names} == set(uniapl.__all__)
     with pytest.raises(AttributeError):
         _ = uniapl.nothing
 

@@ -59,7 +59,6 @@ EXEMPT = {
     "cd uniapl": "goes with git clone",
     "export VLLM": "goes with vllm serve",
     "vllm serve": "a GPU; tests/with_vllm has a server on a CPU",
-    "python -m nltk.downloader": "a download",
     "python benchmarks/": "minutes each",
     "uniapl collect": "an endpoint; tests/collect/test_collect.py has one",
     "uniapl demo": "minutes; tests/demo/test_demo.py runs it small",

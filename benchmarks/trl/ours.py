@@ -7,14 +7,15 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from uniapl.training.materials import Materials
 from work import Work, data_rows, load, random_reward
 
 from uniapl.config.resolve import merge, resolve, stages_of
-from uniapl.data.batching import Row, component_counts, micro_batches
+from uniapl.data.batching import Row, micro_batches
 from uniapl.training.distributed.accelerator import make_accelerator
-from uniapl.training.preflight import load as setup
+from uniapl.training.inputs import RunInputs
+from uniapl.training.preflight.load import load_inputs
 from uniapl.training.stage import Stage, build_stage
+from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.credit import assign_credit, rollout_rows
 from uniapl.training.update.policy_step import policy_step
 from uniapl.types import Example, Rollout, RolloutGroup
@@ -38,20 +39,20 @@ def recipe(work_or_shape: Any, folder: Path, options: Namespace) -> dict[str, An
 
 def our_stage(
     work: Work, folder: Path, options: Namespace, **changes: Any
-) -> tuple[Accelerator, Stage, Materials]:
+) -> tuple[Accelerator, Stage, RunInputs]:
     """Build the first stage of a run, with its policy, optimizer and sampler."""
     resolved = resolve(merge(recipe(work, folder, options), changes))
     stages = stages_of(resolved)
     rows = data_rows(work.shape, 4)
-    materials = setup.load_materials(
+    inputs = load_inputs(
         resolved, stages, train_dataset=rows, reward_functions=[random_reward], with_suites=False
     )
     accelerator = make_accelerator(resolved.config)
     model, _ = load(folder, options.device)
     return (
         accelerator,
-        build_stage(stages[0].config, 0, model, materials, accelerator, start=None),
-        materials,
+        build_stage(stages[0].config, 0, model, inputs, accelerator, start=None),
+        inputs,
     )
 
 
@@ -97,14 +98,14 @@ def our_update(
 ) -> tuple[Callable[[], tuple[float, float]], nn.Module]:
     """Return a function that does one optimizer step and returns loss and gradient norm; and the model."""
     changes = {"batching": {"max_tokens_per_micro_batch": max_tokens}} if max_tokens else {}
-    accelerator, stage, materials = our_stage(work, folder, options, **changes)
+    accelerator, stage, inputs = our_stage(work, folder, options, **changes)
     rows = our_rows(work, stage)
     config = stage.config
 
     def step() -> tuple[float, float]:
         batches = micro_batches(
             rows,
-            pad_id=materials.pad_id,
+            pad_id=inputs.pad_id,
             max_tokens=config.batching.max_tokens_per_micro_batch,
             max_rows=config.batching.per_device_train_batch_size,
             packed=stage.packing,
@@ -114,13 +115,8 @@ def our_update(
             accelerator,
             stage.policy,
             stage.optimizer,
-            batches,
-            component_counts(rows),
-            stage.weights(0.0),
-            clip_low=config.objective.epsilon,
-            clip_high=config.objective.clip_high,
-            token_weight=config.objective.sft_token_weight,
-            max_grad_norm=config.optim.max_grad_norm,
+            MixedBatch(rows=rows, micro_batches=batches, weights=stage.schedule.weights([])),
+            stage.loss_settings,
         )
         return update.sums["loss"], update.grad_norm
 

@@ -16,6 +16,8 @@ from planned import Plan, our_sampler_planned
 from theirs import their_sampler
 from work import Shape, Work, chosen_shapes, make_work, parse, save_model, shapes
 
+from uniapl.rollout import SampleRequest
+
 # TRL's sampling modes without vLLM, and the settings that select them.
 WAYS: dict[str, dict[str, Any]] = {
     "generate": {},
@@ -31,10 +33,11 @@ def our_sampler(work: Work, folder: Path, options: Namespace) -> tuple[Callable[
     def sample() -> list[list[int]]:
         with our_sampler_planned(Plan(work.lengths)):
             groups = stage.sampler.sample(
-                [tuple(prompt) for prompt in work.prompts],
-                seeds=list(range(len(work.prompts))),
-                num_generations=work.shape.generations,
-                policy_version=0,
+                SampleRequest(
+                    prompts=[tuple(prompt) for prompt in work.prompts],
+                    seeds=list(range(len(work.prompts))),
+                    num_generations=work.shape.generations,
+                )
             )
         return [list(rollout.completion_ids) for group in groups for rollout in group]
 

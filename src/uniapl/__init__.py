@@ -1,8 +1,8 @@
 """UniAPL: one-stage post-training of language models.
 
-Every gradient step learns from expert demonstrations (SFT), from scored rollouts (GRPO), and from a
-discriminator that tells the two apart. `uniapl.train` is the whole thing in one call; `uniapl.functional` is
-the mathematics alone. Importing this package imports nothing heavy: names are loaded when they are used.
+Every gradient step trains on expert demonstrations (SFT), on scored rollouts (GRPO), and against a
+discriminator that distinguishes the two. `uniapl.train` runs all of it; `uniapl.functional` holds the
+mathematics. Importing this package imports nothing heavy, because every name is loaded on first use.
 """
 
 from importlib import import_module
@@ -14,21 +14,6 @@ if TYPE_CHECKING:
     from uniapl.rewards import RewardFunction, register
     from uniapl.training.api import RunResult, train
     from uniapl.types import Example, MicroBatch, Rollout, RolloutGroup
-
-_HOME = {
-    "Config": "uniapl.config",
-    "Example": "uniapl.types",
-    "HealthStop": "uniapl.errors",
-    "MicroBatch": "uniapl.types",
-    "RewardFunction": "uniapl.rewards",
-    "Rollout": "uniapl.types",
-    "RolloutGroup": "uniapl.types",
-    "RunResult": "uniapl.training.api",
-    "UniAPLError": "uniapl.errors",
-    "UsageError": "uniapl.errors",
-    "register": "uniapl.rewards",
-    "train": "uniapl.training.api",
-}
 
 __all__ = [
     "Config",
@@ -45,12 +30,19 @@ __all__ = [
     "train",
 ]
 
+_EXPORTS = {
+    "config": ["Config"],
+    "errors": ["HealthStop", "UniAPLError", "UsageError"],
+    "rewards": ["RewardFunction", "register"],
+    "training.api": ["RunResult", "train"],
+    "types": ["Example", "MicroBatch", "Rollout", "RolloutGroup"],
+}
+
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("uniapl")
-    if name not in _HOME:
-        raise AttributeError(f"module 'uniapl' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+        return import_module("importlib.metadata").version("uniapl")
+    for module, names in _EXPORTS.items():
+        if name in names:
+            return getattr(import_module(f"uniapl.{module}"), name)
+    raise AttributeError(f"module 'uniapl' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""What flows through a step: examples, rollouts, their groups, and the micro-batches made of them."""
+"""The data types of a step: examples, rollouts, rollout groups and micro-batches."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Prompt = str | list[dict[str, Any]]
-"""A prompt as the data has it: plain text, or chat messages with `role` and `content`."""
+"""A prompt as in the data: plain text, or chat messages with `role` and `content`."""
 
 TokenIds = tuple[int, ...]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """What is asked: the text, or the last message's.
+    """The text of a prompt; of a chat, the content of the last message.
 
     Example:
         >>> prompt_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
@@ -25,14 +25,10 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for one named stream of random numbers.
+    """A 63-bit seed for one named stream of random numbers, the hash of its arguments.
 
-    Every random draw of a run comes from a generator seeded so, never from a global state: what was drawn
-    before, in which order and on which process cannot change it.
-
-    Example:
-        >>> derive_seed(0, "rollout", 3, 1) == derive_seed(0, "rollout", 3, 1)
-        True
+    Every random number of a run comes from a generator with such a seed, never from the global state, so it
+    does not depend on earlier draws or on the process.
     """
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
@@ -40,96 +36,75 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row of the data, tokenised.
-
-    Example:
-        Example(row=7, prompt="Name a colour.", prompt_ids=(5, 9, 2), demonstration="red",
-                demonstration_ids=(31, 1), columns={"answer": "red"})
-        where 1 is the end token. A row without an expert's answer has None twice.
-    """
+    """One row of the data, tokenised; the demonstration is None if the row has no completion."""
 
     row: int
-    """The row's number in its source, counted from 1: what error messages name."""
+    """The row's number in its source, from 1, as error messages give it."""
     prompt: Prompt
     prompt_ids: TokenIds
     demonstration: str | None
     demonstration_ids: TokenIds | None
-    """The expert's completion, its end token included."""
+    """The expert's completion, including its end token."""
     rejected_ids: TokenIds | None = None
-    """An answer that somebody liked less than the demonstration: the discriminator learns from it too."""
+    """A completion that is worse than the demonstration; the discriminator is trained on it too."""
     columns: dict[str, Any]
-    """Every other column of the row: what reward functions receive by name."""
+    """The other columns of the row, which reward functions receive by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One sampled answer, as the sampler gave it.
-
-    Example:
-        Rollout(completion_ids=(31, 1), sampling_logprobs=(-0.7, -0.1), finish_reason="stop",
-                policy_version=12)
-    """
+    """One sampled completion, as the sampler returned it."""
 
     completion_ids: TokenIds
-    """The sampled ids, the end token included when one was sampled: exactly what is trained on."""
+    """The sampled token ids, on which the policy is trained, including the end token if it was sampled."""
     sampling_logprobs: tuple[float, ...]
-    """Nats, one per id, at the sampling temperature, before top-k and top-p cut the distribution."""
+    """Nats, one per token, at the sampling temperature, before top-k and top-p truncate the distribution."""
     finish_reason: Literal["stop", "length"]
     policy_version: int
-    """The step whose weights sampled it."""
+    """The step whose weights the sampler used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
-    """All sampled answers of one prompt, with what is known of each.
-
-    Example:
-        RolloutGroup(example=..., rollouts=(a, b), texts=("red", "blue"), rewards=(1.0, None),
-                     reward_parts={"exact": (1.0, None)}, policy_logits=(0.3, -0.2), expert_logit=0.9)
-        where the second answer's reward is unknown: it is left out of the group's mean.
-    """
+    """The rollouts of one prompt, with their rewards and discriminator logits."""
 
     example: Example
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...] = ()
-    """The decoded answers, for rewards and people; never encoded again."""
+    """The decoded completions, for reward functions and logs; they are never tokenised again."""
     rewards: tuple[float | None, ...] = ()
-    """Weighted sum over the reward functions; None = not known."""
+    """Weighted sums over the reward functions; None for an unknown reward, which the mean excludes."""
     reward_parts: dict[str, tuple[float | None, ...]]
-    """Reward function -> its own value for each rollout."""
+    """Reward function -> its value for each rollout."""
     policy_logits: tuple[float, ...] | None = None
-    """The discriminator's logits of the rollouts; None without a discriminator."""
+    """The discriminator's logit of each rollout; None without a discriminator."""
     expert_logit: float | None = None
-    """Its logit of the prompt's demonstration; None where there is none."""
+    """The discriminator's logit of the demonstration; None without a demonstration."""
 
 
 class Span(NamedTuple):
-    """Where a row's tokens lie in its padded line, and whose prompt it has.
-
-    Example:
-        Span(start=0, prompt_length=2, length=4, prompt=7) of the padded row [5, 9, 31, 1, 0]
-    """
+    """The position of a row's tokens in its padded row, and the number of its prompt."""
 
     start: int
     prompt_length: int
     length: int
-    """Of prompt and completion together."""
+    """Tokens of prompt and completion together."""
     prompt: int
-    """Rows with the same number have the same prompt."""
+    """Equal for rows with the same prompt."""
 
 
 def packed_tokens(spans: Sequence[Span]) -> int:
-    """Tokens of the rows, each prompt counted once."""
+    """Number of tokens without padding, each prompt counted once."""
     prompts = {span.prompt: span.prompt_length for span in spans}
     return sum(prompts.values()) + sum(span.length - span.prompt_length for span in spans)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Padded rows of both kinds, demonstrations and rollouts, with one mask per loss component.
+    """Padded demonstrations and rollouts with one mask per loss component.
 
-    Everything is aligned to the token it speaks of: `sft_mask[b, t]` is True when token t of row b enters
-    S_sft, and the log-probability that belongs to it is that of token t given the tokens before it.
+    Every [B, T] tensor is aligned with the token it refers to: `sft_mask[b, t]` is True if token t of row b
+    enters S_sft, with its log-probability given the tokens before it.
 
     Example (one demonstration, one rollout with a known reward; 0 pads):
         input_ids  [[5, 9, 31, 1], [5, 9, 44, 0]]
@@ -146,21 +121,19 @@ class MicroBatch:
     rl_mask: Bool[Tensor, "B T"]
     """Rollout tokens whose reward is known."""
     adv_mask: Bool[Tensor, "B T"]
-    """Rollout tokens that the discriminator judged."""
+    """Rollout tokens that the discriminator scored."""
     rollout_mask: Bool[Tensor, "B T"]
-    """All rollout tokens: what the KL term and the rollout metrics sum over."""
+    """All rollout tokens, for the KL term and the rollout metrics."""
     advantages: Float[Tensor, " B"]
     adversarial_advantages: Float[Tensor, " B"]
     temperature: Float[Tensor, " B"]
-    """The sampler's for rollouts, 1 for demonstrations."""
+    """The sampling temperature of rollouts, 1 for demonstrations."""
     sampling_logprobs: Float[Tensor, "B T"]
-    """Nats, reported by the sampler; 0 outside `rollout_mask`."""
+    """Nats, from the sampler; 0 outside `rollout_mask`."""
     spans: tuple[Span, ...] = ()
-    """Of each row, so that the model can read them packed; empty: it reads them padded."""
+    """One per row for packed rows; empty for padded rows."""
 
     @property
     def tokens(self) -> int:
-        """What the model reads: each prompt once and no padding, if packed."""
-        if not self.spans:
-            return self.input_ids.numel()
-        return packed_tokens(self.spans)
+        """Number of tokens in the forward pass: packed, or with padding."""
+        return packed_tokens(self.spans) if self.spans else self.input_ids.numel()

@@ -1,4 +1,4 @@
-"""A discriminator learns whose answer it reads, and a run uses it."""
+"""`uniapl pretrain-discriminator`: training, use in a run, and refusals."""
 
 import itertools
 import json
@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from support.runs import lines, recipe, train
 from support.tiny import make_model, make_tokenizer, save_model
 from uniapl import cli
-from uniapl.cli.pretrain_discriminator import _parse, _triples, _write_all
+from uniapl.cli.pretrain_discriminator import _parse, _sample_all, _triples
 from uniapl.discriminator.polar import END, SEPARATOR, Polar
 from uniapl.types import Example
 
 
 def save_policy(path: Path, favourite: int) -> str:
-    """A model that mostly writes one letter: its head leans towards that token."""
+    """A model that writes mostly one letter: its head is biased towards that token."""
     model = make_model(scale=1.0)
     untied = AutoModelForCausalLM.from_config(
         type(model.config)(**{**model.config.to_dict(), "tie_word_embeddings": False})
@@ -55,7 +55,7 @@ def write_data(path: Path, *, demonstrations: bool) -> Path:
     return path
 
 
-def test_it_learns_whose_answer_it_reads_and_a_run_uses_it(policies: list[str], tmp_path: Path) -> None:
+def test_it_distinguishes_policies_and_a_run_uses_it(policies: list[str], tmp_path: Path) -> None:
     backbone = save_model(tmp_path / "backbone")
     data = write_data(tmp_path / "data.jsonl", demonstrations=True)
     output = tmp_path / "discriminator"
@@ -65,7 +65,7 @@ def test_it_learns_whose_answer_it_reads_and_a_run_uses_it(policies: list[str], 
     result = json.loads((output / "training.json").read_text())
     assert 0 < result["held_out_prompts"] < 13
     assert result["held_out_accuracy"] > 0.8
-    # Whoever writes the reference is preferred, whichever policy it is.
+    # The policy that wrote the reference is preferred.
     polar = Polar.load(str(output), trust_remote_code=False, max_tokens=10_000, device=torch.device("cpu"))
     for own, other in (("bbbb", "ffff"), ("ffff", "bbbb")):
         texts = [polar.format.text("say a.", own, candidate) for candidate in (own, other)]
@@ -79,7 +79,7 @@ def test_it_learns_whose_answer_it_reads_and_a_run_uses_it(policies: list[str], 
     assert "discriminator/accuracy" in lines(tmp_path / "run" / "metrics.jsonl")[-1]
 
 
-def test_what_cannot_be_learned_from_is_refused(
+def test_unusable_options_and_data_are_refused(
     policies: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_data(tmp_path / "data.jsonl", demonstrations=False)
@@ -91,7 +91,7 @@ def test_what_cannot_be_learned_from_is_refused(
         assert not (tmp_path / "output").exists()
         return capsys.readouterr().err
 
-    assert "two policies with two answers" in refused("--policies", policies[0])
+    assert "two policies with two completions" in refused("--policies", policies[0])
     assert "--samples must be at least 2" in refused("--policies", *policies, "--samples", "1")
     for name in ("--steps", "--batch-size", "--max-tokens", "--max-completion-length"):
         assert f"{name} must be at least 1" in refused("--policies", *policies, name, "0")
@@ -99,21 +99,21 @@ def test_what_cannot_be_learned_from_is_refused(
         assert "--seed must be" in refused("--policies", *policies, "--seed", seed)
     for rate in ("0", "nan", "inf"):
         assert "--learning-rate must be" in refused("--policies", *policies, "--learning-rate", rate)
-    assert "no such directory" in refused("--policies", str(tmp_path / "nowhere"))
+    assert "directory not found" in refused("--policies", str(tmp_path / "nowhere"))
     two = ("--policies", *policies)
-    assert "cannot load the tokenizer" in refused(*two, "--model-name-or-path", str(tmp_path / "nowhere"))
+    assert "cannot load the backbone" in refused(*two, "--model-name-or-path", str(tmp_path / "nowhere"))
     data.write_text("")
-    assert "holds no rows" in refused(*two)
+    assert "no rows" in refused(*two)
     data.write_text('{"question": "a"}\n')
     assert "row 1" in refused(*two)
     write_data(data, demonstrations=False)
     assert (
         cli.run(["pretrain-discriminator", str(data), *backbone, "--policies", "x", "--output-dir", "."]) == 2
     )
-    assert "is already there" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_ends_it_with_nothing_written(
+def test_a_loss_that_is_not_finite_stops_and_writes_nothing(
     policies: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def bad(same: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -135,8 +135,8 @@ def test_a_loss_that_is_no_number_ends_it_with_nothing_written(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_policy_that_sees_no_difference_answers_every_prompt(policies: list[str], tmp_path: Path) -> None:
-    """Its answers would otherwise stand at other prompts than the first policy's."""
+def test_a_policy_with_a_coarser_tokenizer_samples_every_prompt(policies: list[str], tmp_path: Path) -> None:
+    """Otherwise its completions would be assigned to the wrong prompts."""
     shutil.copytree(policies[1], tmp_path / "lower")
     lower = make_tokenizer()
     backend: Any = lower.backend_tokenizer
@@ -154,14 +154,14 @@ def test_a_policy_that_sees_no_difference_answers_every_prompt(policies: list[st
             "--max-completion-length",
             "2",
         ]
-        examples, texts = _write_all(_parse(arguments), torch.device("cpu"), Console(quiet=True))
+        examples, texts = _sample_all(_parse(arguments), torch.device("cpu"), Console(quiet=True))
         first_sees_all = pair[0] == policies[0]
         assert [example.row for example in examples] == ([1, 2, 3] if first_sees_all else [1, 3])
-        assert [len(answers) for answers in texts[:2]] == [len(examples)] * 2
+        assert [len(completions) for completions in texts[:2]] == [len(examples)] * 2
 
 
 def test_every_policy_is_as_often_the_other_one_as_the_reference() -> None:
-    """The expert, with one answer, takes no part: it could only lose."""
+    """The expert, with one completion per prompt, is left out: it could only lose."""
     texts = [[["a", "A"]], [["b", "B"]], [["c", "C"]], [["expert"]]]
     example = Example(
         row=1, prompt="p", prompt_ids=(5,), demonstration=None, demonstration_ids=None, columns={}

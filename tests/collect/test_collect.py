@@ -1,4 +1,4 @@
-"""Demonstrations from an endpoint: what is asked, what becomes of it, and every way it may go wrong."""
+"""`uniapl collect`: requests, the training file, the cache, and every kind of failure."""
 
 import json
 import signal
@@ -33,13 +33,13 @@ from support.runs import lines, recipe, write_recipe
 from support.tiny import save_model
 from uniapl import cli
 
-KEY = "sk-tell-nobody-0123456789"
+KEY = "sk-secret-0123456789"
 PROMPTS = ["one", "two", "three", "four", "five"]
 
 
 @pytest.fixture(autouse=True)
 def short_pauses_and_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uniapl.collect.client.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
@@ -55,7 +55,7 @@ def completions(folder: Path) -> list[str]:
     return [row["completion"] for row in lines(folder / "out.jsonl")]
 
 
-def test_a_row_is_the_source_s_with_the_answer_and_where_it_comes_from(tmp_path: Path) -> None:
+def test_a_written_row_has_the_prompt_the_completion_and_its_source(tmp_path: Path) -> None:
     with serving() as endpoint:
         flags = ["--temperature", "0.5", "--top-p", "0.9", "--max-tokens", "50", "--seed", "7"]
         flags += ["--system-prompt", "Be brief.", "--extra-body", '{"chat_template_kwargs": {"a": false}}']
@@ -82,7 +82,9 @@ def test_a_row_is_the_source_s_with_the_answer_and_where_it_comes_from(tmp_path:
     }
 
 
-def test_nothing_is_asked_that_was_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_without_options_has_only_model_and_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with serving() as endpoint:
         assert collect(endpoint, tmp_path, prompts=["one"]) == 0
@@ -90,7 +92,7 @@ def test_nothing_is_asked_that_was_not_asked_for(tmp_path: Path, monkeypatch: py
     assert endpoint.keys == {None}
 
 
-def test_rows_keep_their_order_whatever_comes_first(tmp_path: Path) -> None:
+def test_rows_keep_their_order_for_any_order_of_replies(tmp_path: Path) -> None:
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
         time.sleep(0.05 * (5 - PROMPTS.index(body["messages"][-1]["content"])))
         echo(endpoint, handler, body)
@@ -100,10 +102,10 @@ def test_rows_keep_their_order_whatever_comes_first(tmp_path: Path) -> None:
     assert completions(tmp_path) == ["ONE", "TWO", "THREE", "FOUR", "FIVE"]
     cached = [line["content"] for line in lines(tmp_path / "out.jsonl.cache.jsonl")]
     assert sorted(cached) == sorted(completions(tmp_path))
-    assert cached != completions(tmp_path), "the cache has them as they came"
+    assert cached != completions(tmp_path), "the cache has the order of arrival"
 
 
-def test_several_samples_have_seeds_of_their_own(tmp_path: Path) -> None:
+def test_each_sample_has_its_own_seed(tmp_path: Path) -> None:
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
         send(handler, completion(f"{body['messages'][-1]['content']} {body['seed']}"))
 
@@ -113,7 +115,7 @@ def test_several_samples_have_seeds_of_their_own(tmp_path: Path) -> None:
     assert [row["source"]["sample"] for row in lines(tmp_path / "out.jsonl")] == [0, 1, 2, 0, 1, 2]
 
 
-def test_messages_unicode_and_prompts_that_come_twice(tmp_path: Path) -> None:
+def test_messages_unicode_and_duplicate_prompts(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "Sei kurz."}, {"role": "user", "content": "größe 猫"}]
     rows: list[dict[str, Any]] = [
         {"prompt": chat, "id": 1},
@@ -133,7 +135,7 @@ def test_messages_unicode_and_prompts_that_come_twice(tmp_path: Path) -> None:
     assert len(endpoint.asked) == 3, "rows 1 and 4 are one request"
     written = lines(tmp_path / "out.jsonl")
     assert [row["id"] for row in written] == [1, 2, 3, 4]
-    assert all("messages" not in row for row in written), "training would look for the answer there"
+    assert all("messages" not in row for row in written), "training would look for the demonstration there"
     assert [row["prompt"] for row in written] == [chat, chat[1:], "größe 猫\u2028", chat]
     assert [row["completion"] for row in written] == [
         "GRÖSSE 猫",
@@ -144,7 +146,7 @@ def test_messages_unicode_and_prompts_that_come_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["json", "csv", "parquet"])
-def test_prompts_in_other_files(form: str, tmp_path: Path) -> None:
+def test_prompts_in_other_file_formats(form: str, tmp_path: Path) -> None:
     import pandas
 
     path = tmp_path / f"prompts.{form}"
@@ -162,21 +164,21 @@ def test_prompts_in_other_files(form: str, tmp_path: Path) -> None:
     assert found == [("11", 1, "11"), ("two", 2, "TWO")]
 
 
-def test_the_only_model_is_found_and_one_among_several_is_not_guessed(
+def test_the_only_model_is_the_default_and_several_are_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(models=("a", "b")) as endpoint:
         assert collect(endpoint, tmp_path) == 2
-        assert "has 2 models (a, b): choose by --model" in capsys.readouterr().err
+        assert "has 2 models (a, b): set --model" in capsys.readouterr().err
         assert not endpoint.asked
         assert collect(endpoint, tmp_path, "--model", "b") == 0
     assert {body["model"] for body in endpoint.asked} == {"b"}
 
 
-# What is done once
+# The cache
 
 
-def test_a_finished_command_asks_nothing_and_writes_the_same(tmp_path: Path) -> None:
+def test_a_finished_command_sends_no_request_and_writes_the_same_file(tmp_path: Path) -> None:
     with serving() as endpoint:
         assert collect(endpoint, tmp_path, "--model", "expert") == 0
     written = (tmp_path / "out.jsonl").read_bytes()
@@ -190,7 +192,7 @@ def test_a_finished_command_asks_nothing_and_writes_the_same(tmp_path: Path) -> 
     ]
 
 
-def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
+def test_only_new_requests_are_sent(tmp_path: Path) -> None:
     with serving() as endpoint:
         assert collect(endpoint, tmp_path, "--limit", "2") == 0
         assert endpoint.counts == {"one": 1, "two": 1}
@@ -204,7 +206,7 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_run_that_dies_goes_on_with_what_is_missing(
+def test_a_killed_run_continues_with_the_missing_requests(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     prompts = [f"prompt {n}" for n in range(12)]
@@ -219,9 +221,9 @@ def test_a_run_that_dies_goes_on_with_what_is_missing(
     with serving(reply) as endpoint:
         path = write(tmp_path / "prompts.jsonl", prompts)
         command = ["collect", str(path), "-o", str(tmp_path / "out.jsonl"), "--url", endpoint.url]
-        # What is started in the background may have been told to ignore Ctrl-C.
-        heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-        program = f"{heeding}; from uniapl import cli; cli.main({[*command, '--concurrency', '3']!r})"
+        # A process started in the background may ignore SIGINT.
+        interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        program = f"{interruptible}; from uniapl import cli; cli.main({[*command, '--concurrency', '3']!r})"
         with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
             while len(endpoint.asked) < 8 and process.poll() is None:
                 time.sleep(0.01)
@@ -231,10 +233,10 @@ def test_a_run_that_dies_goes_on_with_what_is_missing(
             finally:
                 process.kill()
         assert process.returncode == code
-        assert number == signal.SIGKILL or "the same command goes on" in said
+        assert number == signal.SIGKILL or "the same command continues" in said
         assert not (tmp_path / "out.jsonl").exists()
         kept = [line["content"].lower() for line in lines(cache)]
-        assert sorted(kept) == prompts[:5], "who asks for another one has kept the last"
+        assert sorted(kept) == prompts[:5], "a reply is on disk before the next request is sent"
         flying = set(prompts[5:8])
         with cache.open("a") as file:
             file.write('{"key": "half a li')
@@ -245,7 +247,7 @@ def test_a_run_that_dies_goes_on_with_what_is_missing(
     assert len(lines(cache)) == 12
 
 
-def test_two_processes_do_not_collect_into_one_file(
+def test_a_second_process_cannot_use_the_same_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from uniapl.collect.cache import open_cache
@@ -256,10 +258,10 @@ def test_two_processes_do_not_collect_into_one_file(
     assert not endpoint.asked
 
 
-# Trouble
+# Failures
 
 
-TROUBLES: dict[str, Reply] = {
+FAILURES: dict[str, Reply] = {
     "429": status(429, Retry_After="0"),
     "429 without more": status(429),
     "429, an odd date": status(429, Retry_After="tomorrow"),
@@ -280,16 +282,16 @@ TROUBLES: dict[str, Reply] = {
 }
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_trouble_that_passes_costs_nothing(trouble: str, tmp_path: Path) -> None:
-    flags = ["--timeout", "1.5"] if trouble in ("hangs", "drips") else []
-    with serving(first(TROUBLES[trouble])) as endpoint:
+@pytest.mark.parametrize("failure", FAILURES)
+def test_temporary_failures_are_retried(failure: str, tmp_path: Path) -> None:
+    flags = ["--timeout", "1.5"] if failure in ("hangs", "drips") else []
+    with serving(first(FAILURES[failure])) as endpoint:
         assert collect(endpoint, tmp_path, *flags) == 0
     assert completions(tmp_path) == [prompt.upper() for prompt in PROMPTS]
-    assert endpoint.counts == dict.fromkeys(PROMPTS, 2), "one failure and one answer each"
+    assert endpoint.counts == dict.fromkeys(PROMPTS, 2), "one failure and one success each"
 
 
-def test_who_never_answers_is_named_and_the_others_go_on(
+def test_rows_that_always_fail_are_named_and_the_others_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
@@ -299,8 +301,9 @@ def test_who_never_answers_is_named_and_the_others_go_on(
     with serving(reply) as endpoint:
         assert collect(endpoint, tmp_path, "--max-retries", "2") == 1
         said = capsys.readouterr().err
-        assert "no answer to rows 2, 5 (failed 3 times, at last: status 500: CUDA error)" in said
-        assert "The same command asks only for what is missing" in said
+        assert "no completion for rows 2, 5 (failed 3 times, the last time with: " in said
+        assert "status 500: CUDA error)" in said
+        assert "The same command requests only what is missing" in said
         assert not (tmp_path / "out.jsonl").exists()
         assert endpoint.counts == {"one": 1, "two": 3, "three": 1, "four": 1, "five": 3}
         endpoint.reply = echo
@@ -310,33 +313,15 @@ def test_who_never_answers_is_named_and_the_others_go_on(
 
 
 @pytest.mark.parametrize("asks", [status(429, Retry_After="0.4"), status(503, Retry_After="0.4"), later(0.4)])
-def test_the_server_s_pause_is_kept(asks: Reply, tmp_path: Path) -> None:
+def test_retry_after_is_respected(asks: Reply, tmp_path: Path) -> None:
     with serving(first(asks)) as endpoint:
         assert collect(endpoint, tmp_path, prompts=["one"]) == 0
     before, after = endpoint.times["one"]
     assert after - before >= 0.4
 
 
-def test_pauses_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tenacity import AsyncRetrying, RetryCallState
-
-    from uniapl.collect import client
-
-    monkeypatch.setattr(client, "FIRST_PAUSE", 1.0)
-    state = RetryCallState(AsyncRetrying(), None, (), {})
-    for attempt, least, most in ((1, 0.5, 1.0), (2, 1.0, 2.0), (4, 4.0, 8.0), (50, 30.0, 60.0)):
-        state.attempt_number = attempt
-        pauses = [client._pause(state) for _ in range(50)]
-        assert least <= min(pauses) < max(pauses) <= most
-    assert client._retry_after("7") == 7.0
-    assert client._retry_after("86400") == 300.0
-    assert client._retry_after("nan") == client._retry_after("") == client._retry_after("-1") == 0.0
-    assert client._retry_after("Fri, 01 Jan 2100 00:00:00 GMT") == 300.0
-    assert client._retry_after("Fri, 01 Jan 1999 00:00:00 GMT") == 0.0
-
-
 @pytest.mark.parametrize("number", [401, 403, 404])
-def test_what_is_refused_once_is_refused_for_all(
+def test_a_refusal_that_concerns_every_request_stops_the_run(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(status(number, {"error": {"message": f"no, not with {KEY}"}})) as endpoint:
@@ -348,7 +333,7 @@ def test_what_is_refused_once_is_refused_for_all(
 
 
 @pytest.mark.parametrize("number", [400, 422])
-def test_a_row_that_is_refused_is_not_repeated_and_all_of_them_end_the_run(
+def test_a_refused_row_is_not_retried_and_eight_in_a_row_stop_the_run(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
@@ -357,7 +342,7 @@ def test_a_row_that_is_refused_is_not_repeated_and_all_of_them_end_the_run(
 
     with serving(reply) as endpoint:
         assert collect(endpoint, tmp_path) == 1
-        assert f"no answer to rows 3 (status {number}: too long)" in capsys.readouterr().err
+        assert f"no completion for rows 3 (status {number}: too long)" in capsys.readouterr().err
         assert endpoint.counts == dict.fromkeys(PROMPTS, 1)
     many = [f"prompt {n}" for n in range(40)]
     with serving(status(number, {"detail": "temperature must be less than 2"})) as endpoint:
@@ -366,7 +351,7 @@ def test_a_row_that_is_refused_is_not_repeated_and_all_of_them_end_the_run(
     assert len(endpoint.asked) == 8
 
 
-def test_failures_with_answers_between_them_do_not_end_a_run(tmp_path: Path) -> None:
+def test_failures_with_successes_between_them_do_not_stop_the_run(tmp_path: Path) -> None:
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
         (echo if len(endpoint.asked) % 2 else status(400))(endpoint, handler, body)
 
@@ -377,16 +362,16 @@ def test_failures_with_answers_between_them_do_not_end_a_run(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("flags", [[], ["--model", "expert"]])
-def test_a_server_that_is_not_there(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreachable_server(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving() as endpoint:
         pass
     assert collect(endpoint, tmp_path, *flags, "--max-retries", "1000") == 1
     assert f"{endpoint.url}: cannot be reached (ConnectError" in capsys.readouterr().err
 
 
-def test_a_server_that_dies_half_way_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_fails_half_way_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def mortal(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
         (echo if len(endpoint.asked) <= 3 else status(500))(endpoint, handler, body)
 
@@ -394,7 +379,7 @@ def test_a_server_that_dies_half_way_ends_the_run(tmp_path: Path, capsys: pytest
     flags = ["--max-retries", "1", "--concurrency", "1"]
     with serving(mortal) as endpoint:
         assert collect(endpoint, tmp_path, *flags, prompts=many) == 1
-        assert "Answers so far are kept: the same command goes on" in capsys.readouterr().err
+        assert "Replies received so far are kept: the same command continues" in capsys.readouterr().err
         assert len(endpoint.asked) == 3 + 8 * 2
         endpoint.reply = echo
         assert collect(endpoint, tmp_path, prompts=many) == 0
@@ -416,8 +401,8 @@ def test_concurrency_is_bounded_and_used(concurrency: int, tmp_path: Path) -> No
     assert endpoint.most_at_once == concurrency
 
 
-def test_the_key_is_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever the server says, also where it repeats what it was sent."""
+def test_the_key_is_never_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also when the server repeats the request's headers."""
     for number in (200, 401, 400, 500):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -434,25 +419,25 @@ def test_the_key_is_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert number == 200 or "[key]" in said.err
 
 
-def test_a_key_that_no_header_can_hold(
+def test_a_key_that_is_invalid_in_a_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MY_KEY", "sk-one\nsk-two")
     with serving() as endpoint:
         assert collect(endpoint, tmp_path, "--api-key-variable", "MY_KEY") == 2
     said = capsys.readouterr().err
-    assert "the environment variable MY_KEY holds characters that no key has" in said
+    assert "the environment variable MY_KEY holds characters that no API key contains" in said
     assert "sk-one" not in said
 
 
-# What is dropped
+# Dropped completions
 
 
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        (says("half an ans", finish_reason="length"), "cut short; raise --max-tokens"),
-        (says("<think>so much to"), "cut short; raise --max-tokens"),
+        (says("half an ans", finish_reason="length"), "truncated; raise --max-tokens"),
+        (says("<think>so much to"), "truncated; raise --max-tokens"),
         (says(""), "empty"),
         (says(" \n"), "empty"),
         (says(None), "empty"),
@@ -461,7 +446,7 @@ def test_a_key_that_no_header_can_hold(
         (says("I will not", finish_reason="content_filter"), "refused by a content filter"),
     ],
 )
-def test_answers_of_no_use_are_dropped_and_counted_and_not_bought_again(
+def test_unusable_completions_are_dropped_and_counted_and_not_requested_again(
     reply: Reply, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def sometimes(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
@@ -471,12 +456,12 @@ def test_answers_of_no_use_are_dropped_and_counted_and_not_bought_again(
     with serving(sometimes) as endpoint:
         for _ in range(2):
             assert collect(endpoint, tmp_path) == 0
-            assert f"dropped: 2 answers, {reason}: rows 2, 4" in capsys.readouterr().out
+            assert f"dropped: 2 completions, {reason}: rows 2, 4" in capsys.readouterr().out
             assert completions(tmp_path) == ["ONE", "THREE", "FIVE"]
         assert endpoint.counts == dict.fromkeys(PROMPTS, 1)
         endpoint.reply = reply
         assert collect(endpoint, tmp_path, "--temperature", "0.1") == 1
-    assert "no answer is of use" in capsys.readouterr().err
+    assert "no completion is usable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -488,17 +473,17 @@ def test_answers_of_no_use_are_dropped_and_counted_and_not_bought_again(
         (" A text. ", " A text. "),
     ],
 )
-def test_thoughts_before_an_answer(said: str, stripped: str, tmp_path: Path) -> None:
+def test_thinking_before_a_completion_is_cut_off(said: str, stripped: str, tmp_path: Path) -> None:
     with serving(says(said)) as endpoint:
         assert collect(endpoint, tmp_path, prompts=["one"]) == 0
         assert completions(tmp_path) == [stripped]
         assert collect(endpoint, tmp_path, "--keep-thinking", prompts=["one"]) == 0
         assert completions(tmp_path) == [said]
-        assert len(endpoint.asked) == 1, "the cache holds what was said"
+        assert len(endpoint.asked) == 1, "the cache holds the complete reply"
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-def test_thoughts_that_the_server_keeps_apart(name: str, tmp_path: Path) -> None:
+def test_reasoning_in_a_separate_field(name: str, tmp_path: Path) -> None:
     with serving(says("A text.", **{name: "hm\n"})) as endpoint:
         assert collect(endpoint, tmp_path, prompts=["one"]) == 0
         assert completions(tmp_path) == ["A text."]
@@ -506,7 +491,9 @@ def test_thoughts_that_the_server_keeps_apart(name: str, tmp_path: Path) -> None
     assert completions(tmp_path) == ["<think>\nhm\n</think>\n\nA text."]
 
 
-def test_another_model_than_asked_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replies_of_another_model_are_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
         prompt = body["messages"][-1]["content"]
         send(handler, completion(prompt, model="expert" if prompt == "one" else "cheaper"))
@@ -514,7 +501,7 @@ def test_another_model_than_asked_is_said_once(tmp_path: Path, capsys: pytest.Ca
     with serving(reply) as endpoint:
         assert collect(endpoint, tmp_path) == 0
     said = capsys.readouterr().out
-    assert said.count("4 answers say that they are by another model than 'expert': cheaper") == 1
+    assert said.count("4 replies name another model than 'expert': cheaper") == 1
     assert [row["source"]["model"] for row in lines(tmp_path / "out.jsonl")] == ["expert"] + ["cheaper"] * 4
 
 
@@ -534,7 +521,7 @@ def ids(completions, completion_ids):
 """
 
 
-def test_the_best_of_several_and_the_good_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_of_n_and_min_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {"a": ["bb", "dddd", "cccc", "?????"], "b": ["x", "y", "z", "w"], "c": ["?"] * 4}
 
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
@@ -550,15 +537,15 @@ def test_the_best_of_several_and_the_good_enough(tmp_path: Path, capsys: pytest.
     with serving(reply) as endpoint:
         assert kept("--best-of-n") == [("dddd", 4.0), ("x", 1.0)]
         told = capsys.readouterr().out
-        assert "dropped: 5 answers, without a reward: rows 1, 3" in told
-        assert "dropped: 5 answers, not the best of their prompt: rows 1, 2" in told
+        assert "dropped: 5 completions, without a reward: rows 1, 3" in told
+        assert "dropped: 5 completions, not the best of their prompt: rows 1, 2" in told
         assert kept("--min-reward", "2") == [("bb", 2.0), ("dddd", 4.0), ("cccc", 4.0)]
-        assert "dropped: 4 answers, reward below 2: rows 2" in capsys.readouterr().out
+        assert "dropped: 4 completions, reward below 2: rows 2" in capsys.readouterr().out
         assert kept("--min-reward", "2", "--best-of-n") == [("dddd", 4.0)]
         assert len(endpoint.asked) == 12
 
 
-def test_rewards_see_chats_as_in_training(tmp_path: Path) -> None:
+def test_rewards_get_chats_as_in_training(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(REWARD)
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bbb")]
     with serving() as endpoint:
@@ -571,12 +558,12 @@ def test_rewards_see_chats_as_in_training(tmp_path: Path) -> None:
     ("reward", "message"),
     [
         ("length", "needs a column 'wanted', which no row fills"),
-        ("ids", "reads completion_ids"),
+        ("ids", "needs completion_ids"),
         ("nothing", "has no function 'nothing'"),
         ("by_message", "fails on rows 1, 2"),
     ],
 )
-def test_a_reward_that_cannot_score_is_heard_of_before_anything_is_bought(
+def test_an_unusable_reward_is_reported_before_any_request(
     reward: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "task.py").write_text(REWARD)
@@ -586,7 +573,7 @@ def test_a_reward_that_cannot_score_is_heard_of_before_anything_is_bought(
     assert not endpoint.asked
 
 
-# What comes of it
+# Results
 
 
 def test_json_counts_tokens_and_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -610,16 +597,16 @@ def test_json_counts_tokens_and_cost(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert json.loads(capsys.readouterr().out)["cost"] == 0
 
 
-def test_a_line_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from uniapl.collect.progress import Progress
 
     monkeypatch.setattr("time.monotonic", lambda: 110.0)
     subject = Progress(total=40, price_in=1.0, started=100.0, done=10, failed=2)
     subject.prompt_tokens, subject.completion_tokens = 2_000_000, 500
-    assert subject.line() == "10/40 answers, 50 tokens/s, cost 2.0000, 2 failed, 0:00:30 left"
+    assert subject.line() == "10/40 requests, 50 tokens/s, cost 2.0000, 2 failed, 0:00:30 left"
 
 
-def test_what_was_collected_is_trained_on(tmp_path: Path) -> None:
+def test_the_collected_file_is_trained_on(tmp_path: Path) -> None:
     rows = [f"say {letter}." for letter in "abcdef"]
     model = save_model(tmp_path / "model")
     with serving(says("aaa", "bbb", "ccc")) as endpoint:
@@ -633,7 +620,7 @@ def test_what_was_collected_is_trained_on(tmp_path: Path) -> None:
     assert step["skipped"] == 0
 
 
-# What cannot be used
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -643,14 +630,14 @@ def test_what_was_collected_is_trained_on(tmp_path: Path) -> None:
         ({"prompt": "  "}, "row 2: the prompt is empty"),
         ({"prompt": [{"role": "user"}]}, "row 2: 'prompt' must be"),
         ({"messages": "Two."}, "row 2: 'messages' must be"),
-        ({"prompt": "Two.", "completion": "x"}, "row 2 has a 'completion' already"),
-        ({"prompt": "Two.", "source": "web"}, "row 2 has a 'source' already"),
-        ({"prompt": "Two.", "chosen": "x"}, "row 2 has a 'chosen' already"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "ends with an answer already"),
+        ({"prompt": "Two.", "completion": "x"}, "row 2 already has a 'completion'"),
+        ({"prompt": "Two.", "source": "web"}, "row 2 already has a 'source'"),
+        ({"prompt": "Two.", "chosen": "x"}, "row 2 already has a 'chosen'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "already ends with a completion"),
         (2, "row 2 is not a mapping"),
     ],
 )
-def test_a_row_that_is_no_prompt_is_named(
+def test_an_unusable_row_is_named(
     row: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "prompts.jsonl"
@@ -666,16 +653,16 @@ def test_a_row_that_is_no_prompt_is_named(
     ("flags", "message"),
     [
         (["-o", "out.json"], "--output 'out.json' must end in .jsonl"),
-        (["--url", "localhost:8000/v1"], "it should be as http://host:8000/v1"),
-        (["--url", "http://me:hidden@host:x/v1"], "--url 'host:x/v1' is no address"),
+        (["--url", "localhost:8000/v1"], "expected for example http://host:8000/v1"),
+        (["--url", "http://me:hidden@host:x/v1"], "invalid URL 'host:x/v1'"),
         (["--concurrency", "0"], "--concurrency must be at least 1"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
         (["--timeout", "0"], "--timeout must be more than 0"),
         (["--best-of-n"], "--min-reward and --best-of-n need --rewards"),
-        (["--num-samples", "2", "--temperature", "0"], "would buy one answer several times"),
+        (["--num-samples", "2", "--temperature", "0"], "samples equal completions"),
     ],
 )
-def test_wrong_options(
+def test_invalid_options(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert collect("http://127.0.0.1:1/v1", tmp_path, *flags) == 2
@@ -685,32 +672,34 @@ def test_wrong_options(
 
 
 @pytest.mark.parametrize("body", ['{"n": 2}', "[]", "{", '{"stream": true}'])
-def test_an_extra_body_that_would_break_the_form(body: str, tmp_path: Path) -> None:
+def test_an_invalid_extra_body(body: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         collect("http://127.0.0.1:1/v1", tmp_path, "--extra-body", body)
     assert end.value.code == 2
 
 
-def test_files_that_are_not_ours_are_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_files_of_others_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out.jsonl"
-    output.write_text("somebody's\n")
+    output.write_text("another program's\n")
     with serving() as endpoint:
         assert collect(endpoint, tmp_path) == 2
-        assert "is there already, without its cache" in capsys.readouterr().err
-        assert output.read_text() == "somebody's\n"
+        assert "exists without its cache" in capsys.readouterr().err
+        assert output.read_text() == "another program's\n"
         path = write(tmp_path / "prompts.jsonl", PROMPTS)
         assert cli.run(["collect", str(path), "-o", str(path)]) == 2
         assert "--output is the file of the prompts" in capsys.readouterr().err
         (tmp_path / "out.jsonl.cache.jsonl").write_text('{"key": "x"}\n')
         assert collect(endpoint, tmp_path) == 2
-        assert "line 1 is no answer" in capsys.readouterr().err
+        assert "line 1 is not a reply" in capsys.readouterr().err
         assert not endpoint.asked
 
 
-def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("uniapl.collect.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tenacity", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     from uniapl.cli.collect import collect as run_collecting
 
     path = write(tmp_path / "prompts.jsonl", PROMPTS)

@@ -1,4 +1,4 @@
-"""Collecting from a server that others wrote: `transformers serve`, with a tiny model, on loopback."""
+"""`uniapl collect` with `transformers serve` and a tiny model."""
 
 import socket
 import subprocess
@@ -24,10 +24,10 @@ SERVE = "from transformers.cli.transformers import main; main()"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The server's address, and its model's name."""
+    """The server's URL and its model's name."""
     folder = tmp_path_factory.mktemp("served")
     model = save_model(folder / "model", chat_template=TEMPLATE)
-    # The server samples where the model's own settings say so.
+    # The server samples only if the model's generation config says so.
     GenerationConfig(do_sample=True, eos_token_id=1, pad_token_id=0).save_pretrained(model)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -54,7 +54,7 @@ def healthy(port: int) -> bool:
         return False
 
 
-def test_answers_are_the_server_s(
+def test_completions_are_those_of_the_server(
     served: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, model = served
@@ -63,14 +63,14 @@ def test_answers_are_the_server_s(
     flags = ["--url", url, "--num-samples", "3", "--temperature", "1", "--max-tokens", "60", "--seed", "1"]
     command = ["collect", str(path), "-o", str(output), "--model", model, *flags, "--concurrency", "1"]
     assert cli.run(command) == 0
-    # The server's own name for a model has its revision.
-    assert f"by another model than '{model}': {model}@main" in capsys.readouterr().out
+    # The server appends the revision to the model's name.
+    assert f"name another model than '{model}': {model}@main" in capsys.readouterr().out
     cached = lines(tmp_path / "out.jsonl.cache.jsonl")
     expected = [ask(url, model, prompt, 1 + k) for prompt in "abc" for k in range(3)]
     assert [(one["content"], one["finish_reason"]) for one in cached] == expected
     usable = [text for text, reason in expected if reason == "stop" and text.strip()]
     assert [row["completion"] for row in lines(output)] == usable
-    assert 0 < len(usable) < 9, "some are cut short, some not: both ways are seen"
+    assert 0 < len(usable) < 9, "some are truncated and some are not"
     assert {one["prompt_tokens"] for one in cached} == {8}, "six letters between two turns"
     assert all(0 < one["completion_tokens"] <= 60 for one in cached)
 
@@ -82,7 +82,7 @@ def ask(url: str, model: str, letter: str, seed: int) -> tuple[str, str]:
     return choice["message"]["content"], choice["finish_reason"]
 
 
-def test_a_request_that_it_refuses(
+def test_a_refused_request(
     served: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, _ = served

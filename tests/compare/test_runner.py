@@ -1,4 +1,4 @@
-"""Running cells: in parallel, resumable, and a failure that does not take the others along."""
+"""Running cells: in parallel, resumable, and with isolated failures."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def runs(directory: Path) -> list[str]:
     return (directory / "runs.txt").read_text().split()
 
 
-def test_outcomes_come_in_the_cells_order_and_nothing_runs_twice(directory: Path) -> None:
+def test_outcomes_have_the_order_of_the_cells_and_no_cell_runs_twice(directory: Path) -> None:
     three = cells(3)
     first = run_cells([*three, three[0]], directory, jobs=2, run=fake_cell)
     assert [outcome["cell"]["seed"] for outcome in first] == [0, 1, 2, 0]
@@ -49,14 +49,14 @@ def test_a_failure_is_named_and_the_others_are_kept(directory: Path) -> None:
     assert len(list((directory / "cells").glob("*.json"))) == 2
 
 
-def test_a_cell_that_is_killed_takes_no_other_along(directory: Path) -> None:
+def test_a_killed_cell_does_not_affect_the_others(directory: Path) -> None:
     bad = Cell(method="grpo", settings={"dies": 1}, seed=9)
     with pytest.raises(UniAPLError, match=rf"1 cells failed.*\n{bad.name}: BrokenProcessPool"):
         run_cells([*cells(2, seconds=1), bad, *cells(2)], directory, jobs=2, run=fake_cell)
     assert len(list((directory / "cells").glob("*.json"))) == 4
 
 
-def test_the_search_finds_the_rate_first_and_then_the_knob(
+def test_the_search_tries_learning_rates_and_then_the_setting(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("uniapl.compare.runner._run_cell", fake_cell)
@@ -65,7 +65,7 @@ def test_the_search_finds_the_rate_first_and_then_the_knob(
     assert len(runs(directory)) == 5, "three rates, then two further values of the knob"
 
 
-def test_a_rate_at_the_edge_brings_in_the_next_one(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_best_rate_at_the_end_adds_the_next_one(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("uniapl.compare.runner._run_cell", fake_cell)
     monkeypatch.setattr("uniapl.compare.runner.LEARNING_RATES", (1e-3, 2e-3))
     found = search(["grpo"], directory, jobs=2)
@@ -79,14 +79,14 @@ from pathlib import Path
 from support.fakes import cells, fake_cell
 from uniapl.compare.runner import run_cells
 if __name__ == "__main__":
-    # What is started in the background may have been told to ignore Ctrl-C.
+    # A process started in the background may ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run_cells(cells(6, seconds=0.5), Path(sys.argv[1]), jobs=1, run=fake_cell)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_at_any_moment_it_goes_on_where_it_was(how: signal.Signals, directory: Path) -> None:
+def test_a_killed_comparison_continues(how: signal.Signals, directory: Path) -> None:
     script = directory / "script.py"
     script.write_text(KILLED)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -107,9 +107,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(how: signal.Signals, direc
 
 
 @pytest.mark.parametrize("method", ["uniapl", "sft -> grpo"])
-def test_a_cell_that_is_run_again_gives_the_same_numbers(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cell_is_reproducible(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(cell: Cell) -> Task:
         return make_task(seed=cell.seed, prompts=24, demonstrations=12, held_out=8)
 
@@ -136,7 +134,7 @@ def test_a_cell_that_is_run_again_gives_the_same_numbers(
 
 
 def test_costs_by_hand() -> None:
-    """Stages follow each other, measuring is not counted, and a curve has the steps that were looked at."""
+    """Stages are added up, measurements are not counted, and a curve has the evaluated steps."""
 
     def record(step: int, rollout: int, trained: int, **others: float) -> dict[str, Any]:
         times = {"step_time": 3.0, "time/evaluate": 1.0}
@@ -160,26 +158,28 @@ def test_a_damaged_cell_is_named(text: str, directory: Path) -> None:
     (one,) = cells(1)
     run_cells([one], directory, jobs=1, run=fake_cell)
     (directory / "cells" / f"{one.name}.json").write_text(text)
-    with pytest.raises(UniAPLError, match=rf"{one.name}.json' cannot be read .*: delete it"):
+    with pytest.raises(UniAPLError, match=rf"{one.name}.json' .*: delete it"):
         run_cells([one], directory, jobs=1, run=fake_cell)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "sft,grop"], "unknown method 'grop': choose among sft, grpo"),
+        (["--methods", "sft,grop"], "unknown method 'grop': choose from sft, grpo"),
         (["--parts", ""], "unknown part ''"),
         (["--seeds", "0"], "at least 1"),
         (["--seeds", "1000"], "below 1000"),
         (["--jobs", "-1"], "at least 1"),
     ],
 )
-def test_bad_flags_of_compare(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flags_of_compare(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(["compare", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_an_interrupted_comparison_says_what_is_kept(
+def test_an_interrupted_comparison_names_what_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(arguments: list[str]) -> None:

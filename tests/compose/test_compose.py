@@ -1,4 +1,4 @@
-"""Composed prompts: every instruction can be followed and says what its checker checks."""
+"""`uniapl compose`: each instruction can be followed, and its wording agrees with its checker."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import uniapl
-from support.benchmark_data import IFBENCH, IFEVAL, needs_data, rows
+from support.benchmark_data import IFBENCH, IFEVAL, STAND_INS, on_stand_ins_and_real_data, rows
 from support.runs import recipe
 from support.tiny import save_model
 from uniapl import cli
@@ -18,7 +18,6 @@ from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
 from uniapl.rewards.instructions import check_instructions, instructions
 
-pytestmark = needs_data
 BASES = ["Name a river, please.", "Why do leaves fall?", "Describe a market.", "Explain gravity to a child."]
 GERMAN = "Das ist ein ziemlich langer Satz, damit man die Sprache gut erkennen kann."
 TEXTS = {
@@ -32,12 +31,12 @@ TEXTS = {
 
 
 def enough(relation: str, number: int) -> int:
-    """The number that satisfies a relation most narrowly."""
+    """The number that just satisfies a relation."""
     return number if relation == "at least" else number - 1
 
 
-def answers(kind: str, a: dict[str, Any]) -> tuple[str, str]:
-    """(an answer that follows the instruction narrowly, one that misses it narrowly), written by hand."""
+def completions_for(kind: str, a: dict[str, Any]) -> tuple[str, str]:
+    """(a completion that just follows the instruction, one that just misses it), written by hand."""
     plain = "This is a plain English sentence about the weather and the sea."
     match kind.partition(":")[2]:
         case "existence":
@@ -112,20 +111,20 @@ def answers(kind: str, a: dict[str, Any]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_drawn_is_what_is_checked(kind: str) -> None:
+def test_drawn_arguments_are_checked(kind: str) -> None:
     for seed in range(12):
         rng = random.Random(seed)
         arguments = KINDS[kind].draw(rng, "Name a river, please.", set())
         assert sorted(arguments) == sorted(parameters(kind))
         instruction = Instruction(kind, arguments)
         assert instruction.is_determined()
-        right, wrong = answers(kind, arguments)
+        right, wrong = completions_for(kind, arguments)
         assert instruction.followed_by(right), (arguments, right)
         assert not instruction.followed_by(wrong), (arguments, wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_wording_says_every_argument(kind: str) -> None:
+def test_every_wording_contains_every_argument(kind: str) -> None:
     arguments = KINDS[kind].draw(random.Random(0), "Name a river, please.", set())
     said = {say(KINDS[kind], arguments, random.Random(seed)) for seed in range(60)}
     assert len(said) >= len(KINDS[kind].wordings) >= 2
@@ -145,14 +144,16 @@ def test_every_wording_says_every_argument(kind: str) -> None:
                     assert str(part) in sentence, (name, sentence)
 
 
-def test_no_wording_is_a_benchmark_s() -> None:
+@on_stand_ins_and_real_data
+def test_no_wording_occurs_in_a_benchmark(benchmarks: Path) -> None:
     said = [
         say(kind, kind.draw(random.Random(seed), "Name a river, please.", set()), random.Random(seed))
         for kind in KINDS.values()
         for seed in range(30)
     ]
-    theirs = [row["prompt"] for row in rows(IFEVAL) + rows(IFBENCH)]
+    theirs = [row["prompt"] for row in rows(benchmarks / IFEVAL) + rows(benchmarks / IFBENCH)]
     assert overlap(said, theirs).ngram == {}
+    assert overlap([f"{theirs[0]} {said[0]}"], theirs).ngram == {0: 0}, "a prompt of theirs would be found"
 
 
 def test_no_two_instructions_of_a_prompt_conflict() -> None:
@@ -176,11 +177,11 @@ def test_no_two_instructions_of_a_prompt_conflict() -> None:
             for key in ("keywords", "forbidden_words")
             for word in given.get(key, [])
         ]
-        assert len(set(used)) == len(used), "a word is never asked for and forbidden"
+        assert len(set(used)) == len(used), "no word is both requested and forbidden"
     assert set(counts) == {1, 2, 3, 4, 5}
 
 
-def test_words_of_one_prompt_are_never_both_asked_for_and_forbidden() -> None:
+def test_instructions_of_a_prompt_use_distinct_nouns() -> None:
     """Two kinds that draw nouns never draw the same one."""
     kinds = ["keywords:existence", "keywords:frequency", "length_constraints:nth_paragraph_first_word"]
     for seed in range(300):
@@ -200,8 +201,8 @@ def write(path: Path, prompts: list[Any], **columns: Any) -> Path:
     return path
 
 
-def run(base: Path, output: Path, *flags: str) -> int:
-    known = [f"ifeval={IFEVAL}", f"ifbench={IFBENCH}"]
+def run(base: Path, output: Path, *flags: str, benchmarks: Path = STAND_INS) -> int:
+    known = [f"ifeval={benchmarks / IFEVAL}", f"ifbench={benchmarks / IFBENCH}"]
     return cli.run(["compose", str(base), "-o", str(output), "--benchmarks", *known, *flags])
 
 
@@ -217,19 +218,17 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path, capsys: pytest.Captur
     flags = ("--kinds", "punctuation:no_comma", "--per-prompt", "40")
     assert run(one, tmp_path / "d.jsonl", *flags) == 0
     assert len(rows(tmp_path / "d.jsonl")) == 9, "three wordings, three ways to join"
-    assert "31 prompts came out twice and stand once" in capsys.readouterr().out
+    assert "31 duplicate prompts were dropped" in capsys.readouterr().out
     assert len({row["prompt"] for row in composed}) == len(composed) >= 12
     assert all(row["prompt"].startswith(BASES[(row["base_row"] - 1) % 4]) for row in composed)
     assert not any("completion" in row for row in composed)
     assert "base" not in composed[0]
 
 
-def test_demonstrations_are_left_out_and_that_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demonstrations_are_left_out_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = write(tmp_path / "base.jsonl", BASES, completion="An answer.")
     assert run(base, tmp_path / "a.jsonl") == 0
-    assert "demonstrations are left out" in capsys.readouterr().out
+    assert "demonstrations were left out" in capsys.readouterr().out
 
 
 def test_chat_prompts_keep_their_earlier_turns(tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_chat_prompts_keep_their_earlier_turns(tmp_path: Path) -> None:
 
 
 def test_composed_prompts_are_trained_on(tmp_path: Path) -> None:
-    """From base prompts to rewards: what was sampled is scored as its row's instruction says."""
+    """Completions are scored by the instructions of their rows."""
     base = write(tmp_path / "base.jsonl", ["say a.", "say b.", "say c."])
     out = tmp_path / "train.jsonl"
     assert (
@@ -263,17 +262,20 @@ def test_composed_prompts_are_trained_on(tmp_path: Path) -> None:
         assert [one["reward"] for one in group["completions"]] == expected
 
 
-def test_a_benchmark_s_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stolen = rows(IFEVAL)[3]["prompt"]
+@on_stand_ins_and_real_data
+def test_a_benchmark_prompt_is_refused(
+    benchmarks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stolen = rows(benchmarks / IFEVAL)[3]["prompt"]
     base = write(tmp_path / "base.jsonl", [BASES[0], stolen])
     out = tmp_path / "out.jsonl"
-    assert run(base, out) == 2
+    assert run(base, out, benchmarks=benchmarks) == 2
     assert "1 prompts overlap with a benchmark's" in (said := capsys.readouterr().err)
     assert "row 2 and ifeval row 4" in said
     assert not out.exists()
-    assert run(base, out, "--overlap", "drop") == 0
+    assert run(base, out, "--overlap", "drop", benchmarks=benchmarks) == 0
     assert [row["base_row"] for row in rows(out)] == [1]
-    assert run(base, out, "--overlap", "allow") == 0
+    assert run(base, out, "--overlap", "allow", benchmarks=benchmarks) == 0
     assert [row["base_row"] for row in rows(out)] == [1, 2]
 
 
@@ -283,10 +285,10 @@ def test_a_benchmark_s_prompt_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         (["--kinds", "no_comma"], "--kinds: unknown no_comma"),
         (["-o", "out.json"], "--output 'out.json' must end in .jsonl"),
         (["--max-instructions", "0"], "--max-instructions must be at least 1"),
-        (["--benchmarks", "ifeval=/nowhere.jsonl"], "give --benchmarks ifeval=PATH, or --overlap allow"),
+        (["--benchmarks", "ifeval=/nowhere.jsonl"], "set --benchmarks ifeval=PATH, or --overlap allow"),
     ],
 )
-def test_wrong_options(
+def test_invalid_options(
     tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write(tmp_path / "base.jsonl", BASES)
@@ -298,18 +300,18 @@ def test_wrong_options(
     ("row", "message"),
     [
         ({"question": "Two."}, "row 2 has no 'prompt' and no 'messages'"),
-        ({"prompt": "Two.", "instruction_id_list": []}, "row 2 has instructions already"),
+        ({"prompt": "Two.", "instruction_id_list": []}, "row 2 already has instructions"),
         ({"prompt": "  "}, "row 2: the prompt is empty"),
         ({"messages": "Two."}, "row 2: 'messages' must be"),
         ({"prompt": [{"role": "user"}]}, "row 2: 'prompt' must be"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
-            "must end with a user's message, of text",
+            "must end with a user message whose content is text",
         ),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a user's message"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a user message"),
     ],
 )
-def test_a_row_that_is_no_prompt_is_named(
+def test_an_unusable_row_is_named(
     row: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "base.jsonl").write_text(f'{{"prompt": "One."}}\n{json.dumps(row)}\n')
@@ -317,17 +319,17 @@ def test_a_row_that_is_no_prompt_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_short_prompt_of_a_benchmark_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_benchmark_prompt_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = write(tmp_path / "theirs.jsonl", ["Name a river, please."])
     base = write(tmp_path / "base.jsonl", ["name a river please", "Another."])
     command = ["compose", str(base), "-o", str(tmp_path / "out.jsonl"), "--benchmarks"]
-    command += [f"mine={theirs}", f"ifeval={IFEVAL}", f"ifbench={IFBENCH}"]
+    command += [f"mine={theirs}", f"ifeval={STAND_INS / IFEVAL}", f"ifbench={STAND_INS / IFBENCH}"]
     assert cli.run(command) == 2
     assert "row 1 and mine row 1" in capsys.readouterr().err
     assert cli.run([*command, "--overlap", "drop"]) == 0
     assert [row["base_row"] for row in rows(tmp_path / "out.jsonl")] == [2]
     alone = write(tmp_path / "alone.jsonl", ["name a river please"])
     assert cli.run(["compose", str(alone), *command[2:], "--overlap", "drop"]) == 2
-    assert "nothing is left" in capsys.readouterr().err
+    assert "no prompt is left" in capsys.readouterr().err
     assert cli.run(["compose", str(base), "-o", str(base), *command[4:]]) == 2
     assert "--output is the file of the base prompts" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""Recipes, flags and methods become one configuration; what is wrong is named with its remedy."""
+"""Recipes, flags and methods are merged into one configuration; errors name the key and the remedy."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,17 +27,20 @@ from uniapl.errors import UsageError
         ({"group_size": 4}, r"did you mean 'rollout.num_generations'"),
         ({"model": {"lora_rank": 8}}, r"did you mean 'model.lora_r'"),
         ({"rollout": {"n_samples_per_prompt": 4}}, r"did you mean 'rollout.num_generations'"),
-        ({"zzz": 1}, r"unknown key 'zzz'; `uniapl train --help` lists"),
+        ({"zzz": 1}, r"unknown key 'zzz'; `uniapl train --help-all` lists all keys"),
         ({"max_steps": 0}, r"max_steps: .*greater than or equal to 1 \(got 0\)"),
         ({"max_steps": "many"}, r"max_steps: .*integer.*\(got 'many'\)"),
         ({"rollout": {"temperature": 0}}, r"rollout.temperature"),
         ({"objective": {"mu_peak": 1.5}}, r"objective.mu_peak"),
         ({"discriminator": {"accuracy_band": [0.9, 0.1]}}, r"discriminator.accuracy_band: .*low <= high"),
         ({"objective": {"lambda_bounds": [3, 1]}}, r"objective.lambda_bounds: .*low <= high"),
-        ({"objective": {"lambda_gains": [1, -1, 0]}}, r"objective.lambda_gains: .*not be negative"),
+        (
+            {"objective": {"lambda_gains": [1, -1, 0]}},
+            r"objective.lambda_gains.1: .*greater than or equal to 0",
+        ),
         (
             {"objective": {"lambda_controller": "pid", "lambda_adv": 50}},
-            r"objective: .*begins within lambda_bounds, 0.05 to 20",
+            r"objective: .*must be within lambda_bounds, 0.05 to 20",
         ),
         (
             {"method": "chord-phi", "objective": {"mu_controller": "reward"}},
@@ -46,6 +50,7 @@ from uniapl.errors import UsageError
         ({"rewards": {"functions": [{"weight": 1}]}}, r"rewards.functions.0.name: .*required"),
         ({"stages": [{"max_steps": 3}]}, "stage 1 needs a method"),
         ({"stages": [{"method": "sft", "model": {}}]}, "stage 1 cannot change 'model', only method"),
+        ({"stages": [{"method": "sft", "max_step": 3}]}, "stage 1: unknown key 'max_step'; did you mean"),
         (
             {"stages": [{"method": "sft", "optim": {"lr": 1}}]},
             "stage 1: unknown key 'optim.lr'; did you mean",
@@ -142,11 +147,11 @@ def test_a_key_may_be_written_with_its_section() -> None:
         resolve({"discriminator.lora_rnk": 8})
 
 
-def test_a_force_that_begins_after_the_last_step_is_noted() -> None:
+def test_a_loss_component_that_begins_after_the_last_step_is_noted() -> None:
     short, long = resolve({"max_steps": 10}), resolve({"max_steps": 26})
     assert short.notes == (
-        "no KL acts: objective.reference_step 25 is not below max_steps 10",
-        "no adversary acts: discriminator.warmup_steps 10 is not below max_steps 10",
+        "the KL is never used: objective.reference_step 25 is not below max_steps 10",
+        "the adversary is never used: discriminator.warmup_steps 10 is not below max_steps 10",
     )
     assert long.notes == ()
     assert resolve({"max_steps": 10, "method": "grpo"}).notes == ()
@@ -166,14 +171,113 @@ def test_synonyms_of_other_libraries_as_flags() -> None:
         resolve({}, ["--group-size", "4"])
 
 
-def test_an_unknown_flag_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
+def test_an_unknown_flag_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(UsageError, match=r"unknown flag '--max-stps'; did you mean 'max_steps'"):
         resolve({}, ["--max-stps", "4"])
+
+
+def test_a_wrong_value_of_a_flag_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        resolve({}, ["--max-steps", "four"])
     assert exit_.value.code == 2
     assert "--max-steps" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_had_enough_sees_no_traceback() -> None:
+def test_flags_reach_into_lists_and_mappings_of_the_recipe() -> None:
+    recipe = {
+        "rewards": {"functions": ["no_comma"]},
+        "data": {"columns": {"problem": "prompt"}},
+        "stages": [{"method": "sft", "max_steps": 2}],
+    }
+    flags = [
+        "--rewards.functions.0.weight",
+        "3",
+        "--data.columns.problem",
+        "text",
+        "--stages.0.max-steps",
+        "4",
+    ]
+    config = resolve(recipe, flags).config
+    assert config.rewards.functions[0].weight == 3
+    assert config.data.columns == {"problem": "text"}
+    assert config.stages[0]["max_steps"] == 4
+
+
+OLD_KEYS = {
+    "gradient_steps": "log_gradients_steps",
+    "completion_steps": "log_completions_steps",
+    "discriminator.lora_rank": "discriminator.lora_r",
+    "discriminator.freeze_step": "discriminator.freeze_after_steps",
+    "discriminator.held_out_share": "discriminator.held_out_fraction",
+    "discriminator.replay_share": "discriminator.replay_fraction",
+    "discriminator.reads_example": "discriminator.in_context_demonstration",
+    "discriminator.against": "discriminator.density_ratio_reference",
+    "data.string_prompts": "data.prompt_format",
+    "rollout.one_step_off": "rollout.max_off_policy_steps (1 for true, 0 for false)",
+    "rollout.max_rows": "rollout.max_batch_size",
+    "objective.adversarial_assignment": "objective.adversarial_credit",
+    "objective.gate_reward": "objective.gate_threshold",
+    "batching.max_tokens": "batching.max_tokens_per_micro_batch",
+    "health.max_accuracy": "health.max_discriminator_accuracy",
+    "health.max_zero_std": "health.max_frac_reward_zero_std",
+    "stop": "early_stopping",
+}
+NAMES_IN_OTHER_LIBRARIES = {
+    "batch_size": "batching.prompts_per_step",
+    "clip_range": "objective.epsilon",
+    "dataset_name": "data.path",
+    "epsilon_low": "objective.epsilon",
+    "group_size": "rollout.num_generations",
+    "kl_coef": "objective.beta",
+    "lambda": "objective.lambda_adv",
+    "lora_rank": "model.lora_r",
+    "lr": "optim.learning_rate",
+    "max_new_tokens": "rollout.max_completion_length",
+    "max_tokens": "rollout.max_completion_length",
+    "mu": "objective.mu_peak",
+    "n_samples_per_prompt": "rollout.num_generations",
+    "num_steps": "max_steps",
+    "repeat_times": "rollout.num_generations",
+    "resume_from_checkpoint": "resume",
+    "reward_funcs": "rewards.functions",
+    "train_batch_size": "batching.prompts_per_step",
+    "train_dataset": "data.path",
+    "use_vllm": "rollout.sampler",
+    "vllm_importance_sampling_cap": "rollout.vllm_importance_sampling_clip_max",
+    "vllm_server_timeout": "rollout.vllm_timeout",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), (OLD_KEYS | NAMES_IN_OTHER_LIBRARIES).items())
+def test_an_old_or_foreign_name_is_refused_with_the_key(old: str, new: str) -> None:
+    """In a recipe, with its section or dotted, and as a flag."""
+    assert new.split()[0] in {*flatten(Config()), *Config.model_fields}
+    section, _, leaf = old.rpartition(".")
+    expected = re.escape(f"'{old}'; did you mean '{new}'?")
+    for recipe in ({section: {leaf: 1}} if section else {old: 1}, {old: True}):
+        with pytest.raises(UsageError, match=f"unknown key {expected}"):
+            resolve(recipe)
+    with pytest.raises(UsageError, match=re.escape(f"unknown flag '--{old}'; did you mean '{new}'?")):
+        resolve({}, [f"--{old}", "1"])
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_KEYS.items())
+def test_an_old_key_inside_a_stage_is_refused_with_the_new_one(old: str, new: str) -> None:
+    recipe = {"stages": [{"method": "sft", old: 1}]}
+    message = f"stage 1: unknown key '{old}'; did you mean '{new}'?"
+    if old.startswith("data."):
+        message = f"stage 1 cannot change '{old}'"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        stages_of(resolve(recipe))
+
+
+@pytest.mark.parametrize("key", ["metric", "greater_is_better", "target", "patience", "max_tokens"])
+def test_a_flag_of_the_old_section_stop_is_refused_with_the_new_one(key: str) -> None:
+    with pytest.raises(UsageError, match=f"'--stop.{key}'; did you mean 'early_stopping.{key}'"):
+        resolve({}, [f"--stop.{key}", "1"])
+
+
+def test_a_closed_pipe_prints_no_traceback() -> None:
     """As `uniapl train --help | head` does."""
     command = [sys.executable, "-m", "uniapl.cli", "train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -194,8 +298,10 @@ def test_help_shows_the_recipe_s_values(capsys: pytest.CaptureFixture[str]) -> N
     ("content", "message"),
     [
         (b"a: [", "not valid YAML"),
-        (b"optim: {a: 1}\nseed: 3\noptim: {b: 2}", "'optim' stands twice"),
-        (b"optim:\n  a: 1\n  a: 2", "'a' stands twice"),
+        (b"optim: {a: 1}\nseed: 3\noptim: {b: 2}", "duplicate key 'optim'"),
+        (b"optim:\n  a: 1\n  a: 2", "duplicate key 'a'"),
+        (b"stages: &a [*a]", "not valid YAML: found unconstructable recursive node"),
+        (b"&a {optim: *a}", "not valid YAML: found unconstructable recursive node"),
         (b"- a", "must be a mapping"),
         (b"\xff\xfe\xfa", "cannot read"),
         (b"", "mapping"),
@@ -214,7 +320,7 @@ def test_a_missing_recipe_is_named() -> None:
 
 
 def test_every_key_is_described() -> None:
-    """`--help` is the reference: a key without a description would be a riddle there."""
+    """`--help-all` is the reference, so that every key needs a description."""
     for section in Config().model_fields_set | set(Config.model_fields):
         annotation = Config.model_fields[section].annotation
         fields = getattr(annotation, "model_fields", {section: Config.model_fields[section]})

@@ -1,4 +1,4 @@
-"""Rows become examples: forms, templates, masks, refusals that name the row; and the streams."""
+"""Tokenisation of rows, chat templates, errors that name the row, and the streams."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_chat_prompt_with_template_and_its_arguments() -> None:
     }
     example = one(row, TEMPLATE)
     assert text(example.prompt_ids) == "<turn>uhi<eos>\n<turn>a"
-    assert text(example.demonstration_ids) == "yo<eos>", "what the template writes after the end token is cut"
+    assert text(example.demonstration_ids) == "yo<eos>", "text after the end token is removed"
     thinking_off = one(row, TEMPLATE, chat_template_kwargs={"thinking": False})
     assert text(thinking_off.prompt_ids) == "<turn>uhi<eos>\n<turn>a,,"
     assert text(thinking_off.demonstration_ids) == "yo<eos>"
@@ -73,13 +73,13 @@ def test_prompt_format_chat_and_system_prompt() -> None:
     example = one({"prompt": "hi", "completion": "yo"}, TEMPLATE, prompt_format="chat", system_prompt="be")
     assert text(example.prompt_ids) == "<turn>sbe<eos>\n<turn>uhi<eos>\n<turn>a"
     assert text(example.demonstration_ids) == "yo<eos>"
-    assert example.prompt == "hi", "rewards see the prompt as the data has it"
+    assert example.prompt == "hi", "reward functions get the prompt from the data"
     own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
     assert text(one({"prompt": own}, TEMPLATE, system_prompt="be").prompt_ids).startswith("<turn>smine")
 
 
 def test_preferences() -> None:
-    """TRL's two forms: with a prompt of its own, and with whole conversations that share their beginning."""
+    """TRL's two formats: an explicit prompt, and conversations that share their beginning."""
     example = one({"prompt": "say a", "chosen": "aaa", "rejected": "bb", "score": 3})
     assert (text(example.demonstration_ids), text(example.rejected_ids)) == ("aaa<eos>", "bb<eos>")
     assert example.demonstration == "aaa"
@@ -109,7 +109,7 @@ def test_columns_are_renamed() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "hi"}, r"row 7 has no 'prompt'.*question.*data.columns"),
+        ({"question": "hi"}, r"row 7: no 'prompt'.*question.*data.columns"),
         ({"prompt": ""}, "row 7: the prompt is empty"),
         ({"prompt": "a", "completion": ""}, "row 7: the demonstration is empty"),
         ({"prompt": "a", "completion": " \n"}, "row 7: the demonstration is empty"),
@@ -121,14 +121,14 @@ def test_columns_are_renamed() -> None:
         ({"prompt": "a", "completion": [{"role": "user", "content": "x"}]}, "row 7: 'completion' must be"),
         (
             {"messages": [{"role": "assistant", "content": "x"}]},
-            "row 7: 'messages' holds an answer but no prompt",
+            "row 7: 'messages' has a completion but no prompt",
         ),
-        (["a"], "row 7 is not a mapping"),
-        ({"prompt": "a", "completion": "x", "chosen": "y"}, "row 7 has both 'completion' and 'chosen'"),
-        ({"prompt": "a", "rejected": "y"}, "row 7 has 'rejected' but no 'chosen'"),
+        (["a"], "row 7: expected a mapping"),
+        ({"prompt": "a", "completion": "x", "chosen": "y"}, "row 7: both 'completion' and 'chosen'"),
+        ({"prompt": "a", "rejected": "y"}, "row 7: 'rejected' needs 'chosen'"),
         ({"prompt": "a", "chosen": ""}, "row 7: the demonstration is empty"),
         ({"prompt": "a", "chosen": "x", "rejected": 3}, "row 7: 'rejected' must be"),
-        ({"chosen": "x", "rejected": "y"}, "row 7 has no 'prompt'"),
+        ({"chosen": "x", "rejected": "y"}, "row 7: no 'prompt'"),
     ],
 )
 def test_bad_rows_are_refused_by_number(row: Any, message: str) -> None:
@@ -138,12 +138,12 @@ def test_bad_rows_are_refused_by_number(row: Any, message: str) -> None:
 
 def test_chat_needs_a_template_that_keeps_its_prompt() -> None:
     chat = {"prompt": [{"role": "user", "content": "hi"}], "completion": "yo"}
-    with pytest.raises(UsageError, match="no chat template"):
+    with pytest.raises(UsageError, match="row 7: a chat needs a chat template"):
         one(chat)
     forgetful = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
-    with pytest.raises(UsageError, match=r"row 7: the chat template writes the prompt differently"):
+    with pytest.raises(UsageError, match="row 7: the chat template renders the prompt differently"):
         one(chat, forgetful)
-    with pytest.raises(UsageError, match=r"row 7: the chat template refuses it: .*no system"):
+    with pytest.raises(UsageError, match=r"row 7: the chat template raised an error: .*no system"):
         one(chat, "{{ raise_exception('no system') }}")
 
 
@@ -162,7 +162,7 @@ def test_long_rows_are_left_out_and_listed() -> None:
     assert dataset.left_out == {"prompt longer than 8 tokens": (1,), "demonstration too long": (2,)}
     disliked = (4, {"prompt": "a", "chosen": "b", "rejected": "c" * 9})
     kept = tokenize_rows([*rows[2:], disliked], tokenizer, DataConfig(max_demonstration_length=8))
-    assert kept.left_out == {"rejected answer too long": (4,)}
+    assert kept.left_out == {"rejected completion too long": (4,)}
     windowed = tokenize_rows(rows, tokenizer, DataConfig(), context_length=10, max_completion_length=2)
     assert [example.row for example in windowed.examples] == [3]
     with pytest.raises(UsageError, match="no usable row: prompt longer than 1 tokens: 1 rows"):
@@ -194,19 +194,19 @@ def test_text_in_a_csv_file_stays_text(tmp_path: Path) -> None:
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_named() -> None:
     limits = {"context_length": 64, "max_completion_length": 64}
-    with pytest.raises(UsageError, match=r"max_completion_length 64: no prompt fits.* window of 64 tokens"):
+    with pytest.raises(UsageError, match=r"max_completion_length 64 leaves no room.* context of 64 tokens"):
         tokenize_rows([(1, {"prompt": "a"})], make_tokenizer(), DataConfig(), **limits)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b"", "holds no rows"),
-        ("x.jsonl", b'{"prompt": "a"}\n{"prompt": ', "line 2 is not valid JSON"),
-        ("x.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
-        ("x.json", b"{}", "must hold a list"),
-        ("x.json", b"[", "not valid JSON"),
-        ("x.parquet", b"nonsense", "cannot be loaded"),
+        ("x.jsonl", b"", "no rows"),
+        ("x.jsonl", b'{"prompt": "a"}\n{"prompt": ', "line 2: invalid JSON"),
+        ("x.jsonl", b'{"prompt": "\xff"}', "invalid UTF-8"),
+        ("x.json", b"{}", "expected a list of rows"),
+        ("x.json", b"[", "invalid JSON"),
+        ("x.parquet", b"nonsense", "cannot load"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -216,7 +216,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes
 
 
 def test_missing_data_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"there is no file 'nowhere\.jsonl'"):
+    with pytest.raises(UsageError, match=r"file not found: 'nowhere\.jsonl'"):
         read_rows(DataConfig(path="nowhere.jsonl"))
     with pytest.raises(UsageError, match=r"set data\.path"):
         read_rows(DataConfig())

@@ -1,4 +1,4 @@
-"""The embedded task: every verifier with passing, failing and tricky texts; parser and writers agree."""
+"""The demo task: verifiers, parser, writers, splits and measurements."""
 
 import random
 from importlib.resources import files
@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from uniapl.cli.demo import demo
-from uniapl.config import ModelConfig
-from uniapl.demo.constraints import HELD_OUT_COMBINATIONS, Constraint, Prompt, conflict, draw_prompt
+from uniapl.demo.constraints import HELD_OUT_COMBINATIONS, Constraint, TaskPrompt, conflict, draw_prompt
 from uniapl.demo.language import (
     ADJECTIVES,
     ADVERBS,
@@ -30,7 +29,8 @@ from uniapl.demo.measure import measure, score_texts
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
 from uniapl.demo.task import as_row, embedded_constraints, make_task, make_tokenizer
 from uniapl.demo.writers import EXPERT, SLOPPY, write
-from uniapl.models.loading import load_model
+from uniapl.models.loading import ModelSource, load_model
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.types import derive_seed
 
@@ -59,12 +59,12 @@ def sentences(draw: st.DrawFn) -> Sentence:
 
 
 @given(sentences())
-def test_what_is_written_is_parsed_back(sentence: Sentence) -> None:
+def test_a_written_sentence_is_parsed_back(sentence: Sentence) -> None:
     assert parse(sentence.words) == sentence
 
 
 @given(sentences(), st.data())
-def test_a_sentence_that_lost_or_gained_a_word_is_parsed_as_written_or_not_at_all(
+def test_a_sentence_with_a_word_removed_or_added_is_parsed_exactly_or_not_at_all(
     sentence: Sentence, data: st.DataObject
 ) -> None:
     words = list(sentence.words)
@@ -103,7 +103,7 @@ def test_texts_that_are_not_sentences(text: str) -> None:
 def test_fluency_by_hand() -> None:
     other = "the old queen held the cup near the river softly ."
     assert fluency(f"{PLAIN} {other}") == 1
-    assert fluency(f"{PLAIN} {PLAIN}") == 0.5, "what was said before does not count again"
+    assert fluency(f"{PLAIN} {PLAIN}") == 0.5, "a repetition does not count"
     assert fluency(f"{PLAIN} the king") == 0.5, "an unfinished sentence counts"
 
 
@@ -143,7 +143,7 @@ def test_verifiers(constraint: Constraint, text: str, expected: bool) -> None:
 
 def test_a_prompt_in_words() -> None:
     extras = (Constraint("include", "dark"), Constraint("avoid", "adverb"), Constraint("max_words", 14))
-    prompt = Prompt(sentences=2, topic="farmer", extras=extras)
+    prompt = TaskPrompt(sentences=2, topic="farmer", extras=extras)
     assert prompt.text == (
         "write two sentences about the farmer . use dark . do not use adverb . use at most fourteen words ."
     )
@@ -167,11 +167,11 @@ def test_the_expert_passes_its_own_verifiers_on_2000_prompts() -> None:
         assert fluency(text) == 1
 
 
-def test_the_writers_have_their_own_manners() -> None:
+def test_the_writers_differ_in_style() -> None:
     rng = random.Random(0)
     prompts = [draw_prompt(rng, kinds=("avoid",)) for _ in range(600)]
     free = [p for p in prompts if p.extras[0].argument != "place"]
-    expert, sloppy = ([write(p, manner, rng) or "" for p in free] for manner in (EXPERT, SLOPPY))
+    expert, sloppy = ([write(p, style, rng) or "" for p in free] for style in (EXPERT, SLOPPY))
 
     def places(texts: list[str]) -> float:
         return sum(any(word in PLACES for word in text.split()) for text in texts) / len(texts)
@@ -181,7 +181,7 @@ def test_the_writers_have_their_own_manners() -> None:
     assert 0.2 < sum(passed) / len(passed) < 0.6
 
 
-def test_splits_share_no_prompt_and_training_knows_no_held_out_combination() -> None:
+def test_splits_share_no_prompt_and_training_has_no_held_out_combination() -> None:
     task = make_task(prompts=300, demonstrations=100, held_out=100)
     splits = (set(task.train), set(task.held_out), set(task.held_out_combinations))
     texts = [prompt.text for split in splits for prompt in split]
@@ -193,14 +193,14 @@ def test_splits_share_no_prompt_and_training_knows_no_held_out_combination() -> 
     assert make_task(prompts=300, demonstrations=100, held_out=100) == task
 
 
-def test_the_reward_is_the_share_of_constraints() -> None:
-    prompt = Prompt(sentences=1, topic="king", extras=(Constraint("include", "cup"), Constraint("place")))
+def test_the_reward_is_the_fraction_of_constraints() -> None:
+    prompt = TaskPrompt(sentences=1, topic="king", extras=(Constraint("include", "cup"), Constraint("place")))
     row = as_row(prompt)
     chat = [[{"role": "assistant", "content": PLAIN}], "nonsense"]
     assert embedded_constraints(chat, [row["constraints"]] * 2) == [0.5, 0.0]
 
 
-def test_every_word_is_one_token_and_comes_back() -> None:
+def test_every_word_is_one_token() -> None:
     tokenizer = make_tokenizer()
     task = make_task(prompts=200, demonstrations=200, held_out=10)
     for prompt, text in task.demonstrations.items():
@@ -213,32 +213,32 @@ def test_every_word_is_one_token_and_comes_back() -> None:
 
 def test_measurements_by_hand() -> None:
     prompts = [
-        Prompt(sentences=1, topic="king", extras=(Constraint("include", "ring"),)),
-        Prompt(sentences=1, topic="king", extras=(Constraint("place"),)),
+        TaskPrompt(sentences=1, topic="king", extras=(Constraint("include", "ring"),)),
+        TaskPrompt(sentences=1, topic="king", extras=(Constraint("place"),)),
     ]
     experts = ["the king lost a ring near the river .", "the king lost a cup near the mill softly ."]
     got = score_texts(prompts, [PLAIN, "the river king"], experts, expert_nll=1.5)
     assert (got.passed, got.fluency, got.good, got.distinct) == (0.5, 0.5, 0.5, 1.0)
     assert got.words == 4.5
-    # Lengths 3 and 6 beside 9 and 10.
+    # Lengths 3 and 6, compared with 9 and 10.
     assert got.length_distance == 5.0
-    assert got.place_habit == 0.0, "of the first text alone: the second prompt asks for a place"
+    assert got.place_habit == 0.0, "only of the first text: the second prompt asks for a place"
 
 
 def test_distinct_pairs_of_words_by_hand() -> None:
-    prompts = [Prompt(sentences=1, topic="farmer", extras=(Constraint("include", "dark"),))] * 2
+    prompts = [TaskPrompt(sentences=1, topic="farmer", extras=(Constraint("include", "dark"),))] * 2
     got = score_texts(prompts, ["a b a b", "a b c"], ["x", "y"], expert_nll=0.0)
     # a b, b a, a b; a b, b c: three distinct ones of five.
     assert got.distinct_2 == pytest.approx(3 / 5)
     assert score_texts(prompts, ["a", "b"], ["x", "y"], expert_nll=0.0).distinct_2 == 0
 
 
-def test_a_model_s_own_texts_are_as_likely_to_it_as_its_sampler_said() -> None:
+def test_the_nll_of_sampled_texts_equals_the_sampling_logprobs() -> None:
     task = make_task(prompts=1, demonstrations=0, held_out=6)
     base = Path(str(files("uniapl.demo") / "base"))
-    model = load_model(ModelConfig(model_name_or_path=str(base)))
+    model = load_model(ModelSource(base=str(base)))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    got = measure(model, tokenizer, task.held_out, seed=3, reference=model)
+    got, _ = measure(model, tokenizer, task.held_out, seed=3, reference=model)
     chats = [[{"role": "user", "content": prompt.text}] for prompt in task.held_out]
     prompts = [
         tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
@@ -251,13 +251,13 @@ def test_a_model_s_own_texts_are_as_likely_to_it_as_its_sampler_said() -> None:
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
     seeds = [derive_seed(3, "measure", index) for index in range(len(prompts))]
-    groups = sampler.sample(prompts, seeds=seeds, num_generations=1, policy_version=0)
+    groups = sampler.sample(SampleRequest(prompts=prompts, seeds=seeds, num_generations=1))
     logprobs = [value for (rollout,) in groups for value in rollout.sampling_logprobs]
     assert got.reference_nll == pytest.approx(-sum(logprobs) / len(logprobs), abs=1e-4)
-    assert measure(model, tokenizer, task.held_out, seed=3).reference_nll is None
+    assert measure(model, tokenizer, task.held_out, seed=3)[0].reference_nll is None
 
 
-def test_a_task_leaves_out_what_it_is_told_to() -> None:
+def test_excluded_prompts_do_not_occur() -> None:
     first = make_task(prompts=60, demonstrations=5, held_out=20)
     again = make_task(prompts=60, demonstrations=5, held_out=20, without=first.texts)
     assert len(again.texts) == len(first.texts) == 100
@@ -270,7 +270,7 @@ def test_the_demo_runs_from_the_shipped_model(tmp_path: Path, capsys: pytest.Cap
     before, after = demo(flags, task=task)
     assert before.fluency > 0.85, "the base writes well-formed sentences"
     assert before.expert_nll < 2
-    assert before.texts != after.texts
+    assert before != after
     output = capsys.readouterr().out
     assert next(iter(task.held_out)).text in output.replace("\n", " ")
     assert "satisfies every constraint" in output

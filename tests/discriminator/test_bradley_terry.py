@@ -1,4 +1,4 @@
-"""The Bradley-Terry discriminator: scoring, its loss, replay, the accuracy band; and that it learns."""
+"""The Bradley-Terry discriminator: scores, loss, training, replay and the accuracy band."""
 
 import json
 from dataclasses import replace
@@ -13,10 +13,10 @@ from support.tiny import make_model
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.bradley_terry import (
     AdversaryState,
-    BradleyTerry,
     BradleyTerryDiscriminator,
     Comparison,
     Replay,
+    ScoreModel,
     another_example,
     no_context,
 )
@@ -26,15 +26,15 @@ from uniapl.types import Example, Rollout, RolloutGroup
 
 
 def discriminator(max_tokens: int = 10_000, *, family: str = "qwen3") -> BradleyTerryDiscriminator:
-    module = BradleyTerry.copy_of(make_model(family))
+    module = ScoreModel.copy_of(make_model(family))
     torch.manual_seed(3)
     with torch.no_grad():
         module.head.weight.normal_()
     return BradleyTerryDiscriminator(module=module, pad_id=0, max_tokens=max_tokens)
 
 
-def test_a_fresh_one_finds_everything_indistinguishable() -> None:
-    fresh = BradleyTerryDiscriminator(module=BradleyTerry.copy_of(make_model()), pad_id=0, max_tokens=100)
+def test_an_untrained_discriminator_gives_equal_logits() -> None:
+    fresh = BradleyTerryDiscriminator(module=ScoreModel.copy_of(make_model()), pad_id=0, max_tokens=100)
     assert fresh.logits(sequences()) == [0.0] * 9
 
 
@@ -55,8 +55,8 @@ def test_logits_do_not_depend_on_the_batch(max_tokens: int) -> None:
     )
 
 
-def test_the_pad_token_is_not_looked_at() -> None:
-    """An answer may end with the pad token (often it is the end token): lengths decide."""
+def test_the_last_token_is_found_by_length() -> None:
+    """A completion may end with the pad token, which is often the end token."""
     subject = discriminator()
     ends_with_pad = [((5, 6), (7, 0)), ((5, 6), (7, 8, 9))]
     alone = [subject.logits([sequence])[0] for sequence in ends_with_pad]
@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
 
 
 def test_no_comparisons_still_run_a_backward_pass() -> None:
-    """A process without a share must take part in the exchange of gradients."""
+    """A rank without comparisons must take part in the gradient synchronisation."""
     subject = discriminator()
     (loss,) = [compute() for compute in subject.losses([])]
     loss.backward()
@@ -118,9 +118,9 @@ def test_no_comparisons_still_run_a_backward_pass() -> None:
     assert not subject.module.head.weight.grad.any()
 
 
-def test_it_learns_to_tell_two_habits_apart() -> None:
-    """The expert's answers hold 7s, the policy's 9s: held-out pairs are told apart after 40 updates."""
-    module = BradleyTerry.copy_of(make_model(scale=1.0))
+def test_it_learns_to_distinguish_two_habits() -> None:
+    """Demonstrations contain a 7, completions a 9: held-out pairs are distinguished after 40 updates."""
+    module = ScoreModel.copy_of(make_model(scale=1.0))
     subject = BradleyTerryDiscriminator(module=module, pad_id=0, max_tokens=10_000)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def test_the_accuracy_band_pauses_and_goes_on() -> None:
     assert not state.paused
 
 
-def test_a_rejected_answer_loses_too() -> None:
+def test_a_rejected_completion_is_compared_too() -> None:
     rollout = Rollout(
         completion_ids=(9, 9), sampling_logprobs=(-1.0, -1.0), finish_reason="stop", policy_version=0
     )

@@ -1,4 +1,4 @@
-"""POLAR's format and scores, the density ratio, and runs against either."""
+"""POLAR's format and scores, the density ratio, and runs with either."""
 
 import shutil
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_polar_s_format_token_by_token() -> None:
 
 
 def test_polar_s_truncation() -> None:
-    """Answers keep their ends, then the prompt keeps its end; four tokens are the format's own."""
+    """Completions keep their last tokens, then the prompt does; the format itself takes four tokens."""
     shown = PolarFormat(tokenizer=polar_tokenizer(), max_length=15, max_response_length=3)
     text = shown.text("abcdefgh", "12345".translate(str.maketrans("12345", "vwxyz")), "ABCD")
     assert text == f"gh\nxyz{SEPARATOR}gh\nBCD{END}", "(15 - 4 - 3 - 3) // 2 = 2 tokens of the prompt"
@@ -101,7 +101,7 @@ def test_polar_needs_a_reference_and_its_own_tokens(polar_dir: Path, tmp_path: P
     with pytest.raises(uniapl.UniAPLError, match="row 1 has no demonstration"):
         load(polar_dir).score([candidate("a", demonstration=None)])
     save_model(tmp_path / "policy")
-    with pytest.raises(uniapl.UsageError, match=r"does not know '<\|reward\|>'"):
+    with pytest.raises(uniapl.UsageError, match=r"has no token '<\|reward\|>'"):
         load(tmp_path / "policy")
     with pytest.raises(uniapl.UsageError, match="cannot load the tokenizer"):
         load(tmp_path / "nowhere")
@@ -110,12 +110,12 @@ def test_polar_needs_a_reference_and_its_own_tokens(polar_dir: Path, tmp_path: P
 def density_ratio(max_tokens: int = 10_000) -> DensityRatio:
     expert, start = Policy(make_model(seed=1)), Policy(make_model(seed=2))
     return DensityRatio(
-        expert=expert, against=start, pad_id=0, max_tokens=max_tokens, packed=True, device=CPU
+        expert=expert, reference=start, pad_id=0, max_tokens=max_tokens, packed=True, device=CPU
     )
 
 
 def test_density_ratio_by_hand() -> None:
-    """The mean over the answer's tokens of the difference of log-probabilities, one token after the other."""
+    """The mean difference of the log-probabilities, computed one completion token at a time."""
     expert, start = make_model(seed=1), make_model(seed=2)
     for one, score in zip(CANDIDATES, density_ratio().score(CANDIDATES), strict=True):
         ids = [*one.example.prompt_ids, *one.completion_ids]
@@ -130,7 +130,7 @@ def test_density_ratio_by_hand() -> None:
 
 
 def test_density_ratio_reads_padded_rows_by_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 40 tokens at once, of rows that share a prompt too."""
+    """At most 40 tokens per batch, also for rows that share a prompt."""
     read: list[tuple[int, int]] = []
     forward = Policy.forward
 
@@ -140,7 +140,7 @@ def test_density_ratio_reads_padded_rows_by_their_padding(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Policy, "forward", seen)
     same = Policy(make_model(seed=1))
-    subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=40, packed=False, device=CPU)
+    subject = DensityRatio(expert=same, reference=same, pad_id=0, max_tokens=40, packed=False, device=CPU)
     subject.score(CANDIDATES * 5)
     assert max(rows for _, rows in read) > 1
     assert all(tokens <= 40 or rows == 1 for tokens, rows in read)
@@ -148,7 +148,7 @@ def test_density_ratio_reads_padded_rows_by_their_padding(monkeypatch: pytest.Mo
 
 def test_density_ratio_of_a_model_with_itself_is_zero() -> None:
     same = Policy(make_model(seed=1))
-    subject = DensityRatio(expert=same, against=same, pad_id=0, max_tokens=100, packed=True, device=CPU)
+    subject = DensityRatio(expert=same, reference=same, pad_id=0, max_tokens=100, packed=True, device=CPU)
     assert subject.score(CANDIDATES) == [0.0] * 4
 
 
@@ -183,11 +183,11 @@ def test_a_run_against_a_frozen_discriminator_resumes_exactly(
     assert timeless(lines(tmp_path / "broken" / "metrics.jsonl")) == timeless(records)
 
 
-def test_what_a_frozen_discriminator_needs_is_said(model_dir: Path, tmp_path: Path) -> None:
+def test_errors_of_a_frozen_discriminator_s_settings(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(uniapl.UsageError, match=r"'polar' needs discriminator.model_name_or_path"):
         train(recipe(model_dir, tmp_path / "run", discriminator={"kind": "polar"}))
     values = recipe(model_dir, tmp_path / "other")
     train(values)
     changed = {"kind": "density-ratio", "model_name_or_path": str(model_dir)}
-    with pytest.raises(uniapl.UsageError, match=r"made with another discriminator than 'density-ratio'"):
+    with pytest.raises(uniapl.UsageError, match=r"the recipe has 'density-ratio'"):
         train(values | {"resume": "auto", "max_steps": 6, "discriminator": changed})

@@ -1,4 +1,4 @@
-"""The discriminator as adapters on the policy's weights: what it computes; the policy never notices."""
+"""The discriminator as adapters on the policy's weights: its scores, and an unchanged policy."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from support.comparisons import COMPARISONS, sequences
 from support.lora_trunk import on
 from support.runs import lines, recipe, run_until, timeless, train
 from support.tiny import make_model, save_model
-from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, ScoreModel
 from uniapl.discriminator.lora import SCALE, LoraTrunk
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.update.discriminator_step import discriminator_step
 
 
 def merged(model: PreTrainedModel, trunk: LoraTrunk) -> PreTrainedModel:
-    """A copy of the policy whose weights hold the adapters."""
+    """A copy of the policy with the adapters merged."""
     copy = make_model()
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -38,11 +38,11 @@ def merged(model: PreTrainedModel, trunk: LoraTrunk) -> PreTrainedModel:
 def test_it_scores_as_the_policy_with_merged_adapters_would(trained: bool) -> None:
     model = make_model()
     subject = on(model, trained=trained)
-    plain = BradleyTerry.copy_of(merged(model, subject.module.trunk))
+    plain = ScoreModel.copy_of(merged(model, subject.module.trunk))
     plain.head.load_state_dict(subject.module.head.state_dict())
     expected = BradleyTerryDiscriminator(module=plain, pad_id=0, max_tokens=10_000).logits(sequences())
     assert subject.logits(sequences()) == pytest.approx(expected, abs=2e-4)
-    unadapted = BradleyTerry.copy_of(model)
+    unadapted = ScoreModel.copy_of(model)
     unadapted.head.load_state_dict(subject.module.head.state_dict())
     plainly = BradleyTerryDiscriminator(module=unadapted, pad_id=0, max_tokens=10_000).logits(sequences())
     assert (subject.logits(sequences()) == pytest.approx(plainly, abs=1e-2)) == (not trained)
@@ -100,11 +100,11 @@ def test_a_run_with_adapters_resumes_exactly(model_dir: Path, tmp_path: Path) ->
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     assert not any("embed" in name or "norm" in name for name in weights[0])
     assert any(tensor.any() for name, tensor in weights[0].items() if name.startswith("trunk.up"))
-    with pytest.raises(uniapl.UsageError, match="another discriminator than 'bradley-terry'"):
+    with pytest.raises(uniapl.UsageError, match="the recipe has 'bradley-terry'"):
         train(recipe(model_dir, broken, resume="auto", max_steps=7))
 
 
-def test_adapters_are_of_the_policy_alone(model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_need_the_policy_s_own_weights(model_dir: Path, tmp_path: Path) -> None:
     adversary = {"lora_r": 2, "model_name_or_path": str(model_dir)}
-    with pytest.raises(uniapl.UsageError, match="adapts the policy's own weights"):
+    with pytest.raises(uniapl.UsageError, match="trains adapters on the policy"):
         train(recipe(model_dir, tmp_path / "run", discriminator=adversary))

@@ -1,4 +1,4 @@
-"""The discriminator behind a server, on loopback: one that answers, and every way in which it may not."""
+"""The discriminator behind a server on loopback: correct responses and every kind of failure."""
 
 import http.server
 import json
@@ -17,7 +17,7 @@ from support.runs import lines, recipe, timeless, train
 from support.tiny import save_model
 from uniapl.discriminator.polar import PolarFormat
 from uniapl.discriminator.remote import Remote
-from uniapl.http import PostingError, ask, check_address
+from uniapl.http import RequestError, check_url, request_json
 
 Reply = Callable[[http.server.BaseHTTPRequestHandler, dict[str, Any]], None]
 
@@ -35,7 +35,7 @@ def send(handler: http.server.BaseHTTPRequestHandler, answer: Any, status: int =
 
 
 def honest(handler: http.server.BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
-    """As the servers document it; vLLM's items come in any order."""
+    """Respond as the servers document; vLLM's items can have any order."""
     if handler.path == "/classify":
         assert asked["model"] == "polar"
         send(handler, [{"embedding": [logit_of(text)]} for text in asked["text"]])
@@ -68,7 +68,7 @@ def serving(reply: Reply) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uniapl.discriminator.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("uniapl.http.FIRST_PAUSE", 0.01)
 
 
 def remote(url: str, server: Literal["vllm", "sglang"] = "vllm", **settings: Any) -> Remote:
@@ -122,20 +122,23 @@ def cuts(handler: Any, asked: dict[str, Any]) -> None:
 
 TROUBLES: dict[str, tuple[Reply, str]] = {
     "status 500": (lambda h, a: send(h, b"boom", 500), "status 500: boom"),
-    "no JSON": (lambda h, a: send(h, b"<html>"), "no JSON: <html>"),
-    "another form": (lambda h, a: send(h, {"error": "x"}), "another form: KeyError"),
-    "too few": (lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}]}), "not one score for each of"),
+    "no JSON": (lambda h, a: send(h, b"<html>"), "not JSON: <html>"),
+    "another form": (lambda h, a: send(h, {"error": "x"}), "unexpected response: KeyError"),
+    "too few": (
+        lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}]}),
+        "finite scores among|unexpected response: KeyError",
+    ),
     "NaN": (nan_answer, "0 finite scores among"),
     "one twice": (
         lambda h, a: send(h, {"data": [{"index": 0, "data": [1.0]}] * len(a["input"])}),
-        "not one score for each of",
+        "finite scores among|unexpected response: KeyError",
     ),
     "a string": (
         lambda h, a: send(h, {"data": [{"index": i, "data": ["x"]} for i in range(len(a["input"]))]}),
-        "another form: ValueError",
+        "unexpected response: ValueError",
     ),
     "hangs": (hangs, "ReadTimeout|within 0.4 s"),
-    "drips": (drips, "no whole answer within 0.4 s"),
+    "drips": (drips, "no complete response within 0.4 s"),
     "cuts": (cuts, "RemoteProtocolError|ReadError"),
 }
 
@@ -145,8 +148,8 @@ def test_a_server_in_trouble_ends_in_bounded_time_with_its_name(trouble: str) ->
     reply, message = TROUBLES[trouble]
     with serving(reply) as url:
         started = time.monotonic()
-        with pytest.raises(uniapl.UniAPLError, match=rf"{url} failed 3 times, at last: .*({message})"):
-            # Only who is silent needs a short deadline: on a busy machine an answer may take longer.
+        with pytest.raises(uniapl.UniAPLError, match=rf"{url} failed, attempt 3: .*({message})"):
+            # Only a silent server needs a short deadline: on a busy machine a response can take longer.
             remote(url, timeout=0.4 if "0.4 s" in message else 5.0).score(CANDIDATES)
         assert time.monotonic() - started < 20, "three tries, and pauses"
 
@@ -154,30 +157,30 @@ def test_a_server_in_trouble_ends_in_bounded_time_with_its_name(trouble: str) ->
 def test_a_server_that_is_not_there() -> None:
     with serving(honest) as url:
         pass
-    with pytest.raises(uniapl.UniAPLError, match=r"failed 3 times, at last: ConnectError"):
+    with pytest.raises(uniapl.UniAPLError, match="failed, attempt 3: ConnectError"):
         remote(url).score(CANDIDATES)
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".org"])
-def test_a_host_that_no_name_can_be(host: str) -> None:
-    """Parts of 1 to 63 letters, as the standard of names has it."""
-    with pytest.raises(uniapl.UsageError, match=r"discriminator.url 'http://.*' is no address"):
-        check_address("discriminator.url", f"http://{host}:8000")
-    with pytest.raises(PostingError, match="UnicodeError"):
-        ask(f"http://{host}:8000", timeout=5.0)
+def test_an_invalid_host_name(host: str) -> None:
+    """Labels of a host name have 1 to 63 characters."""
+    with pytest.raises(uniapl.UsageError, match=r"discriminator.url: invalid URL 'http://.*'"):
+        check_url("discriminator.url", f"http://{host}:8000")
+    with pytest.raises(RequestError, match="UnicodeError"):
+        request_json(f"http://{host}:8000", timeout=5.0)
 
 
-def test_hosts_that_names_can_be() -> None:
+def test_valid_host_names() -> None:
     for host in ("localhost", "my_host.", "127.0.0.1", "[::1]", "bücher.example", "a" * 63 + ".org"):
-        check_address("discriminator.url", f"http://{host}:8000")
+        check_url("discriminator.url", f"http://{host}:8000")
 
 
-def test_an_answer_that_is_nested_too_deeply() -> None:
+def test_a_response_that_is_nested_too_deeply() -> None:
     def deep(handler: Any, asked: dict[str, Any]) -> None:
         send(handler, b"[" * 100_000)
 
-    with serving(deep) as url, pytest.raises(PostingError, match="no JSON"):
-        ask(url, {}, timeout=5.0)
+    with serving(deep) as url, pytest.raises(RequestError, match="not JSON"):
+        request_json(url, {}, timeout=5.0)
 
 
 def test_a_request_that_is_refused_is_not_repeated() -> None:
@@ -187,7 +190,7 @@ def test_a_request_that_is_refused_is_not_repeated() -> None:
         calls.append(1)
         send(handler, b"unknown model", 404)
 
-    said = "failed 1 times, at last: status 404: unknown model"
+    said = "failed, attempt 1: status 404: unknown model"
     with serving(refuse) as url, pytest.raises(uniapl.UniAPLError, match=said):
         remote(url).score([candidate("a")])
     assert len(calls) == 1
@@ -229,7 +232,7 @@ def test_a_run_whose_server_dies_stops_and_goes_on_when_it_is_back(tmp_path: Pat
 
     with serving(any_name) as url, serving(mortal) as dying:
         train(values(url, "whole"))
-        with pytest.raises(uniapl.UniAPLError, match="failed 2 times, at last: status 500: dead"):
+        with pytest.raises(uniapl.UniAPLError, match="failed, attempt 2: status 500: dead"):
             train(values(dying, "broken"))
         train(values(url, "broken") | {"resume": "auto"})
     whole, broken = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "broken"))

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import yaml
 
-from support.benchmark_data import CONSTANT, IFEVAL, FirstDraw, needs_data, rows
+from support.benchmark_data import (
+    CONSTANT,
+    DATA,
+    IFEVAL,
+    STAND_INS,
+    FirstDraw,
+    on_stand_ins_and_real_data,
+    rows,
+)
 from support.runs import lines, recipe, train, write_recipe
 from support.tiny import LETTERS, letter_rows, make_tokenizer, save_model
 from uniapl import cli
@@ -22,7 +30,8 @@ from uniapl.evaluation import evaluate_suite, scores
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.run import floors, paired
 from uniapl.evaluation.suites import Suite, load_suites, parse_suite
-from uniapl.types import Rollout, TokenIds
+from uniapl.rollout import SampleRequest
+from uniapl.types import Rollout
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
@@ -34,11 +43,9 @@ class Scripted:
         self.texts, self.tokenizer = texts, make_tokenizer()
         self.seeds: list[int] = []
 
-    def sample(
-        self, prompts: Sequence[TokenIds], *, seeds: Sequence[int], num_generations: int, policy_version: int
-    ) -> list[tuple[Rollout, ...]]:
-        self.seeds = list(seeds)
-        assert all(len(group) == num_generations for group in self.texts)
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        self.seeds = list(request.seeds)
+        assert all(len(group) == request.num_generations for group in self.texts)
         return [tuple(self._rollout(text) for text in group) for group in self.texts]
 
     def check(self) -> None:
@@ -98,17 +105,19 @@ def test_unscored_completions_are_not_counted(tmp_path: Path) -> None:
     assert result.completions[1]["reward"] == []
 
 
-@needs_data
-def test_ifeval_scores_equal_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Various completions of the first 120 prompts, aggregated by us and by lm-eval."""
+@on_stand_ins_and_real_data
+def test_ifeval_scores_equal_lm_eval(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Various completions of the first prompts, aggregated by us and by lm-eval."""
     tokenizer = make_tokenizer()
-    suite = load_suite(f"ifeval={IFEVAL}", Config(evaluation=EvaluationConfig(limit=120)), tokenizer)
+    limit = 120 if benchmarks == DATA else 25
+    config = Config(evaluation=EvaluationConfig(limit=limit))
+    suite = load_suite(f"ifeval={benchmarks / IFEVAL}", config, tokenizer)
     from lm_eval.tasks.ifeval import instructions
     from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results
 
     rng = random.Random(0)
     texts = [rng.choice(["", CONSTANT, str(e.prompt), "so. " * 30, "**so**\nso"]) for e in suite.examples]
-    docs = rows(IFEVAL)[:120]
+    docs = rows(benchmarks / IFEVAL)[:limit]
     ours, failure = suite.score(suite.examples, texts, [(0,)] * len(texts))
     assert failure is None
     monkeypatch.setattr(instructions, "random", FirstDraw)
@@ -120,14 +129,21 @@ def test_ifeval_scores_equal_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
         assert single == pytest.approx(agg_inst_level_acc([e[f"inst_level_{kind}_acc"] for e in expected]))
 
 
-@needs_data
-def test_floors_of_ifeval() -> None:
-    suite = load_suite(f"ifeval={IFEVAL}", Config(), make_tokenizer())
+FLOORS = {
+    "real": {"constant": (0.279, 0.420), "echo": (135 / 541, 301 / 834)},
+    "stand-ins": {"constant": (8 / 28, 14 / 34), "echo": (11 / 28, 14 / 34)},
+}
+"""Strict scores of prompts and of instructions."""
+
+
+@on_stand_ins_and_real_data
+def test_floors_of_ifeval(benchmarks: Path) -> None:
+    suite = load_suite(f"ifeval={benchmarks / IFEVAL}", Config(), make_tokenizer())
     found = floors(suite, make_tokenizer())
     assert found["empty"] == {"prompt_strict": 0, "inst_strict": 0, "prompt_loose": 0, "inst_loose": 0}
-    assert found["constant"]["prompt_strict"] == pytest.approx(0.279, abs=0.002)
-    assert found["constant"]["inst_strict"] == pytest.approx(0.420, abs=0.002)
-    assert found["echo"]["prompt_strict"] == pytest.approx(135 / 541, abs=0.002)
+    for name, expected in FLOORS["real" if benchmarks == DATA else "stand-ins"].items():
+        given = (found[name]["prompt_strict"], found[name]["inst_strict"])
+        assert given == pytest.approx(expected, abs=0.002), name
 
 
 def test_intervals_agree_with_a_slow_bootstrap() -> None:
@@ -205,7 +221,7 @@ def test_rows_without_instructions_or_rewards_are_reported(tmp_path: Path) -> No
         UsageError, match=r"suite 'held_out': row 1 has no instructions.*name reward functions"
     ):
         load_suite(str(path), Config(), make_tokenizer())
-    with pytest.raises(UsageError, match=r"suite 'gone': .*there is no file 'gone\.jsonl'"):
+    with pytest.raises(UsageError, match=r"suite 'gone': .*file not found: 'gone\.jsonl'"):
         load_suite("gone.jsonl", Config(), make_tokenizer())
 
 
@@ -293,13 +309,14 @@ def test_suite_without_any_score_fails(
     assert result["suites"]["held_out"]["scores"]["reward"]["mean"] is None
 
 
-@needs_data
-def test_floors_are_placed_after_the_mark() -> None:
-    evaluation = EvaluationConfig(limit=40, answer_after="</think>")
-    suite = load_suite(f"ifeval={IFEVAL}", Config(evaluation=evaluation), make_tokenizer())
-    plain = load_suite(f"ifeval={IFEVAL}", Config(evaluation=EvaluationConfig(limit=40)), make_tokenizer())
+@on_stand_ins_and_real_data
+def test_floors_are_placed_after_the_mark(benchmarks: Path) -> None:
+    name = f"ifeval={benchmarks / IFEVAL}"
+    evaluation = EvaluationConfig(limit=25, answer_after="</think>")
+    suite = load_suite(name, Config(evaluation=evaluation), make_tokenizer())
+    plain = load_suite(name, Config(evaluation=EvaluationConfig(limit=25)), make_tokenizer())
     assert floors(suite, make_tokenizer()) == floors(plain, make_tokenizer())
-    sampler = Scripted([["b"]] * 40)
+    sampler = Scripted([["b"]] * 25)
     result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
     assert result.summary["notes"] == ["100% of the completions do not contain '</think>' and count as empty"]
     assert result.summary["scores"]["prompt_strict"]["mean"] == 0
@@ -312,8 +329,8 @@ def test_prompts_are_sampled_in_batches_and_kept_in_order(tmp_path: Path) -> Non
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
     class Echo(Scripted):
-        def sample(self, prompts: Sequence[TokenIds], **rest: Any) -> list[tuple[Rollout, ...]]:
-            return [(self._rollout(self.tokenizer.decode(list(prompt))),) for prompt in prompts]
+        def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+            return [(self._rollout(self.tokenizer.decode(list(prompt))),) for prompt in request.prompts]
 
     tokenizer = make_tokenizer()
 
@@ -388,7 +405,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--suites", "gsm8k"], "unknown suite 'gsm8k'"),
         (["--suites", "{file}"], "row 1 has no instructions"),
         (["--suites", "{file}", "--rewards", "nothing"], "unknown reward function 'nothing'"),
-        (["--suites", "{file}", "a/other.jsonl", "--rewards", "no_comma"], "there is no file"),
+        (["--suites", "{file}", "a/other.jsonl", "--rewards", "no_comma"], "file not found"),
         (["--suites", "{file}", "{file}", "--rewards", "no_comma"], "two suites are called 'held_out'"),
         (
             ["--suites", "{file}", "--rewards", "no_comma", "--against", "/nowhere"],
@@ -474,8 +491,8 @@ def test_evaluation_during_training(model_dir: Path, tmp_path: Path) -> None:
     assert math.isclose(scored["mean"], records[-1].get("eval/held_out/rewards/no_comma", final))
 
 
-def test_eval_steps_without_suites_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="eval_steps: there is nothing to look at"):
+def test_evaluation_without_suites_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"eval_steps: evaluation\.suites is empty"):
         train(recipe(model_dir, tmp_path / "run", eval_steps=2))
 
 
@@ -487,12 +504,10 @@ def test_check_reports_overlap(model_dir: Path, tmp_path: Path, capsys: pytest.C
     assert report["overlap"]["held_out"]["exact"] == [[n, n] for n in range(1, 10)], "letters a to i"
     assert cli.run(["check", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "warning: 9 of 12: suite 'held_out': 9 training prompts are prompts of it, 0 share" in " ".join(
-        said.split()
-    )
+    expected = "warning: suite 'held_out': 9 of 12 training prompts are also in the suite, 0 more share"
+    assert expected in " ".join(said.split())
 
 
-@needs_data
 def test_lm_eval_tasks_run_on_the_model(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,7 +516,7 @@ def test_lm_eval_tasks_run_on_the_model(
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = tmp_path / "few.jsonl"
-    data.write_text("\n".join(IFEVAL.read_text().splitlines()[:6]) + "\n")
+    data.write_text("\n".join((STAND_INS / IFEVAL).read_text().splitlines()[:6]) + "\n")
     task = {
         "include": f"{next(iter(lm_eval.tasks.ifeval.__path__))}/ifeval.yaml",
         "task": "ifeval_few",

@@ -1,4 +1,4 @@
-"""Group-relative advantages: by hand, against plain Python, and the cases that blow up elsewhere."""
+"""Group-relative advantages by hand, against plain Python, and for groups of equal rewards."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from uniapl.functional import group_advantages
 
 
 def tensors(groups: list[list[float | None]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unknown rewards hold NaN, so that reading one would show."""
+    """Rewards and the mask of known rewards; unknown rewards are NaN, so that using one fails the test."""
     nan = float("nan")
     rewards = torch.tensor([[nan if r is None else r for r in g] for g in groups], dtype=torch.float64)
     return rewards, torch.tensor([[r is not None for r in g] for g in groups])

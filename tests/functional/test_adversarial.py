@@ -1,4 +1,4 @@
-"""The adversary's formulas: by hand, by finite differences, and what makes them safe."""
+"""The adversarial terms by hand, by finite differences, and for extreme values."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_assignments_by_hand() -> None:
 
 
 def test_the_default_is_bounded_and_fades() -> None:
-    """|B| < 1 whatever the logits; it shrinks with their differences, which a standardised one does not."""
+    """|B| < 1 for all logits; it shrinks with their differences, unlike a standardised advantage."""
     huge = adversarial_advantages(POLICY * 1e6, EXPERT, KNOWN)
     assert huge.abs().max() <= 1
     close = POLICY * 1e-3

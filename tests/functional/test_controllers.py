@@ -1,4 +1,4 @@
-"""The rules that learn lambda: by hand, and on a stand-in for the policy that answers to them."""
+"""The controllers of lambda by hand, and on a model of the policy that reacts to lambda."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_the_integral_does_not_wind_up() -> None:
 @pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.3])
 @pytest.mark.parametrize("start", [0.1, 2.0, 15.0])
 def test_a_policy_that_answers_is_brought_to_the_constraint(rule: str, epsilon: float, start: float) -> None:
-    """The stand-in's gap moves slowly to 0.5 / (1 + lambda): the more lambda, the smaller the gap."""
+    """The gap of the modelled policy moves slowly to 0.5 / (1 + lambda)."""
     multiplier, gap, bounds = Multiplier(value=start), 0.4, (0.05, 20.0)
     for _ in range(6000):
         gap += 0.1 * (0.5 / (1 + multiplier.value) - gap)

@@ -1,4 +1,4 @@
-"""The losses: by hand, against plain Python, by finite differences, under poison, and the one division."""
+"""The losses by hand, against plain Python, by finite differences, with NaN outside the mask; `objective`."""
 
 import math
 
@@ -136,7 +136,7 @@ def test_masked_positions_cannot_be_felt(name: str, poison: float, x: dict[str, 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_loss_of_the_selected_tokens_alone(name: str, x: dict[str, torch.Tensor]) -> None:
-    """Masking is selecting: the same tokens, each as a row of its own without padding, give the same sum."""
+    """The selected tokens, each as a separate row without padding, give the same sum."""
     rows, columns = x["mask"].nonzero(as_tuple=True)
     alone = {key: x[key][rows, columns].unsqueeze(-1) for key in ("logprobs", "old", "ref", "sampling")}
     alone["advantages"] = x["advantages"][rows]
@@ -186,7 +186,7 @@ def test_objective_by_hand() -> None:
 
 
 def test_objective_does_not_let_one_component_rescale_another() -> None:
-    """Ten times as many demonstration tokens with the same mean leave every gradient as it was."""
+    """Ten times as many demonstration tokens with the same mean do not change any gradient."""
     logprob = {name: torch.tensor(-1.0, requires_grad=True) for name in ("sft", "rl")}
 
     def gradients(copies: int) -> list[torch.Tensor]:

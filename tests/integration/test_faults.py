@@ -19,7 +19,7 @@ import uniapl
 from support.runs import launcher, lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
-from uniapl.discriminator.bradley_terry import BradleyTerry
+from uniapl.discriminator.bradley_terry import ScoreModel
 from uniapl.errors import UniAPLError
 from uniapl.models.policy import Policy
 from uniapl.training import step_health as watch
@@ -77,7 +77,7 @@ def test_an_update_that_does_not_fit_is_done_in_smaller_parts(
     train(recipe(model_dir, tmp_path / "whole", **values))
     sizes = with_little_memory(monkeypatch, Policy, 70)
     run_until(2, recipe(model_dir, tmp_path / "small", **values))
-    assert "step 1: out of memory: micro-batches of" in capsys.readouterr().out
+    assert "step 1: out of memory: from now on, micro-batches have at most" in capsys.readouterr().out
     failed = [format_bytes for format_bytes in sizes if format_bytes > 70]
     assert 1 <= len(failed) <= 6
     state = json.loads((checkpoint.checkpoint_path(tmp_path / "small", 2) / "state.json").read_text())
@@ -141,14 +141,14 @@ def test_a_discriminator_s_update_that_does_not_fit(
 ) -> None:
     values = {"batching": {"max_tokens_per_micro_batch": 1000}}
     train(recipe(model_dir, tmp_path / "whole", **values))
-    sizes = with_little_memory(monkeypatch, BradleyTerry, 40)
+    sizes = with_little_memory(monkeypatch, ScoreModel, 40)
     train(recipe(model_dir, tmp_path / "small", **values))
     assert max(sizes) > 40
     assert max(sizes[-8:]) <= 40, "it tried, and then knew"
     assert_close_runs(tmp_path / "small", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("module", "said"), [(Policy, "one row of"), (BradleyTerry, "a pair of")])
+@pytest.mark.parametrize(("module", "said"), [(Policy, "one row of"), (ScoreModel, "a pair of")])
 def test_what_fits_in_no_part_ends_the_run(
     module: type[torch.nn.Module],
     said: str,
@@ -196,7 +196,7 @@ def test_two_runs_never_share_a_directory(model_dir: Path, tmp_path: Path) -> No
     values = recipe(model_dir, tmp_path / "run", max_steps=1)
     with (
         exclusive(tmp_path / "run"),
-        pytest.raises(uniapl.UsageError, match="another run is at work in output_dir"),
+        pytest.raises(uniapl.UsageError, match="another run is using output_dir"),
     ):
         train(values)
     train(values)
@@ -228,7 +228,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_not_begun(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=2**20 + 1000))
-    with pytest.raises(uniapl.UsageError, match=r"has 1\.0 MiB free, the run will need about .* KiB"):
+    with pytest.raises(uniapl.UsageError, match=r"has 1\.0 MiB free, the run needs about .* KiB"):
         train(recipe(model_dir, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -280,7 +280,7 @@ def test_a_model_that_is_not_finite_stops_with_the_batch_s_path(model_dir: Path,
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     values = recipe(broken, tmp_path / "run", health={"max_skipped_steps": 2})
-    with pytest.raises(uniapl.HealthStop, match=r"2 steps in a row the gradient.*skipped/step-000002\.json"):
+    with pytest.raises(uniapl.HealthStop, match=r"2 steps in a row: the gradient.*skipped/step-000002\.json"):
         train(values)
     saved = json.loads((tmp_path / "run" / "skipped" / "step-000002.json").read_text())
     assert {part for row in saved["rows"] for part in row["components"]} >= {"sft", "rl"}
@@ -319,7 +319,7 @@ def test_a_discriminator_without_finite_answers_stops_the_run(
 
     monkeypatch.setattr("uniapl.discriminator.bradley_terry.BradleyTerryDiscriminator.score", nothing)
     values = recipe(model_dir, tmp_path / "run", health={"max_skipped_steps": 3}, max_steps=6)
-    with pytest.raises(uniapl.HealthStop, match="3 steps in a row the discriminator had no finite logit"):
+    with pytest.raises(uniapl.HealthStop, match="3 steps in a row: the discriminator had no finite logit"):
         train(values)
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["tokens/adv"] for record in records] == [0, 0, 0]
@@ -329,15 +329,15 @@ def test_a_discriminator_without_finite_answers_stops_the_run(
 def test_a_discriminator_whose_gradient_is_not_finite_stops_the_run(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward: Callable[..., Any] = BradleyTerry.forward
+    forward: Callable[..., Any] = ScoreModel.forward
 
     def poisoned(self: Any, *args: Any) -> Any:
         logits = forward(self, *args)
         return logits * float("inf") if torch.is_grad_enabled() else logits
 
-    monkeypatch.setattr(BradleyTerry, "forward", poisoned)
+    monkeypatch.setattr(ScoreModel, "forward", poisoned)
     values = recipe(model_dir, tmp_path / "run", health={"max_skipped_steps": 2}, max_steps=6)
-    with pytest.raises(uniapl.HealthStop, match="2 steps in a row the discriminator's gradient"):
+    with pytest.raises(uniapl.HealthStop, match="2 steps in a row: the discriminator's gradient"):
         train(values)
     saved = load_file(checkpoint.checkpoint_path(tmp_path / "run", 2) / "discriminator.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())

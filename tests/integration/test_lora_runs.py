@@ -15,11 +15,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import uniapl
+from support.adapters import complete_model, policy_model
 from support.runs import assert_same_run, lines, recipe, run_until, train, write_recipe
 from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import ModelConfig
-from uniapl.models.loading import load_model, load_policy
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 
@@ -153,7 +154,7 @@ def test_a_run_may_start_from_an_adapter(learnt: Path, tmp_path: Path) -> None:
     said = [json.loads((d / "adapter_config.json").read_text()) for d in (start, tmp_path / "adapter/final")]
     assert said[0] == said[1]
     train(recipe(start, tmp_path / "whole", **changes))
-    merged, trained = load_model(ModelConfig(model_name_or_path=str(start))), tmp_path / "whole" / "final"
+    merged, trained = complete_model(ModelConfig(model_name_or_path=str(start))), tmp_path / "whole" / "final"
     weights = load_file(trained / "model.safetensors")
     for name, tensor in merged.named_parameters():
         assert_close(weights[name], tensor.detach(), atol=1e-5, rtol=1e-5)
@@ -170,7 +171,7 @@ def test_the_merged_model_answers_as_the_adapter_does(
     assert "its adapter merged" in capsys.readouterr().out
     base = json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"]
     config = ModelConfig(model_name_or_path=base, lora_r=4)
-    adapter = load_policy(config, saved, seed=0).eval()
+    adapter = policy_model(config, saved, seed=0).eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     ids = torch.arange(2, 42).reshape(4, 10)
@@ -178,9 +179,10 @@ def test_the_merged_model_answers_as_the_adapter_does(
         ours, theirs = merged(ids).logits, adapter(ids).logits
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
     prompts = [tuple(make_tokenizer()(row["prompt"])["input_ids"]) for row in letter_rows(4)]
+    request = SampleRequest(prompts=prompts, seeds=[0] * 4, num_generations=2)
     answers = [
         LocalSampler(model=model, stop_ids={1}, pad_id=0, max_completion_length=12, temperature=0.0).sample(
-            prompts, seeds=[0] * 4, num_generations=2, policy_version=0
+            request
         )
         for model in (adapter, merged)
     ]
@@ -221,13 +223,13 @@ def test_what_cannot_be_exported_is_named(
     damaged.mkdir()
     (damaged / "manifest.json").write_text(json.dumps({"model.safetensors": {"bytes": 1, "sha256": ""}}))
     cases = [
-        (tmp_path / "nowhere", "new", "no directory of a run"),
+        (tmp_path / "nowhere", "new", "not the directory of a run"),
         (tmp_path / "unfinished", "new", "newest checkpoint is .*step-000004"),
-        (tmp_path / "empty", "new", "no directory of a run"),
-        (gone_on, "new", "went on after .*/final or .*step-000001"),
+        (tmp_path / "empty", "new", "not the directory of a run"),
+        (gone_on, "new", "continued after .*/final or .*step-000001"),
         (damaged, "new", "damaged: model.safetensors: missing"),
-        (learnt, "taken", "is there already"),
-        (learnt, "file", "is there already"),
+        (learnt, "taken", "already exists"),
+        (learnt, "file", "already exists"),
         (learnt, "file/new", "cannot be written"),
     ]
     for source, output, said in cases:
@@ -265,16 +267,16 @@ def test_a_directory_that_must_stay_is_refused_before_anything_is_loaded(
     output = {"a mount": str(tmp_path / "here"), "the working directory": "."}[what]
     # The source cannot be loaded either.
     assert cli.run(["export", str(tmp_path / "source"), "-o", output]) == 2
-    assert f"'{output}' cannot be replaced by another: name a new directory in it" in capsys.readouterr().err
+    assert f"'{output}' cannot be replaced: name a new directory inside it" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused(model_dir: Path, tmp_path: Path) -> None:
     train(recipe(model_dir, tmp_path / "whole", method="sft", max_steps=2))
     train(recipe(model_dir, tmp_path / "adapter", method="sft", max_steps=2) | {"model.lora_r": 4})
     again = {"method": "sft", "max_steps": 4, "resume": "auto"}
-    with pytest.raises(uniapl.UsageError, match="of a whole model, the recipe trains an adapter"):
+    with pytest.raises(uniapl.UsageError, match="contains a complete model; the recipe trains an adapter"):
         train(recipe(model_dir, tmp_path / "whole", **again) | {"model.lora_r": 4})
-    with pytest.raises(uniapl.UsageError, match="of an adapter, the recipe trains a whole model"):
+    with pytest.raises(uniapl.UsageError, match="contains an adapter; the recipe trains the complete model"):
         train(recipe(model_dir, tmp_path / "adapter", **again))
     with pytest.raises(uniapl.UsageError, match="r 4 instead of 2"):
         train(recipe(model_dir, tmp_path / "adapter", **again) | {"model.lora_r": 2})
@@ -349,7 +351,7 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
 
     whole = stays()
     lora = stays("--model.lora-r", "4", "--discriminator.lora-r", "2")
-    policy = load_policy(ModelConfig(model_name_or_path=str(model_dir), lora_r=4), seed=0)
+    policy = policy_model(ModelConfig(model_name_or_path=str(model_dir), lora_r=4), seed=0)
     adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     assert lora["policy"] == pytest.approx(whole["policy"] + adapter, rel=0.01)
     assert (lora["optimizer"], lora["reference"]) == (2 * adapter, adapter)
@@ -360,7 +362,7 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
     assert update("--optim.gradient-checkpointing", "True") < 0.6 * update()
     flags = ["--model.lora-r", "4", "--model.lora-target-modules", "wq"]
     assert cli.run(["check", str(path), *flags]) == 2
-    assert "lora_target_modules: no adapter for wq" in capsys.readouterr().err
+    assert "lora_target_modules: Qwen3ForCausalLM has no module 'wq'" in capsys.readouterr().err
 
 
 def test_space_is_asked_for_what_is_saved(

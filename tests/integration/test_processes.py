@@ -1,9 +1,8 @@
 """Runs on several processes, by DDP and by FSDP2: the same as on one, also from one another's checkpoints."""
 
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.processes import run_processes
 from support.runs import lines, recipe, timeless, train
 from support.tiny import save_model
 from uniapl.training.checkpoint import directory as checkpoint
@@ -20,39 +20,13 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 METHODS = ("uniapl", "grpo")
 
 
-def ten_steps(model: Path, output: Path, method: str, **changes: Any) -> dict[str, Any]:
-    """A run of ten steps that is saved in its middle; 3 prompts do not divide by 2 processes, nor by 4."""
-    objective: dict[str, Any] = {"beta": 0.05, "reference_step": 2, "mu_decay_steps": 10}
+def six_steps(model: Path, output: Path, method: str, **changes: Any) -> dict[str, Any]:
+    """A run of six steps that is saved in its middle; 3 prompts do not divide by 2 processes, nor by 4."""
+    objective: dict[str, Any] = {"beta": 0.05, "reference_step": 2, "mu_decay_steps": 6}
     if method == "uniapl":
         objective["lambda_controller"] = "dual"
-    settings = {"max_steps": 10, "save_steps": 5, "log_gradients_steps": 4, "objective": objective}
+    settings = {"max_steps": 6, "save_steps": 3, "log_gradients_steps": 2, "objective": objective}
     return recipe(model, output, method=method, **settings | changes)
-
-
-def processes(world: int, work: Callable[..., None], folder: Path, *arguments: Any) -> list[int | None]:
-    """Do `work` in `world` processes that know each other; their exit codes."""
-    context = multiprocessing.get_context("spawn")
-    started = [
-        context.Process(target=_one, args=(rank, world, work, folder, *arguments)) for rank in range(world)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=240)
-    ended = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    return ended
-
-
-def _one(rank: int, world: int, work: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    store = f"file://{folder / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    work(folder, *arguments)
-    torch.distributed.destroy_process_group()
 
 
 def _train_all(folder: Path, launch: dict[str, str], recipes: Sequence[dict[str, Any]]) -> None:
@@ -67,27 +41,27 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     save_model(folder / "model")
     for method in METHODS:
-        train(ten_steps(folder / "model", folder / method, method))
+        train(six_steps(folder / "model", folder / method, method))
     return folder
 
 
 def halfway(model: Path, run: Path, copy: Path) -> dict[str, Any]:
     """The recipe that goes on, in a copy of a run, from its checkpoint in the middle."""
     shutil.copytree(run, copy)
-    return ten_steps(model, copy, "uniapl", resume=str(checkpoint.checkpoint_path(copy, 5)))
+    return six_steps(model, copy, "uniapl", resume=str(checkpoint.checkpoint_path(copy, 3)))
 
 
 def assert_close(got: Path, expected: Path) -> None:
-    """The same ten steps, and the same tensors in the last checkpoint."""
+    """The same six steps, and the same tensors in the last checkpoint."""
     mine, theirs = (timeless(lines(path / "metrics.jsonl")) for path in (got, expected))
-    assert [record["step"] for record in mine] == list(range(1, 11))
+    assert [record["step"] for record in mine] == list(range(1, 7))
     for one, other in zip(mine, theirs, strict=True):
         assert one.keys() == other.keys()
         assert one["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5)
         for key, value in other.items():
             close = value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
             assert one[key] == close, (one["step"], key)
-    last = (checkpoint.checkpoint_path(path, 10) for path in (got, expected))
+    last = (checkpoint.checkpoint_path(path, 6) for path in (got, expected))
     ours, others = ({file.name: file for file in path.glob("*.safetensors")} for path in last)
     assert ours.keys() == others.keys()
     for name, file in others.items():
@@ -105,9 +79,9 @@ def test_a_run_does_not_depend_on_the_number_of_processes(
 ) -> None:
     """From its beginning, from the checkpoint of one process, and on one process from theirs."""
     model = alone / "model"
-    recipes = [ten_steps(model, tmp_path / method, method) for method in METHODS]
+    recipes = [six_steps(model, tmp_path / method, method) for method in METHODS]
     recipes.append(halfway(model, alone / "uniapl", tmp_path / "from one"))
-    assert processes(world, _train_all, tmp_path, launch, recipes) == [0] * world
+    assert run_processes(world, _train_all, tmp_path, launch, recipes) == [0] * world
     for method in METHODS:
         assert_close(tmp_path / method, alone / method)
     assert_close(tmp_path / "from one", alone / "uniapl")
@@ -120,7 +94,7 @@ def test_stages_with_shards(alone: Path, tmp_path: Path) -> None:
     stages = [{"method": "sft", "max_steps": 2}, {"method": "grpo", "max_steps": 2}]
     values = [recipe(alone / "model", tmp_path / name, stages=stages) for name in ("one", "two")]
     train(values[0])
-    assert processes(2, _train_all, tmp_path, FSDP2, [values[1]]) == [0, 0]
+    assert run_processes(2, _train_all, tmp_path, FSDP2, [values[1]]) == [0, 0]
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)

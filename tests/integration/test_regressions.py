@@ -77,7 +77,7 @@ def test_going_back_to_an_older_checkpoint_forgets_the_later_ones(model_dir: Pat
 
 def test_a_checkpoint_of_another_recipe_is_refused(model_dir: Path, tmp_path: Path) -> None:
     train(recipe(model_dir, tmp_path / "run", method="sft"))
-    with pytest.raises(uniapl.UsageError, match="is of a run of sft, the recipe now says uniapl"):
+    with pytest.raises(uniapl.UsageError, match="was made with methods sft; the recipe has uniapl"):
         train(recipe(model_dir, tmp_path / "run", resume="auto"))
     with pytest.raises(uniapl.UsageError, match="is a model, not a checkpoint"):
         train(recipe(model_dir, tmp_path / "new", method="sft", resume=str(tmp_path / "run" / "final")))
@@ -104,7 +104,7 @@ def test_changed_data_and_seed_are_said(
     train(values, train_dataset=letter_rows(8))
     output = capsys.readouterr().out
     assert "the data has changed since the checkpoint" in output
-    assert "the checkpoint's seed was 0; from here on it is 9" in output
+    assert "the seed changes from 0 (the checkpoint's) to 9" in output
 
 
 def test_a_failed_start_leaves_the_old_run_alone(model_dir: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_it_runs_without_git(model_dir: Path, tmp_path: Path, monkeypatch: pytes
             {"prompt": "a", "completion": [{"role": "assistant", "content": None}]},
             "row 1: 'completion' must be",
         ),
-        ({"prompt": "a\ud800b"}, "row 1 cannot be tokenised"),
+        ({"prompt": "a\ud800b"}, "row 1: tokenisation failed"),
         (
             {"prompt": "a", "question": "b"},
             "row 1: data.columns renames 'question' to 'prompt', which is there",
@@ -248,7 +248,7 @@ def test_odd_values(values: dict[str, Any], model_dir: Path, tmp_path: Path) -> 
 
 
 def test_a_system_prompt_for_plain_text_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(uniapl.UsageError, match=r"no place for data\.system_prompt"):
+    with pytest.raises(uniapl.UsageError, match=r"data\.system_prompt does not apply"):
         train(recipe(model_dir, tmp_path / "run", data={"system_prompt": "be brief"}))
 
 
@@ -300,12 +300,12 @@ def test_what_changed_since_the_last_start_is_said(
     written = (tmp_path / "run" / "config.yaml").read_bytes()
     train(recipe(model_dir, tmp_path / "run", resume="auto", rollout={"num_generations": 2}))
     output = capsys.readouterr().out
-    assert "this run is complete; a larger --max-steps goes on with it" in output
+    assert "this run is complete; to continue it, set a larger --max-steps" in output
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written
     train(recipe(model_dir, tmp_path / "run", resume="auto", max_steps=5, rollout={"num_generations": 2}))
     output = capsys.readouterr().out
-    assert "since the run was last started, max_steps: 4 -> 5" in output
-    assert "since the run was last started, rollout.num_generations: 4 -> 2" in output
+    assert "changed since the run was last started: max_steps: 4 -> 5" in output
+    assert "changed since the run was last started: rollout.num_generations: 4 -> 2" in output
     train(recipe(model_dir, tmp_path / "other", resume="auto", max_steps=1))
     assert "no checkpoint in" in capsys.readouterr().out
 
@@ -325,7 +325,7 @@ def test_a_signal_finishes_the_step_and_saves_it(number: int, model_dir: Path, t
 
     stopping.__name__ = "has_letter"
     values = {"max_steps": 12, "save_steps": 6}
-    with pytest.raises(UniAPLError, match=r"goes on from .*step-000003") as raised:
+    with pytest.raises(UniAPLError, match=r"continue from .*step-000003") as raised:
         train(recipe(model_dir, tmp_path / "stopped", **values), reward_functions=[stopping])
     assert raised.value.exit_code == 128 + number
     assert signal.getsignal(number) is handler
@@ -350,7 +350,7 @@ def test_a_reward_that_says_none_of_everything_is_pointed_out(
         return [None] * len(completions)
 
     train(recipe(model_dir, tmp_path / "run", max_steps=1), reward_functions=silent)
-    assert "step 1: no rollout has a reward: every function answered None" in capsys.readouterr().out
+    assert "step 1: no rollout has a reward: every reward function returned None" in capsys.readouterr().out
 
 
 def test_a_failing_reward_s_place_is_named(tmp_path: Path) -> None:

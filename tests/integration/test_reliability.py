@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from support.runs import Killed, lines, recipe, timeless, train, write_recipe
 from support.tiny import save_model
-from uniapl import cli
+from uniapl import cli, files
 from uniapl.files import JsonlLog
 from uniapl.training.checkpoint import directory as checkpoint
-from uniapl.training.monitor import metrics
 
 FULL = "No space left on device (os error 28)"
 
@@ -83,7 +82,7 @@ def test_a_disk_that_fails_in_the_run_ends_it_with_one_message(
     message = capsys.readouterr().err
     assert message.startswith(f"error: the run in '{run}' failed: [Errno ")
     first, second = (checkpoint.checkpoint_path(run, step) for step in (2, 4))
-    assert f"'{second}'. Once that is mended, --resume auto goes on from {first}\n" in message
+    assert f"'{second}'. Fix the cause and continue from {first} with --resume auto\n" in message
     assert names(run / "checkpoints") == [first.name], "nothing half is left"
     assert cli.run(["train", str(path), "--resume", "auto"]) == 0
     ours, theirs = (timeless(lines(directory / "metrics.jsonl")) for directory in (run, whole))
@@ -102,7 +101,7 @@ def test_a_disk_that_fails_before_the_first_save_or_the_first_step(
     assert cli.run(["train", str(path), "--resume", "auto"]) == 0
     # A finished run writes no config.yaml, but looks its logs through.
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "write_text", failing(metrics.write_text, full, 1))
+        patch.setattr(files, "write_text", failing(files.write_text, full, 1))
         assert cli.run(["train", str(path), "--resume", "auto"]) == 2
     assert f"error: output_dir '{tmp_path / 'run'}' cannot be written: [Errno 28]" in capsys.readouterr().err
 

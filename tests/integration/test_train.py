@@ -202,7 +202,9 @@ def test_a_hugging_face_dataset_and_a_config_object(model_dir: Path, tmp_path: P
     import datasets
 
     config = uniapl.Config.model_validate(recipe(model_dir, tmp_path / "run", max_steps=1))
-    result = train(config, train_dataset=datasets.Dataset.from_list(letter_rows()))  # type: ignore[arg-type]
+    result = uniapl.train(
+        config, train_dataset=datasets.Dataset.from_list(letter_rows()), reward_functions=has_letter
+    )
     assert result.metrics["step"] == 1
 
 
@@ -224,7 +226,9 @@ def test_a_reward_that_fails_in_the_run_is_counted_and_then_stops_it(model_dir: 
         return [0.5] * len(completions)
 
     values = recipe(model_dir, tmp_path / "run", max_steps=20, health={"max_skipped_steps": 3})
-    with pytest.raises(uniapl.HealthStop, match=r"step 4: 3 steps in a row reward 'fragile'.*server is gone"):
+    with pytest.raises(
+        uniapl.HealthStop, match=r"step 4: 3 steps in a row: reward 'fragile'.*server is gone"
+    ):
         train(values, reward_functions=[fragile])
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["rewards/fragile/error_rate"] for record in records] == [0.0, 1.0, 1.0, 1.0]
@@ -243,7 +247,7 @@ def test_a_gradient_that_stays_infinite_stops_the_run(model_dir: Path, tmp_path:
     def huge(completions: list[str]) -> list[float]:
         return [1e300 * (-1) ** n for n in range(len(completions))]
 
-    with pytest.raises(uniapl.HealthStop, match="2 steps in a row the gradient was not finite"):
+    with pytest.raises(uniapl.HealthStop, match="2 steps in a row: the gradient was not finite"):
         train(values, reward_functions=[huge])
     start = load_file(Path(values["model"]["model_name_or_path"]) / "model.safetensors")
     saved = load_file(checkpoint.checkpoint_path(tmp_path / "run", 2) / "model.safetensors")
@@ -258,7 +262,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
     ("changes", "rows", "message"),
     [
         ({"max_stepz": 3}, None, "unknown key 'max_stepz'; did you mean 'max_steps'?"),
-        ({}, [], "holds no rows"),
+        ({}, [], "no rows"),
         ({}, [{"question": "a"}], "row 1 has no 'prompt'"),
         (
             {},
@@ -282,8 +286,8 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             None,
             "No module named",
         ),
-        ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "there is no such directory"),
-        ({"data": {"path": "nowhere.jsonl"}}, None, "there is no file 'nowhere.jsonl'"),
+        ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "directory not found"),
+        ({"data": {"path": "nowhere.jsonl"}}, None, "file not found: 'nowhere.jsonl'"),
         ({"resume": "{tmp}/nowhere"}, None, "cannot be used"),
         ({"discriminator": {"kind": "polar"}}, None, "'polar' needs discriminator.model_name_or_path"),
         (
@@ -304,12 +308,12 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         (
             {"discriminator": {"kind": "remote", "model_name_or_path": "x", "url": "host:80"}},
             None,
-            "it should be as http://host:port",
+            "expected http://host:port",
         ),
         (
             {"discriminator": {"held_out_fraction": 0.999999}},
             None,
-            "some must be held out, and some learnt from",
+            "leaves prompts on both sides",
         ),
         ({"discriminator": {"held_out_fraction": 1e-9}}, None, "holds out 0 of"),
         ({"discriminator": {"lora_r": 2, "freeze_after_steps": 2}}, None, "cannot freeze adapters"),
@@ -321,7 +325,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         (
             {"objective": {"mu_controller": "gate", "reward_weight": 0.0}, "rewards": {}},
             None,
-            "'gate' reads rewards: name at least one",
+            "'gate' needs rewards: set rewards.functions",
         ),
         (
             {
@@ -331,7 +335,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
                 "_file": NEEDS_COLUMN,
             },
             [{"prompt": "a", "answer": "a"}, {"prompt": "b", "completion": "b"}],
-            "but none of them has one",
+            "but no sampled prompt has one",
         ),
     ],
 )
@@ -394,7 +398,7 @@ def test_a_tokenizer_that_is_too_large_for_its_model(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"extra{n}" for n in range(20)])
     tokenizer.save_pretrained(path)
-    with pytest.raises(uniapl.UsageError, match="they do not belong together"):
+    with pytest.raises(uniapl.UsageError, match="use the tokenizer that belongs to the model"):
         train(recipe(path, tmp_path / "run"))
 
 

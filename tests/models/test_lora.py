@@ -1,4 +1,4 @@
-"""The policy as an adapter: what it computes, what its files hold, who reads without it."""
+"""LoRA policies: their outputs, files, merged copies, and models that use the base without the adapter."""
 
 import copy
 import importlib.util
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from support.adapters import IDS, logits, settings
+from support.adapters import IDS, complete_model, logits, policy_model, settings
 from support.comparisons import sequences
 from support.lora_trunk import on
 from support.runs import write_recipe
@@ -22,8 +22,8 @@ from support.tiny import make_model, make_tokenizer, random_rows, save_model
 from uniapl import UsageError, cli
 from uniapl.config import ModelConfig
 from uniapl.data.batching import collate
-from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator
-from uniapl.models.loading import load_model, load_policy, load_stop_ids
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, ScoreModel
+from uniapl.models.loading import ModelSource, load_stop_ids
 from uniapl.models.lora import (
     is_adapter,
     linear_layers,
@@ -44,8 +44,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapted(config: ModelConfig, *, scale: float = 0.3) -> PreTrainedModel:
-    """A policy whose adapter has learnt something."""
-    model = load_policy(config, seed=0).eval()
+    """A policy whose adapter changes the output."""
+    model = policy_model(config, seed=0).eval()
     torch.manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,23 +63,23 @@ def batch_of(seed: int = 0) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2_softcap"])
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained(family: str, tmp_path: Path) -> None:
     path = save_model(tmp_path, family=family)
-    model = load_policy(settings(path), seed=0).eval()
-    assert_close(logits(model), logits(load_model(settings(path)).eval()), atol=0.0, rtol=0.0)
+    model = policy_model(settings(path), seed=0).eval()
+    assert_close(logits(model), logits(complete_model(settings(path)).eval()), atol=0.0, rtol=0.0)
     trained = trained_weights(model)
     assert trained
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
-    # The head's projection is left alone: the policy reads it as it is.
+    # The head has no adapter, because the policy uses its weight directly.
     assert not any("head" in name for name in trained)
-    assert Policy(model).has_linear_head == Policy(load_model(settings(path))).has_linear_head
+    assert Policy(model).has_linear_head == Policy(complete_model(settings(path))).has_linear_head
 
 
 def test_it_is_drawn_from_its_seed_alone(model_dir: Path) -> None:
     torch.manual_seed(1)
-    one = trained_weights(load_policy(settings(model_dir), seed=5))
+    one = trained_weights(policy_model(settings(model_dir), seed=5))
     torch.manual_seed(2)
     before = torch.random.get_rng_state()
-    two = trained_weights(load_policy(settings(model_dir), seed=5))
-    other = trained_weights(load_policy(settings(model_dir), seed=6))
+    two = trained_weights(policy_model(settings(model_dir), seed=5))
+    other = trained_weights(policy_model(settings(model_dir), seed=6))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
@@ -93,7 +93,7 @@ def test_the_change_is_alpha_by_r_times_b_a(model_dir: Path, alpha: int | None, 
     trained = trained_weights(model)
     assert all(".q_proj." in name for name in trained)
     assert len(trained) == 2 * 2
-    plain = load_model(settings(model_dir)).eval()
+    plain = complete_model(settings(model_dir)).eval()
     stem = "model.layers.{}.self_attn.q_proj"
     with torch.no_grad():
         for number in range(2):
@@ -116,33 +116,33 @@ def test_peft_and_transformers_load_what_is_saved(model_dir: Path, tmp_path: Pat
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(model_dir)
     assert (said["r"], said["lora_alpha"], said["lora_dropout"], said["revision"]) == (4, 8, 0.0, "main")
-    assert said["target_modules"] == sorted(said["target_modules"]), "or the file would differ between runs"
+    assert said["target_modules"] == sorted(said["target_modules"]), "a set's order would differ between runs"
 
 
 def test_loading_an_adapter_merges_it_and_training_goes_on_from_it(model_dir: Path, tmp_path: Path) -> None:
     model = adapted(settings(model_dir))
     save_weights(model, tmp_path)
-    merged = load_model(ModelConfig(model_name_or_path=str(tmp_path))).eval()
+    merged = complete_model(ModelConfig(model_name_or_path=str(tmp_path))).eval()
     assert not any("lora" in name for name in merged.state_dict())
     assert all(parameter.requires_grad for parameter in merged.parameters()), "or nothing could start from it"
     assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
     for again in (
-        load_policy(settings(tmp_path), seed=1),
-        load_policy(settings(model_dir), tmp_path, seed=1),
+        policy_model(settings(tmp_path), seed=1),
+        policy_model(settings(model_dir), tmp_path, seed=1),
     ):
         assert_close(logits(again.eval()), logits(model), atol=0.0, rtol=0.0)
         assert again.name_or_path == str(model_dir)
 
 
 def test_what_ends_an_answer_is_the_base_s_to_say(model_dir: Path, tmp_path: Path) -> None:
-    """As of an adapter that peft has saved: no settings of its own beside it."""
+    """For an adapter without a generation configuration, as PEFT saves it."""
     base = tmp_path / "base"
     save_model(base)
     (base / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
-    model = load_policy(settings(base), seed=0)
+    model = policy_model(settings(base), seed=0)
     (tmp_path / "adapter").mkdir()
     save_weights(model, tmp_path / "adapter")
-    found = load_stop_ids(settings(tmp_path / "adapter"), model.config, make_tokenizer())
+    found = load_stop_ids(ModelSource.resolve(settings(tmp_path / "adapter")), model.config, make_tokenizer())
     assert found == {1, 9}
 
 
@@ -151,35 +151,35 @@ def test_what_ends_an_answer_is_the_base_s_to_say(model_dir: Path, tmp_path: Pat
     [
         ({"lora_r": 2}, "r 4 instead of 2; lora_alpha 8 instead of 4"),
         ({"lora_alpha": 4}, "lora_alpha 8 instead of 4"),
-        ({"lora_target_modules": ["q_proj"]}, "28 matrices instead of 4, of other modules"),
+        ({"lora_target_modules": ["q_proj"]}, "28 matrices instead of 4, for other modules"),
     ],
 )
 def test_another_adapter_is_refused(
     changes: dict[str, Any], said: str, model_dir: Path, tmp_path: Path
 ) -> None:
-    save_weights(load_policy(settings(model_dir), seed=0), tmp_path)
+    save_weights(policy_model(settings(model_dir), seed=0), tmp_path)
     with pytest.raises(UsageError, match=said) as refused:
-        load_policy(settings(tmp_path, **changes), seed=0)
+        policy_model(settings(tmp_path, **changes), seed=0)
     assert f"uniapl export {tmp_path}" in str(refused.value)
 
 
 def test_broken_adapters_are_named(model_dir: Path, tmp_path: Path) -> None:
-    model = load_policy(settings(model_dir), seed=0)
+    model = policy_model(settings(model_dir), seed=0)
     save_weights(model, tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     kept = config.read_text()
     config.write_text(kept.replace(str(model_dir), str(tmp_path / "gone")))
-    gone = f"the adapter '{tmp_path}' is one of '{tmp_path / 'gone'}', and there is no such directory"
+    gone = f"the base model '{tmp_path / 'gone'}' of the adapter '{tmp_path}' does not exist"
     with pytest.raises(UsageError, match=gone):
-        load_model(settings(tmp_path))
-    for content, said in (("{", "settings"), ("[]", "not a mapping"), ("{}", "names no base model")):
+        complete_model(settings(tmp_path))
+    for content, said in (("{", "settings"), ("[]", "expected a JSON object"), ("{}", "names no base model")):
         config.write_text(content)
         with pytest.raises(UsageError, match=said):
-            load_model(settings(tmp_path))
+            complete_model(settings(tmp_path))
     config.write_text(kept)
     weights.write_bytes(b"nothing")
     with pytest.raises(UsageError, match="cannot read the adapter's weights"):
-        load_model(settings(tmp_path))
+        complete_model(settings(tmp_path))
     weights.unlink()
     with pytest.raises(UsageError, match="cannot read the adapter's weights"):
         read_adapter(model, tmp_path)
@@ -187,25 +187,25 @@ def test_broken_adapters_are_named(model_dir: Path, tmp_path: Path) -> None:
     save_weights(model, tmp_path)
     config.write_text(kept.replace(str(model_dir), str(other)))
     with pytest.raises(UsageError, match="cannot load the adapter"):
-        load_model(settings(tmp_path))
+        complete_model(settings(tmp_path))
 
 
 def test_an_adapter_of_peft_s_own_making_is_merged(model_dir: Path, tmp_path: Path) -> None:
-    """Of another kind than ours: with magnitudes (DoRA), on some layers only."""
+    """An adapter of another kind: DoRA, on some layers."""
     kind = LoraConfig(r=2, use_dora=True, target_modules=["v_proj", "up_proj"], task_type="CAUSAL_LM")
-    theirs = get_peft_model(load_model(settings(model_dir)), kind).eval()
+    theirs = get_peft_model(complete_model(settings(model_dir)), kind).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     theirs.save_pretrained(tmp_path)
     assert is_adapter(tmp_path)
-    assert_close(logits(load_model(settings(tmp_path)).eval()), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert_close(logits(complete_model(settings(tmp_path)).eval()), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
 def test_modules_that_are_not_there_and_a_missing_rank_are_refused(model_dir: Path) -> None:
-    with pytest.raises(UsageError, match="lora_target_modules: no adapter for wq, wk: Qwen3ForCausalLM"):
-        load_policy(settings(model_dir, lora_target_modules=["wq", "wk"]), seed=0)
+    with pytest.raises(UsageError, match="lora_target_modules: Qwen3ForCausalLM has no module 'wq', 'wk'"):
+        policy_model(settings(model_dir, lora_target_modules=["wq", "wk"]), seed=0)
     with pytest.raises(ValueError, match="give lora_r"):
         settings(model_dir, lora_r=None, lora_alpha=8)
 
@@ -213,11 +213,11 @@ def test_modules_that_are_not_there_and_a_missing_rank_are_refused(model_dir: Pa
 def test_without_peft(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_weights(load_policy(settings(model_dir), seed=0), tmp_path)
+    save_weights(policy_model(settings(model_dir), seed=0), tmp_path)
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else find(name))
     with pytest.raises(UsageError, match=r"pip install 'uniapl\[peft\]'"):
-        load_model(settings(tmp_path))
+        complete_model(settings(tmp_path))
     assert cli.run(["check", str(write_recipe(tmp_path, model_dir)), "--model.lora-r", "4"]) == 2
     assert "pip install 'uniapl[peft]'" in capsys.readouterr().err
 
@@ -226,17 +226,17 @@ def test_the_base_is_read_without_the_adapter_and_the_adapter_goes_on(model_dir:
     model = adapted(settings(model_dir))
     spoken, trained = logits(model), set(trained_weights(model))
     with without_adapter(model.base_model):
-        assert_close(logits(model), logits(load_model(settings(model_dir)).eval()), atol=0.0, rtol=0.0)
+        assert_close(logits(model), logits(complete_model(settings(model_dir)).eval()), atol=0.0, rtol=0.0)
     assert_close(logits(model), spoken, atol=0.0, rtol=0.0)
     assert set(trained_weights(model)) == trained
-    plain = load_model(settings(model_dir)).base_model
+    plain = complete_model(settings(model_dir)).base_model
     assert linear_layers(model.base_model).keys() == linear_layers(plain).keys()
 
 
 def test_a_discriminator_of_adapters_reads_with_the_policy_s_base(model_dir: Path) -> None:
-    """And its own adapters, each with its tensors' usual names; the policy's adapter never learns from it."""
+    """The tensors of its own adapters keep their names, and the policy's adapter gets no gradient."""
     model = adapted(settings(model_dir))
-    subject, plainly = on(model, trained=True), on(load_model(settings(model_dir)).eval(), trained=True)
+    subject, plainly = on(model, trained=True), on(complete_model(settings(model_dir)).eval(), trained=True)
     assert subject.module.state_dict().keys() == plainly.module.state_dict().keys()
     assert subject.logits(sequences()) == pytest.approx(plainly.logits(sequences()), abs=1e-6)
     before = logits(model)
@@ -249,9 +249,9 @@ def test_a_discriminator_of_adapters_reads_with_the_policy_s_base(model_dir: Pat
 
 def test_a_discriminator_that_is_a_copy_has_the_adapter_merged_and_learns_as_a_whole(model_dir: Path) -> None:
     model = adapted(settings(model_dir))
-    module = BradleyTerry.copy_of(model)
+    module = ScoreModel.copy_of(model)
     assert all(parameter.requires_grad for parameter in module.parameters())
-    plain = load_model(settings(model_dir))
+    plain = complete_model(settings(model_dir))
     assert trained_weights(module.trunk).keys() == trained_weights(plain.base_model).keys()
     merged = copy.deepcopy(model)
     merge_in_place(merged)
@@ -266,11 +266,12 @@ def test_a_discriminator_that_is_a_copy_has_the_adapter_merged_and_learns_as_a_w
 
 @pytest.mark.parametrize("lora_r", [4, None])
 def test_the_reference_is_the_policy_as_it_was(lora_r: int | None, model_dir: Path, tmp_path: Path) -> None:
-    """Whatever the policy learns; it is kept in a file, and may follow the policy to a later step."""
+    """The reference does not change with the policy, is saved and loaded, and can copy the policy later."""
     config, inputs = settings(model_dir, lora_r=lora_r), batch_of()
-    policy = Policy(load_policy(config, seed=0))
+    policy = Policy(policy_model(config, seed=0))
     at_start, _ = policy(*inputs)
-    reference = reference_at_start(policy, config, None)
+    source = ModelSource.resolve(config)
+    reference = reference_at_start(policy, source)
     assert torch.equal(reference(*inputs)[0], at_start)
     with torch.no_grad():
         for tensor in trained_weights(policy).values():
@@ -278,7 +279,7 @@ def test_the_reference_is_the_policy_as_it_was(lora_r: int | None, model_dir: Pa
     moved, _ = policy(*inputs)
     assert not torch.allclose(moved, at_start, atol=1e-3)
     assert torch.equal(reference(*inputs)[0], at_start)
-    assert torch.equal(reference_at_start(policy, config, None)(*inputs)[0], at_start), "as at a resume"
+    assert torch.equal(reference_at_start(policy, source)(*inputs)[0], at_start), "as at a resume"
     assert not reference(*inputs)[0].requires_grad
     reference.save(tmp_path / "reference.safetensors")
     reference.follow()
@@ -292,13 +293,13 @@ def test_the_reference_is_the_policy_as_it_was(lora_r: int | None, model_dir: Pa
 def test_the_reference_of_a_stage_is_the_adapter_it_started_from(model_dir: Path, tmp_path: Path) -> None:
     before = Policy(adapted(settings(model_dir)))
     save_weights(before.model, tmp_path)
-    policy = Policy(load_policy(settings(model_dir), tmp_path, seed=0))
+    policy = Policy(policy_model(settings(model_dir), tmp_path, seed=0))
     with torch.no_grad():
         for tensor in trained_weights(policy).values():
             tensor.add_(0.05)
     for reference in (
-        reference_at_start(policy, settings(model_dir), tmp_path),
-        reference_at_start(policy, settings(tmp_path), None),
+        reference_at_start(policy, ModelSource.resolve(settings(model_dir)).with_weights(tmp_path)),
+        reference_at_start(policy, ModelSource.resolve(settings(tmp_path))),
     ):
         assert torch.equal(reference(*batch_of())[0], before(*batch_of())[0])
 
@@ -308,7 +309,7 @@ def test_the_reference_of_a_stage_is_the_adapter_it_started_from(model_dir: Path
 def test_recomputed_layers_keep_less_and_give_the_same_gradient(
     family: str, lora_r: int | None, tmp_path: Path
 ) -> None:
-    policy = Policy(load_policy(settings(save_model(tmp_path, family=family), lora_r=lora_r), seed=0))
+    policy = Policy(policy_model(settings(save_model(tmp_path, family=family), lora_r=lora_r), seed=0))
     inputs = batch_of()
 
     def gradients(*, enabled: bool) -> tuple[dict[str, Tensor], int]:
@@ -333,7 +334,9 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient(
     assert plain.keys() == {name for name, p in policy.named_parameters() if p.requires_grad}
     assert all(torch.equal(plain[name], again[name]) for name in plain)
     assert little < 0.5 * much
-    assert not any("forward" in vars(module) for module in policy.modules()), "nothing of it is left"
+    assert not any("forward" in vars(module) for module in policy.modules()), (
+        "the wrapped forwards are removed"
+    )
 
 
 def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
@@ -347,7 +350,7 @@ def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
 
 
 def test_a_merged_copy_is_saved_as_a_whole_model(model_dir: Path, tmp_path: Path) -> None:
-    """What vLLM is sent: it answers as the adapter does, which stays what it was."""
+    """The copy, which vLLM receives, has the outputs of the adapted model, which is unchanged."""
     model = adapted(settings(model_dir))
     expected = model(IDS).logits
     merged(model).save_pretrained(tmp_path)

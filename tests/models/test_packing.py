@@ -1,4 +1,4 @@
-"""Packed rows: their slots by hand, the hidden states of padded rows, and models that cannot."""
+"""Packed rows: slots by hand, equality with padded rows, and models that cannot be packed."""
 
 import copy
 from dataclasses import replace
@@ -15,13 +15,14 @@ from torch.testing import assert_close
 
 from support.runs import lines, recipe, train
 from support.tiny import CONFIGS, make_model, save_model
-from uniapl.data.batching import Row, by_prompt, collate, component_counts, halves, micro_batches, shares
-from uniapl.discriminator.bradley_terry import BradleyTerry, BradleyTerryDiscriminator, Comparison
+from uniapl.data.batching import Row, batch_sequences, collate, halves, micro_batches, shards
+from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison, ScoreModel
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.models.packing import NAME, Packing, can_pack
 from uniapl.models.policy import Policy, inputs_of
 from uniapl.training.monitor.metrics import update_metrics
-from uniapl.training.update.policy_step import PolicyStep, policy_step
+from uniapl.training.update.batch import MixedBatch
+from uniapl.training.update.policy_step import LossSettings, PolicyStep, policy_step
 from uniapl.types import MicroBatch, Span
 
 PACKING_FAMILIES = ("qwen3", "llama", "mistral_sliding", "gemma3", "gpt2")
@@ -58,7 +59,7 @@ def group_rows(*, groups: int = 3, seed: int = 0) -> list[Row]:
 
 
 def gradient(batches: list[MicroBatch], rows: list[Row], family: str = "qwen3") -> tuple[float, list[Tensor]]:
-    """Loss and gradients of a step on all forces, in double precision but for the rotary tables."""
+    """Loss and gradients of a step with all loss components, in double precision except for rotary tables."""
     policy = Policy(make_model(family).double())
     assert policy.packs
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
@@ -68,13 +69,8 @@ def gradient(batches: list[MicroBatch], rows: list[Row], family: str = "qwen3") 
         Accelerator(cpu=True),
         policy,
         optimizer,
-        batches,
-        component_counts(rows),
-        WEIGHTS,
-        clip_low=0.2,
-        clip_high=0.2,
-        token_weight="none",
-        max_grad_norm=1e9,
+        MixedBatch(rows=rows, micro_batches=batches, weights=WEIGHTS),
+        LossSettings(clip_low=0.2, clip_high=0.2),
     )
     return result.sums["loss"], kept
 
@@ -87,7 +83,7 @@ def assert_same(got: tuple[float, list[Tensor]], expected: tuple[float, list[Ten
 
 
 def test_slots_by_hand() -> None:
-    """The picture of the module's docstring, and a row of another prompt padded on the left."""
+    """The example in the module's docstring, and a left-padded row with another prompt."""
     spans = [Span(0, 2, 4, 7), Span(0, 2, 5, 7), Span(2, 1, 3, 9)]
     packing = Packing(spans, 5, torch.device("cpu"))
     assert packing.slots.tolist() == [[0, 1, 3, 4, 0], [0, 1, 5, 6, 7], [0, 0, 2, 8, 9]]
@@ -95,7 +91,7 @@ def test_slots_by_hand() -> None:
 
 
 def test_a_long_prompt_does_not_widen_the_others() -> None:
-    """What attention reads, with its padding, beside what it has to read; rows of one prompt each."""
+    """Attention reads at most 1.3 times the necessary keys; each row has a different prompt."""
     lengths = [(300, 40), (290, 6), *[(8, 6)] * 20, *[(9, 40)] * 3]
     spans = [Span(0, prompt, prompt + answer, n) for n, (prompt, answer) in enumerate(lengths)]
     packing = Packing(spans, 340, torch.device("cpu"))
@@ -106,7 +102,7 @@ def test_a_long_prompt_does_not_widen_the_others() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_padded_queries_see_a_key(window: int | None) -> None:
-    """Not every kernel takes a query that sees none, which a short prompt has beside a long one."""
+    """Some kernels fail on queries without keys, which padding would create."""
     spans = [Span(0, 1, 2, 0), Span(0, 9, 30, 1), Span(0, 12, 30, 2)]
     packing = Packing(spans, 30, torch.device("cpu"))
     for block, mask in zip(packing.blocks, packing.masks(window, torch.float32), strict=True):
@@ -121,7 +117,7 @@ def test_padded_queries_see_a_key(window: int | None) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", PACKING_FAMILIES)
 def test_packed_is_padded(family: str, side: Any) -> None:
-    """The loss on all forces and every gradient; windows of 4 tokens are shorter than prompts and answers."""
+    """The loss of all components and every gradient; windows of 4 tokens are shorter than the rows."""
     rows = group_rows()
     packed = [collate(rows, pad_id=0, padding_side=side, packed=True)]
     assert_same(gradient(packed, rows, family), gradient([collate(rows, pad_id=0)], rows, family))
@@ -139,7 +135,7 @@ def test_the_cut_changes_nothing(max_tokens: int, pad_id: int) -> None:
 
 
 def test_a_row_s_neighbours_do_not_reach_it() -> None:
-    """Other completions of the same prompt may be anything; not by one bit does a log-prob move."""
+    """Log-probabilities are bit-identical for all other completions of the same prompt."""
     rows = group_rows(groups=1)
     policy = Policy(make_model())
 
@@ -176,7 +172,7 @@ SEQUENCES = st.lists(
 
 @given(SEQUENCES, st.integers(1, 40), st.none() | st.integers(1, 5))
 def test_batches_by_prompt(sequences: list[Any], max_tokens: int, max_rows: int | None) -> None:
-    batches = by_prompt(sequences, max_tokens=max_tokens, max_rows=max_rows)
+    batches = batch_sequences(sequences, max_tokens=max_tokens, max_rows=max_rows, packed=True)
     assert sorted(index for batch in batches for index in batch) == list(range(len(sequences)))
 
     def tokens(batch: list[int]) -> int:
@@ -190,14 +186,14 @@ def test_batches_by_prompt(sequences: list[Any], max_tokens: int, max_rows: int 
         group = [index for index, (other, _) in enumerate(sequences) if other == prompt]
         if tokens(group) <= max_tokens and (max_rows is None or len(group) <= max_rows):
             assert sum(not set(group).isdisjoint(batch) for batch in batches) == 1, (
-                "a group that fits is whole"
+                "a group that fits is not split"
             )
 
 
 @given(st.integers(1, 6), st.integers(0, 5))
-def test_shares_keep_prompts_whole_and_even_the_load(number: int, seed: int) -> None:
+def test_shards_keep_prompts_together_and_balance_the_load(number: int, seed: int) -> None:
     rows = group_rows(groups=8, seed=seed)
-    dealt = shares(rows, number)
+    dealt = shards(rows, number)
     assert len(dealt) == number
     assert sorted(map(id, (row for share in dealt for row in share))) == sorted(map(id, rows))
     owners = [{row.prompt_ids for row in share} for share in dealt]
@@ -214,7 +210,7 @@ def test_rows_that_teach_nothing() -> None:
     rows = group_rows()
     silent = replace(rows[0], advantage=0.0, adversarial_advantage=0.0)
     assert [row.has_gradient(WEIGHTS) for row in (rows[0], silent, rows[4])] == [True, False, True]
-    assert silent.has_gradient(WEIGHTS | {"kl": 0.1}), "the KL term asks for its log-probs"
+    assert silent.has_gradient(WEIGHTS | {"kl": 0.1}), "the KL term needs its log-probabilities"
     assert not replace(rows[0], advantage=0.0).has_gradient(WEIGHTS | {"adv": 0.0})
     every = [silent, *rows[1:]]
     without = [row for row in every if row.has_gradient(WEIGHTS)]
@@ -225,7 +221,7 @@ def test_rows_that_teach_nothing() -> None:
 
 
 def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
-    """Rewards all alike: no rollout is read, so none is measured; the padded path reads them all."""
+    """With equal rewards no rollout is computed, so none has metrics; the padded path computes all."""
     for packing in (True, False):
         output = tmp_path / str(packing)
         values = recipe(
@@ -244,7 +240,7 @@ def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_means_of_the_rollouts_that_were_read() -> None:
-    """Of 40 tokens 8 were read; a component's mean is over all of its own."""
+    """8 of 40 tokens were computed; the mean of a component is over all of its tokens."""
     step = PolicyStep(
         applied=True,
         grad_norm=1.0,
@@ -263,7 +259,7 @@ def test_means_of_the_rollouts_that_were_read() -> None:
     metrics = update_metrics(step, counts, {"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": 0.0})
     assert metrics["entropy"] == 1.5
     assert metrics["loss/rl"] == 0.5
-    assert metrics["loss/sft"] is metrics["loss/adv"] is None, "without weight nobody has read them"
+    assert metrics["loss/sft"] is metrics["loss/adv"] is None, "components without weight are not computed"
 
 
 def test_which_models_pack() -> None:
@@ -277,7 +273,7 @@ def test_which_models_pack() -> None:
 
 
 def shifted(module: Any, inputs: Any, output: Any) -> Any:
-    """A layer that mixes each token with the one before it, as a convolution would."""
+    """A hook that mixes each token with the one before it, like a convolution."""
     hidden = output[0] if isinstance(output, tuple) else output
     return hidden + 0.1 * hidden.roll(1, dims=1)
 
@@ -295,7 +291,7 @@ def test_a_model_that_mixes_tokens_otherwise_is_found_out() -> None:
 
 
 def test_windows_that_attention_is_not_told_of_are_refused() -> None:
-    """The masks keep the window, the layers do not hand it on: beyond the probe's length it would be lost."""
+    """The layers do not pass the window on, and the probe is too short to show it."""
     model = make_model("mistral_sliding")
     model.config.sliding_window = 64
     for layer in model.base_model.layers:
@@ -313,7 +309,7 @@ def test_the_discriminator_packs(lora: int | None) -> None:
     results: list[tuple[list[float], list[Tensor]]] = []
     for packed in (False, True):
         model = make_model()
-        module = BradleyTerry(LoraTrunk(model, lora, seed=0)) if lora else BradleyTerry.copy_of(model)
+        module = ScoreModel(LoraTrunk(model, lora, seed=0)) if lora else ScoreModel.copy_of(model)
         assert can_pack(module.trunk)
         torch.nn.init.normal_(module.head.weight, generator=torch.Generator().manual_seed(0))
         subject = BradleyTerryDiscriminator(module=module, pad_id=0, max_tokens=40, packed=packed)
@@ -348,7 +344,7 @@ def test_a_run_is_the_same_packed_and_padded(method: str, model_dir: Path, tmp_p
 def test_a_run_says_that_it_cannot_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gemma = save_model(tmp_path / "gemma", family="gemma2_softcap")
     train(recipe(gemma, tmp_path / "run", max_steps=1))
-    assert "cannot read packed rows" in capsys.readouterr().out
+    assert "does not support packing" in capsys.readouterr().out
 
 
 def test_saved_weights_do_not_name_the_attention(tmp_path: Path) -> None:

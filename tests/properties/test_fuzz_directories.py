@@ -165,7 +165,7 @@ UNKNOWN = {"prompt_ids": [4], "demonstration_ids": [5, 10**6], "completions": [[
         ({"step": -1}, "step: Input should be greater than or equal to 0"),
         ({"stage": 1}, "stage 2 of 1"),
         ({"replay": MISSING}, "does not fit the recipe: KeyError: 'replay'"),
-        ({"replay": [UNKNOWN]}, "its replay holds unknown tokens"),
+        ({"replay": [UNKNOWN]}, "its replay has unknown token ids"),
         ({"stopping": {"best": None, "waited": 0, "reason": None, "more": 1}}, "does not fit the recipe"),
     ],
 )
@@ -223,7 +223,7 @@ def test_damaged_logs_at_resume(line: str, folder: Path, tmp_path: Path, run_dir
     log.write_text(log.read_text() + line + "\n")
     flags = ("--resume", "auto", "--max-steps", "2", "--output-dir", str(other))
     said = run("train", folder, folder / "model", *KL, *flags)
-    assert_clear(said, f"{log}: a line is damaged")
+    assert_clear(said, f"{log}: damaged line")
     assert said.code == (2 if line else 0)
 
 

@@ -216,7 +216,7 @@ def test_odd_tables_as_parquet(columns: dict[str, list[Any]], folder: Path) -> N
     [
         ("x.jsonl", b"3\n", "row 1 is not a mapping of columns to values: 3"),
         ("x.json", b"[null]", "row 1 is not a mapping of columns to values: None"),
-        ("x.jsonl", b'{"prompt": "\\ud800"}', "row 1 cannot be tokenised"),
+        ("x.jsonl", b'{"prompt": "\\ud800"}', "row 1: tokenisation failed"),
         ("x.jsonl", b"\n" + b"[" * 9000, "line 2 is not valid JSON"),
         ("x.json", b"[" * 9000, "not valid JSON"),
         ("x.jsonl", b"9" * 5000, "line 1 is not valid JSON"),

@@ -1,7 +1,7 @@
 """The gradient of a step does not depend on how its rows are cut, padded, ordered or spread on processes."""
 
 import math
-import multiprocessing
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.testing import assert_close
 
+from support.processes import run_processes
 from support.tiny import make_model, random_rows
 from uniapl.config import methods
 from uniapl.data.batching import Row, collate, component_counts, empty_micro_batch, halves, micro_batches
@@ -20,8 +21,9 @@ from uniapl.functional.losses import TokenWeight
 from uniapl.models.policy import Policy
 from uniapl.training.distributed.fsdp import full, is_sharded, num_empty_micro_batches, shard, shards_weights
 from uniapl.training.update.accumulate import OutOfMemoryError
+from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.component_gradients import component_gradient_norms
-from uniapl.training.update.policy_step import PolicyStep, policy_step
+from uniapl.training.update.policy_step import LossSettings, PolicyStep, policy_step
 from uniapl.types import MicroBatch
 
 WEIGHTS = {"sft": 0.3, "rl": 0.7, "adv": 0.5, "kl": 0.2}
@@ -55,21 +57,20 @@ def step(
         accelerator,
         policy,
         optimizer,
-        batches,
-        component_counts(rows),
-        weights,
-        clip_low=0.2,
-        clip_high=0.28,
-        token_weight=token_weight,
-        max_grad_norm=1e9,
-        reference=Policy(make_model(family, seed=1)),
-        old_logprobs=old_logprobs,
-        importance_cap=importance_cap,
+        MixedBatch(rows=rows, micro_batches=batches, weights=weights),
+        LossSettings(
+            clip_low=0.2,
+            clip_high=0.28,
+            token_weight=token_weight,
+            importance_cap=importance_cap,
+            reference=Policy(make_model(family, seed=1)),
+        ),
+        old_logprobs,
     )
     return result, optimizer.gradients
 
 
-def whole(rows: Sequence[Row]) -> tuple[PolicyStep, list[torch.Tensor]]:
+def one_batch(rows: Sequence[Row]) -> tuple[PolicyStep, list[torch.Tensor]]:
     return step([collate(rows, pad_id=0)], rows)
 
 
@@ -85,17 +86,19 @@ def assert_same(
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_forces_are_the_gradients_of_their_terms(parts: int) -> None:
-    """Each force alone, through the same step; an optimizer that steps after the look sees nothing of it."""
+def test_component_norms_are_those_of_the_weighted_terms(parts: int) -> None:
+    """Each component by itself, through the same step; measuring leaves no gradient behind."""
     rows = random_rows()
     policy = Policy(make_model())
-    forces = component_gradient_norms(
+    norms = component_gradient_norms(
         Accelerator(cpu=True),
         policy,
-        [collate(rows[i::parts], pad_id=0) for i in range(parts)],
-        component_counts(rows),
-        WEIGHTS,
-        token_weight="phi",
+        MixedBatch(
+            rows=rows,
+            micro_batches=[collate(rows[i::parts], pad_id=0) for i in range(parts)],
+            weights=WEIGHTS,
+        ),
+        LossSettings(clip_low=0.2, clip_high=0.28, token_weight="phi"),
     )
     assert all(parameter.grad is None for parameter in policy.parameters())
     names = ("sft", "rl", "adv")
@@ -108,37 +111,35 @@ def test_forces_are_the_gradients_of_their_terms(parts: int) -> None:
     for one, other in (("sft", "rl"), ("sft", "adv"), ("rl", "adv")):
         cosine = torch.cosine_similarity(alone[one], alone[other], dim=0)
         expected[f"grad_cosine/{one}_{other}"] = float(cosine)
-    assert forces == pytest.approx(expected, rel=1e-3)
-    assert max(abs(forces[f"grad_cosine/{pair}"]) for pair in ("sft_rl", "sft_adv", "rl_adv")) < 0.99
+    assert norms == pytest.approx(expected, rel=1e-3)
+    assert max(abs(norms[f"grad_cosine/{pair}"]) for pair in ("sft_rl", "sft_adv", "rl_adv")) < 0.99
 
 
-def test_a_force_that_does_not_act_is_not_measured() -> None:
+def test_a_component_without_weight_is_not_measured() -> None:
     rows = random_rows()
     weights = {"sft": 0.0, "rl": 1.0, "adv": 0.5, "kl": 0.0}
     silent = [replace(row, adversarial_advantage=0.0) for row in rows]
-    forces = component_gradient_norms(
+    norms = component_gradient_norms(
         Accelerator(cpu=True),
         Policy(make_model()),
-        [collate(silent, pad_id=0)],
-        component_counts(silent),
-        weights,
-        token_weight="none",
+        MixedBatch(rows=silent, micro_batches=[collate(silent, pad_id=0)], weights=weights),
+        LossSettings(clip_low=0.2, clip_high=0.2),
     )
-    assert forces.keys() == {"grad_norm/rl", "grad_norm/adv"}
-    assert forces["grad_norm/adv"] == 0.0
+    assert norms.keys() == {"grad_norm/rl", "grad_norm/adv"}
+    assert norms["grad_norm/adv"] == 0.0
 
 
 @pytest.mark.parametrize("parts", [2, 5])
 def test_micro_batches(parts: int) -> None:
     rows = random_rows()
     cut = [collate(rows[i::parts], pad_id=0) for i in range(parts)]
-    assert_same(step(cut, rows), whole(rows))
+    assert_same(step(cut, rows), one_batch(rows))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 def test_token_budgets(max_tokens: int) -> None:
     rows = random_rows()
-    assert_same(step(micro_batches(rows, pad_id=0, max_tokens=max_tokens), rows), whole(rows))
+    assert_same(step(micro_batches(rows, pad_id=0, max_tokens=max_tokens), rows), one_batch(rows))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -153,14 +154,14 @@ def test_padding_side_and_amount(side: Literal["left", "right"], family: str) ->
 
 def test_order_of_rows() -> None:
     rows = random_rows()
-    assert_same(whole(rows[::-1]), whole(rows))
+    assert_same(one_batch(rows[::-1]), one_batch(rows))
 
 
 @pytest.mark.parametrize("pad_id", [1, 17])
 def test_pad_token(pad_id: int) -> None:
     """Also when it is the end token, or an ordinary one: masks come from lengths."""
     rows = random_rows()
-    assert_same(step([collate(rows, pad_id=pad_id)], rows), whole(rows))
+    assert_same(step([collate(rows, pad_id=pad_id)], rows), one_batch(rows))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
@@ -186,19 +187,19 @@ def test_more_demonstrations_do_not_rescale_the_rollouts_term() -> None:
     rows = random_rows()
     demonstrations = [row for row in rows if "sft" in row.components]
     assert_same_gradient = step([collate(rows + demonstrations * 4, pad_id=0)], rows + demonstrations * 4)[1]
-    for mine, theirs in zip(assert_same_gradient, whole(rows)[1], strict=True):
+    for mine, theirs in zip(assert_same_gradient, one_batch(rows)[1], strict=True):
         assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
 
 
 def test_components_add_up() -> None:
-    """The gradient of the mixed step is the weighted sum of the gradients of its components alone."""
+    """The gradient of the mixed step is the weighted sum of the gradients of its components."""
     rows = random_rows()
     batch = [collate(rows, pad_id=0)]
     total = [torch.zeros_like(g) for g in step(batch, rows)[1]]
     for name, weight in WEIGHTS.items():
         alone = step(batch, rows, weights=dict.fromkeys(WEIGHTS, 0.0) | {name: 1.0})[1]
         total = [sum_ + weight * gradient for sum_, gradient in zip(total, alone, strict=True)]
-    for mine, theirs in zip(total, whole(rows)[1], strict=True):
+    for mine, theirs in zip(total, one_batch(rows)[1], strict=True):
         assert_close(mine, theirs, atol=2e-6, rtol=1e-4)
 
 
@@ -237,9 +238,9 @@ def test_a_second_update_is_measured_against_the_first_one_s_policy() -> None:
 
 
 def test_importance_weights_scale_the_tokens_terms() -> None:
-    """A sampler that was 1.5 or 5 times less sure of a row: the row's advantages count 1.5 and 2 times.
+    """If the sampler's probabilities were 1.5 or 5 times lower, advantages are scaled by 1.5 and 2 (the cap).
 
-    Imitation and the KL, which speak of no sampler's policy, are as they were.
+    The SFT and KL terms do not depend on the sampler.
     """
     rows = random_rows()
     batch = collate(rows, pad_id=0)
@@ -256,7 +257,7 @@ def test_importance_weights_scale_the_tokens_terms() -> None:
         for row, factor in zip(rows, less_sure, strict=True)
     ]
     got, gradients = step([reported], rows, importance_cap=2.0)
-    expected, expected_gradients = whole(weighted)
+    expected, expected_gradients = one_batch(weighted)
     for name in ("loss", "sft", "rl", "adv", "kl"):
         assert got.sums[name] == pytest.approx(expected.sums[name], rel=1e-4, abs=1e-5), name
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
@@ -266,7 +267,7 @@ def test_importance_weights_scale_the_tokens_terms() -> None:
     assert got.sums["importance"] / component_counts(rows)["kl"] == pytest.approx(mean, rel=1e-4)
     unweighted, gradients = step([reported], rows)
     assert "importance" not in unweighted.sums
-    for mine, theirs in zip(gradients, whole(rows)[1], strict=True):
+    for mine, theirs in zip(gradients, one_batch(rows)[1], strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -278,21 +279,18 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison: float) -> No
     policy = Policy(make_model())
     before = [p.clone() for p in policy.parameters()]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
-    settings: dict[str, Any] = {
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "token_weight": "none",
-        "max_grad_norm": 1.0,
-    }
-    counts = component_counts(rows)
-    weights = WEIGHTS | {"kl": 0.0}
-    result = policy_step(Accelerator(cpu=True), policy, optimizer, [bad], counts, weights, **settings)
+    settings = LossSettings(clip_low=0.2, clip_high=0.2, max_grad_norm=1.0)
+
+    def update(micro_batch: MicroBatch) -> PolicyStep:
+        mixed = MixedBatch(rows=rows, micro_batches=[micro_batch], weights=WEIGHTS | {"kl": 0.0})
+        return policy_step(Accelerator(cpu=True), policy, optimizer, mixed, settings)
+
+    result = update(bad)
     assert not result.applied
-    assert not optimizer.state, "the optimizer's moments must not see it either"
+    assert not optimizer.state, "the optimizer's moments must not change either"
     for mine, theirs in zip(policy.parameters(), before, strict=True):
         assert torch.equal(mine, theirs)
-    good = policy_step(Accelerator(cpu=True), policy, optimizer, [batch], counts, weights, **settings)
-    assert good.applied
+    assert update(batch).applied
 
 
 METHODS: dict[str, tuple[dict[str, float], TokenWeight]] = {
@@ -305,10 +303,10 @@ METHODS: dict[str, tuple[dict[str, float], TokenWeight]] = {
     "uniapl": ({"sft": 0.4, "rl": 0.6, "adv": 0.5, "kl": 0.1}, "none"),
     "gad": ({"sft": 0.0, "rl": 0.0, "adv": 1.0, "kl": 0.0}, "none"),
 }
-"""Every method's weights at some step of it."""
+"""The weights of each method at one of its steps."""
 
 
-def test_the_table_of_methods_is_whole() -> None:
+def test_the_table_has_every_method() -> None:
     assert METHODS.keys() == methods.METHODS.keys()
 
 
@@ -322,21 +320,14 @@ def test_every_method_may_be_cut_and_padded(method: str) -> None:
     assert_same(step(cut, rows, weights=weights, token_weight=token_weight), expected)
 
 
-def _one_process(rank: int, world: int, folder: Path, small_one: int | None, sharded: bool) -> None:
-    """Run every method's step on this process's rows; the first process saves what it got.
+def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
+    """Run every method's step on this process's rows; rank 0 saves the results.
 
     Args:
-        small_one: The process whose memory holds two rows and no more.
-        sharded: The weights are shared out, by FSDP2.
+        small_one: The rank whose memory holds two rows at most.
+        sharded: Shard the parameters by FSDP2.
     """
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world
-    )
-    import os
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ |= {"ACCELERATE_USE_FSDP": str(sharded), "FSDP_VERSION": "2"}
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
@@ -368,27 +359,14 @@ def _one_process(rank: int, world: int, folder: Path, small_one: int | None, sha
         results[method] = (result.sums, result.grad_norm, gradients)
     if rank == 0:
         torch.save(results, folder / "result.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
     ("world", "small_one", "sharded"), [(2, 1, False), (4, None, False), (2, None, True), (4, None, True)]
 )
 def test_processes(world: int, small_one: int | None, sharded: bool, tmp_path: Path) -> None:
-    """Every method; also when one of the processes has to cut its micro-batches, and with it the other."""
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_one_process, args=(rank, world, tmp_path, small_one, sharded))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-    ended = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert ended == [0] * world
+    """Every method; also if one process runs out of memory, so that both split their micro-batches."""
+    assert run_processes(world, _one_process, tmp_path, small_one, sharded) == [0] * world
     rows = random_rows()
     saved = torch.load(tmp_path / "result.pt", weights_only=True)
     for method, (weights, token_weight) in METHODS.items():

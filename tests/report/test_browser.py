@@ -1,4 +1,4 @@
-"""The page in a real browser: what it shows, its controls, and that it asks nothing of any network."""
+"""The page in a real browser: content, controls, and no network access."""
 
 import shutil
 import time
@@ -22,7 +22,7 @@ Open = Callable[[Path, int], Any]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        # As root, in a container, Chromium has no sandbox of its own.
+        # Chromium has no sandbox as root in a container.
         found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
         found.close()
@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Open]:
-    """Opens a file at a width; in the end nothing may have been said or asked for beside it."""
+    """Open a file at a width; no console message and no other request may occur."""
     said: list[str] = []
     asked: list[str] = []
     contexts: list[Any] = []
@@ -43,7 +43,7 @@ def open_page(browser: Any) -> Iterator[Open]:
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("#answers .answer")
+        page.wait_for_selector("#entries .entry")
         return page
 
     yield opened
@@ -56,7 +56,7 @@ def open_page(browser: Any) -> Iterator[Open]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty answers: of three prompts in ten steps, rewards 0.0 to 2.9, win rates 0.00 to 0.29."""
+    """Thirty completions of three prompts in ten steps, rewards 0.0 to 2.9, win rates 0.00 to 0.29."""
     rows = [
         prompt_row(
             step,
@@ -82,7 +82,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(page: Any) -> list[str]:
-    return page.locator("#answers .policy .text").all_inner_texts()
+    return page.locator("#entries .policy .text").all_inner_texts()
 
 
 def numbers(texts: list[str]) -> list[int]:
@@ -90,7 +90,7 @@ def numbers(texts: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_answers_are_filtered_sorted_and_turned(small: Path, open_page: Open, width: int) -> None:
+def test_completions_are_filtered_sorted_and_paged(small: Path, open_page: Open, width: int) -> None:
     page = open_page(small, width)
     assert numbers(shown(page)) == list(range(20))
     page.click("#next")
@@ -104,7 +104,7 @@ def test_answers_are_filtered_sorted_and_turned(small: Path, open_page: Open, wi
     page.select_option("[name=finish]", "length")
     assert numbers(shown(page)) == [17]
     page.click("button[type=reset]")
-    page.get_by_text("30 of 30 answers").wait_for()
+    page.get_by_text("30 of 30 completions").wait_for()
     page.fill("[name=reward-from]", "2.6")
     page.fill("[name=win-to]", "0.28")
     assert numbers(shown(page)) == [26, 27, 28]
@@ -116,17 +116,25 @@ def test_answers_are_filtered_sorted_and_turned(small: Path, open_page: Open, wi
     assert numbers(shown(page)) == [26, 27, 28]
 
 
-def test_one_entry_shows_everything(small: Path, open_page: Open) -> None:
+def test_an_entry_shows_all_values(small: Path, open_page: Open) -> None:
     page = open_page(small, 1280)
     page.fill("[name=text]", "fish")
-    first = page.locator(".answer").first
+    first = page.locator(".entry").first
     assert first.locator(".prompt").inner_text() == "Name a <b>fish</b>."
     assert first.locator(".expert .text").inner_text() == "It is."
     header = first.locator("header").inner_text()
-    facts = ("step 1", "reward 0", "advantage 0", "win rate 0", "tokens 100", "ended by stop", "✕ right 0")
+    facts = (
+        "step 1",
+        "reward 0",
+        "advantage 0",
+        "win rate 0",
+        "tokens 100",
+        "finish reason stop",
+        "✕ right 0",
+    )
     for part in facts:
         assert part in header
-    assert "✓ right 1" in page.locator(".answer header").nth(1).inner_text()
+    assert "✓ right 1" in page.locator(".entry header").nth(1).inner_text()
     first.get_by_role("button").click()
     page.fill("[name=text]", "")
     assert numbers(shown(page)) == [0, 1, 2]
@@ -135,7 +143,7 @@ def test_one_entry_shows_everything(small: Path, open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_theme_switches_and_nothing_is_wider_than_the_screen(
+def test_the_theme_switches_and_the_page_is_not_wider_than_the_screen(
     small: Path, open_page: Open, width: int
 ) -> None:
     page = open_page(small, width)
@@ -149,7 +157,7 @@ def test_the_theme_switches_and_nothing_is_wider_than_the_screen(
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
-def test_charts_answer_to_pointer_keys_and_controls(small: Path, open_page: Open) -> None:
+def test_charts_react_to_pointer_keys_and_controls(small: Path, open_page: Open) -> None:
     page = open_page(small, 1280)
     chart = page.locator(".chart", has=page.get_by_role("heading", name="Reward", exact=True))
     picture = chart.locator("svg[role=img]")
@@ -176,7 +184,7 @@ def test_charts_answer_to_pointer_keys_and_controls(small: Path, open_page: Open
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_what_data_holds_is_never_markup(tmp_path: Path, open_page: Open, width: int) -> None:
+def test_data_is_never_markup(tmp_path: Path, open_page: Open, width: int) -> None:
     nasty = "</script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>"
     said = answer(nasty, rewards={nasty: 1.0}, finish_reason=nasty)
     rows = [prompt_row(1, [said], prompt=nasty, demonstration=nasty)]
@@ -186,7 +194,7 @@ def test_what_data_holds_is_never_markup(tmp_path: Path, open_page: Open, width:
     path = write_run(tmp_path / "<b>run", metrics, rows, ending={"state": "stopped", "message": nasty})
     write_report([path], tmp_path / "report.html")
     page = open_page(tmp_path / "report.html", width)
-    assert page.locator(".answer .prompt").inner_text() == nasty
+    assert page.locator(".entry .prompt").inner_text() == nasty
     assert shown(page) == [nasty]
     assert page.title() == "<b>run · uniapl report"
     assert page.locator("img").count() == 0
@@ -199,9 +207,9 @@ def test_a_large_run_opens(tmp_path: Path, open_page: Open, record_property: Cal
     began = time.monotonic()
     page = open_page(path / "report.html", 1280)
     record_property("seconds", time.monotonic() - began)
-    assert page.inner_text("#count") == "20,000 of 20,000 answers"
-    assert page.locator(".answer").count() == 20
+    assert page.inner_text("#count") == "20,000 of 20,000 completions"
+    assert page.locator(".entry").count() == 20
     page.select_option("[name=sort]", "reward")
     page.select_option("[name=order]", "down")
     page.fill("[name=step-from]", "500")
-    assert page.inner_text("#count") == "10,020 of 20,000 answers"
+    assert page.inner_text("#count") == "10,020 of 20,000 completions"

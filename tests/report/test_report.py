@@ -1,4 +1,4 @@
-"""The report: its computations against slow references, and what its page holds for runs of every kind."""
+"""`uniapl report`: its computations against slow references, and its page for runs of every kind."""
 
 import base64
 import gzip
@@ -35,7 +35,7 @@ SAMPLES = st.lists(st.integers(0, 12).map(lambda n: n / 2), min_size=1, max_size
 
 
 def unpacked(page: str, name: str) -> Any:
-    """The data that a page holds in its script element of that name."""
+    """The data in a script element of a page."""
     found = re.search(rf'<script id="{name}" type="text/plain">([^<]*)</script>', page)
     assert found is not None
     return json.loads(gzip.decompress(base64.b64decode(found[1])))
@@ -45,7 +45,7 @@ def chart_titles(page: str) -> list[str]:
     return [chart["title"] for theme in unpacked(page, "data")["themes"] for chart in theme["charts"]]
 
 
-def share_below(values: Sequence[float], bound: float) -> float:
+def fraction_below(values: Sequence[float], bound: float) -> float:
     return sum(value <= bound for value in values) / len(values)
 
 
@@ -58,9 +58,9 @@ def test_wasserstein_is_the_mean_distance_of_sorted_copies(a: list[float], b: li
 
 
 @given(SAMPLES, SAMPLES)
-def test_kolmogorov_smirnov_is_the_largest_gap_anywhere(a: list[float], b: list[float]) -> None:
+def test_kolmogorov_smirnov_is_the_largest_gap(a: list[float], b: list[float]) -> None:
     grid = [bound / 4 for bound in range(-4, 60)]
-    slow = max(abs(share_below(a, bound) - share_below(b, bound)) for bound in grid)
+    slow = max(abs(fraction_below(a, bound) - fraction_below(b, bound)) for bound in grid)
     assert analysis.kolmogorov_smirnov(a, b) == pytest.approx(slow)
 
 
@@ -73,12 +73,12 @@ def test_distances_by_hand() -> None:
 @given(SAMPLES, st.integers(1, 8))
 def test_histogram_counts_every_value_once(values: list[float], bins: int) -> None:
     edges = analysis.bin_edges([values], bins)
-    shares = analysis.histogram(values, edges)
-    assert len(shares) == len(edges) - 1
-    assert math.fsum(shares) == pytest.approx(1.0)
-    for place, share in enumerate(shares[:-1]):
+    fractions = analysis.histogram(values, edges)
+    assert len(fractions) == len(edges) - 1
+    assert math.fsum(fractions) == pytest.approx(1.0)
+    for place, fraction in enumerate(fractions[:-1]):
         inside = sum(edges[place] <= value < edges[place + 1] for value in values)
-        assert share == pytest.approx(inside / len(values))
+        assert fraction == pytest.approx(inside / len(values))
 
 
 def test_histogram_by_hand() -> None:
@@ -94,7 +94,7 @@ def test_quantile_by_hand() -> None:
 
 
 def test_smoothing_by_hand() -> None:
-    """Weights 1; 1/3, 2/3; then 1/7, 2/7, 4/7: a start that counts no more than its place."""
+    """Weights 1; 1/3, 2/3; then 1/7, 2/7, 4/7."""
     expected = [3.0, 5.0, None, (3 + 12 + 52) / 7]
     assert analysis.smoothed([3.0, 6.0, None, 13.0], 0.5) == pytest.approx(expected)
     assert analysis.smoothed([1.0, 5.0], 0.0) == [1.0, 5.0]
@@ -118,7 +118,7 @@ def test_interval_by_hand() -> None:
     assert analysis.mean_interval([5.0]) == (5.0, 5.0, 5.0)
 
 
-def test_steps_and_ends_by_hand() -> None:
+def test_step_ranges_and_ends_by_hand() -> None:
     assert analysis.step_ranges([9, 3, 4, 5, 11, 12]) == "3 to 5, 9, 11 to 12"
     assert analysis.ends(list(range(25))) == ([0, 1], [23, 24])
     assert analysis.ends([7]) == ([7], [7])
@@ -126,7 +126,7 @@ def test_steps_and_ends_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of all forces, as training leaves it."""
+    """A run with all loss components, as training writes it."""
     path = tmp_path_factory.mktemp("real")
     train(
         recipe(save_model(path / "model"), path / "run", objective={"lambda_adv": 1.0}, log_gradients_steps=2)
@@ -134,13 +134,17 @@ def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "run"
 
 
-def test_training_leaves_the_page_of_a_run(real_run: Path) -> None:
+def test_training_writes_the_page_of_a_run(real_run: Path) -> None:
     page = (real_run / "report.html").read_text()
     assert "finished, step 4 of 4" in page
     titles = chart_titles(page)
     for title in ("Reward", "Win rate", "Weights", "KL to the reference", "Entropy", "Learning rate"):
         assert title in titles
-    for title in ("Gradient norm of each force", "Length of answers, tokens", "Seconds per step, by phase"):
+    for title in (
+        "Gradient norm of each component",
+        "Completion length, tokens",
+        "Seconds per step, by phase",
+    ):
         assert title in titles
     metrics = [json.loads(line) for line in (real_run / "metrics.jsonl").read_text().splitlines()]
     (reward,) = chart(page, "Reward")["lines"]
@@ -148,7 +152,7 @@ def test_training_leaves_the_page_of_a_run(real_run: Path) -> None:
     assert reward["y"] == pytest.approx([record["reward"] for record in metrics], rel=1e-4)
     answers = unpacked(page, "completions-data")
     assert len(answers["text"]) == 4 * 3 * 4
-    assert "All 48 sampled answers." in page
+    assert "All 48 sampled completions." in page
     assert "objective.beta" in page
     assert "0.05" in page
     source = re.search(r"<code>max_steps</code></th>.*?<td>(\w+)</td></tr>", page, re.DOTALL)
@@ -161,26 +165,26 @@ def chart(page: str, title: str) -> Any:
     return next(c for theme in themes for c in theme["charts"] if c["title"] == title)
 
 
-def test_the_page_asks_no_network_and_runs_only_its_own_script(real_run: Path) -> None:
+def test_the_page_needs_no_network_and_runs_only_its_own_script(real_run: Path) -> None:
     page = (real_run / "report.html").read_text()
     assert "default-src 'none'" in page
     assert not re.search(r'(src|href)="(?!#|data:,)', page)
     assert not re.search(r"\bstyle=", page)
-    # The three script elements are our script and two that hold text.
+    # The three script elements are the script and two that hold data.
     assert page.count("<script") == 3
 
 
-def test_sft_has_no_answers_and_no_discriminator(tmp_path: Path) -> None:
+def test_an_sft_run_has_no_completions_and_no_discriminator(tmp_path: Path) -> None:
     train(recipe(save_model(tmp_path / "model"), tmp_path / "run", method="sft"))
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Expert&#39;s nll" in page
+    assert "Demonstration NLL" in page
     assert 'id="completions"' not in page
     titles = chart_titles(page)
-    assert "Expert's answers, nats per token" in titles
-    assert not {"Reward", "Win rate", "Weights of answers"} & set(titles)
+    assert "Demonstration NLL, nats per token" in titles
+    assert not {"Reward", "Win rate", "Rollout groups"} & set(titles)
 
 
-def test_a_stop_and_a_signal_are_written_down_with_a_page(tmp_path: Path) -> None:
+def test_stopped_and_interrupted_runs_have_an_end_state_and_a_page(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
 
     def broken(completions: list[str], letter: list[str]) -> list[float]:
@@ -207,7 +211,7 @@ def test_a_stop_and_a_signal_are_written_down_with_a_page(tmp_path: Path) -> Non
     with pytest.raises(Interrupted):
         train(values, reward_functions=[interrupting])
     assert "interrupted, step 1 of 4" in (tmp_path / "cut" / "report.html").read_text()
-    # Going on, the run has no end until it comes.
+    # A resumed run has no end state until it ends.
     interrupting.__name__ = has_letter.__name__
     train(values | {"resume": "auto"}, reward_functions=[has_letter])
     assert json.loads((tmp_path / "cut" / "ending.json").read_text())["state"] == "finished"
@@ -225,17 +229,17 @@ def test_a_report_that_fails_does_not_fail_the_run(
     assert "note: no report was written: ValueError('no page today')" in capsys.readouterr().out
 
 
-def test_a_large_run_fits(tmp_path: Path) -> None:
+def test_the_page_of_a_large_run_is_below_10_mb(tmp_path: Path) -> None:
     path = large_run(tmp_path / "run")
     write_report([path], path / "report.html")
     assert (path / "report.html").stat().st_size < 10_000_000
     answers = unpacked((path / "report.html").read_text(), "completions-data")
     assert len(answers["text"]) == 20_000
-    # Prompts stand there once.
+    # Each prompt is stored once.
     assert len(answers["prompts"]) == len(answers["experts"]) <= 200
 
 
-def test_of_too_many_answers_an_even_sample_is_shown(tmp_path: Path) -> None:
+def test_an_even_sample_of_too_many_completions_is_shown(tmp_path: Path) -> None:
     rows = [prompt_row(step, [answer(os.urandom(100).hex()) for _ in range(5)]) for step in range(1, 101)]
     everything, _, _ = packed_completions(rows, 1_000_000)
     budget = int(0.6 * len(everything))
@@ -250,21 +254,21 @@ def test_of_too_many_answers_an_even_sample_is_shown(tmp_path: Path) -> None:
     assert steps[0] == 1
     assert steps[-1] >= 98
     path = write_run(tmp_path / "run", metric_rows(100), rows)
-    assert f"{shown} of 500 sampled answers" in render([read_run(path)], budget=budget)
+    assert f"{shown} of 500 sampled completions" in render([read_run(path)], budget=budget)
 
 
-def test_of_a_file_that_is_too_large_every_so_many_lines_are_read(tmp_path: Path) -> None:
+def test_a_large_completions_file_is_sampled_by_lines(tmp_path: Path) -> None:
     rows = [prompt_row(step, [answer()]) for step in range(1, 101)]
     path = write_run(tmp_path / "run", metric_rows(100), rows)
     size = (path / "completions.jsonl").stat().st_size
-    run = read_run(path, most_bytes=size // 3)
+    run = read_run(path, max_bytes=size // 3)
     assert run.stride == 4
     assert [record["step"] for record in run.completions] == list(range(1, 101, 4))
-    assert "one in 4 of its prompts was read" in render([run])
-    assert len(read_run(path, most_bytes=size).completions) == 100
+    assert "one in 4 of its records was read" in render([run])
+    assert len(read_run(path, max_bytes=size).completions) == 100
 
 
-def test_what_data_holds_is_escaped(tmp_path: Path) -> None:
+def test_data_is_escaped(tmp_path: Path) -> None:
     nasty = "</script><img src=x onerror=alert(1)>"
     metrics = [{"step": 1, "reward": 1.0, f"health/{nasty}": 1, f"eval/{nasty}/reward": 1.0, "stage": 0}]
     rows = [prompt_row(1, [answer(nasty)], prompt=nasty, demonstration=nasty)]
@@ -277,7 +281,7 @@ def test_what_data_holds_is_escaped(tmp_path: Path) -> None:
     assert unpacked(page, "completions-data")["text"] == [nasty]
 
 
-def test_half_a_last_line_and_null_values(tmp_path: Path) -> None:
+def test_incomplete_last_line_and_null_values(tmp_path: Path) -> None:
     metrics = [
         {"step": 1, "reward": None, "loss": 1.0, "sft/nll": None},
         {"step": 2, "reward": 0.5, "loss": None, "sft/nll": None},
@@ -292,32 +296,32 @@ def test_half_a_last_line_and_null_values(tmp_path: Path) -> None:
     assert run.series("reward") == [None, 0.5, None]
     page = render([run])
     assert chart(page, "Reward")["lines"][0]["x"] == [2]
-    assert "Expert's answers, nats per token" not in chart_titles(page)
+    assert "Demonstration NLL, nats per token" not in chart_titles(page)
     assert unpacked(page, "completions-data")["reward"] == [None]
     assert "no end recorded" in page
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not the directory of a run"):
+def test_unusable_directories_and_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a run directory"):
         report([str(tmp_path)])
     path = write_run(tmp_path / "run", [])
-    with pytest.raises(UsageError, match=r"metrics\.jsonl' holds no step"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl' has no complete step yet"):
         report([str(path)])
     (path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
-    with pytest.raises(UsageError, match=r"metrics\.jsonl': record 2 cannot be read"):
+    with pytest.raises(UsageError, match=r"cannot read '.*metrics\.jsonl', record 2"):
         report([str(path)])
     write_lines(path / "metrics.jsonl", [{"step": 1, "reward": 1.0}])
     write_lines(path / "completions.jsonl", [{"step": 1}])
-    with pytest.raises(UsageError, match=r"completions\.jsonl': record 1 holds no completions"):
+    with pytest.raises(UsageError, match=r"completions\.jsonl': record 1 has no completions"):
         report([str(path)])
     write_lines(path / "completions.jsonl", [])
     (path / "manifest.json").write_text("[")
-    with pytest.raises(UsageError, match=r"manifest\.json' cannot be read"):
+    with pytest.raises(UsageError, match=r"cannot read '.*manifest\.json'"):
         report([str(path)])
     (path / "manifest.json").write_text("{}")
-    with pytest.raises(UsageError, match="say where, by -o FILE"):
+    with pytest.raises(UsageError, match="set -o FILE"):
         report([str(path), str(path)])
-    with pytest.raises(UsageError, match="--model-analysis needs the run's result"):
+    with pytest.raises(UsageError, match="--model-analysis needs the trained model"):
         report([str(path), "--model-analysis"])
     (path / "config.yaml").write_text("max_steps: 3")
     with pytest.raises(UsageError, match="it has no method"):
@@ -325,7 +329,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert run_cli(["report", str(tmp_path / "nowhere")]) == 2
 
 
-def test_health_says_when_and_what(tmp_path: Path) -> None:
+def test_health_lists_steps_and_messages(tmp_path: Path) -> None:
     metrics = [{"step": step, "reward": 1.0, "skipped": int(step == 2)} for step in range(1, 7)]
     for step in (3, 4, 6):
         metrics[step - 1]["health/divergence"] = 1
@@ -363,9 +367,9 @@ def test_tiles_by_hand(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", metrics, rows)
     found = {tile["label"]: (tile["value"], tile["detail"]) for tile in summary.tiles(read_run(path))}
     assert found["Reward"][0] == "0.100 → 1.000"
-    assert found["Answers with reward 1"][0] == "0.0% → 50.0%"
-    assert found["Expert's nll"][0] == "1.900 → 1.000"
-    assert found["Length of answers"] == ("4.0", "tokens, last tenth, the expert's 6.0")
+    assert found["Completions with reward 1"][0] == "0.0% → 50.0%"
+    assert found["Demonstration NLL"][0] == "1.900 → 1.000"
+    assert found["Completion length"] == ("4.0", "tokens, last tenth; demonstrations 6.0")
     assert found["Tokens"][0] == "10,000"
     assert found["Time"] == ("5 min 0 s", "rollout 67%, update 33%")
     assert "Win rate" not in found
@@ -376,8 +380,8 @@ def test_durations() -> None:
     assert said == ["1.3 s", "59.9 s", "1 min 1 s", "1 h 2 min"]
 
 
-def test_lengths_are_compared_where_the_expert_answered(tmp_path: Path) -> None:
-    """Ten steps: the first answers have 2 tokens, the last 4, the expert's 5; others are left out."""
+def test_lengths_are_compared_on_prompts_with_demonstrations(tmp_path: Path) -> None:
+    """Ten steps: the first completions have 2 tokens, the last 4, demonstrations 5; others are left out."""
     rows: list[dict[str, Any]] = []
     for step in range(1, 11):
         tokens = 4 if step == 10 else 2
@@ -388,12 +392,12 @@ def test_lengths_are_compared_where_the_expert_answered(tmp_path: Path) -> None:
     counts = {sample["label"]: (sample["count"], sample["mean"]) for sample in found["lengths"]["samples"]}
     assert counts == {"policy, first tenth": (2, 2.0), "policy, last tenth": (2, 4.0), "expert": (1, 5.0)}
     distances = {row["label"]: row["wasserstein"] for row in found["lengths"]["distances"]}
-    assert distances["policy, first tenth against expert"] == 3.0
-    assert distances["policy, last tenth against expert"] == 1.0
+    assert distances["policy, first tenth and expert"] == 3.0
+    assert distances["policy, last tenth and expert"] == 1.0
     diversity = next(c for c in found["charts"] if c["title"].startswith("Diversity"))
     lines = {line["label"]: line["y"] for line in diversity["lines"]}
-    # Per step: two equal answers to one prompt, one to the other.
-    assert lines["different answers to a prompt"] == [0.75] * 10
+    # Each step has two equal completions of one prompt, and one of the other.
+    assert lines["distinct completions of a prompt"] == [0.75] * 10
     assert lines["distinct-1"] == pytest.approx([1 / 3] * 10, abs=1e-5)
 
 
@@ -411,7 +415,7 @@ def test_seeds_become_a_mean_with_an_interval(tmp_path: Path) -> None:
     page = output.read_text()
     lines = chart(page, "Reward")["lines"]
     assert [(found["label"], found["y"]) for found in lines] == [("grpo (3 seeds)", [2.0]), ("sft", [7.0])]
-    assert "Where the runs differ" in page
+    assert "Settings that differ between the runs" in page
     assert "objective.mu_peak" in page
 
 
@@ -433,7 +437,7 @@ def test_stages_are_marked(tmp_path: Path) -> None:
     assert "Stage 1 ended at step 2: target: reached." in page
 
 
-def test_columns_of_answers() -> None:
+def test_columns_of_completions() -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     found = as_columns(
         [
@@ -448,8 +452,8 @@ def test_columns_of_answers() -> None:
     assert found["parts"] == [[1.0, 0.0, 1.0], [None, 0.25, None]]
 
 
-def test_model_analysis_scores_both_kinds_of_answers(real_run: Path) -> None:
-    """The base against its own log-softmax, and the trained model differs from it."""
+def test_model_analysis_scores_demonstrations_and_completions(real_run: Path) -> None:
+    """The base equals its own log-softmax, and the trained model differs from it."""
     assert run_cli(["report", str(real_run), "--model-analysis"]) == 0
     found = json.loads((real_run / "analysis.json").read_text())
     for kind in ("expert", "policy"):
@@ -460,8 +464,8 @@ def test_model_analysis_scores_both_kinds_of_answers(real_run: Path) -> None:
     assert first == pytest.approx(mean_logprob(found["base"], real_run), rel=1e-3)
     page = (real_run / "report.html").read_text()
     titles = [c["title"] for c in unpacked(page, "data")["analyses"]]
-    assert "Log-probability of the expert's answers" in titles
-    assert "Along the policy's answers" in titles
+    assert "Log-probability of demonstrations" in titles
+    assert "Log-probability by position in completions" in titles
 
 
 def mean_logprob(model: str, run: Path) -> float:
@@ -489,7 +493,7 @@ def test_figures_are_written(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", metric_rows(5), rows)
     assert run_cli(["report", str(path), "--figures", str(tmp_path / "figures")]) == 0
     written = {file.name for file in (tmp_path / "figures").iterdir()}
-    for name in ("reward", "win-rate", "seconds-per-step-by-phase", "length-of-answers"):
+    for name in ("reward", "win-rate", "seconds-per-step-by-phase", "completion-lengths"):
         assert {f"{name}.png", f"{name}.svg"} <= written
     assert (tmp_path / "figures" / "reward.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -501,7 +505,7 @@ def test_figures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         report([str(path), "--figures", str(tmp_path / "figures")])
 
 
-def test_a_comparison_has_a_page(tmp_path: Path) -> None:
+def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     assert run_cli(["report", str(ROOT / "docs" / "compare"), "-o", str(output)]) == 0
     page = output.read_text()
@@ -515,12 +519,12 @@ def test_a_comparison_has_a_page(tmp_path: Path) -> None:
     assert points[0]["y"] == pytest.approx(expected, rel=1e-4)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not what uniapl compare writes"):
+    with pytest.raises(UsageError, match="was not written by uniapl compare"):
         report([str(tmp_path / "other")])
 
 
-def test_reports_do_not_need_torch() -> None:
-    """A page of a finished run is there before torch would be loaded."""
+def test_reports_do_not_import_torch() -> None:
+    """The command is imported without torch, which would take longer than writing a page."""
 
     code = "import sys, uniapl.cli.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

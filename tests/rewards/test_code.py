@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.benchmark_data import AUTOIF, needs_data, rows
+from support.benchmark_data import AUTOIF, DATA, on_stand_ins_and_real_data, rows
 from support.runs import write_recipe
 from support.tiny import save_model
 from uniapl import cli
@@ -124,10 +124,11 @@ def test_invalid_columns_are_reported_with_their_row(
         rewarder(verifiers).check_rows([example(9, **columns)], allow_code=True)
 
 
-@needs_data
-def test_autoif_rows(verifiers: CodeVerifiers) -> None:
-    """22 reliable functions with their cases, and rows whose functions disagree with most of theirs."""
-    good = [example(i, **row) for i, row in enumerate(rows(AUTOIF / "back_trans.jsonl"), start=1)]
+@on_stand_ins_and_real_data
+def test_autoif_rows(benchmarks: Path, verifiers: CodeVerifiers) -> None:
+    """Reliable functions with their cases, and rows whose functions disagree with most of theirs."""
+    real, folder = benchmarks == DATA, benchmarks / AUTOIF
+    good = [example(i, **row) for i, row in enumerate(rows(folder / "back_trans.jsonl"), start=1)]
     scorer = rewarder(verifiers)
     notes = scorer.check_rows(good, allow_code=True)
     kept = 0
@@ -138,18 +139,20 @@ def test_autoif_rows(verifiers: CodeVerifiers) -> None:
         given = scorer.score([one] * len(cases), [text for text, _ in cases], [(1,)] * len(cases))
         agreed = [v == float(e) for v, (_, e) in zip(given["code_verifiers"].values, cases, strict=True)]
         assert sum(agreed) >= 0.95 * len(cases), one.columns["instruction"]
-    assert kept == 22
+    assert kept == (22 if real else 6)
     assert len(notes) == 1, notes
-    wrong = [example(i, **row) for i, row in enumerate(rows(AUTOIF / "query_rft.jsonl"), start=1)]
+    wrong = [example(i, **row) for i, row in enumerate(rows(folder / "query_rft.jsonl"), start=1)]
     scorer = rewarder(verifiers)
     dropped = scorer.check_rows(wrong, allow_code=True)[1]
-    assert "dropped 12 functions: row 17, function 1: agrees with 2 of 8 cases; " in dropped
-    assert [one.row for one in wrong if not scorer.applies_to(one)] == [17, 18, 19, 20]
+    total, unusable, agreement = (12, [17, 18, 19, 20], "2 of 8") if real else (4, [2, 3], "1 of 4")
+    first = f"dropped {total} functions: row {unusable[0]}, function 1: agrees with {agreement} cases; "
+    assert first in dropped
+    assert [one.row for one in wrong if not scorer.applies_to(one)] == unusable
 
 
-@needs_data
-def test_autoif_functions_that_return_strings_are_dropped(verifiers: CodeVerifiers) -> None:
-    answers = rows(AUTOIF / "dpo_query_w_funcs.jsonl")
+@on_stand_ins_and_real_data
+def test_autoif_functions_that_return_strings_are_dropped(benchmarks: Path, verifiers: CodeVerifiers) -> None:
+    answers = rows(benchmarks / AUTOIF / "dpo_query_w_funcs.jsonl")
     examples = [
         example(i, eval_func=row["eval_func"], cases=[["2, 3, 5", True], ["1", False]])
         for i, row in enumerate(answers, start=1)
@@ -157,7 +160,7 @@ def test_autoif_functions_that_return_strings_are_dropped(verifiers: CodeVerifie
     scorer = rewarder(verifiers)
     notes = scorer.check_rows(examples, allow_code=True)
     assert not any(map(scorer.applies_to, examples))
-    assert "dropped 21 functions" in notes[1]
+    assert f"dropped {len(answers)} functions" in notes[1]
     assert "returned str, not a bool" in notes[1]
 
 

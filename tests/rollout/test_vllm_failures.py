@@ -1,4 +1,4 @@
-"""What can go wrong around rollouts from vLLM: the disk, the room, the address, a later stage."""
+"""Failures around rollouts from vLLM: full disks, memory, the URL, a later stage."""
 
 import json
 import resource
@@ -43,7 +43,7 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def fill_disk() -> Iterator[Callable[[], None]]:
-    """From its call on no file may grow as large as the model."""
+    """After it is called, no file can grow as large as the model."""
     before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
@@ -85,11 +85,11 @@ def test_a_disk_that_fills_up_mid_run(
 
 
 class Enough(Exception):
-    """The run has said what the test wants to know."""
+    """Ends a run as soon as the test has its number."""
 
 
 def room(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
-    """What a run asks for on the disk."""
+    """Bytes of disk space that a run requires."""
     asked: list[int] = []
 
     def note(run_dir: Path, needed: int) -> None:
@@ -104,7 +104,7 @@ def room(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_room_for_the_whole_model_on_its_way(
+def test_disk_space_for_the_weights_that_are_sent(
     lora: bool,
     bf16: bool,
     model_dir: Path,
@@ -112,7 +112,7 @@ def test_room_for_the_whole_model_on_its_way(
     server: FakeServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An adapter is sent merged; two bytes for a number where training is in bf16."""
+    """An adapter is merged before it is sent; with bf16 training a weight takes two bytes."""
     model = {"lora_r": 1} if lora else {}
     values = recipe(model_dir, tmp_path / "run", model=model, optim={"bf16": bf16})
     rollout = values["rollout"] | behind(server, vllm_max_logp_difference=5.0)
@@ -120,10 +120,10 @@ def test_room_for_the_whole_model_on_its_way(
     assert more == WHOLE // (2 if bf16 else 1)
 
 
-def test_room_for_rollouts_under_way(
+def test_disk_space_for_pending_rollouts(
     model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In both checkpoints that lie on the disk at most: 3 prompts, 4 answers of 6 tokens."""
+    """In each of up to two checkpoints on the disk: 3 prompts, 4 completions of 6 tokens."""
     values = [
         recipe(model_dir, tmp_path / "run", rollout=behind(server, max_off_policy_steps=steps))
         for steps in (1, 0)
@@ -133,7 +133,7 @@ def test_room_for_rollouts_under_way(
 
 
 def test_memory_for_merging(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A merged copy and one in bf16, both on the CPU; a model that is sent as it is takes nothing."""
+    """A merged copy and one in bf16, both on the CPU; a model that is sent unchanged needs no copy."""
     path = str(write_recipe(tmp_path, model_dir))
     vllm = "--rollout.sampler vllm --rollout.vllm-mode server"
     for flags, expected in {
@@ -164,12 +164,12 @@ def test_tied_weights_are_sent_once(model_dir: Path, tmp_path: Path, server: Fak
 
 
 def test_a_slash_at_the_end_of_the_address(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
-    """Also where a lost server is waited for."""
+    """Also while waiting for a lost server."""
     asked: set[str] = set()
     respond = server.respond
 
     def look(handler: Any, body: Any) -> None:
-        # As it was sent: the handler's own path has been tidied.
+        # The path as sent; the handler normalises its own.
         asked.add(handler.requestline.split()[1])
         respond(handler, body)
 
@@ -199,7 +199,7 @@ def test_a_server_that_does_not_see_the_directory(
             respond(handler, body)
 
     server.respond = blind  # type: ignore[method-assign]
-    said = r"/collective_rpc: status 500.*must see the run's directory under the same name"
+    said = r"/collective_rpc: status 500.*must see the run's directory under the same path"
     with pytest.raises(uniapl.UsageError, match=said):
         train(recipe(model_dir, tmp_path / "run", rollout=behind(server)))
 
@@ -236,7 +236,7 @@ def test_a_later_stage_without_its_server_can_be_resumed(
 
 
 def test_what_has_ended_needs_no_server(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
-    """A complete run, and one whose next stage samples for itself."""
+    """A complete run is not resumed; an incomplete one needs its server."""
     values = recipe(model_dir, tmp_path / "run", max_steps=2, rollout=behind(server))
     train(values)
     gone = values | {"rollout": values["rollout"] | NOWHERE, "resume": "auto"}

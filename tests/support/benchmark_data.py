@@ -1,4 +1,8 @@
-"""Benchmark prompts and NLTK's data beside the repository; tests that need them skip where they are not."""
+"""Benchmark files: small stand-ins of the same formats, and the real ones where a machine has them.
+
+A test that takes `benchmarks` runs on the stand-ins everywhere. It also runs on the real files, with the
+marker `real_data`, if DATA contains them.
+"""
 
 import json
 import os
@@ -8,14 +12,24 @@ from typing import Any
 
 import pytest
 
-DATA = Path(os.environ.get("UNIAPL_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-IFEVAL = DATA / "ifeval" / "input_data.jsonl"
-IFBENCH = DATA / "ifbench" / "IFBench_test.jsonl"
-AUTOIF = DATA / "autoif"
-NLTK = DATA / "nltk"
+DATA = Path(os.environ.get("UNIAPL_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
+STAND_INS = Path(__file__).with_name("stand_ins")
+# Relative to DATA or STAND_INS.
+IFEVAL = Path("ifeval", "input_data.jsonl")
+IFBENCH = Path("ifbench", "IFBench_test.jsonl")
+AUTOIF = Path("autoif")
+NLTK = Path("nltk")
 
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason=f"{DATA} is not there (UNIAPL_TEST_DATA names another place)"
+real_data = (
+    pytest.mark.real_data,
+    pytest.mark.skipif(
+        not (DATA / IFEVAL).is_file(),
+        reason=f"real benchmark files: {DATA} does not contain them (set UNIAPL_TEST_DATA to their folder)",
+    ),
+)
+on_stand_ins_and_real_data = pytest.mark.parametrize(
+    "benchmarks",
+    [pytest.param(STAND_INS, id="stand-ins"), pytest.param(DATA, id="real", marks=real_data)],
 )
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
 """One answer to every prompt; it satisfies more of IFEval than many a model."""

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM, in the process and behind HTTP: our own sampler on the weights last sent to it."""
+"""A fake vLLM, in the process and behind HTTP: the local sampler with the weights that were sent last."""
 
 import importlib.machinery
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.types import Rollout
 
@@ -22,17 +23,17 @@ Found = Sequence[Rollout]
 
 
 class FakeVLLM:
-    """What both have in common. Change `deaf` or `raw`, and it goes wrong as vLLM may."""
+    """The common part of both; `deaf` and `raw` imitate faults of vLLM."""
 
     def __init__(self, directory: Path | str) -> None:
         self.load(str(directory))
         self.loads = 0
         self.deaf = False
-        """Says that it took weights, and keeps its own."""
+        """Confirms new weights and ignores them."""
         self.raw = False
-        """Reports log-probabilities of temperature 1."""
+        """Reports log-probabilities at temperature 1."""
         self.cached = False
-        """Still holds keys and values of weights before the last."""
+        """The prefix cache was computed with older weights."""
 
     def load(self, directory: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory)
@@ -57,15 +58,17 @@ class FakeVLLM:
                 max_completion_length=asked["max_tokens"],
                 temperature=temperature,
             )
-            seeds = {"seeds": [asked["seed"]], "policy_version": 0}
-            return sampler.sample([tuple(prompt)], num_generations=asked["n"], **seeds)[0]
+            request = SampleRequest(
+                prompts=[tuple(prompt)], seeds=[asked["seed"]], num_generations=asked["n"]
+            )
+            return sampler.sample(request)[0]
 
-        # Log-probabilities of temperature 0 are those of temperature 1.
+        # Log-probabilities at temperature 0 are those at temperature 1.
         return sample(0.0 if self.raw else asked["temperature"])
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A module `vllm` whose engine is a fake; the engines that were started appear in the list."""
+    """Install a fake module `vllm`; return the list of the engines that are started."""
     started: list[Any] = []
 
     class LLM(FakeVLLM):
@@ -108,7 +111,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 class FakeServer(FakeVLLM):
-    """Answers as `vllm serve` does; it may die, and come back as it was started."""
+    """Responds like `vllm serve`; it can die and restart with its initial weights."""
 
     def __init__(self, directory: Path | str) -> None:
         super().__init__(directory)
@@ -117,11 +120,11 @@ class FakeServer(FakeVLLM):
         self.asked: list[str] = []
         """Paths of all requests."""
         self.dies_at: set[int] = set()
-        """Numbers of the requests for answers, counted from 1, at which it dies."""
+        """Numbers of the completion requests, counted from 1, at which it dies."""
         self.gone_for = 0
-        """Requests that nobody answers after its death."""
+        """Requests without a response after it died."""
         self.refuses = False
-        """Was started without its development endpoints."""
+        """It was started without its development endpoints."""
         self.hangs = False
         self._left = 0
 
@@ -168,7 +171,7 @@ def send(handler: BaseHTTPRequestHandler, answer: Any, status: int = 200) -> Non
 
 @contextmanager
 def serving(fake: FakeServer) -> Iterator[FakeServer]:
-    """The fake behind an address of its own, one request at a time."""
+    """Serve the fake behind a URL, one request at a time."""
     turn = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -196,7 +199,7 @@ def serving(fake: FakeServer) -> Iterator[FakeServer]:
 
 
 def behind(fake: FakeServer, **settings: Any) -> dict[str, Any]:
-    """The keys that make a run use it."""
+    """The rollout settings with which a run uses it."""
     return {
         "sampler": "vllm",
         "vllm_mode": "server",

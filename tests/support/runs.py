@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import uniapl
 from support.tiny import letter_rows
+from uniapl.config.resolve import resolve
+from uniapl.training.api import train_resolved
 from uniapl.training.checkpoint import directory as checkpoint
 
 
@@ -40,8 +42,9 @@ def has_letter(completions: list[str], letter: list[str]) -> list[float]:
 
 
 def train(values: dict[str, Any], **settings: Any) -> uniapl.RunResult:
+    """Train as the command line does, with its console output."""
     settings = {"train_dataset": letter_rows(), "reward_functions": [has_letter]} | settings
-    return uniapl.train(values, **settings)
+    return train_resolved(resolve(values), **settings)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from support.runs import lines, recipe, train
 from support.tiny import SMALL, make_tokenizer
 from uniapl.errors import UniAPLError
+from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Colocated, Server
-from uniapl.rollout.vllm import Engine, VLLMSampler
+from uniapl.rollout.vllm import VLLMSampler
 from uniapl.training.checkpoint.directory import checkpoint_path
 from uniapl.types import Rollout
 
@@ -36,20 +37,19 @@ TOLERANCE = 2e-2
 
 
 def make_model(seed: int, *, tied: bool = False) -> PreTrainedModel:
-    """vLLM's attention on a CPU wants heads of 32."""
+    """A model with heads of 32, which vLLM's attention needs on a CPU."""
     torch.manual_seed(seed)
-    # Weights so large that no two seeds, and no two steps, have distributions alike.
+    # Large weights, so that the distributions of different seeds and steps differ.
     shape = {"head_dim": 32, "initializer_range": 0.1, "tie_word_embeddings": tied}
     return AutoModelForCausalLM.from_config(Qwen3Config(**(SMALL | shape))).eval()
 
 
-def make_sampler(engine: Engine, model: PreTrainedModel, directory: Path) -> VLLMSampler:
+def make_sampler(engine: Colocated | Server, model: PreTrainedModel, directory: Path) -> VLLMSampler:
     return VLLMSampler(
         engine=engine,
         model=model,
         autocast=nullcontext,
         directory=directory / "weights",
-        dtype=None,
         canary=PROMPTS[0],
         tolerance=TOLERANCE,
         temperature=TEMPERATURE,
@@ -60,7 +60,9 @@ def make_sampler(engine: Engine, model: PreTrainedModel, directory: Path) -> VLL
 
 def sample(sampler: VLLMSampler, version: int) -> list[tuple[Rollout, ...]]:
     seeds = range(100, 100 + len(PROMPTS))
-    return sampler.sample(PROMPTS, seeds=list(seeds), num_generations=6, policy_version=version)
+    return sampler.sample(
+        SampleRequest(prompts=PROMPTS, seeds=list(seeds), num_generations=6, policy_version=version)
+    )
 
 
 def move(model: PreTrainedModel, seed: int) -> None:
@@ -82,7 +84,7 @@ def worst_difference(model: PreTrainedModel, groups: list[tuple[Rollout, ...]]) 
 
 
 def check_sampling(sampler: VLLMSampler, model: PreTrainedModel) -> None:
-    """Weights that change with every version arrive; answers end as they should; a skipped one is noticed."""
+    """New weights of every version arrive, completions end correctly, a skipped version is detected."""
     before: list[list[tuple[int, ...]]] = []
     for version in range(4):
         move(model, seed=version)
@@ -105,7 +107,7 @@ def check_sampling(sampler: VLLMSampler, model: PreTrainedModel) -> None:
     assert worst_difference(make_model(seed=0), groups) > 10 * TOLERANCE, "old weights would be seen"
 
     class Deaf:
-        """Does as if it took the weights."""
+        """Ignores new weights."""
 
         def load(self, directory: Path) -> None:
             pass
@@ -115,20 +117,19 @@ def check_sampling(sampler: VLLMSampler, model: PreTrainedModel) -> None:
 
     engine, sampler.engine = sampler.engine, Deaf()  # type: ignore[assignment]
     move(model, seed=4)
-    with pytest.raises(UniAPLError, match="after step 4 are not those that it samples with"):
+    with pytest.raises(UniAPLError, match="does not sample with the weights sent after step 4"):
         sample(sampler, 4)
 
 
 def colocated(*, max_model_len: int = 64) -> Colocated:
-    return Colocated(
-        temperature=TEMPERATURE,
-        max_model_len=max_model_len,
-        max_batch_size=16,
-        gpu_memory_utilization=0.3,
-        dtype="float32",
-        on_gpu=False,
-        timeout=300.0,
-    )
+    settings = {
+        "dtype": "float32",
+        "max_model_len": max_model_len,
+        "max_num_seqs": 16,
+        "gpu_memory_utilization": 0.3,
+        "enforce_eager": True,
+    }
+    return Colocated(settings=settings, timeout=300.0)
 
 
 def test_colocated(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def start_server(directory: Path, port: int, log: Path) -> subprocess.Popen[byte
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """With the processes that it has started."""
+    """Kill a server with its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait(60)
@@ -175,7 +176,7 @@ def free_port() -> int:
 def server(model_dir: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Server]]:
     port = free_port()
     process = start_server(model_dir, port, tmp_path / "server.log")
-    engine = Server(url=f"http://127.0.0.1:{port}", temperature=TEMPERATURE, timeout=300.0)
+    engine = Server(url=f"http://127.0.0.1:{port}", timeout=300.0)
     try:
         engine.wait()
         yield process, engine
@@ -200,7 +201,7 @@ def test_a_server_that_was_restarted_gets_the_weights_again(
     port = int(engine.url.rpartition(":")[2])
     successor = start_server(model_dir, port, tmp_path / "successor.log")
     try:
-        # Of the same version: nobody would have sent weights if it had not been noticed.
+        # The version is the same: the weights are sent only because the loss was detected.
         again = sample(sampler, 1)
     finally:
         stop(successor)
@@ -209,7 +210,7 @@ def test_a_server_that_was_restarted_gets_the_weights_again(
 
 
 def test_a_run(model_dir: Path, tmp_path: Path) -> None:
-    """Every step's rollouts are of that step's weights, as the trainer's own numbers say."""
+    """Every step's rollouts come from that step's weights, as the trainer's log-probabilities show."""
     values = recipe(model_dir, tmp_path / "run", rollout={"sampler": "vllm", "vllm_timeout": 300.0})
     train(values)
     records = lines(tmp_path / "run" / "metrics.jsonl")
@@ -223,7 +224,7 @@ def test_a_run(model_dir: Path, tmp_path: Path) -> None:
 def test_a_run_one_step_off(
     server: tuple[subprocess.Popen[bytes], Server], model_dir: Path, tmp_path: Path
 ) -> None:
-    """From the second step on rollouts are of the weights before: as likely then as vLLM says."""
+    """From the second step on, rollouts come from the previous weights, with their log-probabilities."""
     _, engine = server
     rollout = {"sampler": "vllm", "vllm_mode": "server", "vllm_server_base_url": engine.url}
     values = recipe(model_dir, tmp_path / "run", rollout=rollout | {"max_off_policy_steps": 1}, save_steps=1)
@@ -250,10 +251,10 @@ def test_a_run_one_step_off(
 
 
 def test_the_cpu_build_does_not_reload_a_tied_head(tmp_path: Path) -> None:
-    """A fault of vLLM's that the canary finds. Once this fails, docs/gpus.md need not mention it."""
+    """A defect of vLLM that the canary detects. Once this fails, docs/gpus.md need not mention it."""
     model = make_model(0, tied=True)
     sampler = make_sampler(colocated(), model, tmp_path)
     sample(sampler, 0)
     model.load_state_dict(make_model(1, tied=True).state_dict())
-    with pytest.raises(UniAPLError, match="are not those that it samples with"):
+    with pytest.raises(UniAPLError, match="does not sample with the weights sent"):
         sample(sampler, 1)

@@ -1,4 +1,4 @@
-"""The command line: one table of verbs. A verb's file is imported when the verb is used."""
+"""The command line: one table of verbs. The module of a verb is imported when the verb is used."""
 
 import contextlib
 import gc
@@ -12,7 +12,7 @@ from typing import Any
 
 from uniapl.errors import UniAPLError, UsageError
 
-# Read by libraries when they are first imported. A link to pydantic's own documentation does not explain an
+# Libraries read these when they are first imported. A link to pydantic's documentation does not explain an
 # error in a recipe, and progress bars for loaded files would break the display of a run.
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -24,15 +24,15 @@ class Verb:
 
     usage: str
     summary: str
-    on_interrupt: str | None = None
-    """Message for Ctrl-C, for verbs that leave a defined state behind."""
+    on_interrupt: str = "interrupted: everything after the last checkpoint is lost"
+    """Message for Ctrl-C."""
 
 
 VERBS = {
-    "demo": Verb("[--key value ...]", "train on a small task that ships with the program, in minutes"),
+    "demo": Verb("[--key value ...]", "train on a small task that is part of the package, in minutes"),
     "compare": Verb(
         "[--methods a,b] [--seeds 5]",
-        "compare methods on that task at equal budget, with intervals",
+        "compare methods on the demo task at equal budget, with intervals",
         "interrupted; finished cells are kept, and the same command continues with the others",
     ),
     "train": Verb("RECIPE.yaml [--key value ...]", "run a recipe (--quiet; --json for scripts)"),
@@ -49,11 +49,16 @@ VERBS = {
     "collect": Verb(
         "PROMPTS -o TRAIN.jsonl",
         "collect demonstrations from an OpenAI-compatible endpoint",
-        "interrupted; answers received so far are kept, and the same command continues with the others",
+        "interrupted; completions received so far are kept, and the same command continues with the others",
     ),
     "pretrain-discriminator": Verb("DATA ...", "train a frozen discriminator (POLAR) from several policies"),
 }
 
+HELP_FLAGS = ("-h", "--help", "--help-all")
+EXIT_CODES = """\
+exit codes: 0 ok, 1 failed, 2 usage, configuration or data,
+            3 stopped by a health rule, 130 or 143 interrupted
+"""
 HELP = f"""\
 usage: uniapl VERB ...
        uniapl --version
@@ -65,14 +70,13 @@ verbs:
 Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
 `uniapl train --help` lists the most important keys, `uniapl train --help-all` lists every key.
 
-exit codes: 0 ok, 1 failed, 2 usage, configuration or data, 3 stopped by a health rule, 130 or 143 interrupted
-"""
+{EXIT_CODES}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code."""
-    # Before torch is loaded: OpenMP threads that spin while they wait slowed the steps of a small model down
-    # more than ten times on a busy machine (docs/log.md).
+    # Set before torch is loaded: OpenMP threads that spin while they wait made the steps of a small model
+    # more than ten times slower on a busy machine (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code: Any = run(sys.argv[1:] if arguments is None else list(arguments))
@@ -83,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has closed the pipe (`| head`): discard the rest.
+        # The reader closed the pipe, as `| head` does. Discard the remaining output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -99,13 +103,18 @@ def run(arguments: list[str]) -> int:
         print(f"uniapl {__version__}")
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A character that the terminal cannot show is written as an escape: it must not end a run.
+        # Escape characters that the terminal cannot show, because an encoding error would end the run.
         sys.stdout.reconfigure(errors="backslashreplace")
     name, *rest = arguments
     try:
         if name not in VERBS:
             raise UsageError(f"unknown verb '{name}': choose one of {', '.join(VERBS)}")
         function = name.replace("-", "_")
+        if name in ("demo", "train", "check") and set(HELP_FLAGS) & set(rest):
+            from uniapl.cli.help import recipe_help
+
+            recipe_help(name, rest)
+            return 0
         with importing():
             module = import_module(f"uniapl.cli.{function}")
         getattr(module, function)(rest)
@@ -114,14 +123,13 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        message = VERBS[name].on_interrupt
-        print(message or "interrupted: everything after the last checkpoint is lost", file=sys.stderr)
+        print(VERBS[name].on_interrupt, file=sys.stderr)
         return 130
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import without garbage collection, which took a fifth of the time to import torch and transformers."""
+    """Disable garbage collection, which takes a fifth of the time to import torch and transformers."""
     gc.disable()
     try:
         yield

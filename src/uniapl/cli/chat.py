@@ -1,6 +1,7 @@
-"""`uniapl chat MODEL`: a look at what a model answers."""
+"""`uniapl chat`: talk to a model in the terminal."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,19 +10,20 @@ import torch
 from transformers import TextStreamer
 
 from uniapl.config import ModelConfig
-from uniapl.models.loading import load_model, load_model_config, load_stop_ids, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
 
 
 def chat(arguments: Sequence[str]) -> None:
-    """Answer each line that is typed or piped in, until the input ends.
+    """Complete each line that is typed or piped in, until the input ends.
 
-    With a chat template it is a conversation; without one each line is a text to go on with.
+    A model with a chat template gets the whole conversation; a model without one continues each line.
     """
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     config = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(config)
-    stop_ids = load_stop_ids(config, load_model_config(config), tokenizer)
-    model: Any = load_model(config).eval()
+    source = ModelSource.resolve(config)
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source).eval()
+    stop_ids = load_stop_ids(source, model.config, tokenizer)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
     messages = [{"role": "system", "content": options.system}] if options.system else []
@@ -29,44 +31,38 @@ def chat(arguments: Sequence[str]) -> None:
     for line in _lines():
         if tokenizer.chat_template:
             messages.append({"role": "user", "content": line})
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        else:
-            inputs = tokenizer(line, return_tensors="pt")
+            line = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        inputs = tokenizer(line, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
         inputs = inputs.to(model.device)
-        sampling = {"temperature": options.temperature} if options.temperature else {}
         output = model.generate(
             **inputs,
             max_new_tokens=options.max_new_tokens,
             do_sample=options.temperature > 0,
+            temperature=options.temperature or None,
             eos_token_id=sorted(stop_ids),
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
-            **sampling,
         )
-        answer = output[0, inputs["input_ids"].shape[1] :]
-        said = str(tokenizer.decode(answer, skip_special_tokens=True))
-        messages.append({"role": "assistant", "content": said})
+        completion = output[0, inputs["input_ids"].shape[1] :]
+        text = str(tokenizer.decode(completion, skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": text})
 
 
 def _lines() -> Iterator[str]:
-    """What is asked, without empty lines; Ctrl-D, or the end of a pipe, ends it."""
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
+    """The non-empty lines of the input, which Ctrl-D or the end of a pipe ends."""
+    with contextlib.suppress(EOFError):
+        while True:
+            if line := input("> " if sys.stdin.isatty() else "").strip():
+                yield line
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="uniapl chat", description=chat.__doc__)
-    parser.add_argument("model", help="a directory, such as a run's final/, or a Hub id")
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    return parser
+    add = parser.add_argument
+    add("model", help="directory, such as a run's final/, or Hub id")
+    add("--system", help="system message")
+    add("--temperature", type=float, default=0.7, help="sampling temperature; 0 takes the most likely token")
+    add("--max-new-tokens", type=int, default=512, help="maximum number of tokens per completion")
+    add("--seed", type=int, default=0, help="seed of sampling")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`uniapl check`: everything that can be known before training, without loading the model's weights."""
+"""`uniapl check`: validate a recipe, its data and its rewards without loading the model's weights."""
 
 import contextlib
 import json
@@ -21,17 +21,17 @@ from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.training.inputs import RunInputs, streams
 from uniapl.training.preflight import load as setup
 from uniapl.training.preflight.memory import estimate_memory
-from uniapl.types import Example, prompt_text
+from uniapl.types import prompt_text
 
 
 def check(arguments: Sequence[str]) -> None:
     """`uniapl check RECIPE.yaml [--key value ...] [--json]`.
 
     Raises:
-        UsageError: What would have stopped the run.
+        UsageError: Training would stop with the same error.
     """
     resolved = resolve_arguments("check", [a for a in arguments if a != "--json"])
-    # A reward function may print; standard output holds the report only.
+    # Reward functions may print, and standard output must hold only the report.
     with contextlib.redirect_stdout(sys.stderr):
         report = check_run(resolved)
     if "--json" in arguments:
@@ -41,27 +41,28 @@ def check(arguments: Sequence[str]) -> None:
 
 
 def check_run(resolved: Resolved) -> dict[str, Any]:
-    """Load and check all but the weights; what there is to know, as plain values.
+    """Load and check everything except the weights, and return the report as plain values.
 
     Raises:
-        UsageError: What would have stopped the run.
+        UsageError: Training would stop with the same error.
     """
     stages = stages_of(resolved)
     inputs = setup.load_inputs(resolved, stages)
-    examples, tokenizer = inputs.dataset.examples, inputs.tokenizer
+    examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
+    prompt, demonstration = (
+        inputs.tokenizer.decode(list(ids or ())) for ids in (shown.prompt_ids, shown.demonstration_ids)
+    )
     values = flatten(resolved.config)
+    notes = [note for part in (resolved, *stages) for note in part.notes]
+    servers = [
+        f"the vLLM server {stage.config.rollout.vllm_server_base_url} was not contacted"
+        for stage in stages
+        if stage.config.objective.uses_rollouts and stage.config.rollout.behind_server
+    ]
     return {
         "values": {key: [values[key], source] for key, source in resolved.sources.items()},
-        "notes": [
-            *dict.fromkeys(note for part in (resolved, *stages) for note in part.notes),
-            *inputs.notes,
-            *dict.fromkeys(
-                f"the vLLM server {stage.config.rollout.vllm_server_base_url} has not been asked"
-                for stage in stages
-                if stage.config.objective.uses_rollouts and stage.config.rollout.behind_server
-            ),
-        ],
+        "notes": [*dict.fromkeys(notes), *inputs.notes, *dict.fromkeys(servers)],
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
         "left_out": {reason: list(rows) for reason, rows in inputs.dataset.left_out.items()},
@@ -72,77 +73,74 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "overlap": overlap_with_suites(inputs),
         "stages": [_stage_report(stage.config, inputs) for stage in stages],
         "memory": [_memory(stage.config, inputs) for stage in stages],
-        "preview": _preview(shown, tokenizer),
+        "preview": {"row": shown.row, "text": f"{prompt}[[{demonstration}]]"},
     }
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report as text."""
     console = Console(highlight=False)
-    table = Table("key", "value", "source", title="values that are not defaults")
+    table = Table("key", "value", "source", title="Values that differ from the defaults")
     for key, (value, source) in report["values"].items():
         if source != "default":
-            table.add_row(key, escape(str(value)), source)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            table.add_row(key, escape(text), source)
     console.print(table)
-    for note in report["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"data: {report['examples']} rows, {report['with_demonstration']} with a demonstration")
+    lines = [f"note: {note}" for note in report["notes"]]
+    lines.append(f"data: {report['examples']} rows, {report['with_demonstration']} with a demonstration")
     for reason, rows in report["left_out"].items():
-        listed = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-        console.print(f"left out, {reason}: {len(rows)} rows ({listed})", markup=False)
+        lines.append(f"left out: {len(rows)} rows, {reason} ({_listed(rows, 10)})")
     for name, count in report["rewards"].items():
-        console.print(f"reward '{name}': applies to {count} rows, and was tried on up to two", markup=False)
+        lines.append(f"reward '{name}': applies to {count} rows")
     for name, found in report["overlap"].items():
-        said = (
-            f"{len(found['exact'])} training prompts are prompts of it, {len(found['ngram'])} share "
-            f"{WIDTH} words in a row with one"
+        pairs = [
+            f"training row {ours} and suite row {theirs}" for ours, theirs in found["exact"] + found["ngram"]
+        ]
+        lines.append(
+            f"{'warning: ' if pairs else ''}suite '{name}': {len(found['exact'])} of {report['examples']} "
+            f"training prompts are also in the suite, {len(found['ngram'])} more share {WIDTH} consecutive "
+            f"words with a prompt of it{f' ({_listed(pairs, 5)})' if pairs else ''}"
         )
-        pairs = found["exact"] + found["ngram"]
-        listed = "; ".join(f"row {ours} and its row {theirs}" for ours, theirs in pairs[:5])
-        more = "; ..." if len(pairs) > 5 else ""
-        warning = f"warning: {len(pairs)} of {report['examples']}: " if pairs else ""
-        console.print(f"{warning}suite '{name}': {said}{': ' if pairs else ''}{listed}{more}", markup=False)
-    for number, stage in enumerate(report["stages"], start=1):
-        parts = ", ".join(f"{key} {value}" for key, value in stage.items())
-        console.print(f"stage {number}: {parts}", markup=False)
-        console.print(f"stage {number}: {report['memory'][number - 1]['text']}", markup=False)
+    for number, (stage, memory) in enumerate(zip(report["stages"], report["memory"], strict=True), start=1):
+        lines.append(f"stage {number}: {', '.join(f'{key} {value}' for key, value in stage.items())}")
+        lines.append(f"stage {number}: {memory['text']}")
     preview = report["preview"]
-    console.print(f"row {preview['row']} as the model sees it (what is learnt from stands in [[ ]]):")
-    console.print(preview["text"], markup=False)
-    console.print("ok")
+    lines.append(f"row {preview['row']} as the model receives it, with the tokens in the loss in [[ ]]:")
+    for line in (*lines, preview["text"], "ok"):
+        console.print(line, markup=False)
+
+
+def _listed(items: Sequence[Any], most: int) -> str:
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
 
 
 def overlap_with_suites(inputs: RunInputs) -> dict[str, dict[str, list[tuple[int, int]]]]:
-    """Suite -> (training row, the suite's row) of prompts that are the same, and that share an n-gram."""
+    """Suite -> pairs (training row, row of the suite) with equal prompts, and with a common n-gram."""
     ours = inputs.dataset.examples
     reports: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for suite in inputs.suites:
-        found = overlap(
-            [prompt_text(e.prompt) for e in ours], [prompt_text(e.prompt) for e in suite.examples]
+        found = overlap(*([prompt_text(e.prompt) for e in rows] for rows in (ours, suite.examples)))
+        exact, ngram = (
+            [(ours[i].row, suite.examples[j].row) for i, j in pairs.items()]
+            for pairs in (found.exact, found.ngram)
         )
-        pairs = {
-            kind: [(ours[i].row, suite.examples[j].row) for i, j in places.items()]
-            for kind, places in (("exact", found.exact), ("ngram", found.ngram))
-        }
-        pairs["ngram"] = [pair for pair in pairs["ngram"] if pair not in pairs["exact"]]
-        reports[suite.name] = pairs
+        reports[suite.name] = {"exact": exact, "ngram": [pair for pair in ngram if pair not in exact]}
     return reports
 
 
 def _memory(config: Config, inputs: RunInputs) -> dict[str, Any]:
-    """What a stage will take, in bytes and in words."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = estimate_memory(config, inputs, device)
     except UsageError:
         raise
-    except Exception as error:  # whatever a model's own code does on tensors without data
-        return {"text": f"memory: it could not be estimated ({error})"}
+    except Exception as error:  # Code of a model may fail on tensors without data.
+        return {"text": f"memory: no estimate, because the model fails on tensors without data ({error})"}
     return {**asdict(found), "peak": found.peak, "text": str(found)}
 
 
 def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
-    """The arithmetic of one stage: how many rows and tokens a step has, and how often the data is seen."""
+    """How many rows a step of a stage has, and how often the stage passes over the data."""
     prompts, demonstrations = streams(config, inputs.dataset, inputs.rewarder)
     objective, batching = config.objective, config.batching
     report: dict[str, Any] = {"method": config.method, "steps": config.max_steps}
@@ -151,21 +149,14 @@ def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
         report["prompts"] = len(prompts)
         report["rollouts per step"] = batching.prompts_per_step * config.rollout.num_generations
         report["passes over the prompts"] = round(drawn / len(prompts), 2)
+    paired = [e for e in prompts if e.demonstration_ids is not None]
     if objective.mu_controller == "gate":
-        report["prompts with a demonstration"] = sum(e.demonstration_ids is not None for e in prompts)
+        report["prompts with a demonstration"] = len(paired)
     elif objective.learns_from_demonstrations:
         drawn = batching.demonstrations_per_step * config.max_steps
         report["demonstrations"] = len(demonstrations)
         report["demonstrations per step"] = batching.demonstrations_per_step
         report["passes over the demonstrations"] = round(drawn / len(demonstrations), 2)
     if objective.lambda_adv > 0 and config.discriminator.kind == "bradley-terry":
-        paired = sum(
-            example.demonstration_ids is not None and not is_held_out(example, config) for example in prompts
-        )
-        report["prompts that the discriminator can learn from"] = paired
+        report["prompts for training the discriminator"] = sum(not is_held_out(e, config) for e in paired)
     return report
-
-
-def _preview(example: Example, tokenizer: Any) -> dict[str, Any]:
-    answer = tokenizer.decode(example.demonstration_ids) if example.demonstration_ids else ""
-    return {"row": example.row, "text": f"{tokenizer.decode(example.prompt_ids)}[[{answer}]]"}

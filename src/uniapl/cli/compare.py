@@ -1,4 +1,4 @@
-"""The verb: parse, run the parts that are asked for, write results.json and compare.html."""
+"""`uniapl compare`: run the cells of a comparison, and write results.json and compare.html."""
 
 import argparse
 import importlib.metadata
@@ -22,10 +22,10 @@ PARTS = ("search", "table", "fronts", "ablations")
 
 
 def compare(arguments: Sequence[str]) -> dict[str, Any]:
-    """`uniapl compare`: what results.json holds.
+    """`uniapl compare`: the contents of results.json.
 
     Raises:
-        UsageError: A method or a part that is none.
+        UsageError: An unknown method or part.
         UniAPLError: Some cells failed.
     """
     options = _parse(arguments)
@@ -43,16 +43,17 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
     if "search" in options.parts:
         summary["search"] = search(methods, directory, jobs=jobs)
     base = run([Cell(method="base", settings={}, seed=seed) for seed in range(seeds)])
+    # One call runs all cells of a part, so that no process is idle; then the outcomes are read by method.
     if "table" in options.parts:
         run(plan.table_cells(methods, seeds))
         by_method = {"base": base} | {m: run(plan.table_cells([m], seeds)) for m in methods}
         summary["table"] = results.table(by_method)
         summary["curves"] = {m: results.mean_curve(by_method[m], base) for m in methods}
     if "fronts" in options.parts:
-        with_front = [method for method in methods if method in plan.FRONTS]
-        run(plan.front_cells(with_front, seeds))
-        swept = {m: [run(plan.front_of(m, seed)) for seed in range(seeds)] for m in with_front}
-        summary["fronts"] = results.fronts(swept, base) if swept else {}
+        swept = {m: [plan.front_of(m, seed) for seed in range(seeds)] for m in methods if m in plan.FRONTS}
+        run([cell for seed in range(seeds) for fronts in swept.values() for cell in fronts[seed]])
+        outcomes = {m: [run(cells) for cells in fronts] for m, fronts in swept.items()}
+        summary["fronts"] = results.fronts(outcomes, base) if outcomes else {}
     if "ablations" in options.parts:
         variants = plan.ablation_cells(seeds)
         run([cell for cells in variants.values() for cell in cells])
@@ -67,32 +68,32 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl compare",
-        description="Methods side by side on the embedded task, at equal budget. Finished cells are files in "
-        "the output directory: started again, it goes on where it was stopped.",
+        description="Compare methods on the demo task, at equal budget. Finished cells are files in the "
+        "output directory: the same command continues an interrupted comparison.",
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--methods", type=_list_of(tuple(PIPELINES), "method"), default=list(PIPELINES))
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: %(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--parts", type=_list_of(PARTS, "part"), default=["table"], help=f"of {', '.join(PARTS)}"
-    )
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+    help_ = f"comma-separated methods (default: all of {', '.join(PIPELINES)})"
+    add("--methods", type=_list_of(tuple(PIPELINES), "method"), default=list(PIPELINES), help=help_)
+    add("--seeds", type=int, default=5, help="number of seeds, from 0 (default: %(default)s)")
+    help_ = "simultaneous processes (default: %(default)s)"
+    add("--jobs", type=int, default=os.cpu_count() or 1, help=help_)
+    help_ = f"comma-separated parts of {', '.join(PARTS)} (default: table)"
+    add("--parts", type=_list_of(PARTS, "part"), default=["table"], help=help_)
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.jobs < 1:
         raise UsageError("--seeds and --jobs must be at least 1")
     if options.seeds >= SEARCH_SEED:
-        raise UsageError(f"--seeds must be below {SEARCH_SEED}: from there on seeds belong to the search")
+        raise UsageError(f"--seeds must be below {SEARCH_SEED}: higher seeds are reserved for the search")
     return options
 
 
-def _list_of(known: Sequence[str], what: str) -> Any:
+def _list_of(known: Sequence[str], name: str) -> Any:
     def parse(text: str) -> list[str]:
         items = [item.strip() for item in text.split(",")]
         for item in items:
             if item not in known:
-                raise UsageError(f"unknown {what} '{item}': choose among {', '.join(known)}")
+                raise UsageError(f"unknown {name} '{item}': choose from {', '.join(known)}")
         return items
 
     return parse

@@ -1,4 +1,4 @@
-"""The verb `compose`: base prompts in, prompts with instructions out, none of them a benchmark's."""
+"""`uniapl compose`: combine base prompts with checkable instructions."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from uniapl.collect.rows import prompt_of
 from uniapl.compose.wordings import FURTHER_CONFLICTS, KINDS, say
 from uniapl.config import DataConfig
 from uniapl.data import rows as data
@@ -20,70 +21,66 @@ from uniapl.rewards.checkers import conflicts
 from uniapl.types import derive_seed, prompt_text
 
 JOINERS = (" ", "\n", "\n\n")
-DEMONSTRATIONS = ("completion", "chosen", "rejected")
 
 
 def compose(arguments: Sequence[str]) -> int:
-    """`uniapl compose`: how many prompts were written.
+    """`uniapl compose`: the number of prompts written.
 
     Raises:
-        UsageError: Rows or options that cannot be used, or prompts that overlap with a benchmark's.
+        UsageError: Rows or options cannot be used, or prompts overlap with a benchmark's.
     """
     options = _parse(arguments)
     console = Console(highlight=False)
-    forbidden = all_conflicts()
     rows = data.read_rows(DataConfig(path=options.base))
-    written: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    dropped_demonstrations = False
-    for number, row in rows:
-        with data.named_source(options.base):
-            base, before = _base_of(number, row)
-        dropped_demonstrations |= any(row.get(name) is not None for name in DEMONSTRATIONS)
-        for copy in range(options.per_prompt):
-            rng = random.Random(derive_seed(options.seed, "compose", number, copy))
-            composed = compose_prompt(base, rng, options.kinds, options.max_instructions, forbidden)
-            known = json.dumps([before, composed["prompt"]])
-            if known in seen:
-                continue
-            seen.add(known)
-            if before is not None:
-                composed["prompt"] = [*before, {"role": "user", "content": composed["prompt"]}]
-            written.append({**composed, "base_row": number, "base": base})
+    composed = _composed(rows, options)
+    written = _without_overlap(composed, options, console)
     if not written:
-        raise UsageError("nothing was composed: every base prompt is there already")
-    written = _without_overlap(written, options, console)
-    if not written:
-        raise UsageError("nothing is left: every prompt overlaps with a benchmark's")
+        raise UsageError("no prompt is left: every composed prompt overlaps with a benchmark's")
     lines = [json.dumps({key: value for key, value in row.items() if key != "base"}) for row in written]
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.output, "".join(f"{line}\n" for line in lines))
     except OSError as error:
-        raise UsageError(f"'{options.output}' cannot be written: {error}") from error
-    repeated = len(rows) * options.per_prompt - len(seen)
-    if repeated:
-        console.print(f"note: {repeated} prompts came out twice and stand once")
-    if dropped_demonstrations:
-        console.print("note: demonstrations are left out: they were not written for these instructions")
+        raise UsageError(f"cannot write '{options.output}': {error}") from error
+    if duplicates := len(rows) * options.per_prompt - len(composed):
+        console.print(f"note: {duplicates} duplicate prompts were dropped")
+    if any(row.get(name) is not None for _, row in rows for name in ("completion", "chosen", "rejected")):
+        console.print("note: demonstrations were left out: they do not follow the new instructions")
     console.print(f"{options.output}: {len(written)} prompts; reward: instruction_following", markup=False)
     return len(written)
+
+
+def _composed(rows: Sequence[tuple[int, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The distinct composed prompts of all rows, each with its base prompt as `base`."""
+    forbidden = all_conflicts()
+    composed: dict[str, dict[str, Any]] = {}
+    for number, row in rows:
+        with data.named_source(options.base):
+            base, before = _base_of(number, row)
+        for copy in range(options.per_prompt):
+            rng = random.Random(derive_seed(options.seed, "compose", number, copy))
+            one = compose_prompt(base, rng, options.kinds, options.max_instructions, forbidden)
+            key = json.dumps([before, one["prompt"]])
+            if before is not None:
+                one["prompt"] = [*before, {"role": "user", "content": one["prompt"]}]
+            composed.setdefault(key, {**one, "base_row": number, "base": base})
+    return list(composed.values())
 
 
 def compose_prompt(
     base: str,
     rng: random.Random,
     kinds: Sequence[str],
-    most: int,
+    max_instructions: int,
     forbidden: Mapping[str, set[str]],
 ) -> dict[str, Any]:
-    """A prompt with one to `most` instructions that can all be followed.
+    """A prompt with 1 to `max_instructions` instructions that can be followed together.
 
     Example:
         {"prompt": "Name a river. Do not use commas.", "instruction_id_list": ["punctuation:no_comma"],
          "kwargs": [{}]}
     """
-    wanted = rng.randint(1, most)
+    wanted = rng.randint(1, max_instructions)
     chosen: list[str] = []
     for kind in rng.sample(list(kinds), len(kinds)):
         if len(chosen) < wanted and not any(kind in forbidden[other] for other in chosen):
@@ -91,13 +88,12 @@ def compose_prompt(
     taken: set[str] = set()
     arguments = [KINDS[kind].draw(rng, base, taken) for kind in chosen]
     sentences = [say(KINDS[kind], given, rng) for kind, given in zip(chosen, arguments, strict=True)]
-    joiner = rng.choice(JOINERS)
-    prompt = joiner.join([base, " ".join(sentences)])
+    prompt = rng.choice(JOINERS).join([base, " ".join(sentences)])
     return {"prompt": prompt, "instruction_id_list": chosen, "kwargs": arguments}
 
 
 def all_conflicts() -> dict[str, set[str]]:
-    """Kind -> kinds that cannot be followed together with it: lm-eval's table and ours, both ways."""
+    """The kinds that cannot be followed together with each kind; symmetric (lm-eval's table and ours)."""
     table = {kind: set(others) for kind, others in conflicts().items()}
     for kind, others in FURTHER_CONFLICTS.items():
         for other in others:
@@ -107,98 +103,82 @@ def all_conflicts() -> dict[str, set[str]]:
 
 
 def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
-    """(what the user asks last, the messages before it); None for messages where the prompt is text."""
-    if not isinstance(row, Mapping):
-        raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
+    """(last user message, messages before it); None for the latter if the prompt is text."""
+    column, prompt = prompt_of(number, row)
     if row.get("instruction_id_list") is not None:
-        raise UsageError(f"row {number} has instructions already: compose its base prompt, or leave it out")
-    column = "prompt" if row.get("prompt") is not None else "messages"
-    prompt = row.get(column)
-    if isinstance(prompt, str) and column == "prompt":
-        if not prompt.strip():
-            raise UsageError(f"row {number}: the prompt is empty")
+        raise UsageError(f"row {number} already has instructions: use its base prompt, or remove the row")
+    if isinstance(prompt, str):
         return prompt.strip(), None
-    if prompt is None:
-        raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
-    messages = data.checked_messages(number, column, prompt)
-    if column == "messages" and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+    messages = prompt[:-1] if column == "messages" and prompt[-1]["role"] == "assistant" else prompt
     last = messages[-1] if messages else {"role": None, "content": None}
     if last["role"] != "user" or not isinstance(last["content"], str) or not last["content"].strip():
-        raise UsageError(f"row {number}: '{column}' must end with a user's message, of text")
+        raise UsageError(f"row {number}: '{column}' must end with a user message whose content is text")
     return last["content"].strip(), messages[:-1]
 
 
 def _without_overlap(
-    written: list[dict[str, Any]], options: argparse.Namespace, console: Console
+    composed: list[dict[str, Any]], options: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
     if options.overlap == "allow":
-        return written
-    texts = [prompt_text(row["prompt"]) for row in written]
-    bases = [row["base"] for row in written]
+        return composed
     hits: dict[int, str] = {}
     for name, path in (BENCHMARKS | dict(map(parse_suite, options.benchmarks))).items():
         try:
             rows = data.read_rows(DataConfig(path=path))
         except UsageError as error:
             raise UsageError(
-                f"the prompts of {name} cannot be had, so overlap with them cannot be seen ({error}); give "
+                f"cannot read the prompts of {name} to check for overlap ({error}); set "
                 f"--benchmarks {name}=PATH, or --overlap allow"
             ) from error
         prompts = [prompt for _, row in rows if isinstance(prompt := row.get("prompt"), str)]
         if len(prompts) < len(rows):
-            raise UsageError(f"--benchmarks {name}: every row of '{path}' must have a 'prompt' that is text")
-        # A short prompt is found by itself only: with instructions behind it, it is another text.
-        for found in (overlap(texts, prompts), overlap(bases, prompts)):
-            hits |= {place: f"{name} row {rows[other][0]}" for place, other in found.ngram.items()}
+            raise UsageError(f"--benchmarks {name}: every row of '{path}' needs a text 'prompt'")
+        # A short prompt is only found in its base, because instructions follow it in the composed prompt.
+        for texts in ([prompt_text(row["prompt"]) for row in composed], [row["base"] for row in composed]):
+            found = overlap(texts, prompts).ngram
+            hits |= {place: f"{name} row {rows[other][0]}" for place, other in found.items()}
     if not hits:
-        return written
-    listed = "; ".join(
-        f"row {written[place]['base_row']} and {where}" for place, where in list(hits.items())[:5]
-    )
+        return composed
+    first = list(hits.items())[:5]
+    listed = "; ".join(f"row {composed[place]['base_row']} and {where}" for place, where in first)
+    overlapping = f"{len(hits)} prompts overlap with a benchmark's"
     if options.overlap == "refuse":
         raise UsageError(
-            f"{len(hits)} prompts overlap with a benchmark's (13 words in a row, or all of it): {listed}; "
-            "take these base prompts out, or say --overlap drop"
+            f"{overlapping} (13 equal words in a row, or the complete prompt): {listed}; remove these base "
+            "prompts, or set --overlap drop"
         )
-    console.print(
-        f"note: {len(hits)} prompts that overlap with a benchmark's are dropped: {listed}", markup=False
-    )
-    return [row for place, row in enumerate(written) if place not in hits]
+    console.print(f"note: {overlapping} and were dropped: {listed}", markup=False)
+    return [row for place, row in enumerate(composed) if place not in hits]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl compose",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Base prompts times one to five of IFEval's 25 kinds of instructions, in words of our "
-        "own: a training set for the reward instruction_following.",
+        description="Combine base prompts with one to five of IFEval's 25 kinds of instructions, in our own "
+        "wordings: a training set for the reward instruction_following.",
     )
     add = parser.add_argument
-    add("base", help="prompts, as for train")
+    add("base", help="prompts, in any form that train reads")
     add("-o", "--output", type=Path, required=True, help="the .jsonl file to write")
     add("--per-prompt", type=int, default=1, help="composed prompts for each base prompt")
-    add("--max-instructions", type=int, default=5, help="of one prompt")
+    add("--max-instructions", type=int, default=5, help="maximum number of instructions in a prompt")
     help_ = "kinds of instructions to use (default: all 25)"
     add("--kinds", nargs="+", default=argparse.SUPPRESS, metavar="KIND", help=help_)
     known = " and ".join(BENCHMARKS)
-    help_ = f"files of {known} (else: from the Hub), and of others, whose prompts must not come out"
+    help_ = f"files of {known} (default: from the Hub) and of other benchmarks, checked for overlap"
     add("--benchmarks", nargs="+", default=argparse.SUPPRESS, metavar="NAME=PATH", help=help_)
-    add(
-        "--overlap",
-        choices=("refuse", "drop", "allow"),
-        default="refuse",
-        help="with the benchmarks' prompts",
-    )
-    add("--seed", type=int, default=0, help="of all that is drawn")
+    help_ = "what to do with prompts that overlap with a benchmark's"
+    add("--overlap", choices=("refuse", "drop", "allow"), default="refuse", help=help_)
+    add("--seed", type=int, default=0, help="seed of all draws")
     options = parser.parse_args(arguments, argparse.Namespace(kinds=list(KINDS), benchmarks=[]))
     if options.output.suffix != ".jsonl":
         raise UsageError(f"--output '{options.output}' must end in .jsonl")
     if options.output.exists() and Path(options.base).exists() and options.output.samefile(options.base):
-        raise UsageError("--output is the file of the base prompts: choose another")
+        raise UsageError("--output is the file of the base prompts: choose another file")
     unknown = [kind for kind in options.kinds if kind not in KINDS]
     if unknown:
-        raise UsageError(f"--kinds: unknown {', '.join(unknown)}; choose among {', '.join(KINDS)}")
+        raise UsageError(f"--kinds: unknown {', '.join(unknown)}; choose from {', '.join(KINDS)}")
     for name in ("per_prompt", "max_instructions"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")

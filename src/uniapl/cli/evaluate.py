@@ -22,7 +22,13 @@ from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
 from uniapl.evaluation.suites import load_suites, parse_suite
 from uniapl.files import write_text
-from uniapl.models.loading import check_vocabulary, load_model, load_stop_ids, load_tokenizer
+from uniapl.models.loading import (
+    ModelSource,
+    check_vocabulary,
+    load_model,
+    load_stop_ids,
+    load_tokenizer,
+)
 from uniapl.rollout.local import LocalSampler
 
 OVERRIDES = {
@@ -57,16 +63,17 @@ def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
 def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(options)
     evaluation = config.evaluation
-    tokenizer = load_tokenizer(config.model)
+    source = ModelSource.resolve(config.model)
+    tokenizer = load_tokenizer(source)
     if not (getattr(options, "data.prompt_format") or options.recipe) and tokenizer.chat_template:
         config = config.model_copy(update={"data": config.data.model_copy(update={"prompt_format": "chat"})})
     settings = {**evaluation.model_dump(mode="json"), "prompt_format": config.data.prompt_format}
     settings["temperature"] = evaluation.sampling_temperature
     against = _read_results(options.against, evaluation.suites) if options.against else None
     tasks = find_tasks(options.lm_eval_tasks, options.lm_eval_include_path) if options.lm_eval_tasks else None
-    model = load_model(config.model)
+    model = load_model(source)
     check_vocabulary(model, tokenizer)
-    stop_ids = load_stop_ids(config.model, model.config, tokenizer)
+    stop_ids = load_stop_ids(source, model.config, tokenizer)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
     _make_directory(options.output_dir, overwrite=options.overwrite)

@@ -1,4 +1,4 @@
-"""`uniapl export`: the model of a run or a checkpoint, whole, as transformers loads it."""
+"""`uniapl export`: write the model of a run or a checkpoint as transformers loads it."""
 
 import argparse
 import json
@@ -9,30 +9,37 @@ from typing import Any
 
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
-from uniapl.models.loading import load_model, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model, load_tokenizer
 from uniapl.models.lora import is_adapter
 from uniapl.report.reading import ENDING
 from uniapl.training.checkpoint import directory as checkpoint
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Write a run's result, or a checkpoint's weights, to a directory; an adapter is merged into its base.
+    """Write the model of a run or a checkpoint to a directory; an adapter is merged into its base.
 
     Raises:
-        UsageError: There is no model, it is damaged, or the directory is taken or cannot be written.
+        UsageError: There is no model, it is damaged, or the directory exists or cannot be written.
     """
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="uniapl export", description=export.__doc__)
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", type=Path, help="its directory, or a model's")
+    parser.add_argument(
+        "-o", "--output", metavar="DIRECTORY", type=Path, required=True, help="directory to create"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model")
+    options = parser.parse_args(arguments)
     source = _source(options.source)
-    # Where a link leads to: the link itself is the user's, and stays.
+    # The target of a link, so that the user's link itself is kept.
     output = Path(os.path.realpath(options.output))
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UsageError(f"'{options.output}' is there already: choose another directory, or delete it")
+            raise UsageError(f"'{options.output}' already exists: choose another directory, or delete it")
         if output.is_mount() or output == Path.cwd():
-            raise UsageError(f"'{options.output}' cannot be replaced by another: name a new directory in it")
+            raise UsageError(f"'{options.output}' cannot be replaced: name a new directory inside it")
         config = ModelConfig(model_name_or_path=str(source), trust_remote_code=options.trust_remote_code)
-        tokenizer: Any = load_tokenizer(config)
-        model = load_model(config)
+        found = ModelSource.resolve(config)
+        tokenizer: Any = load_tokenizer(found)
+        model = load_model(found)
 
         def fill(directory: Path) -> None:
             model.save_pretrained(directory)
@@ -41,25 +48,25 @@ def export(arguments: Sequence[str]) -> None:
         checkpoint.write_directory(output, fill)
     except OSError as error:
         raise UsageError(f"'{options.output}' cannot be written: {error}") from error
-    merged = ", its adapter merged" if is_adapter(source) else ""
-    print(f"{options.output}: the model of {source}{merged}")
+    merged = ", with its adapter merged" if is_adapter(source) else ""
+    print(f"wrote the model of {source} to {options.output}{merged}")
 
 
 def _source(path: Path) -> Path:
-    """Where the weights lie that are meant by a run's directory or a model's own."""
+    """The directory with the weights that `path`, a run, a checkpoint or a model, refers to."""
     saved = checkpoint.checkpoints(path)
     found = path / "final" if saved or (path / "final").is_dir() else path
     if saved and not found.is_dir():
-        raise UsageError(f"the run '{path}' has no result yet; its newest checkpoint is {saved[-1]}")
+        raise UsageError(f"the run '{path}' has no final model yet; its newest checkpoint is {saved[-1]}")
     if saved and not _is_finished(path):
         raise UsageError(
-            f"the run '{path}' went on after its result was written, and has not ended: name what you want, "
+            f"the run '{path}' was continued after its final model was written and has not finished: export "
             f"{found} or {saved[-1]}"
         )
-    if (found / checkpoint.MANIFEST).is_file() and (wrong := checkpoint.defects(found)):
-        raise UsageError(f"'{found}' is damaged: {'; '.join(wrong)}")
+    if (found / checkpoint.MANIFEST).is_file() and (defects := checkpoint.defects(found)):
+        raise UsageError(f"'{found}' is damaged: {'; '.join(defects)}")
     if not (is_adapter(found) or (found / "config.json").is_file()):
-        raise UsageError(f"'{path}' is no directory of a run, a checkpoint or a model")
+        raise UsageError(f"'{path}' is not the directory of a run, a checkpoint or a model")
     return found
 
 
@@ -68,12 +75,3 @@ def _is_finished(run: Path) -> bool:
         return json.loads((run / ENDING).read_text(encoding="utf-8"))["state"] == "finished"
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="uniapl export", description=export.__doc__)
-    add = parser.add_argument
-    add("source", metavar="RUN_OR_CHECKPOINT", type=Path, help="its directory; any model's will do")
-    add("-o", "--output", metavar="DIRECTORY", type=Path, required=True, help="a new directory")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    return parser

@@ -1,4 +1,4 @@
-"""The verb `report`: parse, read, write the page and what else was asked for."""
+"""`uniapl report`: write the page of runs or of a comparison."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,59 +11,58 @@ from uniapl.report.reading import read_run
 
 
 def report(arguments: Sequence[str]) -> Path:
-    """`uniapl report`: where the page is.
+    """`uniapl report`: the path of the page.
 
     Raises:
-        UsageError: A directory that holds no run, options that do not fit, or a file that cannot be written.
+        UsageError: A directory holds no run, options do not fit together, or a file cannot be written.
     """
     options = _parse(arguments)
     directories: list[Path] = options.runs
     output: Path = options.output or directories[0] / "report.html"
     if len(directories) > 1 and options.output is None:
-        raise UsageError("the page of several runs belongs to none of them: say where, by -o FILE")
+        raise UsageError("several runs have one page: set -o FILE")
     if len(directories) > 1 and options.model_analysis:
-        raise UsageError("--model-analysis looks at one run at a time")
+        raise UsageError("--model-analysis needs exactly one run")
     compared = [directory for directory in directories if is_comparison(directory)]
     if compared and (len(directories) > 1 or options.model_analysis or options.figures):
-        raise UsageError(f"'{compared[0]}' is a comparison: it has a page of its own, without other options")
+        raise UsageError(f"'{compared[0]}' is a comparison: report it separately, without other options")
     try:
         if compared:
             write_comparison(compared[0], output)
-            print(output)
-            return output
-        if options.model_analysis:
-            from transformers.utils import logging
-
-            from uniapl.report.models import analyse_models
-
-            logging.disable_progress_bar()
-
-            analyse_models(read_run(directories[0]))
-        if options.figures is not None:
-            from uniapl.report.figures import write_figures
-
-            for path in write_figures([read_run(directory) for directory in directories], options.figures):
-                print(path)
-        write_report(directories, output)
+        else:
+            _write(directories, output, options)
     except OSError as error:
-        raise UsageError(f"the report cannot be written: {error}") from error
+        raise UsageError(f"cannot write the report: {error}") from error
     print(output)
     return output
+
+
+def _write(directories: Sequence[Path], output: Path, options: argparse.Namespace) -> None:
+    if options.model_analysis:
+        from transformers.utils import logging
+
+        from uniapl.report.models import analyse_models
+
+        logging.disable_progress_bar()
+        analyse_models(read_run(directories[0]))
+    if options.figures is not None:
+        from uniapl.report.figures import write_figures
+
+        for path in write_figures([read_run(directory) for directory in directories], options.figures):
+            print(path)
+    write_report(directories, output)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl report",
-        description="One HTML file that says what a run did, or how several compare: result, health, curves, "
-        "lengths and diversity, and every sampled answer. It needs no network.",
+        description="Write an HTML page about a run, or several runs: result, health, curves, lengths and "
+        "diversity, every sampled completion, settings. The page works offline.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or one of uniapl compare")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, or of uniapl compare")
     add("-o", "--output", type=Path, metavar="FILE", help="default: RUN/report.html")
-    add(
-        "--model-analysis",
-        action="store_true",
-        help="score answers by the base and by the trained model first; the page shows it from then on",
-    )
-    add("--figures", type=Path, metavar="DIR", help="write the charts as PNG and SVG too, by matplotlib")
+    help_ = "first score completions with the base and the trained model; later reports show it too"
+    add("--model-analysis", action="store_true", help=help_)
+    add("--figures", type=Path, metavar="DIR", help="write the charts as PNG and SVG with matplotlib")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`uniapl train RECIPE.yaml [--key value ...] [--quiet | --json]`."""
+"""`uniapl train`: train a model by a recipe."""
 
 import contextlib
 import functools
@@ -11,21 +11,21 @@ from uniapl.errors import UsageError
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train by a recipe and flags.
+    """`uniapl train RECIPE.yaml [--key value ...] [--quiet | --json]`.
 
     Raises:
         UniAPLError: See :func:`uniapl.train`.
     """
-    shows = [show for show in ("quiet", "json") if f"--{show}" in arguments]
-    if len(shows) > 1:
-        raise UsageError("--quiet and --json: choose one")
+    quiet, as_json = "--quiet" in arguments, "--json" in arguments
+    if quiet and as_json:
+        raise UsageError("--quiet and --json exclude each other: choose one")
     resolved = resolve_arguments("train", [a for a in arguments if a not in ("--quiet", "--json")])
     with importing():
         from uniapl.training.api import train_resolved
-    if shows != ["json"]:
-        train_resolved(resolved, show="quiet" if shows else "text")
+    if not as_json:
+        train_resolved(resolved, show="quiet" if quiet else "text")
         return
-    # A reward function may print; standard output holds the metrics only.
+    # Reward functions may print, and standard output must hold only the metrics.
     metrics = functools.partial(print, file=sys.stdout, flush=True)
     with contextlib.redirect_stdout(sys.stderr):
         train_resolved(resolved, show=metrics)
@@ -35,10 +35,8 @@ def resolve_arguments(verb: str, arguments: Sequence[str]) -> Resolved:
     """The configuration of `uniapl VERB RECIPE.yaml [--key value ...]`.
 
     Raises:
-        UsageError: There is no recipe, or it is not valid.
+        UsageError: The recipe is missing or not valid.
     """
-    if arguments and not arguments[0].startswith("-"):
-        return resolve(load_recipe(arguments[0]), arguments[1:])
-    if any(a in ("-h", "--help") for a in arguments):
-        return resolve({}, arguments)
-    raise UsageError(f"uniapl {verb} needs a recipe: uniapl {verb} RECIPE.yaml [--key value ...]")
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(f"uniapl {verb} needs a recipe: uniapl {verb} RECIPE.yaml [--key value ...]")
+    return resolve(load_recipe(arguments[0]), arguments[1:])

@@ -1,1 +1,1 @@
-"""Expert demonstrations from an OpenAI-compatible chat endpoint: `uniapl collect`."""
+"""`uniapl collect`: expert demonstrations from an OpenAI-compatible chat endpoint."""

@@ -1,4 +1,4 @@
-"""Answers on disk, as they come in: a process that dies loses only what was on its way."""
+"""Replies of the endpoint on disk, appended as they arrive: a killed process loses only pending requests."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from uniapl.errors import UniAPLError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the endpoint said to one request, before anything is cut or dropped."""
+class Reply:
+    """The endpoint's reply to one request, unprocessed."""
 
     content: str
     reasoning: str
-    """Where the server keeps thoughts apart from the answer."""
+    """The reasoning text, if the server returns it separately from the content."""
     finish_reason: str | None
     model: str | None
-    """As the endpoint names it."""
+    """The model's name according to the endpoint."""
     url: str
     date: str
     prompt_tokens: int
@@ -29,63 +29,60 @@ class Answer:
 
 
 class Cache:
-    """The answers that there are, by the digest of what was asked."""
+    """The replies received so far, by the digest of their request (`Settings.key`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.answers: dict[str, Answer] = {}
+        self.replies: dict[str, Reply] = {}
         content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            # The half line of a process that was killed: the next one must not join it.
-            os.truncate(path, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
+            # A killed process left half a line, to which the next line must not be appended.
+            os.truncate(path, len(complete))
+        for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 fields = json.loads(line)
                 key = fields.pop("key")
-                self.answers[key] = Answer(**fields)
+                self.replies[key] = Reply(**fields)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                said = f"{path}: line {number} is no answer: {error!r:.80}"
-                raise UsageError(f"{said}; delete the line, and it is asked again") from error
+                raise UsageError(
+                    f"{path}: line {number} is not a reply ({error!r:.80}); delete the line and repeat"
+                ) from error
 
-    def keep(self, key: str, answer: Answer) -> None:
-        """Add an answer, on disk too.
-
-        Raises:
-            UniAPLError: The disk does not take it.
-        """
-        line = json.dumps({"key": key, **asdict(answer)}) + "\n"
+    def add(self, key: str, reply: Reply) -> None:
+        """Keep a reply, in memory and on disk."""
+        line = json.dumps({"key": key, **asdict(reply)}) + "\n"
         try:
             with self.path.open("ab") as file:
                 file.write(line.encode())
         except OSError as error:
-            raise UniAPLError(f"'{self.path}' cannot be written: {error}") from error
-        self.answers[key] = answer
+            raise UniAPLError(f"cannot write '{self.path}': {error}") from error
+        self.replies[key] = reply
 
 
 @contextlib.contextmanager
 def open_cache(path: Path) -> Iterator[Cache]:
-    """The cache at `path`, for this process alone.
+    """Open the cache at `path` for this process only.
 
     Raises:
-        UsageError: Another process is at work there, or it cannot be read or written.
+        UsageError: Another process uses it, or it cannot be read or written.
     """
     lock = FileLock(f"{path}.lock", timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise UsageError(f"another process is collecting into '{path}': wait for its end") from None
+        raise UsageError(f"another process is collecting into '{path}': wait until it ends") from None
     except OSError as error:
-        raise UsageError(f"'{path}' cannot be written: {error}") from error
+        raise UsageError(f"cannot write '{path}': {error}") from error
     try:
         try:
             cache = Cache(path)
         except OSError as error:
-            raise UsageError(f"'{path}' cannot be read: {error}") from error
+            raise UsageError(f"cannot read '{path}': {error}") from error
         yield cache
     finally:
-        # Before the release: whoever waits for the lock looks whether its file is still there.
+        # Delete the file before the release: a process that waits for the lock checks that the file exists.
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()

@@ -1,231 +1,259 @@
-"""One request to the endpoint, repeated where another try may help."""
+"""Requests to the endpoint: the `openai` client, with a deadline for each try and rules for giving up."""
 
 import asyncio
+import importlib
 import json
-import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
-import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+import openai
 
-from uniapl.collect.cache import Answer
-from uniapl.errors import UsageError
+from uniapl.collect.cache import Reply
+from uniapl.errors import UniAPLError, UsageError
 
-FIRST_PAUSE = 1.0
-"""Seconds before the second try at most; each further pause is up to twice as long. Our choice."""
-LONGEST_PAUSE = 60.0
-LONGEST_RETRY_AFTER = 300.0
-"""A server that asks for more is asked again after this."""
-MOST_UNREACHED = 5
-"""Tries that may fail to connect before anything was reached. Our choice."""
-PASSING = (408, 409, 425, 429)
-"""Statuses below 500 that another try may overcome."""
-ROW_ALONE = (400, 413, 422)
+# The HTTP library of the installed openai: httpx, or httpx2 since openai 3.
+httpx = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
+
+MAX_CONNECT_FAILURES = 5
+"""Failures to connect, before any response, after which the endpoint counts as unreachable. Our choice."""
+MAX_CONSECUTIVE_FAILURES = 8
+"""Requests that fail for good, with no success in between, before the run stops. Our choice."""
+RETRIED_STATUSES = (408, 409, 429)
+"""Statuses below 500 that the openai client retries."""
+PROMPT_STATUSES = (400, 413, 422)
 """Statuses that may concern one prompt only, e.g. one that is too long for the model."""
 
-Read = TypeVar("Read")
 
+class RequestFailedError(Exception):
+    """A request failed and is not tried again."""
 
-class GivenUpError(Exception):
-    """A request has no answer, and no further try will be made."""
-
-    def __init__(self, what: str, *, refused: bool = False, for_all: bool = False) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, *, refused: bool = False, fatal: bool = False) -> None:
+        super().__init__(message)
         self.refused = refused
-        """The server does not want the request, rather than being in trouble."""
-        self.for_all = for_all
-        """Every other request will end in the same way."""
+        """The server rejects the request itself."""
+        self.fatal = fatal
+        """Every other request would fail in the same way."""
 
 
-class _Failed(Exception):
-    def __init__(self, what: str, *, retry_after: float = 0.0) -> None:
-        """One try failed; the next one may go better."""
-        super().__init__(what)
-        self.retry_after = retry_after
+class UnreachableError(openai.OpenAIError):
+    """No connection could be established. The openai client does not retry errors of its own kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where to ask, and how patiently."""
+    """Address, key and patience for an OpenAI-compatible server.
 
-    url: httpx.URL
+    Raises:
+        UsageError: The URL is invalid.
+    """
+
+    url: str
     key_variable: str
     key: str | None
     timeout: float
     """Seconds for one try, until the last byte."""
     max_retries: int
 
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        except ValueError:
+            valid = False
+        if not valid:
+            shown = self.url.rpartition("@")[2]
+            raise UsageError(f"--url: invalid URL '{shown}'; expected for example http://host:8000/v1")
+
     @property
     def shown(self) -> str:
-        """The address without anything secret."""
-        return str(self.url.copy_with(userinfo=b"", query=None, fragment=None))
+        """The URL without user name, password and query."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def checked_url(text: str) -> httpx.URL:
-    """An address that can be asked.
+class _HttpClient(openai.DefaultAsyncHttpxClient):
+    """The HTTP client under the openai client; it also parses replies, so that malformed ones are retried."""
+
+    def __init__(self, endpoint: Endpoint, concurrency: int) -> None:
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        super().__init__(limits=limits, follow_redirects=False)
+        self.endpoint = endpoint
+        self.connect_failures = 0
+        self.reached = False
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        """Send one try of a request. The openai client retries the errors of httpx."""
+        if self.endpoint.key is None:
+            request.headers.pop("Authorization", None)
+        try:
+            # The timeouts of httpx hold between two bytes: a server that drips would never reach them.
+            async with asyncio.timeout(self.endpoint.timeout):
+                response = await super().send(request, **options)
+        except TimeoutError:
+            raise httpx.ReadTimeout("deadline exceeded", request=request) from None
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            self.connect_failures += 1
+            if not self.reached and self.connect_failures >= MAX_CONNECT_FAILURES:
+                raise UnreachableError(_described(error)) from None
+            raise
+        self.reached = True
+        if response.is_success:
+            try:
+                found = json.loads(response.content)
+                models = request.method == "GET"
+                parsed = [str(model["id"]) for model in found["data"]] if models else _reply(found)
+                response.extensions["parsed"] = parsed
+            except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as e:
+                message = f"malformed response ({e}): {response.text}"
+                raise httpx.DecodingError(message, request=request) from None
+        return response
+
+
+def _connected(endpoint: Endpoint, concurrency: int) -> openai.AsyncOpenAI:
+    parts = urlsplit(endpoint.url)
+    return openai.AsyncOpenAI(
+        base_url=parts._replace(query="", fragment="").geturl(),
+        default_query=dict(parse_qsl(parts.query)),
+        api_key=endpoint.key or "none",
+        max_retries=endpoint.max_retries,
+        timeout=httpx.Timeout(endpoint.timeout, connect=min(endpoint.timeout, 10.0)),
+        http_client=_HttpClient(endpoint, concurrency),
+    )
+
+
+async def _parsed(request: Awaitable[Any], endpoint: Endpoint) -> Any:
+    try:
+        return (await request).extensions["parsed"]
+    except (openai.APIError, UnreachableError) as error:
+        raise _failure(error, endpoint) from None
+
+
+def _failure(error: openai.APIError | UnreachableError, endpoint: Endpoint) -> RequestFailedError:
+    def clean(text: str) -> str:
+        """One short line without the key, which a server may repeat."""
+        return " ".join((text.replace(endpoint.key, "[key]") if endpoint.key else text).split())[:300]
+
+    cause = error.__cause__ or error
+    if isinstance(error, UnreachableError) or isinstance(cause, UnreachableError):
+        return RequestFailedError(f"cannot be reached ({clean(str(cause))})", fatal=True)
+    if isinstance(error, openai.APIStatusError):
+        status, body = error.status_code, error.body
+        if isinstance(body, dict):
+            body = body.get("message") or body.get("detail") or body
+        reason = f"status {status}: {clean(str(body or ''))}"
+        if status not in RETRIED_STATUSES and status < 500:
+            if status in (401, 403):
+                reason += f"; the key is read from the environment variable {endpoint.key_variable}"
+            if status == 404:
+                reason += "; check --url (most end in /v1) and --model"
+            return RequestFailedError(reason, refused=True, fatal=status not in PROMPT_STATUSES)
+    elif isinstance(cause, httpx.ReadTimeout):
+        reason = f"no complete response within {endpoint.timeout:g} s"
+    else:
+        reason = clean(_described(cause))
+    tries = int(error.request.headers["x-stainless-retry-count"]) + 1
+    return RequestFailedError(f"failed {tries} times, the last time with: {reason}")
+
+
+def only_model(endpoint: Endpoint) -> str:
+    """The name of the server's only model.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The server has several models, or none.
+        UniAPLError: The server does not list its models.
     """
-    shown = text.rpartition("@")[2]
+
+    async def names() -> list[str]:
+        async with _connected(endpoint, 1) as client:
+            return await _parsed(client.get("/models", cast_to=httpx.Response), endpoint)
+
     try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        raise UsageError(f"--url '{shown}' is no address: it should be as http://host:8000/v1") from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UsageError(f"--url '{shown}' is no address: it should be as http://host:8000/v1")
-    return url
+        models = asyncio.run(names())
+    except RequestFailedError as error:
+        raise _stopped(endpoint, error, "Set --model to skip the list of models") from None
+    if len(models) != 1:
+        listed = ", ".join(models) or "none"
+        raise UsageError(f"{endpoint.shown} has {len(models)} models ({listed:.1000}): set --model")
+    return models[0]
 
 
-class Client:
-    """The requests of one run; to be used in `async with`."""
+async def request_all(
+    bodies: Mapping[str, dict[str, Any]],
+    endpoint: Endpoint,
+    *,
+    concurrency: int,
+    received: Callable[[str, Reply], None],
+    failed: Callable[[str, str], None],
+) -> None:
+    """Send every request, at most `concurrency` at a time.
 
-    def __init__(self, endpoint: Endpoint, *, concurrency: int) -> None:
-        self.endpoint = endpoint
-        self._unreached = 0
-        self._reached = False
-        key = endpoint.key
-        authorization = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(
-            headers={"Content-Type": "application/json", **authorization},
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            timeout=httpx.Timeout(endpoint.timeout, connect=min(endpoint.timeout, 10.0)),
-        )
+    Args:
+        bodies: Request bodies by key.
+        received: Called with the key and the reply of each request that succeeds, as it arrives.
+        failed: Called with the key and the reason for each request that fails.
 
-    async def __aenter__(self) -> "Client":
-        return self
+    Raises:
+        UniAPLError: The endpoint cannot be reached, or no longer replies.
+        UsageError: The endpoint rejects the requests.
+    """
+    waiting = iter(bodies.items())
+    consecutive = 0
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+    async def work(client: openai.AsyncOpenAI) -> None:
+        nonlocal consecutive
+        for key, body in waiting:
+            request = client.post("/chat/completions", cast_to=httpx.Response, body=body)
+            try:
+                parsed = await _parsed(request, endpoint)
+            except RequestFailedError as error:
+                consecutive += 1
+                failed(key, str(error))
+                if error.fatal or consecutive >= MAX_CONSECUTIVE_FAILURES:
+                    remedy = "Replies received so far are kept: the same command continues with the others"
+                    raise _stopped(endpoint, error, remedy) from None
+            else:
+                consecutive = 0
+                received(key, Reply(url=endpoint.shown, **parsed))
 
-    async def models(self) -> list[str]:
-        """The names of the models that the server has.
-
-        Raises:
-            GivenUpError: It does not say.
-        """
-        return await self._repeat("GET", "/models", None, lambda found: [str(m["id"]) for m in found["data"]])
-
-    async def ask(self, body: dict[str, Any]) -> Answer:
-        """The answer to one request.
-
-        Raises:
-            GivenUpError: There is none.
-        """
-        return await self._repeat("POST", "/chat/completions", body, self._answer)
-
-    async def _repeat(
-        self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], Read]
-    ) -> Read:
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.endpoint.max_retries + 1),
-            retry=retry_if_exception_type(_Failed),
-            wait=_pause,
-            reraise=True,
-        )
+    async with _connected(endpoint, concurrency) as client:
+        workers = [asyncio.create_task(work(client)) for _ in range(min(concurrency, len(bodies)))]
         try:
-            return await retrying(self._try, method, path, body, read)
-        except _Failed as error:
-            tries = retrying.statistics["attempt_number"]
-            raise GivenUpError(f"failed {tries} times, at last: {error}") from None
-
-    async def _try(
-        self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], Read]
-    ) -> Read:
-        url = self.endpoint.url.copy_with(path=self.endpoint.url.path.rstrip("/") + path)
-        content = None if body is None else json.dumps(body)
-        try:
-            # httpx's own limit is between two bytes: a server that drips would hold it for ever.
-            async with asyncio.timeout(self.endpoint.timeout):
-                answer = await self._http.request(method, url, content=content)
-        except TimeoutError:
-            raise _Failed(f"no whole answer within {self.endpoint.timeout:g} s") from None
-        except httpx.HTTPError as error:
-            what = self._clean(f"{type(error).__name__}: {error}".rstrip(": ."))
-            if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-                self._unreached += 1
-                if not self._reached and self._unreached >= MOST_UNREACHED:
-                    raise GivenUpError(f"cannot be reached ({what})", for_all=True) from None
-            raise _Failed(what) from None
-        self._reached = True
-        self._check_status(answer)
-        try:
-            return read(json.loads(answer.content))
-        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
-            raise _Failed(f"an answer of another form: {self._clean(answer.text)}") from None
-
-    def _check_status(self, answer: httpx.Response) -> None:
-        status = answer.status_code
-        if status == 200:
-            return
-        what = f"status {status}: {self._clean(_message(answer))}"
-        if status in PASSING or status >= 500:
-            raise _Failed(what, retry_after=_retry_after(answer.headers.get("retry-after", "")))
-        if status in (401, 403):
-            what += f"; the key is read from the environment variable {self.endpoint.key_variable}"
-        if status == 404:
-            what += "; look at --url (most end in /v1) and --model"
-        raise GivenUpError(what, refused=True, for_all=status not in ROW_ALONE)
-
-    def _answer(self, found: Any) -> Answer:
-        choice = found["choices"][0]
-        message, usage = choice["message"], found.get("usage") or {}
-        texts = [message.get("content"), message.get("reasoning_content") or message.get("reasoning")]
-        content, reasoning = ("" if text is None else text for text in texts)
-        if not isinstance(content, str) or not isinstance(reasoning, str):
-            raise TypeError("the content is no text")
-        finish_reason, model = choice.get("finish_reason"), found.get("model")
-        if finish_reason in ("abort", "error"):
-            raise _Failed(f"the server broke off: finish_reason '{finish_reason}'")
-        return Answer(
-            content=content,
-            reasoning=reasoning,
-            finish_reason=None if finish_reason is None else str(finish_reason),
-            model=None if model is None else str(model),
-            url=self.endpoint.shown,
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-        )
-
-    def _clean(self, text: str) -> str:
-        """For people: short, and without the key, which servers may repeat."""
-        if self.endpoint.key:
-            text = text.replace(self.endpoint.key, "[key]")
-        return " ".join(text.split())[:300]
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
 
-def _message(answer: httpx.Response) -> str:
-    """What the server says of a failure, wherever it says it."""
-    try:
-        found = json.loads(answer.content)
-        error = found.get("error") or found
-        said = error if isinstance(error, str) else error.get("message") or error.get("detail")
-        return str(said or error)
-    except (ValueError, AttributeError, RecursionError):
-        return answer.text
+def _reply(found: Any) -> dict[str, Any]:
+    """The fields of a :class:`Reply` but its URL."""
+    choice = found["choices"][0]
+    message, usage = choice["message"], found.get("usage") or {}
+    texts = [message.get("content"), message.get("reasoning_content") or message.get("reasoning")]
+    content, reasoning = ("" if text is None else text for text in texts)
+    if not isinstance(content, str) or not isinstance(reasoning, str):
+        raise TypeError("the content is not text")
+    finish_reason, model = choice.get("finish_reason"), found.get("model")
+    if finish_reason in ("abort", "error"):
+        raise ValueError(f"the server aborted the completion: finish_reason '{finish_reason}'")
+    return {
+        "content": content,
+        "reasoning": reasoning,
+        "finish_reason": None if finish_reason is None else str(finish_reason),
+        "model": None if model is None else str(model),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prompt_tokens": int(usage.get("prompt_tokens") or 0),
+        "completion_tokens": int(usage.get("completion_tokens") or 0),
+    }
 
 
-def _retry_after(text: str) -> float:
-    """Seconds, given as such or as a date."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            moment = parsedate_to_datetime(text)
-        except (ValueError, TypeError):
-            return 0.0
-        seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return min(seconds, LONGEST_RETRY_AFTER) if seconds > 0 else 0.0
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": .")
 
 
-def _pause(state: RetryCallState) -> float:
-    """What the server asks for, and as many seconds more as keep requests from coming back together."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, _Failed) else 0.0
-    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (state.attempt_number - 1))
-    return asked + random.uniform(longest / 2, longest)
+def _stopped(endpoint: Endpoint, error: RequestFailedError, remedy: str) -> UniAPLError:
+    kind = UsageError if error.refused else UniAPLError
+    return kind(f"{endpoint.shown}: {error}. {remedy}")

@@ -1,35 +1,35 @@
-"""The task's reward functions as a sieve for answers."""
+"""Score collected completions with reward functions, and select the best."""
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
-from uniapl.collect.rows import Demonstration, Question
+from uniapl.collect.rows import Demonstration, PromptRow
 from uniapl.config import RewardsConfig
 from uniapl.errors import UsageError
 from uniapl.rewards.base import Rewarder, build_rewarder
 from uniapl.types import Example
 
-AT_ONCE = 256
-"""Answers that a function is given in one call."""
+BATCH_SIZE = 256
+"""Completions that a reward function scores in one call."""
 
 
-def prepare(
-    names: Sequence[str], questions: Sequence[Question], *, allow_code: bool
+def load_rewarder(
+    names: Sequence[str], rows: Sequence[PromptRow], *, allow_code: bool
 ) -> tuple[Rewarder, list[str]]:
-    """The functions, tried on the rows before anything is asked; and what the user should hear.
+    """The reward functions, tried on the rows before any request is sent; and notes for the user.
 
     Raises:
-        UsageError: There is no such function, or it cannot score these rows.
+        UsageError: A function does not exist, or cannot score these rows.
     """
     rewarder = build_rewarder(RewardsConfig.model_validate({"functions": list(names)}))
     for reward in rewarder.rewards:
         if "completion_ids" in inspect.signature(reward.function.func).parameters:
             raise UsageError(
-                f"reward function '{reward.name}' reads completion_ids, and an endpoint gives no token ids: "
-                "leave it out of --rewards"
+                f"reward function '{reward.name}' needs completion_ids, but endpoints return no token ids: "
+                "remove it from --rewards"
             )
-    examples = [_example(question) for question in questions]
+    examples = [_example(row) for row in rows]
     rewarder.check_columns(examples)
     notes = rewarder.check_rows(examples, allow_code=allow_code)
     rewarder.try_out(examples)
@@ -39,58 +39,55 @@ def prepare(
 def score(
     demonstrations: Sequence[Demonstration], rewarder: Rewarder
 ) -> tuple[list[Demonstration], list[str]]:
-    """The same with their rewards (or None) in `source`; and the first failure of each function."""
+    """The demonstrations with their rewards (or None) in `source`, and the first error of each function."""
     scored: list[Demonstration] = []
-    failures: dict[str, str] = {}
-    for start in range(0, len(demonstrations), AT_ONCE):
-        some = demonstrations[start : start + AT_ONCE]
-        examples, texts = [_example(one.question) for one in some], [one.completion for one in some]
-        outcomes = rewarder.score(examples, texts, [[] for _ in some])
+    errors: dict[str, str] = {}
+    for start in range(0, len(demonstrations), BATCH_SIZE):
+        batch = demonstrations[start : start + BATCH_SIZE]
+        examples, texts = [_example(one.row) for one in batch], [one.completion for one in batch]
+        outcomes = rewarder.score(examples, texts, [[] for _ in batch])
         for name, outcome in outcomes.items():
             if outcome.message is not None:
-                failures.setdefault(name, f"reward '{name}': {outcome.message}")
-        rewards = rewarder.combine(outcomes, len(some))
+                errors.setdefault(name, f"reward '{name}': {outcome.message}")
+        rewards = rewarder.combine(outcomes, len(batch))
         scored += [
             replace(one, source={**one.source, "reward": reward})
-            for one, reward in zip(some, rewards, strict=True)
+            for one, reward in zip(batch, rewards, strict=True)
         ]
-    return scored, list(failures.values())
+    return scored, list(errors.values())
 
 
 def select(
     scored: Sequence[Demonstration], *, min_reward: float | None, best_of_n: bool
 ) -> tuple[list[Demonstration], dict[str, list[int]]]:
-    """Those good enough, or the first of the best of each prompt; and reason -> rows of the others."""
-    best: dict[int, float] = {}
+    """The demonstrations to keep, and the row numbers of the others by the reason for dropping them."""
     kept: list[Demonstration] = []
+    best: dict[int, Demonstration] = {}
     dropped: dict[str, list[int]] = {}
     for one in scored:
-        row, reward = one.question.row, one.source["reward"]
+        number, reward = one.row.number, one.source["reward"]
         if reward is None:
-            dropped.setdefault("without a reward", []).append(row)
+            dropped.setdefault("without a reward", []).append(number)
         elif min_reward is not None and reward < min_reward:
-            dropped.setdefault(f"reward below {min_reward:g}", []).append(row)
+            dropped.setdefault(f"reward below {min_reward:g}", []).append(number)
         else:
             kept.append(one)
-            best[row] = max(reward, best.get(row, reward))
+            if number not in best or reward > best[number].source["reward"]:
+                best[number] = one
     if not best_of_n:
         return kept, dropped
-    first: dict[int, Demonstration] = {}
-    for one in kept:
-        if one.source["reward"] == best[one.question.row]:
-            first.setdefault(one.question.row, one)
-    beaten = [one.question.row for one in kept if first[one.question.row] is not one]
-    return list(first.values()), dropped | ({"not the best of their prompt": beaten} if beaten else {})
+    if worse := [one.row.number for one in kept if best[one.row.number] is not one]:
+        dropped["not the best of their prompt"] = worse
+    return list(best.values()), dropped
 
 
-def _example(question: Question) -> Example:
-    """What reward functions see of a row, as in training."""
-    columns = {key: value for key, value in question.columns.items() if value is not None}
+def _example(row: PromptRow) -> Example:
+    """The row as reward functions get it in training."""
     return Example(
-        row=question.row,
-        prompt=question.prompt,
+        row=row.number,
+        prompt=row.prompt,
         prompt_ids=(),
         demonstration=None,
         demonstration_ids=None,
-        columns=columns,
+        columns={key: value for key, value in row.columns.items() if value is not None},
     )

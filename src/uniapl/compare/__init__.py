@@ -1,5 +1,6 @@
-"""`uniapl compare`: methods side by side on the embedded task, at equal budget, with intervals.
+"""`uniapl compare`: methods on the demo task, at equal budget, with intervals.
 
-A *cell* is one training run: a method, its settings, a seed. `plan` says which cells there are, `cell` runs
-one, `runner` runs all of them and can be stopped at any time, `statistics` and `report` say what came out.
+A *cell* is one training run: a method, its settings, a seed. `plan` lists the cells, `cell` runs one,
+`runner` runs all of them and can be interrupted at any time, `statistics` and `results` evaluate their
+outcomes.
 """

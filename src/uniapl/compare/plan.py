@@ -1,94 +1,42 @@
-"""What is compared: the budget, the methods as pipelines, their knobs, and the cells of each part.
+"""The plan of a comparison: budget, methods (methods.yaml), variants, and the cells of each part.
 
-The budget of a run is 9,600 rollouts and 3,200 demonstrations that losses are computed on (a demonstration
-counts each time), whatever the number of stages; a method that uses no rollouts gets as many demonstrations
-instead. Tokens and seconds differ with what a method writes and computes: they are counted and reported.
+The budget of a run is 9,600 rollouts and 3,200 demonstrations in the losses (repetitions count), for any
+number of stages; a method without rollouts gets as many demonstrations instead. Tokens and seconds depend on
+the method: they are counted and reported.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from importlib.resources import files
+from typing import Any
+
+import yaml
 
 from uniapl.config.resolve import merge
 from uniapl.demo.recipe import RECIPE
 
 Value = float | int | str
-Split = Literal["validation", "test"]
 
 STEPS = 100
-"""Of a stage with rollouts, each with the batch of the demo's recipe."""
+"""Steps of a stage with rollouts, each with the batch of the demo's recipe."""
 ROLLOUTS = STEPS * RECIPE["batching"]["prompts_per_step"] * RECIPE["rollout"]["num_generations"]
 DEMONSTRATIONS = STEPS * RECIPE["batching"]["demonstrations_per_step"]
 
-_SFT_FIRST = {"method": "sft", "max_steps": 25, "batching": {"demonstrations_per_step": 128}}
-
-PIPELINES: dict[str, tuple[dict[str, Any], ...]] = {
-    "sft": ({"method": "sft", "max_steps": 100, "batching": {"demonstrations_per_step": 128}},),
-    "grpo": ({"method": "grpo"},),
-    "sft -> grpo": (_SFT_FIRST, {"method": "grpo"}),
-    "chord-mu": ({"method": "chord-mu", "objective": {"mu_decay_steps": STEPS}},),
-    "chord-phi": ({"method": "chord-phi"},),
-    "a-sft": ({"method": "a-sft"},),
-    "a-grpo": ({"method": "a-grpo"},),
-    "sft -> a-grpo": (_SFT_FIRST, {"method": "a-grpo"}),
-    "a-sft -> a-grpo": (
-        {"method": "a-sft", "max_steps": 50, "batching": {"demonstrations_per_step": 64}},
-        {"method": "a-grpo", "max_steps": 50},
-    ),
-    "gad": ({"method": "gad"},),
-    "uniapl": ({"method": "uniapl"},),
-}
-"""Stages of each method; what a stage does not say is the recipe's, with `STEPS` steps."""
+_METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
+    (files("uniapl.compare") / "methods.yaml").read_text(encoding="utf-8")
+)
+PIPELINES: dict[str, Sequence[dict[str, Any]]] = {name: m["stages"] for name, m in _METHODS.items()}
+KNOBS: dict[str, tuple[str, Sequence[Value]]] = {name: m["search"] for name, m in _METHODS.items()}
+SETTINGS: dict[str, dict[str, Value]] = {name: m["settings"] for name, m in _METHODS.items()}
+FRONTS: dict[str, tuple[str, Sequence[Value]]] = {n: m["front"] for n, m in _METHODS.items() if "front" in m}
 
 BASELINES = ("sft", "grpo", "sft -> grpo", "chord-mu", "chord-phi")
-"""What exists elsewhere, without an adversary and with rewards or demonstrations."""
+"""Methods of other libraries, without an adversary."""
 
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
-"""First round of the search, for every method; the best one at an edge brings in the next one beyond."""
-
-KNOBS: dict[str, tuple[str, tuple[Value, ...]]] = {
-    "sft": ("batching.demonstrations_per_step", (128, 64, 32)),
-    "grpo": ("objective.beta", (0.0, 0.02, 0.1)),
-    "sft -> grpo": ("objective.beta", (0.0, 0.02, 0.1)),
-    "chord-mu": ("objective.mu_decay_steps", (100, 50, 25)),
-    "chord-phi": ("objective.mu_valley", (0.1, 0.3, 0.03)),
-    "a-sft": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "a-sft -> a-grpo": ("objective.lambda_adv", (2.0, 1.0, 4.0)),
-    "gad": ("objective.adversarial_credit", ("standardized", "win_probability", "logit")),
-    "uniapl": ("objective.beta", (0.1, 0.02, 0.5)),
-}
-"""Second round of the search: each method's own knob, its usual value first."""
-
-FRONTS: dict[str, tuple[str, tuple[Value, ...]]] = {
-    "grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
-    "sft -> grpo": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
-    "chord-mu": ("objective.mu_valley", (0.02, 0.05, 0.2, 0.5)),
-    "uniapl": ("objective.beta", (0.0, 0.02, 0.1, 0.5)),
-}
-"""The knob along which each method trades `good` against closeness to the expert. For uniapl that is the
-KL, as for the pipeline that it replaces; the sweep of lambda_adv is among the variants."""
-
-SETTINGS: dict[str, dict[str, Value]] = {
-    method: {"optim.learning_rate": rate, **own}
-    for method, rate, own in (
-        ("sft", 2.5e-4, {"batching.demonstrations_per_step": 128}),
-        ("grpo", 1e-3, {"objective.beta": 0.02}),
-        ("sft -> grpo", 1e-3, {"objective.beta": 0.02}),
-        ("chord-mu", 1e-3, {"objective.mu_decay_steps": 25, "objective.mu_valley": 0.05}),
-        ("chord-phi", 5e-4, {"objective.mu_valley": 0.3}),
-        ("a-sft", 5e-4, {"objective.lambda_adv": 2.0}),
-        ("a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
-        ("sft -> a-grpo", 1e-3, {"objective.lambda_adv": 1.0}),
-        ("a-sft -> a-grpo", 2.5e-4, {"objective.lambda_adv": 2.0}),
-        ("gad", 5e-4, {"objective.adversarial_credit": "standardized"}),
-        ("uniapl", 5e-4, {"objective.beta": 0.1}),
-    )
-}
-"""What the search found (docs/log.md)."""
+"""First round of the search; if the best value is at an end, the next one beyond it is tried too."""
 
 ABLATIONS: dict[str, dict[str, Value]] = {
     "lambda_adv = 0: no adversary": {"objective.lambda_adv": 0.0},
@@ -101,10 +49,10 @@ ABLATIONS: dict[str, dict[str, Value]] = {
     "1,024 demonstrations": {"demonstrations": 1024},
     "lambda_adv = 8": {"objective.lambda_adv": 8.0},
 }
-"""Changes to `uniapl`, by name."""
+"""Variants of `uniapl`: changes to its settings, by name."""
 
 SEARCH_SEED = 1000
-"""Seeds of the search begin here, those of the other parts at 0: no prompt and no draw is shared."""
+"""First seed of the search. The other parts start at 0, so no prompt and no random draw is shared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,31 +66,26 @@ class Cell:
     method: str
     """A key of `PIPELINES`."""
     settings: Mapping[str, Value]
-    """Dotted keys of the configuration, for every stage; and `demonstrations`, the task's number of them."""
+    """Dotted configuration keys, for every stage; and `demonstrations`, their number in the task."""
     seed: int
-    """Of the task's prompts and texts, and of training."""
+    """Seed of the task and of the training."""
 
     @property
     def name(self) -> str:
-        """A file name that nothing else has."""
+        """A unique file name."""
         canonical = json.dumps(asdict(self), sort_keys=True)
         method = self.method.replace(" -> ", "+")
         return f"{method}-{self.seed}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
 
     @property
-    def split(self) -> Split:
-        """What its prompts may be used for."""
-        return "validation" if self.seed >= SEARCH_SEED else "test"
-
-    @property
     def recipe(self) -> dict[str, Any]:
-        """What the run is: the budget's shape, the pipeline's stages, the settings."""
+        """The recipe of the run: budget, stages and settings."""
         settings: dict[str, Any] = {}
         for key, value in self.settings.items():
             if key != "demonstrations":
                 section, name = key.split(".")
                 settings.setdefault(section, {})[name] = value
-        # A constant mu has two ends.
+        # CHORD-phi has a constant mu.
         if self.method == "chord-phi":
             settings["objective"]["mu_peak"] = settings["objective"]["mu_valley"]
         common = merge(RECIPE, {"seed": self.seed, "max_steps": STEPS})
@@ -154,17 +97,17 @@ class Cell:
 
 
 def search_cells(method: str, rates: Sequence[float], values: Sequence[Value] | None = None) -> list[Cell]:
-    """Cells of the search: every learning rate with every value of the method's knob, or its usual one."""
-    knob, usual = KNOBS[method]
+    """Cells of the search: every learning rate with the values of the method's setting (or its default)."""
+    knob, known = KNOBS[method]
     return [
         Cell(method=method, settings={"optim.learning_rate": rate, knob: value}, seed=SEARCH_SEED)
         for rate in rates
-        for value in values or usual[:1]
+        for value in values or known[:1]
     ]
 
 
 def table_cells(methods: Sequence[str], seeds: int) -> list[Cell]:
-    """Every method with its settings, seed by seed."""
+    """Every method with its settings, by seed."""
     return [
         Cell(method=method, settings=SETTINGS[method], seed=seed)
         for seed in range(seeds)
@@ -172,21 +115,14 @@ def table_cells(methods: Sequence[str], seeds: int) -> list[Cell]:
     ]
 
 
-def front_cells(methods: Sequence[str], seeds: int) -> list[Cell]:
-    """Every method that has a front, along its knob."""
-    return [cell for seed in range(seeds) for method in methods for cell in front_of(method, seed)]
-
-
 def front_of(method: str, seed: int) -> list[Cell]:
-    """The cells of one front; none for a method without."""
-    if method not in FRONTS:
-        return []
+    """The cells of a front."""
     knob, values = FRONTS[method]
     return [Cell(method=method, settings={**SETTINGS[method], knob: value}, seed=seed) for value in values]
 
 
 def ablation_cells(seeds: int) -> dict[str, list[Cell]]:
-    """Every variant of uniapl, by name."""
+    """The cells of every variant of uniapl, by name."""
     return {
         name: [
             Cell(method="uniapl", settings={**SETTINGS["uniapl"], **changes}, seed=seed)

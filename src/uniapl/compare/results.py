@@ -1,12 +1,12 @@
-"""From the outcomes of cells to the tables of a comparison: plain values, as results.json holds them."""
+"""The tables of a comparison, computed from the outcomes of its cells, as results.json holds them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 from uniapl.compare.plan import BASELINES, FRONTS
 from uniapl.compare.statistics import (
+    Interval,
     Point,
     bootstrap,
     cost_to_reach,
@@ -16,7 +16,7 @@ from uniapl.compare.statistics import (
 )
 
 Outcome = dict[str, Any]
-"""What `uniapl.compare.cell.run_cell` returns."""
+"""The result of :func:`uniapl.compare.cell.run_cell`."""
 
 SPLITS = ("held_out", "held_out_combinations")
 MEASURES = (
@@ -27,12 +27,12 @@ COSTS = ("rollout_tokens", "trained_tokens", "seconds")
 
 
 def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
-    """Every method's means, its difference to the best baseline, and its cost to reach levels of `good`.
+    """Every method's means, its difference from the best baseline, and its cost to reach levels of `good`.
 
-    The best baseline is picked by these very figures: chance helps it, never us.
+    The best baseline is chosen by these same results, so chance favours it.
 
     Args:
-        outcomes: Per method (and "base"), one outcome per seed, the seeds in the same order.
+        outcomes: One outcome per seed for each method (and "base"), with the seeds in the same order.
     """
     present = [name for name in BASELINES if name in outcomes]
     best = max(present, key=lambda name: fmean(_final(outcomes[name], "held_out", "good")), default=None)
@@ -40,17 +40,11 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for method, runs in outcomes.items():
         row: dict[str, Any] = {
-            split: {name: asdict(bootstrap(_final(runs, split, name))) for name in MEASURES}
-            for split in SPLITS
+            split: {name: bootstrap(_final(runs, split, name)) for name in MEASURES} for split in SPLITS
         }
         row["cost"] = {name: fmean(run["cost"][name] for run in runs) for name in COSTS}
         if best is not None:
-            row["minus_best_baseline"] = {
-                split: asdict(
-                    paired_difference(_final(runs, split, "good"), _final(outcomes[best], split, "good"))
-                )
-                for split in SPLITS
-            }
+            row["minus_best_baseline"] = {s: _difference(runs, outcomes[best], s, "good") for s in SPLITS}
         if method != "base":
             curve = mean_curve(runs, outcomes["base"])
             row["rollout_tokens_to_reach"] = {
@@ -62,18 +56,10 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
 
 
 def short_table(table: Mapping[str, Any]) -> list[list[str]]:
-    """The header and a row of text per method: what fits a terminal and the README."""
+    """The table as text for a terminal and a document: a header, and a row per method."""
     best = table["best_baseline"]
     rows = [
-        [
-            "method",
-            "good",
-            f"difference from {best}",
-            "new combinations",
-            "expert nll",
-            "length distance",
-            "tokens",
-        ]
+        f"method;good;difference from {best};new combinations;expert nll;length distance;tokens".split(";")
     ]
     for method, row in table["methods"].items():
         here, there = (row[split] for split in SPLITS)
@@ -92,14 +78,8 @@ def short_table(table: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, the header first, as a table for a document."""
-    header, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([header, "|---" * len(rows[0]) + "|", *body])
-
-
 def mean_curve(runs: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, list[float]]:
-    """The mean over seeds of `good` and of the cost at each point of the curve, from the base on."""
+    """The means over seeds of `good` and of the costs at each point of the curve; the base is the first."""
     curve: dict[str, list[float]] = {name: [0.0] for name in COSTS}
     curve["good"] = [fmean(_final(base, "held_out", "good"))]
     for points in zip(*(run["curve"] for run in runs), strict=True):
@@ -111,65 +91,77 @@ def mean_curve(runs: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, li
 def fronts(
     outcomes: Mapping[str, Sequence[Sequence[Outcome]]], base: Sequence[Outcome], *, ours: str = "uniapl"
 ) -> dict[str, Any]:
-    """How far our front lies above each other method's, on both splits, paired over seeds.
+    """The differences between our front and each other method's, on both splits, paired over seeds.
 
-    Per seed a method's front is the set of its models along its knob, and the base. Two numbers compare
-    fronts: `good` at equal closeness, averaged over bounds on the distance, and the distance at equal
-    `good`, averaged over levels; the ranges are those of all methods' models.
+    The front of a method and a seed consists of its models along its setting, and the base. Fronts are
+    compared by `good` at equal closeness, averaged over bounds on the distance, and by the distance at equal
+    `good`, averaged over levels. The ranges are those of all methods' models.
 
     Args:
-        outcomes: Per method, per seed, one outcome per value of the knob.
-        base: The base's outcome per seed.
+        outcomes: For each method and seed, one outcome per value of the setting.
+        base: The base's outcome for each seed.
     """
-    result: dict[str, Any] = {}
-    for split in SPLITS:
-        for distance in ("expert_nll", "length_distance"):
-            points = {
-                method: [
-                    [_point(o, split, distance) for o in (*swept, start)]
-                    for swept, start in zip(seeds, base, strict=True)
-                ]
-                for method, seeds in outcomes.items()
+    return {
+        f"{split}/{distance}": _front(outcomes, base, ours, split, distance)
+        for split in SPLITS
+        for distance in ("expert_nll", "length_distance")
+    }
+
+
+def _front(
+    outcomes: Mapping[str, Sequence[Sequence[Outcome]]],
+    base: Sequence[Outcome],
+    ours: str,
+    split: str,
+    distance: str,
+) -> dict[str, Any]:
+    points: dict[str, list[list[Point]]] = {
+        method: [
+            [(o["final"][split]["good"], o["final"][split][distance]) for o in (*swept, start)]
+            for swept, start in zip(seeds, base, strict=True)
+        ]
+        for method, seeds in outcomes.items()
+    }
+    goods, distances = zip(*(p for seeds in points.values() for front in seeds for p in front), strict=True)
+    bounds, levels = (min(distances), max(distances)), (min(goods), max(goods))
+    measures = {
+        method: {
+            "good_at_equal_closeness": [good_at_equal_closeness(front, bounds) for front in seeds],
+            "distance_at_equal_good": [distance_at_equal_good(front, levels, bounds[1]) for front in seeds],
+            "best_good": [max(good for good, _ in front) for front in seeds],
+        }
+        for method, seeds in points.items()
+    }
+    methods: dict[str, Any] = {}
+    for method, values in measures.items():
+        row: dict[str, Any] = {name: bootstrap(v) for name, v in values.items()}
+        row["ours_minus_this"] = None
+        if ours in points and method != ours:
+            row["ours_minus_this"] = {
+                name: paired_difference(measures[ours][name], v) for name, v in values.items()
             }
-            everything = [p for seeds in points.values() for front in seeds for p in front]
-            distances, goods = [p.distance for p in everything], [p.good for p in everything]
-            bounds, levels = (min(distances), max(distances)), (min(goods), max(goods))
-            good = {m: [good_at_equal_closeness(f, bounds) for f in s] for m, s in points.items()}
-            near = {m: [distance_at_equal_good(f, levels, bounds[1]) for f in s] for m, s in points.items()}
-            best = {m: [max(p.good for p in f) for f in s] for m, s in points.items()}
-            result[f"{split}/{distance}"] = {
-                "bounds": bounds,
-                "levels": levels,
-                "methods": {
-                    method: {
-                        "good_at_equal_closeness": asdict(bootstrap(good[method])),
-                        "distance_at_equal_good": asdict(bootstrap(near[method])),
-                        "best_good": asdict(bootstrap(best[method])),
-                        "ours_minus_this": {
-                            "good_at_equal_closeness": asdict(paired_difference(good[ours], good[method])),
-                            "distance_at_equal_good": asdict(paired_difference(near[ours], near[method])),
-                            "best_good": asdict(paired_difference(best[ours], best[method])),
-                        }
-                        if ours in points and method != ours
-                        else None,
-                        "points": _mean_points(method, outcomes[method], split, distance),
-                    }
-                    for method in points
-                },
+        knob, settings = FRONTS[method]
+        row["points"] = [
+            {
+                "knob": knob,
+                "value": value,
+                "good": bootstrap(_final(runs, split, "good")),
+                "distance": bootstrap(_final(runs, split, distance)),
             }
-    return result
+            for value, runs in zip(settings, zip(*outcomes[method], strict=True), strict=True)
+        ]
+        methods[method] = row
+    return {"bounds": bounds, "levels": levels, "methods": methods}
 
 
 def ablations(variants: Mapping[str, Sequence[Outcome]], uniapl: Sequence[Outcome]) -> dict[str, Any]:
-    """Every variant's means and its difference to uniapl as it is, on the same seeds."""
+    """The means of every variant and its difference from uniapl on the same seeds."""
     return {
         name: {
             split: {
                 measure: {
-                    **asdict(bootstrap(_final(runs, split, measure))),
-                    "difference": asdict(
-                        paired_difference(_final(runs, split, measure), _final(uniapl, split, measure))
-                    ),
+                    **bootstrap(_final(runs, split, measure)),
+                    "difference": _difference(runs, uniapl, split, measure),
                 }
                 for measure in ("good", "fluency", "expert_nll", "length_distance")
             }
@@ -179,23 +171,8 @@ def ablations(variants: Mapping[str, Sequence[Outcome]], uniapl: Sequence[Outcom
     }
 
 
-def _mean_points(
-    method: str, seeds: Sequence[Sequence[Outcome]], split: str, distance: str
-) -> list[dict[str, Any]]:
-    knob, values = FRONTS[method]
-    return [
-        {
-            "knob": knob,
-            "value": value,
-            "good": asdict(bootstrap([o["final"][split]["good"] for o in runs])),
-            "distance": asdict(bootstrap([o["final"][split][distance] for o in runs])),
-        }
-        for value, runs in zip(values, zip(*seeds, strict=True), strict=True)
-    ]
-
-
-def _point(outcome: Outcome, split: str, distance: str) -> Point:
-    return Point(good=outcome["final"][split]["good"], distance=outcome["final"][split][distance])
+def _difference(runs: Sequence[Outcome], others: Sequence[Outcome], split: str, name: str) -> Interval:
+    return paired_difference(_final(runs, split, name), _final(others, split, name))
 
 
 def _final(runs: Sequence[Outcome], split: str, name: str) -> list[float]:
@@ -203,9 +180,9 @@ def _final(runs: Sequence[Outcome], split: str, name: str) -> list[float]:
 
 
 def _levels(outcomes: Mapping[str, Sequence[Outcome]], best: str | None) -> list[float]:
-    """Of `good`: a quarter, a half, three quarters and all of the way from the base to the best baseline."""
+    """Levels of `good`: 25 %, 50 %, 75 % and 100 % of the way from the base to the best baseline."""
     if best is None or "base" not in outcomes:
         return []
     low = fmean(_final(outcomes["base"], "held_out", "good"))
     high = fmean(_final(outcomes[best], "held_out", "good"))
-    return [low + (high - low) * share for share in (0.25, 0.5, 0.75, 1.0)]
+    return [low + (high - low) * fraction for fraction in (0.25, 0.5, 0.75, 1.0)]

@@ -1,4 +1,4 @@
-"""Runs cells in parallel processes, one thread each; every finished cell is a file, never run again."""
+"""Run cells in parallel processes with one thread each. Finished cells are files and never run again."""
 
 import concurrent.futures
 import json
@@ -21,13 +21,13 @@ from uniapl.files import write_text
 def run_cells(
     cells: Sequence[Cell], directory: Path, *, jobs: int, run: Callable[[Cell, Path], Outcome] | None = None
 ) -> list[Outcome]:
-    """The outcomes of all cells, in their order; those that are on disk already are read from there.
+    """The outcomes of the cells, in their order; outcomes on disk are not computed again.
 
     Args:
-        run: What runs a cell, given the reference model's place, in a process of its own.
+        run: Replaces :func:`uniapl.compare.cell.run_cell`; called in a separate process.
 
     Raises:
-        UniAPLError: Some cells failed; the others ran to their end and are on disk.
+        UniAPLError: Some cells failed; the outcomes of the others are on disk.
     """
     distinct = {cell.name: cell for cell in cells}.values()
     missing = [cell for cell in distinct if not _file(directory, cell).exists()]
@@ -39,7 +39,7 @@ def run_cells(
         try:
             _run_missing(missing, directory, pool, run or _run_cell, console)
         finally:
-            # Interrupted: the cells that wait are not started.
+            # After an interruption, waiting cells are not started.
             pool.shutdown(wait=False, cancel_futures=True)
     return [_read(_file(directory, cell)) for cell in cells]
 
@@ -53,36 +53,35 @@ def _run_missing(
 ) -> None:
     reference = directory / "reference"
     if not reference.exists():
-        pool.submit(_alone, _make_reference, reference).result()
+        pool.submit(_in_fresh_process, _make_reference, reference).result()
     started = time.monotonic()
     failures: list[str] = []
-    running = {pool.submit(_alone, run, cell, reference): cell for cell in cells}
+    running = {pool.submit(_in_fresh_process, run, cell, reference): cell for cell in cells}
     for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
         cell = running[future]
         try:
             outcome = future.result()
-        except Exception as error:  # a cell may fail in any way; the others go on
+        except Exception as error:  # any failure of a cell: the others continue
             failures.append(f"{cell.name}: {type(error).__name__}: {error}")
             console.print(f"failed: {failures[-1]}", markup=False)
             continue
         write_text(_file(directory, cell), json.dumps(outcome))
-        good = outcome["final"]["held_out"]["good"]
+        good, seconds = outcome["final"]["held_out"]["good"], outcome["cost"]["seconds"]
         left = (time.monotonic() - started) / number * (len(cells) - number) / 60
-        console.print(
-            f"{number}/{len(cells)} {cell.name}: good {good:.3f}, "
-            f"{outcome['cost']['seconds']:.0f} s; about {left:.0f} min left",
-            markup=False,
+        line = (
+            f"{number}/{len(cells)} {cell.name}: good {good:.3f}, {seconds:.0f} s; about {left:.0f} min left"
         )
+        console.print(line, markup=False)
     if failures:
-        raise UniAPLError(f"{len(failures)} cells failed; what they said:\n" + "\n".join(failures))
+        raise UniAPLError(f"{len(failures)} cells failed:\n" + "\n".join(failures))
 
 
 def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, dict[str, Any]]:
-    """The same search for every method, on validation prompts: the learning rate, then the method's own knob.
+    """The same search for every method, on validation prompts: the learning rate, then the method's setting.
 
     Returns:
-        Per method the settings with the highest `good`, held-out prompts and combinations together; of equals
-        those that were tried first.
+        For each method the settings with the highest `good`, summed over held-out prompts and combinations;
+        the first of equals.
     """
     low, *_, high = LEARNING_RATES
     beyond = {low: low / 2, high: high * 2}
@@ -101,7 +100,6 @@ def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, d
 
 
 def _best(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The settings of the best outcome."""
     best = max(outcomes, key=lambda o: sum(split["good"] for split in o["final"].values()))
     return best["cell"]["settings"]
 
@@ -114,22 +112,20 @@ def _read(path: Path) -> Outcome:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UniAPLError(
-            f"the cell '{path}' cannot be read ({error}): delete it, and it is run again"
-        ) from error
+        raise UniAPLError(f"cannot read the cell '{path}' ({error}): delete it to run it again") from error
 
 
-def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Called in a fresh process: what one cell leaves behind, or is killed by, concerns no other."""
+def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function in a new process, so that a crash or leftover state affects no other cell."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_begin) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def _begin() -> None:
-    """One thread per process, and no output but the runner's."""
+    """Use one thread, and discard the output."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
 
 def _run_cell(cell: Cell, reference: Path) -> Outcome:

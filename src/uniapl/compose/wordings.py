@@ -1,13 +1,16 @@
-"""IFEval's 25 kinds of instructions in words of our own: arguments to draw, and several ways to say each.
+"""IFEval's 25 kinds of instructions: arguments to draw, and our own wordings to ask for them.
 
-Their meaning is that of lm-eval's checkers (arXiv 2311.07911). The sentences are ours, so that prompts made
-with them do not repeat the benchmark's.
+Their meaning is that of lm-eval's checkers (arXiv 2311.07911). The wordings are ours, so that composed
+prompts do not repeat the benchmark's.
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 NOUNS = """
     bridge harbour lantern orchard compass garden window letter mountain river island market engine
@@ -16,7 +19,7 @@ NOUNS = """
     mirror notebook oven pillow rocket shelter tunnel velvet wagon copper magnet silver temple
 """.split()
 RARE = "jqxz"
-"""Letters that none of these words has, so that they can be avoided beside them."""
+"""Letters that none of the nouns contains, so that both instructions can be followed."""
 COMMON = "very really also just many good great make people thing often always important different".split()
 ENDINGS = (
     "That is all for now.",
@@ -33,65 +36,69 @@ LANGUAGES = {
     "pt": "Portuguese",
     "pl": "Polish",
 }
+RELATIONS = {"at least": ["at least", "no fewer than"], "less than": ["less than", "fewer than"]}
 Arguments = dict[str, Any]
+Draw = Callable[[random.Random, str, set[str]], Arguments]
+"""(generator, base prompt, words in other instructions) -> arguments."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of instruction is drawn and said.
+    """A kind of instruction.
 
     Example:
         Kind(draw=lambda rng, base, taken: {"num_bullets": 3}, wordings=("Give {num_bullets} bullets.",))
     """
 
-    draw: Callable[[random.Random, str, set[str]], Arguments]
-    """(generator, base prompt, words that other instructions use) -> the arguments."""
+    draw: Draw
     wordings: Sequence[str]
-    """Formats of the arguments and of what :func:`say` adds to them."""
+    """Formats of the arguments, as :func:`say` prepares them."""
 
 
 def say(kind: Kind, arguments: Mapping[str, Any], rng: random.Random) -> str:
-    """One of the kind's wordings with the arguments in it."""
+    """One of the wordings with the arguments filled in."""
     words: dict[str, Any] = dict(arguments)
     for name in ("keywords", "forbidden_words"):
         if name in words:
             words[name] = ", ".join(f'"{word}"' for word in words[name])
     for name in ("relation", "let_relation", "capital_relation"):
         if name in words:
-            choices = {"at least": ["at least", "no fewer than"], "less than": ["less than", "fewer than"]}
-            words[name] = rng.choice(choices[words[name]])
+            words[name] = rng.choice(RELATIONS[words[name]])
     if "language" in words:
         words["language"] = LANGUAGES[words["language"]]
     return rng.choice(kind.wordings).format(**words)
 
 
-def _nothing(rng: random.Random, base: str, taken: set[str]) -> Arguments:
-    return {}
-
-
-def _number(name: str, low: int, high: int) -> Callable[[random.Random, str, set[str]], Arguments]:
+def _number(name: str, low: int, high: int) -> Draw:
     return lambda rng, base, taken: {name: rng.randint(low, high)}
 
 
-def _related(
-    number: str, relation: str, at_least: tuple[int, int], less_than: tuple[int, int]
-) -> Callable[[random.Random, str, set[str]], Arguments]:
+def _choice(name: str, values: Sequence[str]) -> Draw:
+    return lambda rng, base, taken: {name: rng.choice(values)}
+
+
+def _related(number: str, relation: str, at_least: tuple[int, int], less_than: tuple[int, int]) -> Draw:
     def draw(rng: random.Random, base: str, taken: set[str]) -> Arguments:
-        chosen = rng.choice(["at least", "less than"])
+        chosen = rng.choice(list(RELATIONS))
         return {number: rng.randint(*(at_least if chosen == "at least" else less_than)), relation: chosen}
 
     return draw
 
 
 def _fresh(rng: random.Random, words: Sequence[str], taken: set[str], count: int) -> list[str]:
-    """Words that no other instruction of the prompt uses; they are taken from now on."""
+    """Words that no other instruction of the prompt uses; they are added to `taken`."""
     drawn = rng.sample([word for word in words if word not in taken], count)
     taken.update(drawn)
     return drawn
 
 
+def _frequency(rng: random.Random, base: str, taken: set[str]) -> Arguments:
+    word = _fresh(rng, NOUNS, taken, 1)[0]
+    return {"keyword": word, "frequency": rng.randint(2, 4), "relation": rng.choice(list(RELATIONS))}
+
+
 def _letter(rng: random.Random, base: str, taken: set[str]) -> Arguments:
-    # Few of a rare letter can be avoided, and many of a common one can be had, in a text of any length.
+    # A text of any length can avoid a rare letter, and can have many of a common one.
     if rng.random() < 0.5:
         return {"letter": rng.choice(RARE), "let_frequency": rng.randint(2, 4), "let_relation": "less than"}
     return {"letter": rng.choice("aeinorst"), "let_frequency": rng.randint(5, 15), "let_relation": "at least"}
@@ -103,194 +110,52 @@ def _paragraph(rng: random.Random, base: str, taken: set[str]) -> Arguments:
     return {"num_paragraphs": count, "nth_paragraph": rng.randint(1, count), "first_word": word}
 
 
+def _sections(rng: random.Random, base: str, taken: set[str]) -> Arguments:
+    return {
+        "section_spliter": rng.choice(["Section", "PART", "Chapter"]),
+        "num_sections": rng.randint(2, 4),
+    }
+
+
+DRAWS: dict[str, Draw] = {
+    "keywords:existence": lambda rng, base, taken: {"keywords": _fresh(rng, NOUNS, taken, rng.randint(1, 3))},
+    "keywords:frequency": _frequency,
+    "keywords:forbidden_words": lambda rng, base, taken: {
+        "forbidden_words": _fresh(rng, COMMON, taken, rng.randint(1, 4))
+    },
+    "keywords:letter_frequency": _letter,
+    "language:response_language": _choice("language", sorted(LANGUAGES)),
+    "length_constraints:number_sentences": _related("num_sentences", "relation", (3, 8), (4, 9)),
+    "length_constraints:number_paragraphs": _number("num_paragraphs", 2, 5),
+    "length_constraints:number_words": _related("num_words", "relation", (30, 150), (40, 200)),
+    "length_constraints:nth_paragraph_first_word": _paragraph,
+    "detectable_content:number_placeholders": _number("num_placeholders", 1, 4),
+    "detectable_content:postscript": _choice("postscript_marker", ["P.S.", "P.P.S"]),
+    "detectable_format:number_bullet_lists": _number("num_bullets", 2, 6),
+    "detectable_format:number_highlighted_sections": _number("num_highlights", 1, 4),
+    "detectable_format:multiple_sections": _sections,
+    "combination:repeat_prompt": lambda rng, base, taken: {"prompt_to_repeat": base},
+    "startend:end_checker": _choice("end_phrase", ENDINGS),
+    "change_case:capital_word_frequency": _related("capital_frequency", "capital_relation", (1, 4), (2, 6)),
+}
+"""The kinds that have arguments."""
+
 KINDS: dict[str, Kind] = {
-    "keywords:existence": Kind(
-        lambda rng, base, taken: {"keywords": _fresh(rng, NOUNS, taken, rng.randint(1, 3))},
-        (
-            "Work in these words: {keywords}.",
-            "Use each of {keywords} somewhere.",
-            "{keywords} must occur in your text.",
-        ),
-    ),
-    "keywords:frequency": Kind(
-        lambda rng, base, taken: {
-            "keyword": _fresh(rng, NOUNS, taken, 1)[0],
-            "frequency": rng.randint(2, 4),
-            "relation": rng.choice(["at least", "less than"]),
-        },
-        (
-            'Let the word "{keyword}" come up {relation} {frequency} times.',
-            'Write "{keyword}" {relation} {frequency} times in all.',
-            'The word "{keyword}" is to be found {relation} {frequency} times in what you write.',
-        ),
-    ),
-    "keywords:forbidden_words": Kind(
-        lambda rng, base, taken: {"forbidden_words": _fresh(rng, COMMON, taken, rng.randint(1, 4))},
-        (
-            "Do without {forbidden_words}.",
-            "Avoid these words: {forbidden_words}.",
-            "Leave out {forbidden_words}.",
-        ),
-    ),
-    "keywords:letter_frequency": Kind(
-        _letter,
-        (
-            "The letter {letter} should turn up {let_relation} {let_frequency} times.",
-            "Use the letter {letter} {let_relation} {let_frequency} times.",
-            "Counted over the whole text, write {let_relation} {let_frequency} times the letter {letter}.",
-        ),
-    ),
-    "language:response_language": Kind(
-        lambda rng, base, taken: {"language": rng.choice(sorted(LANGUAGES))},
-        (
-            "Answer in {language} only.",
-            "Everything you write must be {language}.",
-            "Reply entirely in {language}.",
-        ),
-    ),
-    "length_constraints:number_sentences": Kind(
-        _related("num_sentences", "relation", (3, 8), (4, 9)),
-        ("Write {relation} {num_sentences} sentences.", "Use {relation} {num_sentences} sentences for it."),
-    ),
-    "length_constraints:number_paragraphs": Kind(
-        _number("num_paragraphs", 2, 5),
-        (
-            "Split it into {num_paragraphs} paragraphs, with a line of three asterisks (***) between them.",
-            "Give me exactly {num_paragraphs} paragraphs and divide them by ***.",
-        ),
-    ),
-    "length_constraints:number_words": Kind(
-        _related("num_words", "relation", (30, 150), (40, 200)),
-        (
-            "Keep it to {relation} {num_words} words.",
-            "Your text needs {relation} {num_words} words.",
-            "Length: {relation} {num_words} words.",
-        ),
-    ),
-    "length_constraints:nth_paragraph_first_word": Kind(
-        _paragraph,
-        (
-            "Write {num_paragraphs} paragraphs with a blank line between them; number {nth_paragraph} opens "
-            'with "{first_word}".',
-            "Make it {num_paragraphs} paragraphs, parted by two line breaks, and start paragraph "
-            '{nth_paragraph} with the word "{first_word}".',
-        ),
-    ),
-    "detectable_content:number_placeholders": Kind(
-        _number("num_placeholders", 1, 4),
-        (
-            "Leave at least {num_placeholders} blanks to fill in, in square brackets like [date].",
-            "Put in {num_placeholders} or more placeholders of the form [name].",
-        ),
-    ),
-    "detectable_content:postscript": Kind(
-        lambda rng, base, taken: {"postscript_marker": rng.choice(["P.S.", "P.P.S"])},
-        (
-            "Close with a postscript marked {postscript_marker}",
-            "Add a remark after the text that begins with {postscript_marker}",
-        ),
-    ),
-    "detectable_format:number_bullet_lists": Kind(
-        _number("num_bullets", 2, 6),
-        (
-            "Include a list of exactly {num_bullets} bullets, each on a line that starts with an asterisk.",
-            "Use {num_bullets} markdown bullets (* like this), no more and no fewer.",
-        ),
-    ),
-    "detectable_format:constrained_response": Kind(
-        _nothing,
-        (
-            'Say only one of these: "My answer is maybe.", "My answer is yes.", "My answer is no."',
-            'Reply with "My answer is no." or "My answer is maybe." or "My answer is yes.", and no more.',
-        ),
-    ),
-    "detectable_format:number_highlighted_sections": Kind(
-        _number("num_highlights", 1, 4),
-        (
-            "Set off at least {num_highlights} passages with asterisks, *like this*.",
-            "Mark {num_highlights} or more phrases in markdown italics (*phrase*).",
-        ),
-    ),
-    "detectable_format:multiple_sections": Kind(
-        lambda rng, base, taken: {
-            "section_spliter": rng.choice(["Section", "PART", "Chapter"]),
-            "num_sections": rng.randint(2, 4),
-        },
-        (
-            "Make {num_sections} sections of it, headed {section_spliter} 1, {section_spliter} 2 and so on.",
-            "There should be {num_sections} sections; head each with {section_spliter} and its number.",
-        ),
-    ),
-    "detectable_format:json_format": Kind(
-        _nothing,
-        (
-            "Reply with valid JSON and nothing else.",
-            "Your whole reply must be one JSON object.",
-            "Put everything into JSON.",
-        ),
-    ),
-    "detectable_format:title": Kind(
-        _nothing,
-        (
-            "Give it a title in double angle brackets, <<like this>>.",
-            "Put a headline such as <<A headline>> on it.",
-        ),
-    ),
-    "combination:two_responses": Kind(
-        _nothing,
-        (
-            "Write two different answers and put six asterisks (******) between them.",
-            "I want two versions that are not the same, divided by ******.",
-        ),
-    ),
-    "combination:repeat_prompt": Kind(
-        lambda rng, base, taken: {"prompt_to_repeat": base},
-        (
-            "First copy my request above word for word, then answer it. This sentence and what follows are "
-            "not part of it.",
-            "Before you answer, repeat what I asked above without a change (but not this instruction).",
-        ),
-    ),
-    "startend:end_checker": Kind(
-        lambda rng, base, taken: {"end_phrase": rng.choice(ENDINGS)},
-        ('The last words must be: "{end_phrase}"', 'Finish with exactly this: "{end_phrase}"'),
-    ),
-    "change_case:capital_word_frequency": Kind(
-        _related("capital_frequency", "capital_relation", (1, 4), (2, 6)),
-        (
-            "Write {capital_relation} {capital_frequency} words all in capitals.",
-            "Words in ALL CAPS: {capital_relation} {capital_frequency}.",
-        ),
-    ),
-    "change_case:english_capital": Kind(
-        _nothing, ("WRITE ENGLISH, IN CAPITALS ONLY.", "Use English and capital letters throughout.")
-    ),
-    "change_case:english_lowercase": Kind(
-        _nothing,
-        ("Write English without a single capital letter.", "Only small letters, please, and in English."),
-    ),
-    "punctuation:no_comma": Kind(
-        _nothing, ("Do not use commas.", "No commas at all, please.", "Get by without any comma.")
-    ),
-    "startend:quotation": Kind(
-        _nothing,
-        (
-            "Put the whole reply between double quotation marks.",
-            'Begin and end with a double quotation mark (").',
-        ),
-    ),
+    name: Kind(DRAWS.get(name, lambda rng, base, taken: {}), wordings)
+    for name, wordings in yaml.safe_load(
+        (files("uniapl.compose") / "wordings.yaml").read_text(encoding="utf-8")
+    ).items()
 }
 
 CASES = ("change_case:english_capital", "change_case:english_lowercase")
 FURTHER_CONFLICTS: dict[str, set[str]] = {
-    # lm-eval's table lets these stand together, but a section's head is read with its case, and PART counts
-    # among the words in capitals.
+    # Section headings are matched with their case, and PART counts as a word in capitals.
     "detectable_format:multiple_sections": {*CASES, "change_case:capital_word_frequency"},
-    # The base prompt may hold commas.
+    # The base prompt may contain commas.
     "combination:repeat_prompt": {"punctuation:no_comma"},
-    # The checkers would let these pass, but in words they contradict each other: what comes last?
+    # The checkers accept these together, but their wordings contradict each other about the end of the text.
     "startend:end_checker": {"startend:quotation", "detectable_content:postscript"},
-    # The word is an English one; and letters that are rare in English are not in German or Polish.
+    # The first word is English, and letters that are rare in English are not rare in German or Polish.
     "language:response_language": {
         "length_constraints:nth_paragraph_first_word",
         "keywords:letter_frequency",

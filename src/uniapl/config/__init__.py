@@ -1,7 +1,6 @@
-"""The whole configuration: strict, frozen, the same keys in YAML, on the command line and from Python.
+"""The whole configuration: strict, frozen, with the same keys in YAML, as flags and in Python.
 
-Keys are TRL's wherever TRL has one. A method is a setting of numbers, never a branch: `uniapl.config.methods`
-lists the values that a method fixes and those that it only proposes.
+Keys are TRL's wherever TRL has one. The docstring of a key is its description in `--help-all`.
 """
 
 from typing import Any, Literal
@@ -9,133 +8,94 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
-from uniapl.config.section import Section
+from uniapl.config.section import Names, Section
 
 
 class ModelConfig(Section):
-    """The policy's start."""
+    """The model that is trained."""
 
-    model_name_or_path: str | None = Field(
-        default=None, description="Directory or Hub id of a causal language model."
-    )
-    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub model.")
-    attn_implementation: str | None = Field(default=None, description="As in transformers: sdpa, eager, ...")
-    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
-    lora_r: int | None = Field(
-        default=None,
-        ge=1,
-        description="Train an adapter of this rank (LoRA) and leave the model's weights as they are; None: "
-        "train all weights.",
-    )
-    lora_alpha: int | None = Field(
-        default=None, ge=1, description="The adapter's change is scaled by lora_alpha / lora_r; None: by 2."
-    )
-    lora_target_modules: tuple[str, ...] = Field(
-        default=("all-linear",),
-        min_length=1,
-        description="Layers that get an adapter, by the ends of their names; all-linear: all but the head.",
-    )
-
-    @field_validator("lora_target_modules", mode="before")
-    @classmethod
-    def _one_module_is_enough(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    model_name_or_path: str | None = None
+    """Directory or Hub id of a causal language model."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub model; null uses the default branch."""
+    attn_implementation: str | None = None
+    """Attention implementation of transformers, such as sdpa or eager; null lets transformers choose."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    lora_r: int | None = Field(default=None, ge=1)
+    """Rank of a LoRA adapter that is trained; null trains all weights of the model."""
+    lora_alpha: int | None = Field(default=None, ge=1)
+    """Scale the adapter's output by lora_alpha / lora_r; null scales it by 2."""
+    lora_target_modules: Names = Field(default=("all-linear",), min_length=1)
+    """Layers that get an adapter, by the ends of their names; all-linear is all but the head."""
 
     @model_validator(mode="after")
-    def _an_adapter_has_a_rank(self) -> "ModelConfig":
+    def _adapter_keys_need_a_rank(self) -> "ModelConfig":
         if self.lora_r is None and (self.lora_alpha or self.lora_target_modules != ("all-linear",)):
-            raise ValueError("lora_alpha and lora_target_modules are an adapter's: give lora_r, its rank")
+            raise ValueError("lora_alpha and lora_target_modules need lora_r, the rank of the adapter")
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
-            raise ValueError("lora_target_modules: all-linear stands alone: leave it out, or the others")
+            raise ValueError("lora_target_modules: 'all-linear' cannot be combined with other names")
         return self
 
 
 class DataConfig(Section):
-    """Rows with `prompt` and optionally `completion`, or with `messages`; other columns go to the rewards."""
+    """Rows with `prompt` and optionally `completion`, or with `messages`; rewards get the other columns."""
 
-    path: str | None = Field(
-        default=None, description="A .jsonl, .json, .csv or .parquet file, or a Hub data set id."
-    )
-    split: str = Field(default="train", description="Split of a Hub data set.")
-    columns: dict[str, str] = Field(
-        default={}, description="Renames columns: {theirs: ours}, e.g. {problem: prompt}."
-    )
-    prompt_format: Literal["text", "chat"] = Field(
-        default="text", description="A prompt that is a string is used as it is, or as a user's chat message."
-    )
-    system_prompt: str | None = Field(
-        default=None, description="System message for chat prompts that have none."
-    )
-    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
-        default={}, description="Arguments of the chat template, e.g. {enable_thinking: false} for Qwen3."
-    )
-    max_prompt_length: int | None = Field(
-        default=None, gt=0, description="Rows with a longer prompt are left out."
-    )
-    max_demonstration_length: int | None = Field(
-        default=None,
-        gt=1,
-        description="Longer demonstrations are left out; a truncated one would teach the policy not to stop.",
-    )
+    path: str | None = None
+    """Hub dataset id or file (.jsonl, .json, .csv, .parquet)."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    columns: dict[str, str] = Field(default={})
+    """Columns to rename, as {old name: new name}, such as {problem: prompt}."""
+    prompt_format: Literal["text", "chat"] = "text"
+    """How string prompts are used; text as they are, chat as a user message in the chat template."""
+    system_prompt: str | None = None
+    """System message for chat prompts that have none; null adds none."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default={})
+    """Arguments of the chat template, such as {enable_thinking: false} for Qwen3."""
+    max_prompt_length: int | None = Field(default=None, gt=0)
+    """Leave out rows whose prompt has more tokens; null keeps all that fit the context window."""
+    max_demonstration_length: int | None = Field(default=None, gt=1)
+    """Leave out rows whose demonstration has more tokens; null keeps all that fit the context window. (A
+    truncated demonstration would train the policy not to stop.)"""
 
 
 class RolloutConfig(Section):
-    """How answers are sampled."""
+    """How completions are sampled."""
 
-    num_generations: int = Field(default=8, ge=2, description="Rollouts per prompt (TRL's default).")
-    max_completion_length: int = Field(default=256, ge=1, description="New tokens per rollout at most.")
-    temperature: float = Field(default=1.0, gt=0, description="Of sampling, and of the loss on rollouts.")
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Nucleus sampling; log-probs stay those of the whole distribution.",
-    )
-    top_k: int = Field(
-        default=0, ge=0, description="Sample among the k likeliest tokens, 0: all; log-probs as for top_p."
-    )
-    max_batch_size: int = Field(
-        default=256, ge=1, description="Maximum number of rows decoded at the same time."
-    )
-    decoding: Literal["fused", "plain"] = Field(
-        default="fused",
-        description="fused: few operations per token, for models like Llama, Mistral, Qwen2, Qwen3; plain: "
-        "the model's own forward, which is the reference, and what other models get anyway.",
-    )
-    sampler: Literal["local", "vllm"] = Field(
-        default="local", description="transformers in the training process, or vLLM (docs/gpus.md)."
-    )
-    vllm_mode: Literal["colocate", "server"] = Field(
-        default="colocate",
-        description="vLLM on the trainer's own GPU, or behind `vllm serve`.",
-    )
-    vllm_server_base_url: str = Field(default="http://localhost:8000", description="Of the server.")
-    vllm_timeout: float = Field(
-        default=600.0,
-        gt=0,
-        description="Seconds for one call of vLLM, and for a server to come (back) up.",
-    )
-    vllm_gpu_memory_utilization: float = Field(
-        default=0.3, gt=0, le=1, description="Share of the GPU that a colocated vLLM takes (TRL's default)."
-    )
-    vllm_importance_sampling_clip_max: float = Field(
-        default=2.0,
-        ge=1,
-        description="Cap of the importance weights, which correct for vLLM being another program.",
-    )
-    vllm_max_logp_difference: float = Field(
-        default=0.05,
-        gt=0,
-        description="The run ends when vLLM, sent new weights, differs from the trainer by more nats per "
-        "token in the mean of an answer.",
-    )
-    max_off_policy_steps: int = Field(
-        default=0,
-        ge=0,
-        le=1,
-        description="Policy updates between sampling a rollout and training on it. With 1, a vLLM server "
-        "samples the next step's rollouts while this step trains; importance weights correct for it.",
-    )
+    num_generations: int = Field(default=8, ge=2)
+    """Rollouts per prompt (TRL's default)."""
+    max_completion_length: int = Field(default=256, ge=1)
+    """Maximum number of new tokens per rollout."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of sampling and of the log-probabilities in the loss on rollouts."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; the log-probabilities remain those of the full distribution. 1 disables it."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k most likely tokens, with log-probabilities as for top_p; 0 disables it."""
+    max_batch_size: int = Field(default=256, ge=1)
+    """Maximum number of rollouts that are decoded at the same time."""
+    decoding: Literal["fused", "plain"] = "fused"
+    """fused runs fewer operations per token for models like Llama, Mistral, Qwen2 and Qwen3; plain runs the
+    model's own forward, which is the reference and what all other models use."""
+    sampler: Literal["local", "vllm"] = "local"
+    """Sampler of the rollouts; local uses transformers in the training process, vllm uses vLLM."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """Run vLLM on the trainer's GPU (colocate), or use a running `vllm serve` (server)."""
+    vllm_server_base_url: str = "http://localhost:8000"
+    """URL of the vLLM server (vllm_mode: server)."""
+    vllm_timeout: float = Field(default=600.0, gt=0)
+    """Timeout of one call of vLLM, and of waiting for a server to start or restart, in seconds."""
+    vllm_gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
+    """Fraction of the GPU's memory that a colocated vLLM uses (TRL's default)."""
+    vllm_importance_sampling_clip_max: float = Field(default=2.0, ge=1)
+    """Upper bound of the importance weights, which correct for the difference between vLLM and trainer."""
+    vllm_max_logp_difference: float = Field(default=0.05, gt=0)
+    """Stop the run when, with the same weights, the log-probabilities of vLLM and the trainer differ by more
+    nats per token in the mean of a completion."""
+    max_off_policy_steps: int = Field(default=0, ge=0, le=1)
+    """Policy updates between sampling a rollout and training on it. With 1, a vLLM server samples the next
+    step's rollouts while this step trains, and importance weights correct for it; 0 samples first."""
 
     @model_validator(mode="after")
     def _off_policy_needs_a_server(self) -> "RolloutConfig":
@@ -148,242 +108,186 @@ class RolloutConfig(Section):
 
     @property
     def behind_server(self) -> bool:
-        """Another program samples, on a device of its own."""
+        """Whether a vLLM server samples, on a device of its own."""
         return self.sampler == "vllm" and self.vllm_mode == "server"
 
     @property
     def importance_cap(self) -> float | None:
-        """Of the importance weights; None where sampler and trainer are the same program."""
+        """Upper bound of the importance weights; None where the trainer itself samples."""
         return self.vllm_importance_sampling_clip_max if self.sampler == "vllm" else None
 
 
 class RewardFunctionConfig(Section):
     """One reward function."""
 
-    name: str = Field(description="Registry name, `module:function` or `path.py:function`.")
-    weight: float = Field(default=1.0, description="Factor in the sum over functions.")
-    args: dict[str, bool | int | float | str] = Field(
-        default={}, description="Keyword arguments bound to it."
-    )
+    name: str
+    """Name of a registered function, `module:function` or `path.py:function`."""
+    weight: float = 1.0
+    """Factor in the sum over functions."""
+    args: dict[str, bool | int | float | str] = Field(default={})
+    """Keyword arguments that every call gets."""
 
 
 class RewardsConfig(Section):
-    """How answers are scored."""
+    """How completions are scored."""
 
-    functions: tuple[RewardFunctionConfig, ...] = Field(
-        default=(), description="Names, or {name, weight, args}."
-    )
-    timeout: float | None = Field(
-        default=60.0,
-        gt=0,
-        description="Seconds for one call of one function; None calls it in the main thread.",
-    )
-
-    allow_code_verifiers: bool = Field(
-        default=False,
-        description="Run verifier functions that the data holds as Python source, in a sandbox (Linux).",
-    )
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    """Reward functions, by name or as {name, weight, args}."""
+    timeout: float | None = Field(default=60.0, gt=0)
+    """Timeout of one call of a function, in seconds; null calls it in the main thread without a limit."""
+    allow_code_verifiers: bool = False
+    """Run verifier functions that the data holds as Python source, in a sandbox (Linux only)."""
 
     @field_validator("functions", mode="before")
     @classmethod
-    def _names_are_enough(cls, value: Any) -> Any:
-        if isinstance(value, (str, dict)):
-            value = [value]
-        if isinstance(value, (list, tuple)):
-            return tuple({"name": item} if isinstance(item, str) else item for item in value)
+    def _from_names(cls, value: Any) -> Any:
+        items = [value] if isinstance(value, (str, dict)) else value
+        if isinstance(items, (list, tuple)):
+            return tuple({"name": item} if isinstance(item, str) else item for item in items)
         return value
 
 
 class OptimConfig(Section):
-    """The policy's AdamW."""
+    """AdamW for the policy."""
 
-    learning_rate: float = Field(default=1e-6, gt=0, description="TRL's default for GRPO.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled, as in AdamW.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's average.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of its square's average.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient is clipped to this norm.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="After the warm-up: stay, or fall to 0 by the last step."
-    )
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate.")
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="Compute activations again in the update's backward pass instead of keeping them: less "
-        "memory, a third more work there; sampling keeps its cache.",
-    )
-    bf16: bool | None = Field(default=None, description="bf16 autocast; by default on GPUs, not on CPUs.")
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Learning rate of the policy (TRL's default for GRPO)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay rate of the gradient's moving average."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay rate of the squared gradient's moving average."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Clip the gradient to this norm."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up of the learning rate; 0 starts at the full rate."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the update's backward pass: less memory, a third more work. Sampling keeps its
+    cache."""
+    bf16: bool | None = None
+    """Use bf16 autocast; null uses it on GPUs and not on CPUs."""
 
 
 class BatchingConfig(Section):
-    """What one step holds and how it is cut; the loss does not depend on the cut."""
+    """What one step holds and how it is split into micro-batches, which does not change the loss."""
 
-    prompts_per_step: int = Field(default=8, ge=1, description="Prompts that are sampled in each step.")
-    demonstrations_per_step: int = Field(default=8, ge=1, description="Demonstrations in each step.")
-    per_device_train_batch_size: int | None = Field(
-        default=None, ge=1, description="Rows of a micro-batch at most; by default only the tokens count."
-    )
-    max_tokens_per_micro_batch: int = Field(
-        default=16384,
-        ge=1,
-        description="Tokens of a micro-batch at most, one row at least: a shared prompt counts once, "
-        "padding where rows are not packed.",
-    )
-    packing: bool = Field(
-        default=True,
-        description="No padding, each prompt once, and no rows that teach nothing, where the model's "
-        "attention allows it; false: padded rows, the reference.",
-    )
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Prompts for which each step samples rollouts."""
+    demonstrations_per_step: int = Field(default=8, ge=1)
+    """Demonstrations in each step."""
+    per_device_train_batch_size: int | None = Field(default=None, ge=1)
+    """Maximum number of rows of a micro-batch; null limits only its tokens."""
+    max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    """Maximum number of tokens of a micro-batch, which holds at least one row. A shared prompt counts once,
+    and padding counts where rows are not packed."""
+    packing: bool = True
+    """Pack rows without padding, each prompt once, without rows whose gradient is zero, if the model's
+    attention allows it; false pads rows, which is the reference."""
 
 
 class HealthConfig(Section):
-    """When a run warns, and when it stops by itself (exit code 3)."""
+    """When a run warns, and when it stops (exit code 3)."""
 
-    max_skipped_steps: int = Field(
-        default=5,
-        ge=1,
-        description="Steps in a row with a non-finite gradient, or with a reward that failed every call.",
-    )
-    window: int = Field(
-        default=10, ge=2, description="Steps that the warnings look at, and compare with as many before."
-    )
-    max_frac_reward_zero_std: float = Field(
-        default=0.9, ge=0, le=1, description="Warn from this share of groups whose rewards are all equal."
-    )
-    max_clipped_ratio: float = Field(
-        default=0.5, ge=0, le=1, description="Warn above this share of answers that were cut off."
-    )
-    min_entropy: float = Field(default=0.02, ge=0, description="Warn below so many nats per token.")
-    max_kl_growth: float = Field(
-        default=10.0, gt=1, description="Warn when a step's KL is so many times the usual one."
-    )
-    max_length_growth: float = Field(
-        default=2.0,
-        gt=1,
-        description="Warn when answers get so many times as long within a window, or as the expert's.",
-    )
-    max_length_advantage: float = Field(
-        default=0.1,
-        ge=0,
-        description="Warn when length alone tells policy from expert by so much better than it.",
-    )
-    max_discriminator_accuracy: float = Field(
-        default=0.99, ge=0, le=1, description="Warn from this accuracy of the discriminator on fresh pairs."
-    )
-    max_sampling_difference: float = Field(
-        default=0.05,
-        ge=0,
-        description="Warn when sampler and trainer differ by more nats per token, in the mean of a step.",
-    )
+    max_skipped_steps: int = Field(default=5, ge=1)
+    """Stop after this many consecutive steps with a non-finite gradient or only failed reward calls."""
+    window: int = Field(default=10, ge=2)
+    """Steps whose metrics each warning reads; some warnings compare them with as many steps before."""
+    max_frac_reward_zero_std: float = Field(default=0.9, ge=0, le=1)
+    """Warn when at least this fraction of the groups has equal rewards throughout."""
+    max_clipped_ratio: float = Field(default=0.5, ge=0, le=1)
+    """Warn when more than this fraction of the completions is cut off at the length limit."""
+    min_entropy: float = Field(default=0.02, ge=0)
+    """Warn when the policy's entropy is below this, in nats per token."""
+    max_kl_growth: float = Field(default=10.0, gt=1)
+    """Warn when the KL of a step is more than this many times its usual value."""
+    max_length_growth: float = Field(default=2.0, gt=1)
+    """Warn when the length exceeds this many times that of the window before, or of the demonstrations."""
+    max_length_advantage: float = Field(default=0.1, ge=0)
+    """Warn when a classifier by length alone beats the discriminator's accuracy by more than this."""
+    max_discriminator_accuracy: float = Field(default=0.99, ge=0, le=1)
+    """Warn when the discriminator's accuracy on new pairs is at least this."""
+    max_sampling_difference: float = Field(default=0.05, ge=0)
+    """Warn when sampler and trainer differ by more than this, in nats per token averaged over a step."""
 
 
 class EarlyStoppingConfig(Section):
-    """When a stage ends before its last step; the reason stands in the metrics as `early_stopping/reason`."""
+    """When a stage ends before its last step; metrics hold the reason as `early_stopping/reason`."""
 
-    metric: str = Field(
-        default="reward",
-        description="What `target` and `patience` watch: any number in metrics.jsonl but times.",
-    )
-    greater_is_better: bool = Field(default=True, description="Whether more of it is better.")
-    target: float | None = Field(default=None, description="End once the metric is at least as good.")
-    patience: int | None = Field(
-        default=None, ge=1, description="End after so many values in a row that are no better than the best."
-    )
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="End once the stage has learnt from so many tokens of completions."
-    )
+    metric: str = "reward"
+    """Metric that `target` and `patience` watch: any number in metrics.jsonl except times."""
+    greater_is_better: bool = True
+    """Whether a greater value of the metric is better."""
+    target: float | None = None
+    """End the stage when the metric reaches this value; null sets no target."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the stage after this many consecutive values that do not improve on the best; null never does."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """End the stage after training on this many completion tokens; null sets no limit."""
 
 
 class EvaluationConfig(Section):
-    """What is measured on other prompts, every `eval_steps` and by `uniapl evaluate`."""
+    """The evaluation on other prompts, every `eval_steps` and by `uniapl evaluate`."""
 
-    suites: tuple[str, ...] = Field(
-        default=(),
-        description="ifeval, ifbench (from the Hub), NAME=PATH, or a file of rows, which the run's rewards "
-        "score.",
-    )
-    max_completion_length: int = Field(default=1280, ge=1, description="New tokens per answer (lm-eval's).")
-    num_samples: int = Field(default=1, ge=1, description="Answers per prompt, k of pass@k.")
-    temperature: float | None = Field(
-        default=None,
-        ge=0,
-        description="Of sampling; 0 takes the likeliest token. By default 0, and 1 with several samples.",
-    )
-    limit: int | None = Field(default=None, ge=1, description="The first so many prompts of each suite.")
-    answer_after: str | None = Field(
-        default=None, description="Benchmarks judge what stands behind this mark, e.g. </think>."
-    )
+    suites: Names = ()
+    """Files of rows (PATH or NAME=PATH), ifeval or ifbench; the run's rewards score completions."""
+    max_completion_length: int = Field(default=1280, ge=1)
+    """Maximum number of new tokens per completion (lm-eval's limit)."""
+    num_samples: int = Field(default=1, ge=1)
+    """Completions per prompt: the k of pass@k."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Sampling temperature; 0 takes the most likely token, null is 0 for one sample and 1 for several."""
+    limit: int | None = Field(default=None, ge=1)
+    """Evaluate only this many prompts from the start of each suite; null evaluates all."""
+    answer_after: str | None = None
+    """Score only the text after this mark, such as </think>, in benchmarks; null scores all text."""
 
     @property
     def sampling_temperature(self) -> float:
-        """The temperature, with its default."""
+        """The temperature, with its default filled in."""
         return self.temperature if self.temperature is not None else float(self.num_samples > 1)
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "EvaluationConfig":
         if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(f"num_samples {self.num_samples} at temperature 0 would be equal answers")
+            raise ValueError(f"num_samples {self.num_samples} at temperature 0 would be equal completions")
         return self
-
-    @field_validator("suites", mode="before")
-    @classmethod
-    def _one_is_enough(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-
-Method = Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"]
 
 
 class Config(Section):
-    """A run of UniAPL."""
+    """The configuration of a run."""
 
-    method: Method = Field(
-        default="uniapl", description="Which forces act; fixes or proposes values of `objective`."
-    )
-    output_dir: str = Field(default="runs/uniapl", description="The run directory.")
-    overwrite: bool = Field(default=False, description="Replace a run that is already in output_dir.")
-    resume: str = Field(
-        default="never", description="never, auto (newest whole checkpoint), or a checkpoint's path."
-    )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Of every random draw.")
-    max_steps: int = Field(default=100, ge=1, description="Steps; with stages, each stage's own count holds.")
-    save_steps: int = Field(
-        default=50, ge=1, description="Steps between checkpoints; the last step is always saved."
-    )
-    save_total_limit: int = Field(default=2, ge=1, description="Checkpoints that are kept.")
-    logging_steps: int = Field(
-        default=1, ge=1, description="Steps between lines on the console; files get every step."
-    )
-    log_completions_steps: int = Field(
-        default=20,
-        ge=0,
-        description="Steps between two sampled answers on the console, beside the expert's; 0: never.",
-    )
-    report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
-        default=(), description="Trackers that get the metrics too; metrics.jsonl is always written."
-    )
-    log_gradients_steps: int = Field(
-        default=0,
-        ge=0,
-        description="Steps between measurements of each force's own gradient, which cost a forward and a "
-        "backward pass per force; 0: never.",
-    )
-    eval_steps: int = Field(
-        default=0,
-        ge=0,
-        description="Steps between looks at evaluation.suites, and at the last planned one; 0: never.",
-    )
-    stages: tuple[dict[str, Any], ...] = Field(
-        default=(), description="A pipeline: each with its `method`, `max_steps` and changes to any section."
-    )
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_tracker_is_enough(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = (value,)
-        # As in transformers and TRL.
-        return () if value in (("none",), ["none"]) else value
-
+    method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"] = "uniapl"
+    """Training method; it fixes or proposes values of `objective`."""
+    output_dir: str = "runs/uniapl"
+    """Directory of the run."""
+    overwrite: bool = False
+    """Replace a run that already exists in output_dir."""
+    resume: str = "never"
+    """Checkpoint to resume from; a path, auto for the newest complete one, or never."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of every random draw."""
+    max_steps: int = Field(default=100, ge=1)
+    """Optimizer steps; with stages, the default of each stage."""
+    save_steps: int = Field(default=50, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints to keep."""
+    logging_steps: int = Field(default=1, ge=1)
+    """Steps between lines on the console; the files get every step."""
+    log_completions_steps: int = Field(default=20, ge=0)
+    """Steps between printing two sampled completions next to their demonstration; 0 never prints any."""
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
+    """Trackers that get the metrics in addition to metrics.jsonl."""
+    log_gradients_steps: int = Field(default=0, ge=0)
+    """Steps between measurements of each loss component's own gradient, each of which costs a forward and a
+    backward pass per component; 0 never measures."""
+    eval_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations; evaluation.suites are also evaluated at the end. 0 never evaluates."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """Stages of a pipeline: each has a `method`, and optionally `max_steps` and changes to any section."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -395,3 +299,9 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _tracker_names(cls, value: Any) -> Any:
+        names = (value,) if isinstance(value, str) else value
+        return () if names in (("none",), ["none"]) else names  # "none" as in transformers and TRL

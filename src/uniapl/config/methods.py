@@ -1,4 +1,4 @@
-"""The methods: each is a setting of the objective's numbers, never a branch in the loop."""
+"""The methods: each sets numbers of the objective and is never a branch in the training loop."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ def _constant_mu(value: float) -> dict[str, Any]:
 
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    # method: {"fixed": what makes it this method, "proposed": values where the user gives none}
+    # method: {"fixed": values that define it, "proposed": defaults that the user may change}
     "sft": {"fixed": _constant_mu(1.0) | {"lambda_adv": 0.0, "beta": 0.0}, "proposed": {}},
     "a-sft": {"fixed": _constant_mu(1.0), "proposed": {}},
     "grpo": {"fixed": _constant_mu(0.0) | {"lambda_adv": 0.0}, "proposed": {}},
@@ -23,9 +23,9 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "fixed": {"lambda_adv": 0.0, "sft_token_weight": "phi"},
         "proposed": _constant_mu(0.1),
     },
-    # Our choice (docs/log.md): the KL holds what the first steps have learnt from the demonstrations.
+    # Our choice (docs/log.md): the KL keeps what the first steps learned from the demonstrations.
     "uniapl": {"fixed": {}, "proposed": {"beta": 0.1, "reference_step": 25}},
-    # arXiv 2511.10643: GRPO on the discriminator's logit alone. Rewards are watched, not learnt from.
+    # arXiv 2511.10643: GRPO on the discriminator's logit only. Rewards are logged and not trained on.
     "gad": {
         "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "lambda_controller": "fixed", "reward_weight": 0.0},
         "proposed": {"adversarial_credit": "standardized"},

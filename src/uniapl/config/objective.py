@@ -1,120 +1,85 @@
-"""The objective and the adversary: the weights and shapes of the three forces."""
+"""The sections `objective` and `discriminator`: weights and shapes of the loss components."""
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
-from uniapl.config.section import Section
+from uniapl.config.section import FractionInterval, PositiveInterval, Section
 
 
 class ObjectiveConfig(Section):
-    """The weights and shapes of the three forces (docs/method.md)."""
+    """Weights and shapes of the loss components: demonstrations, rewards, adversary and KL."""
 
-    mu_peak: float = Field(
-        default=0.5, ge=0, le=1, description="Weight of the demonstrations after the warm-up."
-    )
-    mu_valley: float = Field(default=0.02, ge=0, le=1, description="... after the cosine decay.")
-    mu_warmup_steps: int = Field(default=0, ge=0, description="Steps from 0 to the peak.")
-    mu_decay_steps: int = Field(default=50, ge=0, description="Steps of the cosine from peak to valley.")
-    mu_controller: Literal["schedule", "reward", "gate"] = Field(
-        default="schedule",
-        description="mu by the step; mu_threshold minus the mean reward, between mu_valley and mu_peak "
-        "(CHORD, appendix B.1); or per prompt: one whose rollouts all fail is learnt from its demonstration "
-        "in that step (HPT), and mu is the share of such prompts.",
-    )
-    mu_threshold: float = Field(
-        default=0.5, description="The mean reward from which on `reward` needs no demonstrations."
-    )
-    gate_threshold: float = Field(default=0.0, description="For `gate`, a rollout fails unless above.")
-    reward_weight: float = Field(
-        default=1.0, ge=0, description="Factor of the rewards' term, beside 1 - mu; 0 watches rewards only."
-    )
-    lambda_adv: float = Field(
-        default=2.0, ge=0, description="Weight of the adversarial term; where it begins, if it is learned."
-    )
-    lambda_controller: Literal["fixed", "dual", "pid"] = Field(
-        default="fixed",
-        description="lambda_adv stays, or is learned so that the expert gap stays below max_expert_gap: by "
-        "dual ascent on its logarithm (Safe RLHF), or as a PID controller (arXiv 2007.03964).",
-    )
-    max_expert_gap: float = Field(
-        default=0.1,
-        gt=0,
-        lt=0.5,
-        description="How far the win rate may stay below 0.5, where nobody can tell policy from expert.",
-    )
-    lambda_learning_rate: float = Field(default=0.5, gt=0, description="Of the dual ascent.")
-    lambda_gains: tuple[float, float, float] = Field(
-        default=(10.0, 0.5, 0.0), description="Kp, Ki and Kd of the PID controller."
-    )
-    lambda_bounds: tuple[float, float] = Field(
-        default=(0.05, 20.0), description="A learned lambda stays within."
-    )
-    beta: float = Field(
-        default=0.0, ge=0, description="Weight of the KL to a reference; 0 keeps none in memory."
-    )
-    reference_step: int = Field(
-        default=0,
-        ge=0,
-        description="The KL's reference is the policy after so many steps of the stage: its start, or one "
-        "that has learnt from the demonstrations. Until then there is no KL.",
-    )
-    epsilon: float = Field(default=0.2, gt=0, lt=1, description="Lower (and, by default, upper) clip width.")
-    epsilon_high: float | None = Field(
-        default=None, gt=0, description="Upper clip width, if different (DAPO: 0.28)."
-    )
-    num_iterations: int = Field(default=1, ge=1, description="Policy updates per sampled batch.")
-    scale_rewards: Literal["none", "group"] = Field(
-        default="group",
-        description="Divide advantages by the group's standard deviation (TRL's default), or not (Dr. GRPO).",
-    )
-    sft_token_weight: Literal["none", "is", "phi", "luffy"] = Field(
-        default="none",
-        description="Weight of a demonstration token by its probability p: 1, p, p(1-p), p/(p+0.1).",
-    )
-    adversarial_credit: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = Field(
-        default="win_probability",
-        description="What of the discriminator's logit becomes the adversarial credit.",
-    )
-    adversarial_placement: Literal["loss", "reward"] = Field(
-        default="loss",
-        description="A term of its own, or lambda_adv times the credit is added to the reward's advantage.",
-    )
-
-    @field_validator("lambda_gains")
-    @classmethod
-    def _no_negative_gain(cls, gains: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(gains) < 0:
-            raise ValueError("must not be negative")
-        return gains
-
-    @field_validator("lambda_bounds")
-    @classmethod
-    def _positive_bounds(cls, bounds: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < bounds[0] <= bounds[1]:
-            raise ValueError("must be two numbers low <= high above 0")
-        return bounds
+    mu_peak: float = Field(default=0.5, ge=0, le=1)
+    """Weight mu of the demonstrations after the warm-up; the rewards' weight is 1 - mu."""
+    mu_valley: float = Field(default=0.02, ge=0, le=1)
+    """Weight mu of the demonstrations after the cosine decay."""
+    mu_warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which mu rises linearly from 0 to mu_peak; 0 starts at mu_peak."""
+    mu_decay_steps: int = Field(default=50, ge=0)
+    """Steps of the cosine decay from mu_peak to mu_valley; 0 drops to mu_valley without a decay."""
+    mu_controller: Literal["schedule", "reward", "gate"] = "schedule"
+    """How mu is set: schedule by the step; reward as mu_threshold minus the mean reward, between mu_valley
+    and mu_peak (CHORD, appendix B.1); gate per prompt: a prompt whose rollouts all fail is trained on its
+    demonstration in that step (HPT), and mu is the fraction of such prompts."""
+    mu_threshold: float = 0.5
+    """mu is this threshold minus the mean reward (mu_controller: reward)."""
+    gate_threshold: float = 0.0
+    """Reward that a rollout must exceed so that it does not fail (mu_controller: gate)."""
+    reward_weight: float = Field(default=1.0, ge=0)
+    """Factor of the rewards' loss component, next to 1 - mu; 0 only logs rewards."""
+    lambda_adv: float = Field(default=2.0, ge=0)
+    """Weight of the adversarial loss; the initial weight if lambda_controller adapts it. 0 disables it."""
+    lambda_controller: Literal["fixed", "dual", "pid"] = "fixed"
+    """fixed keeps lambda_adv; dual and pid adapt it so that the expert gap stays below max_expert_gap, by
+    dual ascent on log lambda (Safe RLHF) or with a PID controller (arXiv 2007.03964)."""
+    max_expert_gap: float = Field(default=0.1, gt=0, lt=0.5)
+    """How far the win rate may stay below 0.5, at which policy and expert cannot be distinguished."""
+    lambda_learning_rate: float = Field(default=0.5, gt=0)
+    """Learning rate of the dual ascent on log lambda."""
+    lambda_gains: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (10.0, 0.5, 0.0)
+    """Gains Kp, Ki and Kd of the PID controller."""
+    lambda_bounds: PositiveInterval = (0.05, 20.0)
+    """Lower and upper bound of an adapted lambda."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL to a reference model; 0 disables it and keeps no reference in memory."""
+    reference_step: int = Field(default=0, ge=0)
+    """Step of the stage whose policy is the KL's reference, without a KL before; 0 is the initial policy."""
+    epsilon: float = Field(default=0.2, gt=0, lt=1)
+    """Lower clip width of the ratio, and the upper one if epsilon_high is null."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """Upper clip width of the ratio (DAPO: 0.28); null uses epsilon."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Policy updates per sampled batch."""
+    scale_rewards: Literal["none", "group"] = "group"
+    """Divide advantages by the standard deviation of the group (TRL's default); none does not (Dr. GRPO)."""
+    sft_token_weight: Literal["none", "is", "phi", "luffy"] = "none"
+    """Weight of a demonstration token with probability p: none 1, is p, phi p(1-p), luffy p/(p+0.1)."""
+    adversarial_credit: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = "win_probability"
+    """Function of the discriminator's logit that is the adversarial credit of a rollout."""
+    adversarial_placement: Literal["loss", "reward"] = "loss"
+    """loss gives the credit its own loss component; reward adds lambda_adv * credit to the advantage."""
 
     @model_validator(mode="after")
-    def _controllers_have_room(self) -> "ObjectiveConfig":
+    def _controllers_have_a_range(self) -> "ObjectiveConfig":
         if self.mu_controller == "reward" and self.mu_valley >= self.mu_peak:
             raise ValueError("mu_controller 'reward' needs mu_valley below mu_peak")
         low, high = self.lambda_bounds
-        learned = self.lambda_controller != "fixed" and self.lambda_adv > 0
-        if learned and not low <= self.lambda_adv <= high:
-            raise ValueError(f"a learned lambda_adv begins within lambda_bounds, {low:g} to {high:g}")
+        adapted = self.lambda_controller != "fixed" and self.lambda_adv > 0
+        if adapted and not low <= self.lambda_adv <= high:
+            raise ValueError(f"an adapted lambda_adv must be within lambda_bounds, {low:g} to {high:g}")
         return self
 
     @property
     def learns_from_demonstrations(self) -> bool:
-        """Some step learns from demonstrations."""
+        """Whether any step trains on demonstrations."""
         if self.mu_controller != "schedule":
             return self.mu_controller == "gate" or self.mu_peak > 0
         return self.mu_valley > 0 or (self.mu_peak > 0 and self.mu_warmup_steps + self.mu_decay_steps > 0)
 
     @property
     def learns_from_rewards(self) -> bool:
-        """Some step learns from rewards."""
+        """Whether any step trains on rewards."""
         if self.mu_controller != "schedule":
             return self.reward_weight > 0
         constant = self.mu_warmup_steps + self.mu_decay_steps == 0
@@ -123,88 +88,63 @@ class ObjectiveConfig(Section):
 
     @property
     def uses_rollouts(self) -> bool:
-        """Some step needs sampled answers."""
-        acting = self.learns_from_rewards or self.lambda_adv > 0 or self.beta > 0
-        return acting or self.mu_controller != "schedule"
+        """Whether any step samples completions."""
+        active = self.learns_from_rewards or self.lambda_adv > 0 or self.beta > 0
+        return active or self.mu_controller != "schedule"
 
     @property
     def clip_high(self) -> float:
-        """The upper clip width in force."""
+        """The upper clip width, with its default filled in."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
 class DiscriminatorConfig(Section):
-    """What tells the expert's answers from the policy's."""
+    """The discriminator, which distinguishes the expert's completions from the policy's."""
 
-    kind: Literal["bradley-terry", "polar", "remote", "density-ratio"] = Field(
-        default="bradley-terry",
-        description="Co-trained on pairs; or frozen: a POLAR reward model, the same behind a server, or the "
-        "log-likelihood ratio of a model that was fine-tuned on the demonstrations.",
-    )
-    model_name_or_path: str | None = Field(
-        default=None,
-        description="bradley-terry: a backbone with the policy's vocabulary, by default a copy of the "
-        "policy's start; polar and remote: the reward model; density-ratio: the model that was fine-tuned on "
-        "the demonstrations.",
-    )
-    lora_r: int | None = Field(
-        default=None,
-        ge=1,
-        description="Of bradley-terry: no copy, but adapters of this rank on the policy's own weights; one "
-        "backbone in memory.",
-    )
-    in_context_demonstration: bool = Field(
-        default=False,
-        description="Of bradley-terry: it first reads another prompt and its demonstration, as an example.",
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="Run Python code that comes with it, as POLAR's own models need."
-    )
-    url: str | None = Field(default=None, description="Of remote: the server, http://host:port.")
-    server: Literal["vllm", "sglang"] = Field(default="vllm", description="Of remote: what runs there.")
-    timeout: float = Field(default=60.0, gt=0, description="Of remote: seconds for one try of a request.")
-    max_retries: int = Field(default=3, ge=0, description="Of remote: further tries, then the run ends.")
-    density_ratio_reference: Literal["start", "policy"] = Field(
-        default="start", description="Of density-ratio: the stage's start, or the policy as it is now."
-    )
-    learning_rate: float = Field(default=1e-5, gt=0, description="Of its own AdamW.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Of its own AdamW.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Its gradient is clipped to this norm.")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round."
-    )
-    warmup_steps: int = Field(
-        default=10, ge=0, description="First steps: it learns, the policy does not feel it."
-    )
-    updates_per_step: int = Field(default=2, ge=1, description="Its updates per policy step.")
-    replay_fraction: float = Field(
-        default=0.5, ge=0, lt=1, description="Share of older groups in each of its updates."
-    )
-    replay_size: int = Field(default=256, ge=0, description="Groups that are kept for replay.")
-    held_out_fraction: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Share of the demonstrations that it never learns from, to see whether it knows the "
-        "expert or only the demonstrations.",
-    )
-    freeze_after_steps: int | None = Field(
-        default=None, ge=1, description="From this step of the stage on it learns no more; None: always."
-    )
-    min_accuracy: float = Field(
-        default=0.55,
-        ge=0,
-        le=1,
-        description="While its accuracy on fresh pairs is below, lambda is 0: it only guesses.",
-    )
-    accuracy_band: tuple[float, float] = Field(
-        default=(0.85, 0.95),
-        description="Paused when its accuracy on fresh pairs passes the upper end, until the lower.",
-    )
-
-    @field_validator("accuracy_band")
-    @classmethod
-    def _ordered(cls, band: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= band[0] <= band[1] <= 1:
-            raise ValueError("must be two numbers low <= high between 0 and 1")
-        return band
+    kind: Literal["bradley-terry", "polar", "remote", "density-ratio"] = "bradley-terry"
+    """Kind of discriminator; bradley-terry is trained during the run. The others are frozen: polar is a POLAR
+    reward model, remote is one on a server, density-ratio is the likelihood ratio of a fine-tuned model."""
+    model_name_or_path: str | None = None
+    """Model: a backbone with the policy's vocabulary (bradley-terry; null copies the initial policy), the
+    reward model (polar, remote), or the model fine-tuned on the demonstrations (density-ratio)."""
+    lora_r: int | None = Field(default=None, ge=1)
+    """Rank of LoRA adapters on the policy's weights (kind: bradley-terry); null trains a second copy of
+    them."""
+    in_context_demonstration: bool = False
+    """Put another prompt and its demonstration before the input, as an example (kind: bradley-terry)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, which POLAR's own models need."""
+    url: str | None = None
+    """URL of the discriminator server, http://host:port (kind: remote)."""
+    server: Literal["vllm", "sglang"] = "vllm"
+    """Software of the discriminator server (kind: remote)."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Timeout of one request to the discriminator server, in seconds (kind: remote)."""
+    max_retries: int = Field(default=3, ge=0)
+    """How often a failed request is repeated before the run ends; 0 never repeats it (kind: remote)."""
+    density_ratio_reference: Literal["start", "policy"] = "start"
+    """Denominator of the ratio: the stage's initial policy, or the current one (kind: density-ratio)."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate of the discriminator's AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of the discriminator's AdamW."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Clip the discriminator's gradient to this norm."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Fraction of pairs that the loss assumes to be labelled the wrong way round."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Steps at the start of the stage with lambda 0, so that the discriminator is trained before it acts."""
+    updates_per_step: int = Field(default=2, ge=1)
+    """Discriminator updates per policy step."""
+    replay_fraction: float = Field(default=0.5, ge=0, lt=1)
+    """Fraction of groups from earlier steps in each discriminator update; 0 uses only new groups."""
+    replay_size: int = Field(default=256, ge=0)
+    """Groups that are kept for replay; 0 keeps none."""
+    held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of demonstrations kept from the discriminator to measure generalization; 0 uses all."""
+    freeze_after_steps: int | None = Field(default=None, ge=1)
+    """Stop training the discriminator after this many steps of the stage; null trains it throughout."""
+    min_accuracy: float = Field(default=0.55, ge=0, le=1)
+    """Set lambda to 0 while the discriminator's accuracy on new pairs is below this."""
+    accuracy_band: FractionInterval = (0.85, 0.95)
+    """Pause the discriminator's training above the upper accuracy on new pairs, until below the lower."""

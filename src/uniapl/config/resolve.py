@@ -1,9 +1,8 @@
-"""From defaults, method, recipe and flags to one configuration, with the source of every value.
+"""Merge defaults, method, recipe and flags into one configuration, with the source of every value.
 
-Precedence, weakest first: defaults, what the method proposes, the recipe, the flags, what the method fixes.
+Precedence, weakest first: defaults, the method's proposals, the recipe, the flags, what the method fixes.
 """
 
-import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,132 +14,59 @@ from pydantic import BaseModel, ValidationError
 
 from uniapl.config import Config
 from uniapl.config.methods import METHODS
+from uniapl.config.suggestions import suggestion
 from uniapl.errors import UsageError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# What other libraries call it -> our key.
-SYNONYMS = {
-    "group_size": "rollout.num_generations",
-    "n_samples_per_prompt": "rollout.num_generations",
-    "repeat_times": "rollout.num_generations",
-    "max_new_tokens": "rollout.max_completion_length",
-    "max_tokens": "rollout.max_completion_length",
-    "lr": "optim.learning_rate",
-    "model": "model.model_name_or_path",
-    "mu": "objective.mu_peak",
-    "lambda": "objective.lambda_adv",
-    "lora_rank": "model.lora_r",
-    "kl_coef": "objective.beta",
-    "epsilon_low": "objective.epsilon",
-    "clip_range": "objective.epsilon",
-    "reward_funcs": "rewards.functions",
-    "dataset_name": "data.path",
-    "train_dataset": "data.path",
-    "resume_from_checkpoint": "resume",
-    "batch_size": "batching.prompts_per_step",
-    "train_batch_size": "batching.prompts_per_step",
-    "num_steps": "max_steps",
-    "use_vllm": "rollout.sampler",
-    "vllm_server_timeout": "rollout.vllm_timeout",
-    "vllm_importance_sampling_cap": "rollout.vllm_importance_sampling_clip_max",
-}
-
-# Keys of before 0.1.0 -> today's.
-RENAMED = {
-    "completion_steps": "log_completions_steps",
-    "gradient_steps": "log_gradients_steps",
-    "stop": "early_stopping",
-    "batching.max_tokens": "batching.max_tokens_per_micro_batch",
-    "data.string_prompts": "data.prompt_format",
-    "discriminator.against": "discriminator.density_ratio_reference",
-    "discriminator.freeze_step": "discriminator.freeze_after_steps",
-    "discriminator.held_out_share": "discriminator.held_out_fraction",
-    "discriminator.lora_rank": "discriminator.lora_r",
-    "discriminator.reads_example": "discriminator.in_context_demonstration",
-    "discriminator.replay_share": "discriminator.replay_fraction",
-    "health.max_accuracy": "health.max_discriminator_accuracy",
-    "health.max_zero_std": "health.max_frac_reward_zero_std",
-    "objective.adversarial_assignment": "objective.adversarial_credit",
-    "objective.gate_reward": "objective.gate_threshold",
-    "rollout.max_rows": "rollout.max_batch_size",
-    "rollout.one_step_off": "rollout.max_off_policy_steps",
-}
-
-# What pydantic says in Python's words -> what it means in a recipe.
+# Error types of pydantic whose own message uses Python's words.
 PLAIN_MESSAGES = {
     "tuple_type": "must be a list",
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of keys to values",
 }
 
-LARGEST_RECIPE = 100_000
-"""Keys and values of a recipe: a few lines of aliases of aliases would fill any memory."""
-
-# What a stage of a pipeline may change; model, data and rewards belong to the whole run.
-STAGE_KEYS = (
-    "method",
-    "max_steps",
-    "rollout",
-    "objective",
-    "discriminator",
-    "optim",
-    "batching",
-    "health",
-    "early_stopping",
-)
+# Keys that a stage may change; model, data and rewards belong to the whole run.
+STAGE_KEYS = "method max_steps rollout objective discriminator optim batching health early_stopping".split()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A configuration, where each value came from, and what the user should know about the merge."""
+    """A configuration with the source of every value."""
 
     config: Config
     sources: dict[str, str]
     """Dotted key -> "default", "method", "recipe" or "flag"."""
     notes: tuple[str, ...]
+    """What the user should know about the merge."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain data only; a key is text, and one that stands twice an error: its first value would be lost."""
+    """Plain data whose keys are text; a duplicate key or a recursive alias is an error."""
 
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None and _size(node, {}) > LARGEST_RECIPE:
-            raise yaml.MarkedYAMLError(problem="it is endless once its aliases are written out")
-        return node
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # Otherwise recursive aliases build recursive data.
+        return super().construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
-            name = str(key.value)
-            if name in seen:
-                problem = f"'{name}' stands twice; write its values in one place"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(name)
-        mapping = super().construct_mapping(node, deep)
-        for key in mapping:
-            if not isinstance(key, str):
-                problem = f"the key {key!r} is no text; put it in quotes, if it is meant so"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return mapping
-
-
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes of a document once its aliases are written out; too many where one stands in itself."""
-    if id(node) not in known:
-        known[id(node)] = LARGEST_RECIPE
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        inner = [part for item in parts for part in (item if isinstance(item, tuple) else [item])]
-        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
-    return known[id(node)]
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark
+                )
+            if not key.tag.endswith((":str", ":merge")):
+                problem = f"the key {key.value!r} is not text; put it in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        UsageError: The file is missing, is not YAML, or holds something else than a mapping.
+        UsageError: The file is missing, is not valid YAML, or does not contain a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -152,7 +78,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"the recipe '{path}' is not valid YAML: {error}") from error
     except RecursionError as error:
         raise UsageError(f"the recipe '{path}' is not valid YAML: it is nested too deeply") from error
-    except Exception as error:  # of values that look like a number or a date and are none
+    except Exception as error:  # PyYAML lets errors of int() and date() through.
         raise UsageError(f"the recipe '{path}' holds a value that cannot be read: {error!r}") from error
     if not isinstance(content, dict):
         raise UsageError(f"the recipe '{path}' must be a mapping of keys to values")
@@ -163,20 +89,19 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
     """Merge a recipe's mapping with command-line flags and the method's settings.
 
     Raises:
-        UsageError: An unknown key (with a suggestion), a value of the wrong type, or values that contradict.
+        UsageError: A key is unknown, a value has the wrong type, or values contradict each other.
     """
     recipe = _nested(recipe)
     method = _method_of(recipe, flags)
     proposed = {"method": method, "objective": METHODS[method]["proposed"]}
     base = validate(Config, merge(proposed, recipe))
     config = _apply_flags(base, flags) if flags else base
-    notes: list[str] = []
-    before = flatten(config)
+    from_base, before = flatten(base), flatten(config)
     fixed = {f"objective.{key}": value for key, value in METHODS[method]["fixed"].items()}
-    config = validate(Config, merge(config.model_dump(), {"objective": METHODS[method]["fixed"]}))
+    config = validate(Config, merge(config.model_dump(), _nested(fixed)))
     in_recipe = [key for key, value in flatten(recipe).items() if value != {}]
-    from_base = flatten(base)
-    named = {flag.removeprefix("--").split("=", 1)[0].replace("-", "_") for flag in flags if flag[:2] == "--"}
+    named = {_flag_key(flag) for flag in flags if flag.startswith("--")}
+    notes: list[str] = []
     sources = dict.fromkeys(flatten(config), "default")
     for key in sources:
         if key in fixed or key in flatten(proposed):
@@ -192,36 +117,11 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
     return Resolved(config=config, sources=sources, notes=(*notes, *_inactive_components(config)))
 
 
-def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
-    """`discriminator.lora_r: 8`, as flags and documents write it, as a key of its section."""
-    nested: dict[str, Any] = {}
-    for key, value in recipe.items():
-        for part in reversed(key.split(".") if isinstance(key, str) else [key]):
-            value = {part: value}
-        nested = merge(nested, value)
-    return nested
-
-
-def _inactive_components(config: Config) -> list[str]:
-    """What is switched on and begins only after the last step."""
-    if config.stages:
-        return []
-    objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"
-    notes: list[str] = []
-    if objective.beta > 0 and objective.reference_step >= config.max_steps:
-        notes.append(f"no KL acts: objective.reference_step {objective.reference_step} is not below {last}")
-    learns = objective.lambda_adv > 0 and discriminator.kind == "bradley-terry"
-    if learns and discriminator.warmup_steps >= config.max_steps:
-        warmup = discriminator.warmup_steps
-        notes.append(f"no adversary acts: discriminator.warmup_steps {warmup} is not below {last}")
-    return notes
-
-
 def stages_of(resolved: Resolved) -> list[Resolved]:
-    """One configuration per stage; a run without stages is its own only stage.
+    """One configuration per stage; a run without stages is one stage.
 
     Raises:
-        UsageError: A stage has no method, or an unknown key.
+        UsageError: A stage has no method or a key that is unknown or that a stage cannot change.
     """
     config = resolved.config
     if not config.stages:
@@ -237,8 +137,12 @@ def stages_of(resolved: Resolved) -> list[Resolved]:
         if "method" not in stage:
             raise UsageError(f"stage {number} needs a method: one of {', '.join(METHODS)}")
         for key in stage:
-            if key not in STAGE_KEYS:
-                raise UsageError(f"stage {number} cannot change '{key}', only {', '.join(STAGE_KEYS)}")
+            section = key.split(".")[0]
+            if section in STAGE_KEYS:
+                continue
+            if section not in Config.model_fields:
+                raise UsageError(f"stage {number}: {_unknown(key)}")
+            raise UsageError(f"stage {number} cannot change '{key}', only {', '.join(STAGE_KEYS)}")
         try:
             stages.append(resolve(merge({**base, "objective": given}, stage)))
         except UsageError as error:
@@ -247,10 +151,10 @@ def stages_of(resolved: Resolved) -> list[Resolved]:
 
 
 def validate(model: type[Model], values: dict[str, Any]) -> Model:
-    """The model built from a mapping; every error names its key and, where there is one, the likely meaning.
+    """The model built from a mapping.
 
     Raises:
-        UsageError: With one line per wrong key or value.
+        UsageError: With one line per wrong key or value, which names the key and, if found, the likely one.
     """
     try:
         return model.model_validate(values)
@@ -259,33 +163,15 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
-                lines.append(f"unknown key '{key:.80}'{suggestion(key)}")
+                lines.append(_unknown(key))
             else:
-                message = PLAIN_MESSAGES.get(problem["type"], problem["msg"])
+                message = PLAIN_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
                 lines.append(f"{key}: {message} (got {problem['input']!r:.80})")
         raise UsageError("\n".join(lines)) from None
 
 
-def suggestion(key: str) -> str:
-    """ "; did you mean ...?" for an unknown key, or where to find those that there are."""
-    known = [*flatten(Config()), "rewards.functions"]
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
-    # Of the two optimizers, the policy's is meant.
-    same_leaf.sort(key=lambda candidate: candidate.startswith("discriminator."))
-    section, _, rest = key.partition(".")
-    renamed = RENAMED.get(key) or (f"{RENAMED[section]}.{rest}" if section in RENAMED else None)
-    best = renamed or SYNONYMS.get(leaf) or (same_leaf[0] if same_leaf else None)
-    if best is None:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-        leaves = {candidate.rsplit(".", 1)[-1]: candidate for candidate in known}
-        near_leaf = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
-        best = near[0] if near else leaves[near_leaf[0]] if near_leaf else None
-    return f"; did you mean '{best}'?" if best else "; `uniapl train --help` lists the keys"
-
-
 def merge(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings, nested ones merged, with the second winning."""
+    """Both mappings, merged recursively; the second one wins."""
     merged = dict(weak)
     for key, value in strong.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -305,8 +191,39 @@ def flatten(values: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, A
     return flat
 
 
+def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with dotted keys such as `discriminator.lora_r: 8` moved into their sections."""
+    nested: dict[str, Any] = {}
+    for key, value in recipe.items():
+        for part in reversed(key.split(".") if isinstance(key, str) else [key]):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def _inactive_components(config: Config) -> list[str]:
+    """Notes on loss components that are enabled and begin only after the last step."""
+    if config.stages:
+        return []
+    objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"
+    notes: list[str] = []
+    if objective.beta > 0 and objective.reference_step >= config.max_steps:
+        notes.append(
+            f"the KL is never used: objective.reference_step {objective.reference_step} is not below {last}"
+        )
+    trained = objective.lambda_adv > 0 and discriminator.kind == "bradley-terry"
+    if trained and discriminator.warmup_steps >= config.max_steps:
+        warmup = discriminator.warmup_steps
+        notes.append(f"the adversary is never used: discriminator.warmup_steps {warmup} is not below {last}")
+    return notes
+
+
+def _unknown(key: str, kind: str = "key") -> str:
+    return f"unknown {kind} '{key:.80}'{suggestion(_flag_key(key), flatten(Config()))}"
+
+
 def _method_of(recipe: dict[str, Any], flags: Sequence[str]) -> str:
-    """The method, read before everything else because it decides what the others default to."""
+    """The method, which is read first because it decides the defaults of other keys."""
     method = recipe.get("method", Config().method)
     for position, flag in enumerate(flags):
         if flag == "--method" and position + 1 < len(flags):
@@ -318,26 +235,26 @@ def _method_of(recipe: dict[str, Any], flags: Sequence[str]) -> str:
     return method
 
 
+def _flag_key(flag: str) -> str:
+    return flag.removeprefix("--").split("=", 1)[0].replace("-", "_")
+
+
 def _apply_flags(base: Config, flags: Sequence[str]) -> Config:
-    """`base` changed by `--key value` flags; tyro prints usage errors itself and exits with 2."""
+    """`base` changed by `--key value` flags; tyro prints errors in values itself and exits with code 2."""
     import tyro
 
-    flags = list(flags)
+    arguments, known = list(flags), [f"{key}." for key in flatten(Config())]
     for position, flag in enumerate(flags):
-        following = flags[position + 1 : position + 2]
-        if flag == "--overwrite" and (not following or following[0].startswith("--")):
-            flags[position] = "--overwrite=True"
-    known = {key.replace("_", "-") for key in flatten(Config())}
-    for flag in flags:
-        key = flag.removeprefix("--").split("=", 1)[0].replace("_", "-")
-        name = key.replace("-", "_")
-        renamed = name in RENAMED or name.split(".")[0] in RENAMED
-        if flag.startswith("--") and key not in known and (renamed or name in SYNONYMS):
-            raise UsageError(f"unknown flag '{flag}'{suggestion(name)}")
+        if flag == "--overwrite" and (position + 1 == len(flags) or flags[position + 1].startswith("--")):
+            arguments[position] = "--overwrite=True"
+        elif (
+            flag.startswith("--") and flag != "--help" and not f"{_flag_key(flag)}.".startswith(tuple(known))
+        ):
+            raise UsageError(_unknown(flag, "flag"))
     return tyro.cli(
         Config,
         default=base,
-        args=flags,
+        args=arguments,
         prog=f"uniapl {sys.argv[1] if len(sys.argv) > 1 else 'train'} RECIPE",
         config=(tyro.conf.FlagConversionOff,),
     )

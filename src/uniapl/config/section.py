@@ -1,16 +1,40 @@
-"""What every section of the configuration is: strict and frozen."""
+"""The base class of every section of the configuration."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
 
 class Section(BaseModel):
-    """Unknown keys and values that are not finite are errors; nothing changes after it was read."""
+    """A frozen section whose docstrings describe its keys; unknown keys and non-finite values are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         protected_namespaces=(),
         allow_inf_nan=False,
-        # The command line shows pydantic's own words.
         hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())  # --help wraps lines itself
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError("must be two numbers low <= high")
+    return bounds
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInterval = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
+FractionInterval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""A list of names; a single name is a list of one."""

@@ -1,1 +1,1 @@
-"""Rows of a data file, the two streams drawn from them, and the micro-batches of a step."""
+"""Rows of a data file, the streams of prompts and demonstrations, and the micro-batches of a step."""

@@ -1,36 +1,37 @@
-"""Mixing: rows of both kinds -> micro-batches with one mask per component, and their global counts."""
+"""Micro-batches of demonstrations and rollouts, with one mask and one token count per loss component."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from uniapl.types import Example, MicroBatch, Span, TokenIds
+from uniapl.types import Example, MicroBatch, Span, TokenIds, packed_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sequence of a step before padding: what it holds and which components learn from it."""
+    """One sequence of a step before padding, and the loss components that it enters."""
 
     prompt_ids: TokenIds
     completion_ids: TokenIds
     components: frozenset[str]
-    """Out of "sft", "rl", "adv", "kl"."""
+    """A subset of "sft", "rl", "adv", "kl"."""
     advantage: float = 0.0
     adversarial_advantage: float = 0.0
     temperature: float = 1.0
     sampling_logprobs: tuple[float, ...] | None = None
-    """None marks a demonstration."""
+    """Nats, one per completion token; None for a demonstration."""
 
     @property
     def length(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens without padding."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def has_gradient(self, weights: Mapping[str, float]) -> bool:
-        """Whether anything asks for its log-probabilities: an advantage of 0 gives no gradient."""
+        """Whether a component with a weight gives the row a gradient; an advantage of 0 gives none."""
         credit = {"rl": self.advantage, "adv": self.adversarial_advantage}
         return any(weights[name] and credit.get(name, 1.0) for name in self.components)
 
@@ -46,86 +47,87 @@ def demonstration_row(example: Example) -> Row:
 
 
 def component_counts(rows: Sequence[Row]) -> dict[str, int]:
-    """Tokens per component over all rows: with the rows of the whole step, the global counts."""
+    """Tokens per component over `rows`; for all rows of a step, these are the global counts N."""
     return {
         name: sum(len(row.completion_ids) for row in rows if name in row.components)
         for name in ("sft", "rl", "adv", "kl")
     }
 
 
-def by_length(lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None) -> list[list[int]]:
-    """Indices of sequences in batches of like length, the longest first and equals in their order.
-
-    A batch, padded to its longest, holds at most `max_tokens` (or one sequence) and `max_rows`.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
-        current = batches[-1] if batches else None
-        if (
-            current is None
-            or (len(current) + 1) * lengths[current[0]] > max_tokens
-            or (max_rows is not None and len(current) >= max_rows)
-        ):
-            batches.append([index])
-        else:
-            current.append(index)
-    return batches
-
-
-def by_prompt(
-    sequences: Sequence[tuple[TokenIds, TokenIds]], *, max_tokens: int, max_rows: int | None = None
+def batch_by_length(
+    lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None
 ) -> list[list[int]]:
-    """Indices of (prompt, completion) in batches in which a prompt counts once, the longest prompts' first.
+    """Group the indices of sequences into batches of similar length, longest first.
 
-    The completions of a prompt stay together where they fit. A batch holds at most `max_tokens` (or one
-    sequence) and `max_rows`.
+    A batch has at most `max_tokens` tokens, padding included (or one sequence), and at most `max_rows` rows.
     """
-    groups: dict[TokenIds, list[int]] = {}
-    for index, (prompt, _) in enumerate(sequences):
-        groups.setdefault(prompt, []).append(index)
+    limit = max_rows or len(lengths)
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    return _join(
+        ([index] for index in order),
+        lambda batch: len(batch) <= limit and len(batch) * lengths[batch[0]] <= max_tokens,
+    )
 
-    def tokens(part: list[int]) -> int:
-        return len(sequences[part[0]][0]) + sum(len(sequences[index][1]) for index in part)
 
-    def fits(tokens: int, rows: int) -> bool:
-        return tokens <= max_tokens and (max_rows is None or rows <= max_rows)
+def batch_sequences(
+    sequences: Sequence[tuple[TokenIds, TokenIds]],
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+    packed: bool,
+) -> list[list[int]]:
+    """Group the indices of (prompt, completion) pairs into batches.
 
-    parts: list[list[int]] = []
-    for group in sorted(groups.values(), key=tokens, reverse=True):
-        parts.append([])
-        for index in group:
-            if parts[-1] and not fits(tokens([*parts[-1], index]), len(parts[-1]) + 1):
-                parts.append([])
-            parts[-1].append(index)
-    batches: list[list[int]] = []
-    taken = 0
+    Padded batches are those of `batch_by_length`. In a packed batch a prompt counts once and there is no
+    padding; the completions of one prompt stay in one batch if they fit.
+    """
+    spans = spans_of(sequences)
+    if not packed:
+        return batch_by_length([span.length for span in spans], max_tokens=max_tokens, max_rows=max_rows)
+    groups: dict[int, list[int]] = {}
+    for index, span in enumerate(spans):
+        groups.setdefault(span.prompt, []).append(index)
+
+    def tokens(batch: list[int]) -> int:
+        return packed_tokens([spans[index] for index in batch])
+
+    def fits(batch: list[int]) -> bool:
+        return tokens(batch) <= max_tokens and len(batch) <= (max_rows or len(spans))
+
+    ordered = sorted(groups.values(), key=tokens, reverse=True)
+    parts = [part for group in ordered for part in _join(([index] for index in group), fits)]
+    return _join(parts, fits)
+
+
+def _join(parts: Iterable[list[int]], fits: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Concatenate consecutive parts as long as the result fits."""
+    joined: list[list[int]] = []
     for part in parts:
-        if not batches or not fits(taken + tokens(part), len(batches[-1]) + len(part)):
-            batches.append([])
-            taken = 0
-        batches[-1] += part
-        taken += tokens(part)
-    return batches
+        if joined and fits(joined[-1] + part):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
-def shares(rows: Sequence[Row], number: int) -> list[list[Row]]:
-    """The rows dealt to `number` processes, a prompt's rows to the same one, about as many tokens to each."""
+def shards(rows: Sequence[Row], number: int) -> list[list[Row]]:
+    """Distribute rows over processes: those of a prompt to the same one, similar token counts to each."""
     groups: dict[TokenIds, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.prompt_ids, []).append(row)
     dealt: list[list[Row]] = [[] for _ in range(number)]
     loads = [0] * number
     for group in sorted(groups.values(), key=lambda group: sum(row.length for row in group), reverse=True):
-        poorest = loads.index(min(loads))
-        dealt[poorest] += group
-        loads[poorest] += len(group[0].prompt_ids) + sum(len(row.completion_ids) for row in group)
+        smallest = loads.index(min(loads))
+        dealt[smallest] += group
+        loads[smallest] += len(group[0].prompt_ids) + sum(len(row.completion_ids) for row in group)
     return dealt
 
 
 def spans_of(
     sequences: Sequence[tuple[TokenIds, TokenIds]], starts: Sequence[int] | None = None
 ) -> tuple[Span, ...]:
-    """Where padded (prompt, completion) lie; `starts`: the padding before each, by default none."""
+    """The spans of padded (prompt, completion) pairs; `starts` is the padding before each, by default 0."""
     numbers: dict[TokenIds, int] = {}
     return tuple(
         Span(
@@ -142,10 +144,10 @@ def pad_right(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask [B, T] of the rows."""
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
-    attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return input_ids, attention_mask
+    ids = [torch.tensor(row) for row in rows]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return input_ids.to(device), attention_mask.to(device)
 
 
 def micro_batches(
@@ -157,30 +159,23 @@ def micro_batches(
     packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
-    """Cut rows into micro-batches of at most `max_tokens` tokens (or one row) and `max_rows` rows.
-
-    Packed, rows of a prompt share one, and it counts once; else rows of like length do, and padding counts.
-    Their kind does not matter. Without rows, one empty micro-batch is returned.
-    """
-    if packed:
-        sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-        parts = by_prompt(sequences, max_tokens=max_tokens, max_rows=max_rows)
-    else:
-        parts = by_length([row.length for row in rows], max_tokens=max_tokens, max_rows=max_rows)
+    """Split rows into micro-batches (see `batch_sequences`). Without rows, return one empty micro-batch."""
+    sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
     batches = [
-        collate([rows[i] for i in part], pad_id=pad_id, packed=packed, device=device) for part in parts
+        collate([rows[index] for index in part], pad_id=pad_id, packed=packed, device=device)
+        for part in batch_sequences(sequences, max_tokens=max_tokens, max_rows=max_rows, packed=packed)
     ]
     return batches or [empty_micro_batch(pad_id, device=device)]
 
 
 def empty_micro_batch(pad_id: int, *, device: torch.device | str = "cpu") -> MicroBatch:
-    """A micro-batch without a loss: a backward pass to take part in, which fits in any memory."""
+    """A micro-batch of two tokens without a loss, for a backward pass in step with the other processes."""
     row = Row(prompt_ids=(pad_id, pad_id), completion_ids=(), components=frozenset())
     return collate([row], pad_id=pad_id, device=device)
 
 
 def halves(batch: MicroBatch) -> list[MicroBatch]:
-    """The first and the second half of a micro-batch's rows; one row stays as it is."""
+    """Split a micro-batch into its first and second half of rows; a single row is returned unchanged."""
     rows = len(batch.input_ids)
     middle = (rows + 1) // 2
     return [
@@ -198,52 +193,45 @@ def collate(
     packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """Pad rows into one micro-batch; masks come from lengths, never from token ids.
+    """Pad rows into one micro-batch. Masks depend on lengths, never on token ids.
 
-    Args:
-        packed: Say where the rows lie, so that the model can read them without the padding.
+    `packed` adds the spans, with which the model reads the rows packed.
     """
-    width = max(row.length for row in rows)
+
+    def padded(values: Iterable[Sequence[float]], fill: int, dtype: torch.dtype) -> Tensor:
+        tensors = [torch.tensor(value, dtype=dtype) for value in values]
+        padded = pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=padding_side)
+        return padded.to(device)
+
+    def per_row(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=device)
+
+    def mask(selected: Iterable[bool]) -> Tensor:
+        return in_completion & per_row(selected, torch.bool).unsqueeze(-1)
+
+    sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
+    in_completion = padded(([0] * len(prompt) + [1] * len(ids) for prompt, ids in sequences), 0, torch.bool)
+    attention_mask = padded(([1] * row.length for row in rows), 0, torch.bool)
+    width = attention_mask.shape[1]
     starts = [width - row.length if padding_side == "left" else 0 for row in rows]
-
-    def padded(values: Sequence[Sequence[int] | Sequence[float]], fill: int, dtype: torch.dtype) -> Tensor:
-        out = torch.full((len(rows), width), fill, dtype=dtype)
-        for number, (value, start) in enumerate(zip(values, starts, strict=True)):
-            out[number, start : start + len(value)] = torch.tensor(value, dtype=dtype)
-        return out.to(device)
-
-    def completion_mask(*wanted: bool) -> Tensor:
-        spans = [
-            [False] * len(row.prompt_ids) + [use] * len(row.completion_ids)
-            for row, use in zip(rows, wanted, strict=True)
-        ]
-        return padded(spans, False, torch.bool)
-
-    def mask(component: str) -> Tensor:
-        return completion_mask(*(component in row.components for row in rows))
-
-    def per_row(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
-    attention_mask = padded([[True] * row.length for row in rows], False, torch.bool)
     return MicroBatch(
-        input_ids=padded([row.prompt_ids + row.completion_ids for row in rows], pad_id, torch.int64),
+        input_ids=padded((prompt + ids for prompt, ids in sequences), pad_id, torch.int64),
         attention_mask=attention_mask,
         position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-        sft_mask=mask("sft"),
-        rl_mask=mask("rl"),
-        adv_mask=mask("adv"),
-        rollout_mask=completion_mask(*(row.sampling_logprobs is not None for row in rows)),
-        advantages=per_row([row.advantage for row in rows]),
-        adversarial_advantages=per_row([row.adversarial_advantage for row in rows]),
-        temperature=per_row([row.temperature for row in rows]),
+        sft_mask=mask("sft" in row.components for row in rows),
+        rl_mask=mask("rl" in row.components for row in rows),
+        adv_mask=mask("adv" in row.components for row in rows),
+        rollout_mask=mask(row.sampling_logprobs is not None for row in rows),
+        advantages=per_row(row.advantage for row in rows),
+        adversarial_advantages=per_row(row.adversarial_advantage for row in rows),
+        temperature=per_row(row.temperature for row in rows),
         sampling_logprobs=padded(
-            [
-                [0.0] * len(row.prompt_ids) + list(row.sampling_logprobs or [0.0] * len(row.completion_ids))
+            (
+                (0.0,) * len(row.prompt_ids) + (row.sampling_logprobs or (0.0,) * len(row.completion_ids))
                 for row in rows
-            ],
+            ),
             0,
             torch.float32,
         ),
-        spans=spans_of([(row.prompt_ids, row.completion_ids) for row in rows], starts) if packed else (),
+        spans=spans_of(sequences, starts) if packed else (),
     )

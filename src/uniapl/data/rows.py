@@ -1,9 +1,10 @@
-"""Rows of a file or a data set -> tokenised examples."""
+"""Read rows from a file or the Hub and tokenise them into examples."""
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from uniapl.config import DataConfig
 from uniapl.errors import UsageError
 from uniapl.types import Example, Prompt, TokenIds
 
-TEXTS = ("prompt", "completion", "chosen", "rejected")
-Row = Mapping[str, Any]
-Answer = str | list[dict[str, Any]] | None
-"""As the data has it: text, one assistant message, or nothing."""
+TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+Message = dict[str, Any]
+Completion = str | list[Message] | None
+"""The completion of a row: text, one assistant message, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """All usable rows, and which were left out and why."""
+    """The usable rows, and the rows that were left out."""
 
     examples: tuple[Example, ...]
     left_out: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -31,11 +33,7 @@ class Dataset:
 
 @contextlib.contextmanager
 def named_source(source: str | None) -> Iterator[None]:
-    """Let errors about a row also say where it stands; None: the rows came from Python.
-
-    Raises:
-        UsageError: As inside, with the source before it.
-    """
+    """Prefix errors about rows with the source of the rows; None leaves them unchanged (rows from Python)."""
     try:
         yield
     except UsageError as error:
@@ -45,77 +43,73 @@ def named_source(source: str | None) -> Iterator[None]:
 
 
 def read_rows(config: DataConfig) -> list[tuple[int, Any]]:
-    """What stands in `config.path`, with its rows' numbers, counted from 1 (the line's in a .jsonl file).
+    """Read `config.path` into (number, row) pairs, numbered from 1; in a .jsonl file by line.
 
-    JSON is read line by line rather than through `datasets`, whose columns must have one type: a file may mix
-    plain and chat prompts, and an error can name its line.
+    JSON is not read with `datasets`: its columns have one type, but a file may mix plain and chat prompts,
+    and an error can name the line.
 
     Raises:
-        UsageError: No such file, not readable as what it claims to be, or no rows.
+        UsageError: The file or Hub data set does not exist, is invalid, or has no rows.
     """
     if config.path is None:
         raise UsageError("no data: set data.path to a .jsonl, .json, .csv or .parquet file or a Hub id")
     path = Path(config.path)
-    looks_local = path.suffix in (".jsonl", ".json", ".csv", ".parquet")
-    # os.path, unlike pathlib, says of every name whether it is a file: too long ones too.
-    if os.path.isfile(path) and not looks_local:
+    # os.path.isfile also accepts names that are too long for a file, unlike Path.is_file.
+    exists = os.path.isfile(path)
+    if exists and path.suffix not in FILE_TYPES:
         raise UsageError(f"data.path: '{path}' must end in .jsonl, .json, .csv or .parquet")
-    if looks_local and not os.path.isfile(path):
-        raise UsageError(f"data.path: there is no file '{path}'")
+    if not exists and path.suffix in FILE_TYPES:
+        raise UsageError(f"data.path: file not found: '{path}'")
     try:
         if path.suffix == ".jsonl":
             rows = _read_jsonl(path)
         elif path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(content, list):
-                raise UsageError(
-                    f"{path}: must hold a list of rows; one row per line belongs in a .jsonl file"
-                )
+                raise UsageError(f"{path}: expected a list of rows; use .jsonl for one row per line")
             rows = list(enumerate(content, start=1))
         else:
             rows = list(enumerate(_load_dataset(config, path), start=1))
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error}); convert it, e.g. with iconv") from error
+        raise UsageError(f"{path}: invalid UTF-8 ({error}); convert it, e.g. with iconv") from error
     except OSError as error:
-        raise UsageError(f"data.path: '{path}' cannot be read: {error}") from error
+        raise UsageError(f"data.path: cannot read '{path}': {error}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from error
+        raise UsageError(f"{path}: invalid JSON ({error})") from error
     if not rows:
-        raise UsageError(f"{path}: holds no rows")
+        raise UsageError(f"{path}: no rows")
     return rows
 
 
 def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
     rows: list[tuple[int, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
         try:
-            rows.append((number, json.loads(line)))
+            if line.strip():
+                rows.append((number, json.loads(line)))
         except (ValueError, RecursionError) as error:
-            said = getattr(error, "msg", error)
-            raise UsageError(f"{path}: line {number} is not valid JSON ({said})") from error
+            reason = getattr(error, "msg", error)
+            raise UsageError(f"{path}: line {number}: invalid JSON ({reason})") from error
     return rows
 
 
-def _load_dataset(config: DataConfig, path: Path) -> Iterable[Row]:
+def _load_dataset(config: DataConfig, path: Path) -> Iterable[Mapping[str, Any]]:
     import datasets
 
     load: Any = datasets.load_dataset
     try:
         if path.suffix == ".csv":
-            # Only an empty cell is missing: "None" and "NA" may well be answers.
-            form: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-            # Text stays text: an answer may well be 11.
-            texts = [*TEXTS, *(theirs for theirs, ours in config.columns.items() if ours in TEXTS)]
-            form["converters"] = dict.fromkeys(texts, lambda text: text or None)
-            return load("csv", data_files=str(path), split="train", **form)
+            # Text columns stay text, also 11 and "None"; only an empty cell is missing.
+            texts = [*TEXT_COLUMNS, *(name for name, new in config.columns.items() if new in TEXT_COLUMNS)]
+            converters = dict.fromkeys(texts, lambda text: text or None)
+            options = {"keep_default_na": False, "na_values": [""], "converters": converters}
+            return load("csv", data_files=str(path), split="train", **options)
         if path.suffix == ".parquet":
             return load("parquet", data_files=str(path), split="train")
         return load(config.path, split=config.split)
-    except Exception as error:  # of the reader or the Hub client; the user must hear which source
-        # `datasets` says only that something went wrong; what did is its cause.
-        raise UsageError(f"data.path '{config.path}' cannot be loaded: {error.__cause__ or error}") from error
+    except Exception as error:  # the readers and the Hub client raise many types
+        # The message of `datasets` does not contain the reason, which is in the cause.
+        raise UsageError(f"data.path: cannot load '{config.path}': {error.__cause__ or error}") from error
 
 
 def tokenize_rows(
@@ -127,55 +121,50 @@ def tokenize_rows(
     context_length: int | None = None,
     max_completion_length: int = 0,
 ) -> Dataset:
-    """Rows -> examples: columns checked, prompts and demonstrations tokenised, over-long ones left out.
+    """Check the columns of rows, tokenise prompts and completions, and leave out rows that are too long.
 
     Args:
-        rows: (number, row) pairs; the number is what errors name.
-        tokenizer: The policy's; its chat template is used for chat prompts.
+        rows: (number, row) pairs; error messages contain the number.
+        tokenizer: The policy's tokenizer, whose chat template is used for chat prompts.
         config: The `data` section.
-        stop_ids: Tokens at which the sampler ends an answer, so that demonstrations end in the same way; the
-            tokenizer's end token is always one.
-        context_length: The model's window; longer rows are left out.
-        max_completion_length: Room that a rollout needs behind the prompt.
+        stop_ids: Tokens at which the sampler stops, in addition to the tokenizer's end token. Demonstrations
+            end at them too.
+        context_length: The model's context length in tokens; longer rows are left out.
+        max_completion_length: Tokens to reserve after the prompt for a rollout.
 
     Raises:
-        UsageError: A row of a wrong form, a demonstration that would supervise nothing, a tokenizer without
-            end token or chat template, or no usable row at all.
+        UsageError: A row is invalid or has an empty demonstration, the tokenizer has no end token or no chat
+            template, or no row is usable.
     """
     if tokenizer.eos_token_id is None:
-        raise UsageError("the tokenizer has no end token (eos_token): the model could never learn to stop")
-    longest_prompt = min(config.max_prompt_length or 2**62, (context_length or 2**62) - max_completion_length)
+        raise UsageError("the tokenizer has no end token (eos_token), so the policy could not learn to stop")
+    window = context_length or math.inf
+    longest_prompt = min(config.max_prompt_length or math.inf, window - max_completion_length)
     if longest_prompt < 1:
-        window = f"no prompt fits beside it in the model's window of {context_length} tokens"
-        raise UsageError(f"max_completion_length {max_completion_length}: {window}; lower it")
-    longest_demonstration = config.max_demonstration_length or 2**62
+        raise UsageError(
+            f"max_completion_length {max_completion_length} leaves no room for a prompt in the model's "
+            f"context of {context_length} tokens; lower it"
+        )
     examples: list[Example] = []
-    left_out: dict[str, list[int]] = {}
+    left_out: dict[str, tuple[int, ...]] = {}
     for number, row in rows:
-        try:
-            example = tokenize_row(number, row, tokenizer, config, stop_ids)
-        except UsageError:
-            raise
-        except Exception as error:  # tokenizers raise what they like, e.g. on lone surrogates
-            raise UsageError(
-                f"row {number} cannot be tokenised: {error!r:.200}; is its text valid Unicode?"
-            ) from error
+        example = tokenize_row(number, row, tokenizer, config, stop_ids)
+        longest = min(config.max_demonstration_length or math.inf, window - len(example.prompt_ids))
+        reason = None
         if len(example.prompt_ids) > longest_prompt:
-            left_out.setdefault(f"prompt longer than {longest_prompt} tokens", []).append(number)
-            continue
-        answers = {"demonstration": example.demonstration_ids, "rejected answer": example.rejected_ids}
-        room = min(longest_demonstration, (context_length or 2**62) - len(example.prompt_ids))
-        too_long = [name for name, ids in answers.items() if len(ids or ()) > room]
-        if too_long:
-            left_out.setdefault(f"{too_long[0]} too long", []).append(number)
-            continue
-        examples.append(example)
+            reason = f"prompt longer than {longest_prompt} tokens"
+        elif len(example.demonstration_ids or ()) > longest:
+            reason = "demonstration too long"
+        elif len(example.rejected_ids or ()) > longest:
+            reason = "rejected completion too long"
+        if reason is None:
+            examples.append(example)
+        else:
+            left_out[reason] = (*left_out.get(reason, ()), number)
     if not examples:
         reasons = "; ".join(f"{reason}: {len(numbers)} rows" for reason, numbers in left_out.items())
         raise UsageError(f"no usable row: {reasons or 'the data is empty'}")
-    return Dataset(
-        examples=tuple(examples), left_out={reason: tuple(numbers) for reason, numbers in left_out.items()}
-    )
+    return Dataset(examples=tuple(examples), left_out=left_out)
 
 
 def tokenize_row(
@@ -185,191 +174,190 @@ def tokenize_row(
     config: DataConfig,
     stop_ids: Collection[int] = (),
 ) -> Example:
-    """One row -> one example. See :func:`tokenize_rows` for what is refused."""
+    """Tokenise one row. See :func:`tokenize_rows`, also for the errors."""
+    try:
+        return _example(number, row, tokenizer, config, stop_ids)
+    except UsageError as error:
+        raise UsageError(f"row {number}: {error}") from error
+    except Exception as error:  # tokenizers raise many types, for example on lone surrogates
+        raise UsageError(
+            f"row {number}: tokenisation failed: {error!r:.200}; check that its text is valid Unicode"
+        ) from error
+
+
+def _example(
+    number: int,
+    row: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    stop_ids: Collection[int],
+) -> Example:
     if not isinstance(row, Mapping):
-        raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
-    for theirs, name in config.columns.items():
-        if row.get(theirs) is not None and row.get(name) is not None:
-            raise UsageError(
-                f"row {number}: data.columns renames '{theirs}' to '{name}', which is there already"
-            )
+        raise UsageError(f"expected a mapping of columns to values, got {row!r:.80}")
+    for name, new in config.columns.items():
+        if row.get(name) is not None and row.get(new) is not None:
+            raise UsageError(f"data.columns renames '{name}' to '{new}', which is also a column")
     row = {config.columns.get(column, column): value for column, value in row.items() if value is not None}
-    prompt, completion = _prompt_and_completion(number, row)
-    rejected = _answer(number, row, "rejected", prompt)
-    plain = _plain(number, completion)
-    columns = {key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")}
+    prompt, completion = _prompt_and_completion(row)
+    rejected = _completion(row, "rejected", prompt)
+    plain = _plain_text(completion)
     if isinstance(prompt, str) and config.prompt_format == "text":
         if config.system_prompt is not None:
             raise UsageError(
-                f"row {number} is plain text, which has no place for data.system_prompt; "
-                "set data.prompt_format: chat, or leave the system prompt out"
+                "data.system_prompt does not apply to a plain text prompt; remove it or set "
+                "data.prompt_format: chat"
             )
-        demonstration, disliked = plain, _plain(number, rejected)
+        demonstration, rejected_text = plain, _plain_text(rejected)
         prompt_ids = _encode_prompt(prompt, tokenizer)
     else:
-        messages = _as_messages(prompt, config.system_prompt)
-        prompt_text, demonstration = _render_chat(number, messages, completion, tokenizer, config)
-        _, disliked = _render_chat(number, messages, rejected, tokenizer, config)
-        prompt_ids = tuple(tokenizer(prompt_text, add_special_tokens=False).input_ids)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if config.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": config.system_prompt})
+        text, (demonstration, rejected_text) = _render_chat(
+            messages, [completion, rejected], tokenizer, config.chat_template_kwargs
+        )
+        prompt_ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     if not prompt_ids:
-        raise UsageError(f"row {number}: the prompt is empty")
-    demonstration_ids: TokenIds | None = None
-    assert isinstance(tokenizer.eos_token_id, int)
-    stop_ids = {*stop_ids, tokenizer.eos_token_id}
-    if demonstration is not None:
-        demonstration_ids = _encode_completion(demonstration, tokenizer, stop_ids)
-        if not (plain or "").strip() or all(token in stop_ids for token in demonstration_ids):
-            raise UsageError(f"row {number}: the demonstration is empty, no token could be learnt from it")
-    elif disliked is not None:
-        raise UsageError(f"row {number} has 'rejected' but no 'chosen' and no 'completion' to prefer to it")
+        raise UsageError("the prompt is empty")
+    eos_id: Any = tokenizer.eos_token_id
+    stop_ids = {*stop_ids, eos_id}
+    demonstration_ids, rejected_ids = (
+        None if text is None else _encode_completion(text, tokenizer, stop_ids)
+        for text in (demonstration, rejected_text)
+    )
+    if demonstration_ids is None and rejected_ids is not None:
+        raise UsageError("'rejected' needs 'chosen' or 'completion' in the same row")
+    if plain is not None and (not plain.strip() or stop_ids.issuperset(demonstration_ids or ())):
+        raise UsageError("the demonstration is empty; add text or remove its column")
     return Example(
         row=number,
         prompt=prompt,
         prompt_ids=prompt_ids,
         demonstration=plain,
         demonstration_ids=demonstration_ids,
-        rejected_ids=None if disliked is None else _encode_completion(disliked, tokenizer, stop_ids),
-        columns=columns,
+        rejected_ids=rejected_ids,
+        columns={key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")},
     )
 
 
-def _prompt_and_completion(number: int, row: Row) -> tuple[Prompt, Answer]:
-    if row.get("messages") is not None and (row.get("chosen") is not None or row.get("rejected") is not None):
-        raise UsageError(
-            f"row {number}: preferences need 'prompt' beside 'chosen' and 'rejected', not 'messages'"
-        )
-    if row.get("messages") is not None:
-        messages = checked_messages(number, "messages", row["messages"])
-        if messages[-1]["role"] == "assistant":
-            if len(messages) == 1:
-                raise UsageError(f"row {number}: 'messages' holds an answer but no prompt")
-            return messages[:-1], messages[-1:]
-        return messages, None
+def _prompt_and_completion(row: Mapping[str, Any]) -> tuple[Prompt, Completion]:
+    if "messages" in row:
+        if "chosen" in row or "rejected" in row:
+            raise UsageError("'chosen' and 'rejected' need 'prompt', not 'messages'")
+        messages = checked_messages("'messages'", row["messages"])
+        if messages[-1]["role"] != "assistant":
+            return messages, None
+        if len(messages) == 1:
+            raise UsageError("'messages' has a completion but no prompt")
+        return messages[:-1], messages[-1:]
+    if "completion" in row and "chosen" in row:
+        raise UsageError("both 'completion' and 'chosen' could be the demonstration; remove one")
+    column = "chosen" if "chosen" in row else "completion"
     prompt = row.get("prompt")
-    if row.get("completion") is not None and row.get("chosen") is not None:
-        raise UsageError(f"row {number} has both 'completion' and 'chosen': which one is the demonstration?")
-    column = "completion" if row.get("chosen") is None else "chosen"
     if prompt is None and column == "chosen" and not isinstance(row["chosen"], str):
-        # TRL's implicit prompt: both answers are whole conversations.
-        conversation = checked_messages(number, "chosen", row["chosen"])
-        prompt = conversation[:-1] or None
+        # TRL's implicit prompt: 'chosen' and 'rejected' are complete conversations.
+        prompt = checked_messages("'chosen'", row["chosen"])[:-1] or None
     if prompt is None:
         known = ", ".join(sorted(str(column) for column in row)) or "none"
         raise UsageError(
-            f"row {number} has no 'prompt' and no 'messages' (its columns: {known:.200}); "
-            "name yours with data.columns, e.g. {question: prompt}"
+            f"no 'prompt' and no 'messages' (columns: {known:.200}); rename a column with data.columns, e.g. "
+            "{question: prompt}"
         )
     if not isinstance(prompt, str):
-        prompt = checked_messages(number, "prompt", prompt)
-    return prompt, _answer(number, row, column, prompt)
+        prompt = checked_messages("'prompt'", prompt)
+    return prompt, _completion(row, column, prompt)
 
 
-def _answer(number: int, row: Row, column: str, prompt: Prompt) -> Answer:
-    """A string, or one assistant message; a conversation that begins with the prompt is cut to its answer."""
+def _completion(row: Mapping[str, Any], column: str, prompt: Prompt) -> Completion:
+    """Text or one assistant message; the prompt is removed from the beginning of a conversation."""
     value = row.get(column)
     if value is None or isinstance(value, str):
         return value
-    messages = checked_messages(number, column, value)
+    messages = checked_messages(f"'{column}'", value)
     if not isinstance(prompt, str) and messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UsageError(
-            f"row {number}: '{column}' must be a string, one assistant message, or a conversation that "
-            "begins with the row's prompt"
+            f"'{column}' must be a string, one assistant message, or a conversation that begins with the "
+            "row's prompt"
         )
     return messages
 
 
-def checked_messages(number: int, column: str, value: Any) -> list[dict[str, Any]]:
-    """The messages of a chat, if that is what a column holds.
+def checked_messages(name: str, value: Any) -> list[Message]:
+    """The chat messages in `value`, without keys whose value is None.
 
     Raises:
-        UsageError: It is something else, naming the row.
+        UsageError: `value` holds no chat messages; the error begins with `name`.
     """
     messages = list(value) if isinstance(value, (list, tuple)) else []
-    whole = all(
+    valid = all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and m.get("content") is not None
         for m in messages
     )
-    if not messages or not whole:
+    if not messages or not valid:
         raise UsageError(
-            f"row {number}: '{column}' must be a string or a list of messages with 'role' and 'content', "
-            f"got {value!r:.80}"
+            f"{name} must be a string or a list of messages with 'role' and 'content', got {value!r:.80}"
         )
     return [{key: item for key, item in message.items() if item is not None} for message in messages]
 
 
-def _as_messages(prompt: Prompt, system_prompt: str | None) -> list[dict[str, Any]]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
 def _render_chat(
-    number: int,
-    messages: list[dict[str, Any]],
-    completion: Answer,
+    messages: list[Message],
+    completions: Sequence[Completion],
     tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-) -> tuple[str, str | None]:
-    """The prompt's text with the generation prompt, and what the template writes behind it for the answer."""
+    chat_template_kwargs: Mapping[str, Any],
+) -> tuple[str, list[str | None]]:
+    """The prompt's text with the generation prompt, and the text that each completion adds to it."""
     if tokenizer.chat_template is None:
         raise UsageError(
-            f"row {number} is a chat, but the tokenizer has no chat template; use a chat model's tokenizer "
-            "or give plain strings as prompts (with data.prompt_format: text, the default)"
+            "a chat needs a chat template, but the tokenizer has none; use a chat model's tokenizer, or "
+            "strings as prompts with data.prompt_format: text (the default)"
         )
 
-    def render(turns: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(turns: list[Message], **options: Any) -> str:
         template: Any = tokenizer.apply_chat_template
         try:
-            text = template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **config.chat_template_kwargs,
+            return str(template(turns, tokenize=False, **options, **chat_template_kwargs))
+        except Exception as error:  # templates raise types of their authors' choice
+            raise UsageError(f"the chat template raised an error: {error}") from error
+
+    prompt = render(messages, add_generation_prompt=True)
+    texts: list[str | None] = []
+    for completion in completions:
+        turn = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        text = None if turn is None else render(messages + turn, add_generation_prompt=False)
+        if text is not None and not text.startswith(prompt):
+            raise UsageError(
+                "the chat template renders the prompt differently when a completion follows, so the "
+                "completion's tokens are unknown; change data.chat_template_kwargs (e.g. enable_thinking)"
             )
-        except Exception as error:  # templates raise what their authors chose
-            raise UsageError(f"row {number}: the chat template refuses it: {error}") from error
-        return str(text)
-
-    prompt_text = render(messages, add_generation_prompt=True)
-    if completion is None:
-        return prompt_text, None
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    whole = render(messages + answer, add_generation_prompt=False)
-    if not whole.startswith(prompt_text):
-        raise UsageError(
-            f"row {number}: the chat template writes the prompt differently once an answer follows, so the "
-            "answer's tokens cannot be told apart; change data.chat_template_kwargs (e.g. enable_thinking)"
-        )
-    return prompt_text, whole[len(prompt_text) :]
+        texts.append(text and text[len(prompt) :])
+    return prompt, texts
 
 
-def _plain(number: int, completion: Answer) -> str | None:
+def _plain_text(completion: Completion) -> str | None:
     if completion is None or isinstance(completion, str):
         return completion
     content = completion[0]["content"]
     if not isinstance(content, str):
-        raise UsageError(f"row {number}: the demonstration's content must be text, got {content!r:.80}")
+        raise UsageError(f"the content of the demonstration must be text, got {content!r:.80}")
     return content
 
 
 def _encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     ids = tuple(tokenizer(text).input_ids)
-    # Some tokenizers end every text with EOS; a prompt that has ended cannot be continued.
+    # Some tokenizers append EOS to every text, but a prompt that has ended cannot be continued.
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> TokenIds:
-    """Ids up to and including the first token that ends an answer; the end token is appended where none does.
+    """Token ids up to and including the first stop token; the end token is appended if there is none.
 
-    What a chat template writes behind it (often a newline) is cut: no sampler would produce it, and a
-    discriminator would know the expert by it.
+    Text that a chat template writes after the stop token, often a newline, is removed: the sampler cannot
+    generate it, so the discriminator would recognise demonstrations by it.
     """
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
-    if end is not None:
-        return ids[: end + 1]
-    assert isinstance(tokenizer.eos_token_id, int)
-    return (*ids, tokenizer.eos_token_id)
+    eos_id: Any = tokenizer.eos_token_id
+    return (*ids, eos_id) if end is None else ids[: end + 1]

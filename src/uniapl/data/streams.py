@@ -1,4 +1,4 @@
-"""The two streams that a run draws from: prompts to sample for, and demonstrations."""
+"""The two streams of a run: prompts for rollouts, and demonstrations."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,9 +10,9 @@ from uniapl.types import Example, derive_seed
 
 
 class Stream:
-    """An endless, seeded shuffle of some examples, with a position that a checkpoint can hold.
+    """An endless seeded shuffle of examples. A checkpoint saves only its position.
 
-    Epoch e is a permutation drawn from (seed, name, e) alone, so a position is all there is to save.
+    Epoch e is a permutation that depends only on (seed, name, e).
     """
 
     def __init__(self, examples: Sequence[Example], *, seed: int, name: str, position: int = 0) -> None:
@@ -25,20 +25,20 @@ class Stream:
 
     @property
     def epoch(self) -> float:
-        """Passes over the examples so far."""
+        """Passes over the examples so far, as a fraction."""
         return self.position / max(1, len(self._examples))
 
     def take(self, count: int) -> list[Example]:
-        """The next `count` examples; an epoch may end in the middle."""
+        """The next `count` examples, across epochs."""
         taken = self.peek(count)
         self.position += len(taken)
         return taken
 
     def peek(self, count: int) -> list[Example]:
-        """What :meth:`take` would return; the position stays."""
-        return [self._at(self.position + offset) for offset in range(count)] if self._examples else []
+        """The next `count` examples, without a change of position."""
+        return [self._example_at(self.position + offset) for offset in range(count)] if self._examples else []
 
-    def _at(self, position: int) -> Example:
+    def _example_at(self, position: int) -> Example:
         epoch, offset = divmod(position, len(self._examples))
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, self._name, epoch))
@@ -52,10 +52,10 @@ def split_streams(
     can_be_rewarded: Callable[[Example], bool],
     uses_adversary: bool,
 ) -> tuple[list[Example], list[Example]]:
-    """(examples to sample answers for, examples to learn demonstrations from): a row may be in both.
+    """Examples to sample rollouts for, and examples with demonstrations; an example may be in both.
 
-    A row is worth sampling when some reward function applies to it, or when an adversary can compare its
-    answers with its demonstration.
+    Rollouts are sampled if a reward function applies, or if the discriminator can compare them with a
+    demonstration.
     """
     demonstrations = [e for e in dataset.examples if e.demonstration_ids is not None]
     prompts = [
@@ -67,6 +67,6 @@ def split_streams(
 
 
 def is_held_out(example: Example, config: Config) -> bool:
-    """Whether the discriminator never learns from this prompt: drawn by its ids, alike for its copies."""
+    """Whether the discriminator is never trained on this prompt, drawn by the prompt's token ids."""
     drawn = derive_seed(config.seed, "held out", *example.prompt_ids)
     return drawn < config.discriminator.held_out_fraction * 2**63

@@ -1,7 +1,8 @@
-"""Prompts of the small language: what they ask for, how they say it, and whether a text does it.
+"""Prompts of the demo task: what they ask for, in words, and whether a text satisfies it.
 
-Every prompt asks for a number of sentences about a topic, and for one to three of the extras below. A
-combination of extras is the set of their kinds; some combinations occur in no training prompt.
+Each prompt asks for a number of sentences about a topic, and for one to three extra constraints. The
+combination of a prompt is the set of kinds of its extra constraints; some combinations occur in no training
+prompt.
 """
 
 import itertools
@@ -16,8 +17,16 @@ NUMBERS = {
     16: "sixteen", 18: "eighteen", 20: "twenty", 24: "twentyfour",
 }  # fmt: skip
 AVOIDABLE = ("adjective", "adverb", "place")
-EXTRAS = ("include", "avoid", "end", "twice", "place", "max_words")
-# Seen in no training prompt: whether following instructions generalises to new combinations.
+WORDINGS = {
+    "include": "use {} .",
+    "avoid": "do not use {} .",
+    "end": "end with {} .",
+    "twice": "use {} twice .",
+    "place": "mention a place .",
+    "max_words": "use at most {} words .",
+}
+EXTRAS = tuple(WORDINGS)
+# They test whether instruction following generalises to combinations that training prompts do not have.
 HELD_OUT_COMBINATIONS = frozenset(
     map(
         frozenset,
@@ -28,7 +37,7 @@ HELD_OUT_COMBINATIONS = frozenset(
 
 @dataclass(frozen=True, order=True)
 class Constraint:
-    """One thing that a prompt asks for.
+    """One requirement of a prompt.
 
     Example:
         Constraint("include", "dark"), Constraint("sentences", 2), Constraint("avoid", "adverb")
@@ -39,25 +48,12 @@ class Constraint:
 
     @property
     def wording(self) -> str:
-        """How a prompt says it (the number of sentences and the topic are said together, by the prompt)."""
-        match self.kind:
-            case "include":
-                return f"use {self.argument} ."
-            case "avoid":
-                return f"do not use {self.argument} ."
-            case "end":
-                return f"end with {self.argument} ."
-            case "twice":
-                return f"use {self.argument} twice ."
-            case "place":
-                return "mention a place ."
-            case "max_words":
-                return f"use at most {NUMBERS[int(self.argument)]} words ."
-            case _:
-                raise ValueError(f"{self.kind} has no wording of its own")
+        """The sentence of the prompt that states an extra constraint."""
+        argument = NUMBERS[int(self.argument)] if self.kind == "max_words" else self.argument
+        return WORDINGS[self.kind].format(argument)
 
     def satisfied_by(self, text: str) -> bool:
-        """Whether a text does it. Words are compared whole; full stops are not words."""
+        """Whether a text satisfies the constraint. Only complete words count; full stops are not words."""
         words = [word for word in text.split() if word != "."]
         match self.kind:
             case "sentences":
@@ -79,7 +75,7 @@ class Constraint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class TaskPrompt:
     """A request for a text.
 
     Example:
@@ -92,12 +88,12 @@ class Prompt:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """Everything asked for, the number of sentences and the topic first."""
+        """All constraints, the number of sentences and the topic first."""
         return (Constraint("sentences", self.sentences), Constraint("topic", self.topic), *self.extras)
 
     @property
     def combination(self) -> frozenset[str]:
-        """The kinds of its extras."""
+        """The kinds of the extra constraints."""
         return frozenset(extra.kind for extra in self.extras)
 
     @property
@@ -109,22 +105,19 @@ class Prompt:
 
 
 def conflict(one: Constraint, other: Constraint) -> bool:
-    """Whether two extras are never asked for together: no text, or hardly any, could do both."""
+    """Whether two extra constraints exclude each other, or hardly any text satisfies both."""
     for a, b in ((one, other), (other, one)):
-        if a.kind == "avoid":
-            if b.kind == "place" and a.argument == "place":
-                return True
-            if CLASS_OF.get(str(b.argument)) == a.argument:
-                return True
-        if {a.kind, b.kind} <= {"include", "twice", "end"} and a.argument == b.argument:
+        if a.kind == "avoid" and a.argument in (CLASS_OF.get(str(b.argument)), b.kind):
             return True
+    if {one.kind, other.kind} <= {"include", "twice", "end"} and one.argument == other.argument:
+        return True
     return one.kind == other.kind
 
 
-def feasible(prompt: Prompt) -> bool:
-    """Whether the word limit leaves room, and a word can stand twice in so many sentences."""
+def feasible(prompt: TaskPrompt) -> bool:
+    """Whether the word limit leaves enough room, and a word can occur twice in the number of sentences."""
+    others = len(prompt.extras) - 1
     for extra in prompt.extras:
-        others = len(prompt.extras) - 1
         if extra.kind == "max_words" and int(extra.argument) < 5 * prompt.sentences + 3 * others + 1:
             return False
         if extra.kind == "twice" and prompt.sentences == 1 and CLASS_OF[str(extra.argument)] != "adjective":
@@ -132,25 +125,28 @@ def feasible(prompt: Prompt) -> bool:
     return True
 
 
-def draw_prompt(rng: random.Random, *, kinds: tuple[str, ...] | None = None) -> Prompt:
-    """A random prompt without conflicts; `kinds` fixes which extras it has."""
+def draw_prompt(rng: random.Random, *, kinds: tuple[str, ...] | None = None) -> TaskPrompt:
+    """A random prompt without conflicts; `kinds` fixes the kinds of its extra constraints."""
     while True:
         sentences, topic = rng.choice((1, 2, 3)), rng.choice(NOUNS)
         wanted = kinds or tuple(rng.sample(EXTRAS, rng.choice((1, 2, 3))))
         extras = tuple(_draw_extra(rng, kind) for kind in wanted)
-        prompt = Prompt(sentences=sentences, topic=topic, extras=extras)
+        prompt = TaskPrompt(sentences=sentences, topic=topic, extras=extras)
         if feasible(prompt) and not any(conflict(a, b) for a, b in itertools.combinations(extras, 2)):
             return prompt
 
 
-def draw_prompts(rng: random.Random, count: int, *, held_out: bool, seen: set[str]) -> Iterator[Prompt]:
-    """Distinct prompts that are not in `seen`, which grows; all of held-out combinations, or none of them."""
+def draw_prompts(rng: random.Random, *, held_out: bool, seen: set[str]) -> Iterator[TaskPrompt]:
+    """Endless distinct prompts that are not in `seen`, to which they are added.
+
+    Args:
+        held_out: Whether the prompts have held-out combinations; otherwise none of them does.
+    """
     combinations = sorted(tuple(sorted(c)) for c in HELD_OUT_COMBINATIONS)
-    while count:
+    while True:
         prompt = draw_prompt(rng, kinds=rng.choice(combinations) if held_out else None)
         if prompt.text not in seen and (prompt.combination in HELD_OUT_COMBINATIONS) == held_out:
             seen.add(prompt.text)
-            count -= 1
             yield prompt
 
 

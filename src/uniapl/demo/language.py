@@ -1,48 +1,48 @@
-"""A small language: its words, its one sentence pattern, and a parser for well-formed sentences.
+"""The language of the demo task: its words, its sentence pattern, and a parser.
 
     the [ADJECTIVE] NOUN VERB (the | a) [ADJECTIVE] OBJECT [PREPOSITION the PLACE] [ADVERB] .
 
-Texts are sequences of words separated by spaces; the full stop is a word of its own.
+Texts are words separated by spaces; the full stop is a separate word.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-NOUNS = tuple(
-    "farmer teacher doctor sailor painter baker singer soldier hunter judge king queen "
-    "child monk pilot clerk nurse poet guard miner butcher gardener fisher tailor".split()
-)
-VERBS = tuple(
-    "saw found took lost kept sold made bought carried cleaned dropped followed "
-    "forgot held hid opened painted pushed raised showed stole threw watched wanted".split()
-)
-OBJECTS = tuple(
-    "apple basket boat book bottle box candle chair clock coat coin cup "
-    "door drum flag hat key knife lamp letter map ring rope wheel".split()
-)
-PLACES = tuple("barn bridge castle church forest garden harbor hill market mill river tower".split())
-PREPOSITIONS = ("in", "near", "behind", "beside")
-ADJECTIVES = tuple(
-    "old young dark bright quiet loud small large heavy light clever foolish "
-    "brave gentle proud tired empty broken golden wooden".split()
-)
-ADVERBS = tuple("slowly quickly softly again often rarely proudly sadly gladly calmly today early".split())
-DETERMINERS = ("the", "a")
-
-CLASSES = {
-    "noun": NOUNS,
-    "verb": VERBS,
-    "object": OBJECTS,
-    "place": PLACES,
-    "adjective": ADJECTIVES,
-    "adverb": ADVERBS,
+WORDS = {
+    "noun": "farmer teacher doctor sailor painter baker singer soldier hunter judge king queen "
+    "child monk pilot clerk nurse poet guard miner butcher gardener fisher tailor",
+    "verb": "saw found took lost kept sold made bought carried cleaned dropped followed "
+    "forgot held hid opened painted pushed raised showed stole threw watched wanted",
+    "object": "apple basket boat book bottle box candle chair clock coat coin cup "
+    "door drum flag hat key knife lamp letter map ring rope wheel",
+    "place": "barn bridge castle church forest garden harbor hill market mill river tower",
+    "adjective": "old young dark bright quiet loud small large heavy light clever foolish "
+    "brave gentle proud tired empty broken golden wooden",
+    "adverb": "slowly quickly softly again often rarely proudly sadly gladly calmly today early",
 }
+CLASSES = {name: tuple(words.split()) for name, words in WORDS.items()}
+NOUNS, VERBS, OBJECTS, PLACES, ADJECTIVES, ADVERBS = CLASSES.values()
+PREPOSITIONS = ("in", "near", "behind", "beside")
+DETERMINERS = ("the", "a")
 CLASS_OF = {word: name for name, words in CLASSES.items() for word in words}
+
+
+def _slot(name: str, words: Sequence[str]) -> str:
+    return f"(?P<{name}>{'|'.join(words)}) "
+
+
+PATTERN = re.compile(
+    f"the (?:{_slot('noun_adjective', ADJECTIVES)})?{_slot('noun', NOUNS)}{_slot('verb', VERBS)}"
+    f"{_slot('determiner', DETERMINERS)}"
+    f"(?:{_slot('object_adjective', ADJECTIVES)})?{_slot('object', OBJECTS)}"
+    f"(?:{_slot('preposition', PREPOSITIONS)}the {_slot('place', PLACES)})?(?:{_slot('adverb', ADVERBS)})?\\."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
-    """One well-formed sentence, by its slots.
+    """The slots of a well-formed sentence.
 
     Example:
         Sentence(noun="farmer", verb="saw", object="boat", place="river", preposition="near") is
@@ -61,7 +61,7 @@ class Sentence:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The sentence as it is written, the full stop included."""
+        """The words of the sentence, with the full stop."""
         slots = ("the", self.noun_adjective, self.noun, self.verb)
         slots += (self.determiner, self.object_adjective, self.object)
         slots += (self.preposition, "the", self.place) if self.place else ()
@@ -69,43 +69,18 @@ class Sentence:
 
 
 def parse(words: Sequence[str]) -> Sentence | None:
-    """The sentence that these words are, full stop included; None if they are not well formed.
+    """The sentence with these words, which include the full stop; None if they are not well formed.
 
     Example:
         >>> parse("the king lost a golden ring .".split()).object_adjective
         'golden'
     """
-    rest = list(words)
-
-    def take(kind: Sequence[str]) -> str | None:
-        return rest.pop(0) if rest and rest[0] in kind else None
-
-    article, noun_adjective = take(("the",)), take(ADJECTIVES)
-    noun, verb, determiner = take(NOUNS), take(VERBS), take(DETERMINERS)
-    object_adjective, object_ = take(ADJECTIVES), take(OBJECTS)
-    preposition = take(PREPOSITIONS)
-    place_article = take(("the",)) if preposition else None
-    place = take(PLACES) if place_article else None
-    adverb, stop = take(ADVERBS), take((".",))
-    if not (article and noun and verb and determiner and object_ and stop) or rest:
-        return None
-    if preposition and not place:
-        return None
-    return Sentence(
-        noun=noun,
-        verb=verb,
-        object=object_,
-        determiner=determiner,
-        noun_adjective=noun_adjective,
-        object_adjective=object_adjective,
-        preposition=preposition,
-        place=place,
-        adverb=adverb,
-    )
+    match = PATTERN.fullmatch(" ".join(words))
+    return Sentence(**match.groupdict()) if match else None
 
 
 def split_sentences(text: str) -> Iterator[tuple[str, ...]]:
-    """The text cut behind each full stop; what follows the last one is a piece too."""
+    """The words of the text, split after each full stop; the words after the last one are a piece too."""
     piece: list[str] = []
     for word in text.split():
         piece.append(word)
@@ -117,7 +92,7 @@ def split_sentences(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def fluency(text: str) -> float:
-    """Share of the text's sentences that are well formed and not said before; 0 for an empty text.
+    """Fraction of the text's sentences that are well formed and not repetitions; 0 for an empty text.
 
     Example:
         >>> fluency("the king lost a ring . the king lost a ring . king the .")

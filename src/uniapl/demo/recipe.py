@@ -1,4 +1,4 @@
-"""How models are trained on the embedded task: by `uniapl demo`, and by every cell of a comparison."""
+"""The recipe of the demo task, used by `uniapl demo` and by every cell of a comparison."""
 
 from typing import Any
 
@@ -14,6 +14,6 @@ RECIPE: dict[str, Any] = {
     "rewards": {"functions": ["uniapl.demo.task:embedded_constraints"]},
     "discriminator": {"learning_rate": 1e-3, "warmup_steps": 10},
     "optim": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"},
-    # Small micro-batches: on a CPU less padding is worth more than more rows at a time.
+    # On a CPU, less padding in small micro-batches outweighs more rows per micro-batch.
     "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32, "max_tokens_per_micro_batch": 1024},
 }

@@ -1,14 +1,15 @@
-"""The embedded task: its tokenizer, its three splits of prompts, its data rows and its reward."""
+"""The data of the demo task: tokenizer, splits of prompts, data rows, reward."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from uniapl.demo.constraints import NUMBERS, Constraint, Prompt, draw_prompts
+from uniapl.demo.constraints import NUMBERS, Constraint, TaskPrompt, draw_prompts
 from uniapl.demo.language import CLASS_OF, DETERMINERS, PREPOSITIONS
 from uniapl.demo.writers import EXPERT, write
 from uniapl.rewards import register
@@ -30,18 +31,19 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Prompts to learn from, prompts to judge by, and prompts with combinations that were never seen."""
+    """Training prompts, held-out prompts, and prompts with held-out combinations of constraints."""
 
-    train: tuple[Prompt, ...]
-    demonstrations: dict[Prompt, str]
-    """The expert's texts for the first of the training prompts."""
-    held_out: dict[Prompt, str]
-    """With the expert's texts, as the next one."""
-    held_out_combinations: dict[Prompt, str]
+    train: tuple[TaskPrompt, ...]
+    demonstrations: dict[TaskPrompt, str]
+    """The expert's texts for the first training prompts."""
+    held_out: dict[TaskPrompt, str]
+    """Held-out prompts with the expert's texts."""
+    held_out_combinations: dict[TaskPrompt, str]
+    """Prompts with held-out combinations, with the expert's texts."""
 
     @property
     def texts(self) -> set[str]:
-        """Of all its prompts."""
+        """The texts of all prompts."""
         return {p.text for p in (*self.train, *self.held_out, *self.held_out_combinations)}
 
     @property
@@ -58,37 +60,30 @@ def make_task(
     held_out: int = 256,
     without: Iterable[str] = (),
 ) -> Task:
-    """The task, drawn from its seed: every prompt distinct, and none that the expert cannot answer.
+    """Draw the task from a seed: distinct prompts that the expert can answer.
 
     Args:
-        without: Texts of prompts that must not occur in it.
+        without: Texts of prompts that must not occur.
     """
     rng = random.Random(derive_seed(seed, "embedded", "prompts"))
     seen = set(without)
-    train = tuple(_answerable(rng, prompts, combinations=False, seen=seen))
-    held = tuple(_answerable(rng, held_out, combinations=False, seen=seen))
-    combinations = tuple(_answerable(rng, held_out, combinations=True, seen=seen))
+
+    def draw(*, held_out: bool) -> Iterator[tuple[TaskPrompt, str]]:
+        for prompt in draw_prompts(rng, held_out=held_out, seen=seen):
+            if text := write(prompt, EXPERT, rng):
+                yield prompt, text
+
+    train = list(islice(draw(held_out=False), prompts))
     return Task(
         train=tuple(prompt for prompt, _ in train),
         demonstrations=dict(train[:demonstrations]),
-        held_out=dict(held),
-        held_out_combinations=dict(combinations),
+        held_out=dict(islice(draw(held_out=False), held_out)),
+        held_out_combinations=dict(islice(draw(held_out=True), held_out)),
     )
 
 
-def _answerable(
-    rng: random.Random, count: int, *, combinations: bool, seen: set[str]
-) -> Iterable[tuple[Prompt, str]]:
-    found = 0
-    while found < count:
-        (prompt,) = draw_prompts(rng, 1, held_out=combinations, seen=seen)
-        if text := write(prompt, EXPERT, rng):
-            found += 1
-            yield prompt, text
-
-
-def as_row(prompt: Prompt, demonstration: str | None = None) -> dict[str, Any]:
-    """A prompt as a data row: a chat, the constraints as a column, the expert's text if there is one."""
+def as_row(prompt: TaskPrompt, demonstration: str | None = None) -> dict[str, Any]:
+    """A data row: the prompt as a chat, the constraints as a column, the demonstration if there is one."""
     row: dict[str, Any] = {
         "prompt": [{"role": "user", "content": prompt.text}],
         "constraints": [[constraint.kind, constraint.argument] for constraint in prompt.constraints],
@@ -100,17 +95,17 @@ def as_row(prompt: Prompt, demonstration: str | None = None) -> dict[str, Any]:
 
 @register("embedded_constraints")
 def embedded_constraints(completions: list[Any], constraints: list[Any]) -> list[float]:
-    """Share of a row's constraints that the text satisfies: neither fluency nor manner is looked at."""
+    """Fraction of a row's constraints that the completion satisfies; fluency and style do not matter."""
     rewards: list[float] = []
-    for completion, asked in zip(completions, constraints, strict=True):
+    for completion, wanted in zip(completions, constraints, strict=True):
         text = completion if isinstance(completion, str) else completion[0]["content"]
-        satisfied = [Constraint(kind, argument).satisfied_by(text) for kind, argument in asked]
+        satisfied = [Constraint(kind, argument).satisfied_by(text) for kind, argument in wanted]
         rewards.append(sum(satisfied) / len(satisfied))
     return rewards
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, with a chat template."""
+    """A tokenizer with one token per word and a chat template."""
     words = [*CLASS_OF, *PREPOSITIONS, *DETERMINERS, ".", *PROMPT_WORDS.split(), *NUMBERS.values()]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys((*SPECIAL_TOKENS, *words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))

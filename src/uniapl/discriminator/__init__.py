@@ -1,38 +1,41 @@
-"""Telling the expert's answers from the policy's: the protocol, and the discriminators that fulfil it."""
+"""Discriminators distinguish the expert's completions from the policy's: the protocol and implementations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+from torch import Tensor
+
+from uniapl.data.batching import batch_sequences
 from uniapl.types import Example, RolloutGroup, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An answer that is given a logit, with its prompt and the expert's answer to that prompt."""
+    """A completion to score, with its prompt and the demonstration of that prompt."""
 
     example: Example
     completion_ids: TokenIds
     text: str
     reference: str | None
-    """The demonstration of its prompt, decoded as rollouts are; None where there is none."""
+    """The decoded demonstration; None if the prompt has none."""
 
 
 @runtime_checkable
 class Discriminator(Protocol):
-    """Gives a logit to an answer: higher = more like the expert's.
+    """Scores completions with a logit: higher = more like the expert's.
 
-    A candidate's logit depends on that candidate alone, never on the ones scored beside it.
+    The logit of a candidate does not depend on the other candidates.
     """
 
     needs_reference: ClassVar[bool]
-    """It can only score where the prompt has a demonstration."""
+    """Only candidates whose prompt has a demonstration can be scored."""
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The logit of each candidate, in their order.
+        """Return the logit of each candidate, in their order.
 
         Raises:
-            UniAPLError: Some could not be scored; never a number that is not theirs.
+            UniAPLError: At least one candidate could not be scored.
         """
         ...
 
@@ -40,20 +43,41 @@ class Discriminator(Protocol):
 def candidates_of(
     group: RolloutGroup, decode: Callable[[TokenIds], str]
 ) -> tuple[list[Candidate], Candidate | None]:
-    """The rollouts of a group, and the demonstration, if there is one.
+    """Return the rollouts of a group, and the demonstration if there is one, as candidates.
 
     Args:
-        decode: Makes text of the demonstration's ids as it was made of the rollouts'. The data's own text
-            lacks what a chat template writes around it: whoever reads text could tell the two apart by that.
+        decode: Decodes the demonstration's ids as the rollouts were decoded. The text in the data lacks what
+            the chat template adds, by which a discriminator that reads text could recognise it.
     """
-    ids = group.example.demonstration_ids
+    example, ids = group.example, group.example.demonstration_ids
     reference = decode(ids) if ids is not None else None
     rollouts = [
-        Candidate(
-            example=group.example, completion_ids=rollout.completion_ids, text=text, reference=reference
-        )
+        Candidate(example=example, completion_ids=rollout.completion_ids, text=text, reference=reference)
         for rollout, text in zip(group.rollouts, group.texts, strict=True)
     ]
     if ids is None or reference is None:
         return rollouts, None
-    return rollouts, Candidate(example=group.example, completion_ids=ids, text=reference, reference=reference)
+    return rollouts, Candidate(example=example, completion_ids=ids, text=reference, reference=reference)
+
+
+def batched_logits(
+    sequences: Sequence[tuple[TokenIds, TokenIds]],
+    compute: Callable[[list[int]], Tensor],
+    *,
+    max_tokens: int,
+    packed: bool,
+) -> list[float]:
+    """Compute logits batch by batch and return them in the order of the sequences.
+
+    Args:
+        sequences: (prompt ids, completion ids).
+        compute: Returns the logits [n] of the sequences with these indices.
+        max_tokens: Tokens per batch, counting a prompt once if packed and with padding otherwise; a batch
+            has at least one sequence.
+    """
+    batches = batch_sequences(sequences, max_tokens=max_tokens, packed=packed)
+    logits = [0.0] * len(sequences)
+    for indices in batches:
+        for index, logit in zip(indices, compute(indices).tolist(), strict=True):
+            logits[index] = logit
+    return logits

@@ -1,4 +1,4 @@
-"""The co-trained discriminator: a language model's trunk with a scalar head, and what steers its training."""
+"""The co-trained discriminator: its model, its Bradley-Terry loss, its replay and its accuracy band."""
 
 import contextlib
 import copy
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from uniapl.data.batching import by_length, by_prompt, pad_right, spans_of
-from uniapl.discriminator import Candidate
+from uniapl.data.batching import pad_right, spans_of
+from uniapl.discriminator import Candidate, batched_logits
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss
@@ -20,62 +20,61 @@ from uniapl.models.lora import merge_in_place
 from uniapl.models.packing import Packing, packed_hidden
 from uniapl.types import Example, RolloutGroup, Span, TokenIds, derive_seed
 
-Scored = tuple[TokenIds, TokenIds]
-"""Prompt ids and completion ids of what is given a logit."""
+Tokens = tuple[TokenIds, TokenIds]
+"""Prompt ids and completion ids of a sequence to score."""
 
 Context = Callable[[Example], TokenIds]
-"""What is read before an example's prompt."""
+"""Returns the token ids in front of an example's prompt."""
+
+ACCURACY_DECAY = 0.9
+"""Decay of the moving averages in :class:`AdversaryState`: about the last ten steps. Our choice."""
 
 
 def no_context(example: Example) -> TokenIds:
-    """Nothing: the prompt comes first."""
+    """Return no token ids."""
     return ()
 
 
 def another_example(examples: Sequence[Example], seed: int) -> Context:
-    """Another prompt with its demonstration, always the same one for a prompt: what the expert is like.
+    """Return a context that shows the expert's style: another prompt with its demonstration.
 
-    Not the prompt's own answer: the expert's would then be known by being read twice. Source:
-    our choice, for a discriminator that has one answer of the expert per prompt.
+    A prompt always gets the same context, never its own demonstration, which would reveal the expert by
+    occurring twice. Source: our choice, for discriminators with one demonstration per prompt.
 
     Raises:
         UsageError: Fewer than two prompts have a demonstration.
     """
-    shown = {e.prompt_ids: e.demonstration_ids for e in examples if e.demonstration_ids is not None}
-    if len(shown) < 2:
+    known = {e.prompt_ids: e.demonstration_ids for e in examples if e.demonstration_ids is not None}
+    if len(known) < 2:
         raise UsageError(
             "discriminator.in_context_demonstration needs demonstrations of at least two different prompts"
         )
-    prompts = list(shown)
+    prompts = list(known)
 
     def context(example: Example) -> TokenIds:
-        drawn = derive_seed(seed, "context", *example.prompt_ids)
-        chosen = prompts[drawn % len(prompts)]
-        # The same answer to another prompt would give the expert's away just as well.
+        start = derive_seed(seed, "context", *example.prompt_ids)
         for offset in range(len(prompts)):
-            chosen = prompts[(drawn + offset) % len(prompts)]
-            if chosen != example.prompt_ids and shown[chosen] != example.demonstration_ids:
-                return chosen + (shown[chosen] or ())
+            prompt = prompts[(start + offset) % len(prompts)]
+            # An equal demonstration of another prompt would reveal the expert as well.
+            if prompt != example.prompt_ids and known[prompt] != example.demonstration_ids:
+                return prompt + known[prompt]
         return ()
 
     return context
 
 
-ACCURACY_DECAY = 0.9
-"""Of the moving average that the accuracy band looks at: about the last ten steps. Our choice."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The expert's answer to a prompt beside the policy's: one Bradley-Terry pair per completion."""
+    """A demonstration and completions of the same prompt: one Bradley-Terry pair per completion."""
 
     prompt_ids: TokenIds
+    """The context and the prompt."""
     demonstration_ids: TokenIds
     completions: tuple[TokenIds, ...]
 
     @staticmethod
     def of(group: RolloutGroup, context: Context) -> "Comparison":
-        """The comparison that a group with a demonstration allows; a rejected answer loses too."""
+        """Compare a group's demonstration with its rollouts and its rejected completion, if there is one."""
         example = group.example
         assert example.demonstration_ids is not None
         rejected = () if example.rejected_ids is None else (example.rejected_ids,)
@@ -86,29 +85,29 @@ class Comparison:
         )
 
     @property
-    def sequences(self) -> list[Scored]:
-        """The demonstration first, then the completions."""
+    def sequences(self) -> list[Tokens]:
+        """The demonstration, then the completions."""
         return [(self.prompt_ids, ids) for ids in (self.demonstration_ids, *self.completions)]
 
     @property
     def width(self) -> int:
-        """Tokens of its longest sequence."""
+        """Tokens of the longest sequence."""
         return len(self.prompt_ids) + max(map(len, (self.demonstration_ids, *self.completions)))
 
-    def within(self, limit: int) -> list["Comparison"]:
-        """The same pairs in comparisons of at most `limit` padded tokens, or of one pair."""
-        size = max(1, limit // self.width - 1)
+    def split(self, max_tokens: int) -> list["Comparison"]:
+        """Split into comparisons of at most `max_tokens` padded tokens, or of one pair."""
+        size = max(1, max_tokens // self.width - 1)
         return [
             replace(self, completions=self.completions[start : start + size])
             for start in range(0, max(1, len(self.completions)), size)
         ]
 
 
-class BradleyTerry(nn.Module):
-    """A trunk that reads prompt and answer, and a linear head on the hidden state of the last token.
+class ScoreModel(nn.Module):
+    """A trunk and a linear head on the hidden state of the last token.
 
-    Source: GAD (arXiv 2511.10643), where a copy of the student did best. The head starts at zero, so that
-    every answer begins with win probability 0.5; it has no bias, since only differences count.
+    Source: GAD (arXiv 2511.10643), where a copy of the student performed best. The head starts at zero, so
+    that every win probability is 0.5 at first. It has no bias, because only differences of logits matter.
     """
 
     def __init__(self, trunk: PreTrainedModel | LoraTrunk) -> None:
@@ -119,21 +118,21 @@ class BradleyTerry(nn.Module):
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
 
     @staticmethod
-    def copy_of(model: PreTrainedModel) -> "BradleyTerry":
-        """A discriminator whose trunk is a copy of a language model's."""
+    def copy_of(model: PreTrainedModel) -> "ScoreModel":
+        """Copy the trunk of a language model, with its adapter merged."""
         if model.base_model is model:
             raise UsageError(
-                f"{type(model).__name__} has no trunk apart from its head to copy; name another backbone in "
-                "discriminator.model_name_or_path"
+                f"{type(model).__name__} has no trunk without its head: set discriminator.model_name_or_path "
+                "to another model"
             )
         trunk: Any = copy.deepcopy(model.base_model)
         merge_in_place(trunk)
-        return BradleyTerry(trunk).to(model.device)
+        return ScoreModel(trunk).to(model.device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, spans: Sequence[Span] = ()) -> Tensor:
-        """Logits [B] of right-padded rows, read packed if their spans are given.
+        """Return the logits [B] of right-padded rows, which are read packed if spans are given.
 
-        The last token is found by length, never by token id.
+        The last token is found by length, because a completion may end with the pad token.
         """
         last = attention_mask.sum(-1) - 1
         rows = torch.arange(len(last), device=last.device)
@@ -146,48 +145,42 @@ class BradleyTerry(nn.Module):
             hidden = self.trunk(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **optional
             ).last_hidden_state[rows, last]
-        # In fp32 also under autocast: bf16 would round logits whose small differences are the credit.
+        # In fp32 also under autocast: bf16 would round away the small differences that become the credit.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BradleyTerryDiscriminator:
-    """Scoring and the training loss on top of a :class:`BradleyTerry` module."""
+    """Scores with a :class:`ScoreModel`, and computes its training loss."""
 
     needs_reference: ClassVar[bool] = False
-    module: BradleyTerry
+    module: ScoreModel
     pad_id: int
     max_tokens: int
-    """Of one batch at most, a shared prompt once or with padding: one row at least when scoring, one pair
-    in the loss."""
+    """Tokens per batch; a batch has at least one row for scoring, one pair for the loss."""
     label_smoothing: float = 0.0
     context: Context = no_context
     packed: bool = False
-    """Rows are read packed; :func:`uniapl.models.packing.can_pack` has said that its trunk can."""
+    """Read packed rows, which the trunk must support (:func:`uniapl.models.packing.can_pack`)."""
     autocast: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The logit of each candidate. See :class:`Discriminator`."""
+        """Return the logit of each candidate. See :class:`Discriminator`."""
         return self.logits(
             [(self.context(c.example) + c.example.prompt_ids, c.completion_ids) for c in candidates]
         )
 
-    def logits(self, sequences: Sequence[Scored]) -> list[float]:
-        """The logit of each (prompt ids, completion ids)."""
+    def logits(self, sequences: Sequence[Tokens]) -> list[float]:
+        """Return the logit of each (prompt ids, completion ids)."""
         self.module.eval()
-        logits = [0.0] * len(sequences)
-        if self.packed:
-            parts = by_prompt(sequences, max_tokens=self.max_tokens)
-        else:
-            lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-            parts = by_length(lengths, max_tokens=self.max_tokens)
         with torch.no_grad(), self.autocast():
-            for part in parts:
-                batch = self._pad([sequences[i] for i in part])
-                for index, logit in zip(part, self.module(*batch).tolist(), strict=True):
-                    logits[index] = logit
-        return logits
+            return batched_logits(
+                sequences,
+                lambda indices: self.module(*self._pad([sequences[index] for index in indices])),
+                max_tokens=self.max_tokens,
+                packed=self.packed,
+            )
 
     def losses(
         self,
@@ -196,72 +189,68 @@ class BradleyTerryDiscriminator:
         *,
         max_tokens: int | None = None,
     ) -> Iterator[Callable[[], Tensor]]:
-        """One loss per batch of comparisons, each computed when called: a SUM over the batch's pairs.
+        """Yield one function per batch of comparisons, which computes the SUM of the loss over its pairs.
 
         Args:
-            comparisons: Cut into batches by `max_tokens`; none gives one loss that is a differentiable zero.
-            module: The module to run, where it is wrapped for several processes.
-            max_tokens: Instead of the discriminator's own.
+            comparisons: Without any, the only loss is a differentiable zero.
+            module: The DDP or FSDP module to call instead of the discriminator's own.
+            max_tokens: Replaces the discriminator's own limit.
         """
-        run = module or self.module
         if not comparisons:
-            nothing = Comparison(prompt_ids=(self.pad_id,), demonstration_ids=(self.pad_id,), completions=())
-            comparisons = [nothing]
-        for part in _cut(comparisons, max_tokens or self.max_tokens):
-            yield lambda part=part: self._loss(part, run)
+            pad = (self.pad_id,)
+            comparisons = [Comparison(prompt_ids=pad, demonstration_ids=pad, completions=())]
+        for batch in _batches(comparisons, max_tokens or self.max_tokens):
+            yield lambda batch=batch: self._loss(batch, module or self.module)
 
     def _loss(self, comparisons: list[Comparison], module: nn.Module) -> Tensor:
         logits = module(*self._pad([s for c in comparisons for s in c.sequences]))
-        sizes = [1 + len(c.completions) for c in comparisons]
-        groups = logits.split(sizes)
+        groups = logits.split([1 + len(c.completions) for c in comparisons])
         expert = torch.cat([group[:1].expand(len(group) - 1) for group in groups])
         policy = torch.cat([group[1:] for group in groups])
         return bradley_terry_loss(expert, policy, label_smoothing=self.label_smoothing)
 
-    def _pad(self, sequences: Sequence[Scored]) -> tuple[Tensor, Tensor, tuple[Span, ...]]:
+    def _pad(self, sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor, tuple[Span, ...]]:
         rows = [prompt + completion for prompt, completion in sequences]
-        return (
-            *pad_right(rows, self.pad_id, self.module.head.weight.device),
-            spans_of(sequences) if self.packed else (),
-        )
+        padded = pad_right(rows, self.pad_id, self.module.head.weight.device)
+        return (*padded, spans_of(sequences) if self.packed else ())
 
 
-def _cut(comparisons: Sequence[Comparison], limit: int) -> list[list[Comparison]]:
-    """Consecutive parts, each of which takes at most `limit` padded tokens, or is one pair."""
-    parts: list[list[Comparison]] = []
+def _batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[list[Comparison]]:
+    """Split comparisons, in order, into batches of at most `max_tokens` padded tokens, or of one pair."""
+    batches: list[list[Comparison]] = []
     rows = width = 0
-    for comparison in [piece for whole in comparisons for piece in whole.within(limit)]:
+    for comparison in [part for one in comparisons for part in one.split(max_tokens)]:
         rows, width = rows + len(comparison.sequences), max(width, comparison.width)
-        if not parts or rows * width > limit:
-            parts.append([])
+        if not batches or rows * width > max_tokens:
+            batches.append([])
             rows, width = len(comparison.sequences), comparison.width
-        parts[-1].append(comparison)
-    return parts
+        batches[-1].append(comparison)
+    return batches
 
 
 class Replay:
-    """Older comparisons, oldest out first; the discriminator keeps seeing what the policy used to write."""
+    """A buffer of the last `size` comparisons, so that training includes completions of older policies."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.items: list[Comparison] = []
 
     def add(self, comparisons: Sequence[Comparison]) -> None:
-        """Append, dropping the oldest beyond `size`."""
+        """Append comparisons and drop the oldest beyond `size`."""
         self.items = (self.items + list(comparisons))[-self.size :] if self.size else []
 
     def draw(self, count: int, *, seed: int) -> list[Comparison]:
-        """`count` of the items without repetition (all of them, if there are fewer)."""
+        """Return up to `count` different items in random order."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.items), generator=generator).tolist()
         return [self.items[index] for index in order[:count]]
 
     def state(self) -> list[dict[str, Any]]:
-        """As plain lists, for a checkpoint."""
+        """Return the items as JSON values for a checkpoint."""
         return [asdict(item) for item in self.items]
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """The inverse of :meth:`state`, after JSON."""
+        """Restore :meth:`state` after a round trip through JSON."""
         self.items = [
             Comparison(
                 prompt_ids=tuple(item["prompt_ids"]),
@@ -274,20 +263,21 @@ class Replay:
 
 @dataclass
 class AdversaryState:
-    """What the discriminator's cadence remembers from step to step; all of it is in a checkpoint."""
+    """What the discriminator's training carries from step to step; a checkpoint contains all of it."""
 
     accuracy: float = 0.5
-    """Moving average of the accuracy on fresh pairs, taken before the discriminator has learnt from them."""
+    """Moving average of the accuracy on new pairs, measured before the update that uses them."""
     paused: bool = False
+    """Training is paused because the accuracy rose above the band."""
     expert_mean: float | None = None
-    """Moving average of the expert's logits: stands in where a prompt has no demonstration."""
+    """Moving average of the demonstrations' logits, used for prompts without a demonstration."""
     max_tokens: int | None = None
-    """Of a batch, since one has not fitted in memory; None: the configuration's."""
+    """Tokens per batch after one ran out of memory; None uses the configured number."""
 
     def observe(
         self, *, accuracy: float | None, expert_logit: float | None, band: tuple[float, float]
     ) -> None:
-        """Take in a step's fresh pairs; pause above the band, go on below it."""
+        """Update the averages with a step's new pairs; pause above the band, resume below it."""
         if accuracy is not None:
             self.accuracy += (1 - ACCURACY_DECAY) * (accuracy - self.accuracy)
         if expert_logit is not None:

@@ -1,4 +1,4 @@
-"""No classifier: how much likelier an answer is to a copy of the policy that has learnt from the expert."""
+"""The density ratio of two language models as a discriminator, without a classifier."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -6,57 +6,53 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from uniapl.data.batching import Row, by_length, by_prompt, collate
-from uniapl.discriminator import Candidate
+from uniapl.data.batching import Row, collate
+from uniapl.discriminator import Candidate, batched_logits
 
 
 @dataclass(frozen=True, kw_only=True)
 class DensityRatio:
-    """d(x, y) is the mean over tokens of `log p_expert(y_t) - log p_against(y_t)`, in nats.
+    """d(x, y) is the mean over tokens of `log p_expert(y_t) - log p_reference(y_t)`, in nats.
 
-    The best discriminator's logit is the log density ratio. Here a copy that was fine-tuned on the
-    demonstrations stands for the expert, and the start or the current policy for the other side. A mean,
-    because a sum pays for length. Source: our choice; cheap, and what a classifier has to beat.
+    The logit of the optimal discriminator is the log density ratio. A model fine-tuned on the demonstrations
+    stands for the expert. The mean is used because a sum rewards length. Source: our choice, a cheap baseline
+    for a classifier.
     """
 
     needs_reference: ClassVar[bool] = False
     expert: nn.Module
-    """Called as the policy is: (input_ids, attention_mask, position_ids, mask, temperature, spans)."""
-    against: nn.Module
+    """Called like the policy: (input_ids, attention_mask, position_ids, mask, temperature, spans)."""
+    reference: nn.Module
+    """The initial or the current policy."""
     pad_id: int
     max_tokens: int
-    """Of one batch at most, one row at least."""
+    """Tokens per batch; a batch has at least one row."""
     packed: bool
-    """Both can read packed rows, and do."""
+    """Read packed rows, which both models must support."""
     device: torch.device
     autocast: Callable[..., AbstractContextManager[Any]] = nullcontext
 
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The logit of each candidate. See :class:`Discriminator`."""
-        spoken = frozenset({"sft"})
+        """Return the logit of each candidate. See :class:`Discriminator`."""
+        components = frozenset({"sft"})
         rows = [
-            Row(prompt_ids=c.example.prompt_ids, completion_ids=c.completion_ids, components=spoken)
+            Row(prompt_ids=c.example.prompt_ids, completion_ids=c.completion_ids, components=components)
             for c in candidates
         ]
-        logits = [0.0] * len(rows)
-        sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-        if self.packed:
-            parts = by_prompt(sequences, max_tokens=self.max_tokens)
-        else:
-            parts = by_length([row.length for row in rows], max_tokens=self.max_tokens)
-        for part in parts:
+
+        def means(indices: list[int]) -> Tensor:
             batch = collate(
-                [rows[index] for index in part], pad_id=self.pad_id, packed=self.packed, device=self.device
+                [rows[index] for index in indices], pad_id=self.pad_id, packed=self.packed, device=self.device
             )
-            place = (batch.input_ids, batch.attention_mask, batch.position_ids)
-            inputs = (*place, batch.sft_mask, batch.temperature, batch.spans)
+            inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
+            inputs = (*inputs, batch.sft_mask, batch.temperature, batch.spans)
             with self.autocast():
-                expert, against = (module(*inputs)[0] for module in (self.expert, self.against))
-            # Both are 0 where nothing is masked in.
-            means = (expert - against).sum(-1) / batch.sft_mask.sum(-1)
-            for index, mean in zip(part, means.tolist(), strict=True):
-                logits[index] = mean
-        return logits
+                expert, reference = (module(*inputs)[0] for module in (self.expert, self.reference))
+            # The log-probabilities are 0 outside the mask.
+            return (expert - reference).sum(-1) / batch.sft_mask.sum(-1)
+
+        sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
+        return batched_logits(sequences, means, max_tokens=self.max_tokens, packed=self.packed)

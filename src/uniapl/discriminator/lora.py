@@ -1,8 +1,9 @@
-"""The discriminator on the policy's own weights: adapters of low rank and a head, one backbone in memory."""
+"""The trunk of a discriminator that shares the policy's weights: low-rank adapters on one backbone."""
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,91 +19,69 @@ SCALE = 2.0
 
 
 class LoraTrunk(nn.Module):
-    """A trunk that reads with the policy's weights as they are now, each linear layer changed by its adapter.
+    """The policy's current trunk with an adapter on each linear layer: y + SCALE B A x, where B starts at 0.
 
-    y + SCALE B A x, with B starting at zero (LoRA, arXiv 2106.09685). The adapters are there while it reads
-    and at no other time: the policy samples, learns and is saved as if they did not exist. Of a policy that
-    is an adapter itself it reads with the base alone.
+    The adapters exist only during a forward pass of the discriminator: they do not affect sampling, training
+    and saving of the policy. If the policy has an adapter itself, only its base model is used.
     """
 
     def __init__(self, model: PreTrainedModel, rank: int, *, seed: int) -> None:
-        """Adapters of `rank` for every linear layer of the policy's trunk, drawn from the seed."""
+        """Draw adapters of this rank for every linear layer of the policy's trunk."""
         super().__init__()
         trunk: Any = model.base_model
+        name = type(model).__name__
         if trunk is model:
-            raise UsageError(
-                f"{type(model).__name__} has no trunk apart from its head: leave out discriminator.lora_r"
-            )
-        # In a list: the policy's weights are no parameters of the discriminator.
+            raise UsageError(f"{name} has no trunk without its head: leave out discriminator.lora_r")
+        # In a list, so that the policy's weights are not registered as the discriminator's parameters.
         self._trunk = [trunk]
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        for name, layer in linear_layers(trunk).items():
-            key = name.replace(".", "/")
-            generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
+        for layer_name, layer in linear_layers(trunk).items():
+            key, device = layer_name.replace(".", "/"), layer.weight.device
+            generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", layer_name))
             down = torch.empty(rank, layer.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
-            self.down[key] = nn.Parameter(down.to(layer.weight.device))
-            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+            self.down[key] = nn.Parameter(down.to(device))
+            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
         if not self.down:
-            raise UsageError(
-                f"{type(model).__name__} has no linear layer to adapt: leave out discriminator.lora_r"
-            )
+            raise UsageError(f"{name} has no linear layer to adapt: leave out discriminator.lora_r")
 
     @property
     def config(self) -> Any:
-        """The policy's."""
+        """The policy's configuration."""
         return self._trunk[0].config
 
     def get_input_embeddings(self) -> nn.Module:
-        """The policy's."""
+        """Return the policy's input embeddings."""
         return self._trunk[0].get_input_embeddings()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        use_cache: bool = False,
-        position_ids: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
-        """What the trunk returns, read through the adapters; no gradient reaches the policy."""
+    def forward(self, *, position_ids: Tensor | None = None, **inputs: Any) -> Any:
+        """Return the output of the adapted trunk; no gradient reaches the policy."""
         if self.takes_positions:
-            options["position_ids"] = position_ids
+            inputs["position_ids"] = position_ids
         with self._adapted():
-            return self._trunk[0](
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=use_cache,
-                **options,
-            )
+            return self._trunk[0](**inputs)
 
     @contextlib.contextmanager
     def _adapted(self) -> Iterator[None]:
-        """The trunk with its adapters, its own weights frozen."""
+        """Attach the adapters and freeze the trunk's own weights."""
         trunk = self._trunk[0]
-        layers = dict(trunk.named_modules())
-        trained = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
-        handles = [
-            layers[key.replace("/", ".")].register_forward_hook(_adapter(down, self.up[key]))
-            for key, down in self.down.items()
-        ]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            with without_adapter(trunk):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        trainable = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
+        with contextlib.ExitStack() as stack:
+            for key, down in self.down.items():
+                layer = trunk.get_submodule(key.replace("/", "."))
+                handle = layer.register_forward_hook(partial(_add_adapter, down, self.up[key]))
+                stack.callback(handle.remove)
+            for parameter in trainable:
+                stack.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+            stack.enter_context(without_adapter(trunk))
+            yield
 
 
-def _adapter(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        change = nn.functional.linear(SCALE * nn.functional.linear(inputs[0], down), up)
-        # In place: nothing that a linear layer needs for its gradient is in its output.
-        return output.add_(change.to(output.dtype))
-
-    return add
+def _add_adapter(
+    down: Tensor, up: Tensor, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    change = nn.functional.linear(SCALE * nn.functional.linear(inputs[0], down), up)
+    # In place: the gradient of a linear layer does not need its output.
+    return output.add_(change.to(output.dtype))

@@ -1,4 +1,4 @@
-"""A frozen discriminator in POLAR's format: is the candidate by the same policy as the reference?"""
+"""POLAR, a frozen discriminator: was the candidate written by the same policy as the reference?"""
 
 import math
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from uniapl.data.batching import by_length, pad_right
+from uniapl.data.batching import batch_by_length, pad_right
 from uniapl.discriminator import Candidate
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.loading import from_pretrained
 from uniapl.types import Prompt
 
 SEPARATOR, END = "<|reward|>", "[UNUSED_TOKEN_130]"
-"""Between the two trajectories, and after the second: the score is read at the end token."""
+"""The token between the two trajectories, and the last token, at which the score is read."""
 MAX_LENGTH = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolarFormat:
-    """The text that a POLAR model reads.
+    """The input text of a POLAR model.
 
         prompt \\n reference <|reward|> prompt \\n candidate [UNUSED_TOKEN_130]
 
-    Source: POLAR (arXiv 2507.05197) and its client, whose order of truncation this follows: answers keep
-    their last `max_response_length` tokens, then the prompt its last ones, so that all fits `max_length`.
+    Source: POLAR (arXiv 2507.05197) and its client, which truncates in the same order: first the completions
+    to their last `max_response_length` tokens, then the prompt, so that the text fits `max_length`.
     """
 
     tokenizer: Any
@@ -37,64 +37,64 @@ class PolarFormat:
 
     @staticmethod
     def load(name: str, *, trust_remote_code: bool) -> "PolarFormat":
-        """For a POLAR model in a directory or on the Hub, with its tokenizer and its window (POLAR's, if a
-        directory holds a tokenizer alone, as for a server that runs elsewhere).
+        """Load the tokenizer and the maximum length of a POLAR model in a directory or on the Hub.
+
+        A directory with only a tokenizer, for a model on a server, gets POLAR's own maximum length.
 
         Raises:
-            UsageError: It cannot be loaded, or does not know POLAR's two tokens.
+            UsageError: They cannot be loaded, or the tokenizer lacks POLAR's two tokens.
         """
         trusted = {"trust_remote_code": trust_remote_code}
         tokenizer: Any = from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", name, **trusted)
         for token in (SEPARATOR, END):
             ids = tokenizer.encode(token, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise UsageError(
-                    f"the tokenizer of '{name}' does not know '{token}' as one token: this is no POLAR model"
-                )
+                raise UsageError(f"the tokenizer of '{name}' has no token '{token}': it is not a POLAR model")
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
             return PolarFormat(tokenizer=tokenizer)
-        config = from_pretrained(AutoConfig.from_pretrained, "discriminator's configuration", name, **trusted)
+        config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
         return PolarFormat.within(tokenizer, config)
 
     @staticmethod
     def within(tokenizer: Any, config: Any) -> "PolarFormat":
-        """For a model whose window may be shorter; an answer takes a quarter at most, as in POLAR's own."""
+        """Fit the model's maximum length; a completion takes up to a quarter of it, as in POLAR's client."""
         window = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-        # What the tokenizer adds at the start is not in the text.
+        # The text does not contain the special tokens that the tokenizer adds.
         length = int(min(MAX_LENGTH, window - tokenizer.num_special_tokens_to_add()))
         return PolarFormat(tokenizer=tokenizer, max_length=length, max_response_length=length // 4)
 
     def text(self, prompt: Prompt, reference: str, candidate: str) -> str:
-        """What is encoded; messages of a prompt are joined by line breaks."""
-        asked = prompt if isinstance(prompt, str) else "\n".join(str(turn["content"]) for turn in prompt)
-        ids = [self.tokenizer.encode(part) for part in (asked, reference, candidate)]
-        answers = [part[-self.max_response_length :] for part in ids[1:]]
-        # The end token, the separator and two line breaks take four.
-        room = max(0, (self.max_length - 4 - sum(map(len, answers))) // 2)
-        kept = (ids[0][len(ids[0]) - room :] if len(ids[0]) > room else ids[0], *answers)
-        before, first, second = (self.tokenizer.decode(part, skip_special_tokens=True) for part in kept)
-        return f"{before}\n{first}{SEPARATOR}{before}\n{second}{END}"
+        """Return the truncated text; the messages of a prompt are joined by line breaks."""
+        if not isinstance(prompt, str):
+            prompt = "\n".join(str(message["content"]) for message in prompt)
+        prompt_ids, *completions = (self.tokenizer.encode(part) for part in (prompt, reference, candidate))
+        completions = [ids[-self.max_response_length :] for ids in completions]
+        # The end token, the separator and two line breaks take four tokens.
+        room = max(0, (self.max_length - 4 - sum(map(len, completions))) // 2)
+        kept = (prompt_ids[max(0, len(prompt_ids) - room) :], *completions)
+        prompt, first, second = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept)
+        return f"{prompt}\n{first}{SEPARATOR}{prompt}\n{second}{END}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Polar:
-    """A POLAR model on this device."""
+    """A POLAR model in this process."""
 
     needs_reference: ClassVar[bool] = True
     model: Any
     format: PolarFormat
     max_tokens: int
-    """Padded tokens of one batch at most, one row at least."""
+    """Padded tokens per batch; a batch has at least one row."""
 
     @staticmethod
     def load(name: str, *, trust_remote_code: bool, max_tokens: int, device: torch.device) -> "Polar":
-        """From a directory or the Hub: a reward model with its own code, or a sequence classifier.
+        """Load a reward model with its own code, or a sequence classifier, from a directory or the Hub.
 
         Raises:
             UsageError: It cannot be loaded, or has no pad token.
         """
-        form = PolarFormat.load(name, trust_remote_code=trust_remote_code)
-        tokenizer = form.tokenizer
+        format = PolarFormat.load(name, trust_remote_code=trust_remote_code)
+        tokenizer = format.tokenizer
         trusted = {"trust_remote_code": trust_remote_code}
         config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
         classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
@@ -107,39 +107,32 @@ class Polar:
             raise UsageError(f"the tokenizer of '{name}' needs a pad token that is not '{END}'")
         model.config.pad_token_id = tokenizer.pad_token_id
         model.eval().requires_grad_(False).to(device)
-        return Polar(model=model, format=form, max_tokens=max_tokens)
+        return Polar(model=model, format=format, max_tokens=max_tokens)
 
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The logit of each candidate, its prompt's demonstration being the reference."""
+        """Return the logit of each candidate; the reference is the demonstration of its prompt."""
         return self.logits(
             [self.format.text(c.example.prompt, reference_of(c), c.text) for c in candidates]
         ).tolist()
 
     def logits(self, texts: Sequence[str]) -> Tensor:
-        """[N], of texts in POLAR's format; carries the gradient, if the model's weights want one."""
+        """Return the logits [N] of texts in POLAR's format, with gradients if the weights require them."""
         rows: list[list[int]] = [self.format.tokenizer.encode(text) for text in texts]
-        parts = by_length([len(row) for row in rows], max_tokens=self.max_tokens)
         device = next(self.model.parameters()).device
-        logits: list[Tensor] = []
-        for part in parts:
-            batch = [rows[index] for index in part]
+        logits = torch.zeros(len(rows), device=device)
+        for indices in batch_by_length([len(row) for row in rows], max_tokens=self.max_tokens):
+            batch = [rows[index] for index in indices]
             ids, mask = pad_right(batch, self.format.tokenizer.pad_token_id, device)
-            logits.append(self.model(input_ids=ids, attention_mask=mask)[0].reshape(len(batch)).float())
-        if not logits:
-            return torch.zeros(0)
-        places = torch.tensor([index for part in parts for index in part], device=device).argsort()
-        return torch.cat(logits)[places]
+            scores = self.model(input_ids=ids, attention_mask=mask)[0].reshape(len(batch)).float()
+            logits = logits.index_copy(0, torch.tensor(indices, device=device), scores)
+        return logits
 
 
 def reference_of(candidate: Candidate) -> str:
-    """The demonstration of the candidate's prompt.
-
-    Raises:
-        UniAPLError: There is none.
-    """
+    """Return the demonstration of the candidate's prompt; raise a UniAPLError if there is none."""
     if candidate.reference is None:
         raise UniAPLError(
-            f"row {candidate.example.row} has no demonstration, which this discriminator reads as a reference"
+            f"row {candidate.example.row} has no demonstration, which this discriminator needs as a reference"
         )
     return candidate.reference

@@ -1,8 +1,6 @@
-"""A POLAR model behind a server of the user's: vLLM's /pooling or SGLang's /classify."""
+"""A POLAR model behind a server: vLLM's /pooling or SGLang's /classify."""
 
-import concurrent.futures
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,88 +8,70 @@ from typing import Any, ClassVar, Literal
 from uniapl.discriminator import Candidate
 from uniapl.discriminator.polar import PolarFormat, reference_of
 from uniapl.errors import UniAPLError
-from uniapl.http import PostingError, ask
-
-FIRST_PAUSE = 0.5
-"""Seconds before the second try; each further pause is twice as long. Our choice."""
-LONGEST_PAUSE = 30.0
+from uniapl.http import RequestError, request_json, with_retries
+from uniapl.threads import map_in_threads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remote:
-    """Scores over HTTP, several requests at a time, each with a deadline and a bounded number of tries."""
+    """Scores over HTTP with parallel requests, each with a deadline and a limited number of retries."""
 
     needs_reference: ClassVar[bool] = True
     url: str
-    """Of the server, without a path: http://host:port."""
+    """The server without a path: http://host:port."""
     server: Literal["vllm", "sglang"]
     model: str
-    """What SGLang is told to be asked; vLLM scores with the model that it serves."""
+    """Model name in SGLang's requests; vLLM scores with the model that it serves."""
     format: PolarFormat
     timeout: float
-    """Seconds for one try: to connect, between two bytes, and until the last byte."""
+    """Seconds for one attempt of a request."""
     max_retries: int
-    """Further tries after a failed one."""
     batch_size: int = 16
-    """Candidates of one request."""
+    """Candidates per request."""
     max_requests: int = 8
-    """At the same time."""
+    """Requests at the same time."""
 
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The logit of each candidate. See :class:`Discriminator`.
+        """Return the logit of each candidate. See :class:`Discriminator`.
 
         Raises:
-            UniAPLError: The server did not give all of them in time; it names the server and what it did.
+            UniAPLError: A request failed in every attempt.
         """
         texts = [self.format.text(c.example.prompt, reference_of(c), c.text) for c in candidates]
-        parts = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
-        pool = concurrent.futures.ThreadPoolExecutor(self.max_requests)
+        batches = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
         try:
-            return [logit for part in pool.map(self._ask, parts) for logit in part]
-        finally:
-            # After a failure the requests that have not begun are not made.
-            pool.shutdown(cancel_futures=True)
+            scores = map_in_threads(
+                lambda batch: with_retries(lambda: self._request(batch), self.max_retries),
+                batches,
+                num_threads=self.max_requests,
+            )
+        except RequestError as error:
+            raise UniAPLError(
+                f"the discriminator server {self.url} failed, {error}. Once it responds again, --resume auto "
+                "continues from the last checkpoint"
+            ) from None
+        return [score for batch in scores for score in batch]
 
-    def _ask(self, texts: Sequence[str]) -> list[float]:
-        pause = FIRST_PAUSE
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                return self._read(self._post(texts), len(texts))
-            except PostingError as error:
-                if error.for_good or tries > self.max_retries:
-                    raise UniAPLError(
-                        f"the discriminator's server {self.url} failed {tries} times, at last: {error}. Once "
-                        "it answers, --resume auto goes on from the last checkpoint"
-                    ) from None
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _post(self, texts: Sequence[str]) -> Any:
-        """The JSON that the server answers with."""
+    def _request(self, texts: list[str]) -> list[float]:
         path, body = {
-            "vllm": ("/pooling", {"input": list(texts)}),
-            "sglang": ("/classify", {"model": self.model, "text": list(texts)}),
+            "vllm": ("/pooling", {"input": texts}),
+            "sglang": ("/classify", {"model": self.model, "text": texts}),
         }[self.server]
-        return ask(self.url.rstrip("/") + path, body, timeout=self.timeout)
-
-    def _read(self, answer: Any, count: int) -> list[float]:
-        """The scores in an answer, if it has the form that the server documents."""
+        response = request_json(self.url.rstrip("/") + path, body, timeout=self.timeout)
         try:
-            if self.server == "sglang":
-                scores = [item["embedding"][0] for item in answer]
-            else:
-                # One value per sequence, or one per token of which the last one counts.
-                items = sorted(answer["data"], key=lambda item: item["index"])
-                if [item["index"] for item in items] != list(range(count)):
-                    raise PostingError(f"not one score for each of {count} texts")
-                data = [item["data"] for item in items]
-                scores = [row[-1][0] if isinstance(row[-1], list) else row[-1] for row in data]
-            logits = [float(score) for score in scores]
+            scores = [float(score) for score in self._scores(response)]
         except (LookupError, TypeError, ValueError) as error:
-            raise PostingError(f"an answer of another form: {type(error).__name__}: {error}") from None
-        if len(logits) != count or not all(map(math.isfinite, logits)):
-            finite = sum(map(math.isfinite, logits))
-            raise PostingError(f"{finite} finite scores among {len(logits)} for {count} texts")
-        return logits
+            raise RequestError(f"unexpected response: {error!r}") from None
+        finite = sum(map(math.isfinite, scores))
+        if not len(scores) == finite == len(texts):
+            raise RequestError(f"{finite} finite scores among {len(scores)} for {len(texts)} texts")
+        return scores
+
+    def _scores(self, response: Any) -> list[Any]:
+        """The scores in a response of the documented form, in the order of the texts."""
+        if self.server == "sglang":
+            return [item["embedding"][0] for item in response]
+        items = {item["index"]: item["data"] for item in response["data"]}
+        # A sequence has one value, or one per token, of which the last counts.
+        last = [items[index][-1] for index in range(len(response["data"]))]
+        return [value[0] if isinstance(value, list) else value for value in last]

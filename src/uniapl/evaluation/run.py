@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uniapl.evaluation import scores
 from uniapl.evaluation.suites import BATCH_SIZE, Suite
-from uniapl.rollout import Sampler
+from uniapl.rollout import Sampler, SampleRequest
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
@@ -108,10 +108,11 @@ def _sample(
     for start in range(0, len(order), BATCH_SIZE):
         batch = order[start : start + BATCH_SIZE]
         groups = sampler.sample(
-            [examples[index].prompt_ids for index in batch],
-            seeds=[derive_seed(seed, "evaluate", suite.name, examples[index].row) for index in batch],
-            num_generations=num_samples,
-            policy_version=0,
+            SampleRequest(
+                prompts=[examples[index].prompt_ids for index in batch],
+                seeds=[derive_seed(seed, "evaluate", suite.name, examples[index].row) for index in batch],
+                num_generations=num_samples,
+            )
         )
         found |= zip(batch, groups, strict=True)
         advance(len(batch))

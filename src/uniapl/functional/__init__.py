@@ -1,10 +1,9 @@
-"""The method's mathematics as pure functions of tensors.
+"""The mathematics of the method: pure functions without configuration, model, process rank or randomness.
 
-Nothing here knows a configuration, a model, a process rank or a random number. Every loss returns a SUM over
-the tokens that its mask selects; `objective` is the only function that divides.
+Every loss is a SUM over the tokens that its mask selects; only `objective` divides.
 
-Letters in the shape annotations: P prompts, G rollouts of one prompt, B rows of a micro-batch, T token
-positions of a row, N selected tokens, D hidden size, V vocabulary size.
+Shapes: P prompts, G rollouts per prompt, B rows of a micro-batch, T token positions, N selected tokens,
+D hidden size, V vocabulary size.
 """
 
 from uniapl.functional.advantages import group_advantages

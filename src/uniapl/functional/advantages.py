@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 STD_EPSILON = 1e-4
-"""Added to the group's standard deviation, as TRL does, so that parity can be tested."""
+"""Added to the group's standard deviation, with TRL's value, so that tests can compare the two."""
 
 
 def group_advantages(
@@ -21,13 +21,13 @@ def group_advantages(
     Source: GRPO (arXiv 2402.03300, section 4.1.2); without the division, Dr. GRPO (arXiv 2503.20783).
 
     Args:
-        rewards: One row per prompt, any unit. Values where ``known`` is False are never read.
-        known: False where a rollout has no reward; it is left out of its group's mean and deviation.
+        rewards: One row per prompt, in any unit. Values where `known` is False have no effect.
+        known: False for a rollout without a reward, which the group's mean and deviation exclude.
         scale: "none" keeps the reward's unit; "group" divides by the unbiased standard deviation.
 
     Returns:
-        Advantages. Exactly 0 for unknown rewards and for every group whose known rewards are all equal
-        (a mean in floating point would leave a residue that "group" blows up).
+        Advantages; exactly 0 for unknown rewards and in groups whose known rewards are all equal, where
+        "group" would amplify rounding errors of the mean.
 
     Examples:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[True, True, False]]))

@@ -1,6 +1,7 @@
-"""The adversary's mathematics: the discriminator's loss and the policy's adversarial advantage.
+"""The discriminator's loss and the policy's adversarial advantage.
 
-d(x, y) is the discriminator's logit, higher = more like the expert; y* is the demonstration, y_i a rollout.
+d(x, y) is the discriminator's logit, higher for completions more like the expert's; y* is the demonstration,
+y_i a rollout.
 """
 
 from typing import Literal
@@ -21,16 +22,16 @@ def bradley_terry_loss(
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Sum of `-log sigmoid(d(x, y*) - d(x, y))` over pairs: the expert's answer should win.
+    """Sum of `-log sigmoid(d(x, y*) - d(x, y))` over pairs of demonstration and rollout.
 
     Source: Bradley and Terry (1952); as a discriminator's loss, GAD (arXiv 2511.10643).
 
     Args:
-        expert_logits: d of the demonstration of each pair. Carries the gradient.
-        policy_logits: d of the rollout of the same pair, for the same prompt. Carries the gradient.
-        label_smoothing: The share s of pairs that are taken to be the wrong way round: the loss is
-            `-(1 - s) log sigmoid(m) - s log sigmoid(-m)` of the margin m, least at
-            `log((1 - s) / s)` instead of infinity (as in cDPO; Mitchell 2023).
+        expert_logits: d(x, y*) of each pair. Carries the gradient.
+        policy_logits: d(x, y) of the rollout for the same prompt. Carries the gradient.
+        label_smoothing: The fraction s of pairs that are assumed to be swapped. With the margin m, the loss
+            is `-(1 - s) log sigmoid(m) - s log sigmoid(-m)`, and its minimum is at `m = log((1 - s) / s)`
+            instead of infinity (as in cDPO; Mitchell 2023).
     """
     margin = expert_logits - policy_logits
     right, wrong = logsigmoid(margin).sum(), logsigmoid(-margin).sum()
@@ -40,9 +41,9 @@ def bradley_terry_loss(
 def win_probability(
     policy_logits: Float[Tensor, "P G"], expert_logits: Float[Tensor, " P"]
 ) -> Float[Tensor, "P G"]:
-    """`u_i = sigmoid(d(x, y_i) - d(x, y*))`: that the rollout passes for the expert's answer.
+    """`u_i = sigmoid(d(x, y_i) - d(x, y*))`: the probability that y_i is preferred to y*.
 
-    0.5 means indistinguishable. Source: our choice (the Bradley-Terry model read the other way round).
+    At 0.5 the two are indistinguishable. Source: our choice (the Bradley-Terry model with its sides swapped).
     """
     return torch.sigmoid(policy_logits - expert_logits.unsqueeze(-1))
 
@@ -54,16 +55,16 @@ def adversarial_advantages(
     *,
     assignment: Assignment = "win_probability",
 ) -> Float[Tensor, "P G"]:
-    """The group-centred credit B_i that the adversary gives each rollout.
+    """The adversarial advantage B_i of each rollout: its credit minus the mean of its group.
 
     Args:
-        policy_logits: d of the rollouts; values where ``known`` is False are never read.
-        expert_logits: d of the demonstrations, or the running mean where a prompt has none.
-        known: False where the discriminator gave no usable logit.
-        assignment: What is centred. "win_probability" u_i (default, our choice: bounded, and it fades as the
-            policy becomes indistinguishable); "logit" d(x, y_i) (GAD, arXiv 2511.10643); "log_sigmoid"
-            log u_i (GAIL's -log(1 - D) family, arXiv 1606.03476); "standardized" d(x, y_i) divided by its
-            group's standard deviation.
+        policy_logits: d(x, y_i). Values where `known` is False have no effect.
+        expert_logits: d(x, y*), or the running mean of demonstrations for a prompt without one.
+        known: False where the discriminator returned no usable logit.
+        assignment: The credit. "win_probability": u_i (default, our choice: bounded, and its differences
+            vanish as the policy becomes indistinguishable); "logit": d(x, y_i) (GAD, arXiv 2511.10643);
+            "log_sigmoid": log u_i (GAIL's -log(1 - D) family, arXiv 1606.03476); "standardized": d(x, y_i)
+            divided by its group's standard deviation.
     """
     match assignment:
         case "win_probability":

@@ -1,8 +1,8 @@
-"""Rules that learn lambda, the multiplier of the constraint "the expert gap is at most epsilon".
+"""Updates of lambda, the Lagrange multiplier of the constraint "the expert gap is at most epsilon".
 
-The Lagrangian of: maximise the reward subject to c <= epsilon, where c is 0.5 minus the win rate (below
-epsilon exactly when the expert gap max(0, c) is). Its multiplier grows while the constraint is violated and
-falls while there is room. Both rules are functions of what they remember: nothing is hidden.
+The problem is: maximise the reward subject to c <= epsilon, where c is 0.5 minus the win rate (the expert gap
+max(0, c) is below epsilon exactly when c is). lambda grows while the constraint is violated and falls while
+it is satisfied. Both updates are pure functions of the multiplier's state.
 """
 
 import math
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Multiplier:
-    """A multiplier, and what its rule remembers."""
+    """A multiplier and the state of its controller."""
 
     value: float
     """lambda."""
     average: float = 0.0
-    """Moving average of the violation; of the PID rule only."""
+    """Moving average of the violation (PID only)."""
     integral: float | None = None
-    """Sum of Ki times the violation, never negative, begun at the first value; of the PID rule only."""
+    """Sum of Ki times the violation, never negative, starting at the first value (PID only)."""
 
 
 def expert_gap(win_rate: float) -> float:
-    """`g = max(0, 0.5 - mean(u))`: how far the policy is from passing for the expert, in [0, 0.5].
+    """`g = max(0, 0.5 - mean(u))`: how distinguishable the policy is from the expert, in [0, 0.5].
 
-    Source: our choice; Bradley-Terry pairs give it an absolute zero, which a raw logit has not.
+    Source: our choice; unlike a raw logit, a win rate of Bradley-Terry pairs has an absolute zero.
     """
     return max(0.0, 0.5 - win_rate)
 
@@ -32,14 +32,14 @@ def expert_gap(win_rate: float) -> float:
 def dual_ascent(
     multiplier: Multiplier, violation: float, *, learning_rate: float, bounds: tuple[float, float]
 ) -> Multiplier:
-    """Gradient ascent on the dual, in log space: `log lambda` grows by `eta (c - epsilon)`.
+    """Dual gradient ascent in log space: `log lambda` increases by `eta (c - epsilon)`.
 
-    Source: Safe RLHF (arXiv 2310.12773, section 3.3), which learns log lambda too. A violation is at most 0.5
-    here, so the learning rate is larger than for unbounded costs.
+    Source: Safe RLHF (arXiv 2310.12773, section 3.3), which also learns log lambda. A violation is at most
+    0.5 here, so the learning rate is larger than for unbounded costs.
 
     Args:
-        violation: c - epsilon, positive when the constraint is violated; c is 0.5 minus the win rate.
-        bounds: lambda stays within. In log space it would never reach 0, nor come back from next to it.
+        violation: c - epsilon, positive if the constraint is violated; c is 0.5 minus the win rate.
+        bounds: Minimum and maximum of lambda. In log space it never reaches 0, nor recovers from close to it.
     """
     return Multiplier(value=_clamp(multiplier.value * math.exp(learning_rate * violation), bounds))
 
@@ -52,17 +52,17 @@ def pid(
     bounds: tuple[float, float],
     decay: float = 0.9,
 ) -> Multiplier:
-    """`lambda = K_p P + I + K_d D`, within bounds.
+    """`lambda = K_p P + I + K_d D`, clamped to `bounds`.
 
-    P is a moving average of the violation, I its sum times Ki, never negative, and D the rise of P since the
-    last step, none in the first. Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average and its
-    decay as in OmniSafe's code, and an integral that begins at the first value of lambda, are our choice.
+    P is a moving average of the violation, I the sum of Ki times the violation (at least 0), D the rise of P
+    since the last step (0 in the first). Source: PID Lagrangian (arXiv 2007.03964, algorithm 2); the average
+    and its decay, as in OmniSafe's code, and the start of the integral at the first lambda are our choice.
 
     Args:
-        violation: c - epsilon, positive when the constraint is violated; c is 0.5 minus the win rate.
+        violation: c - epsilon, positive if the constraint is violated; c is 0.5 minus the win rate.
         gains: Kp, Ki, Kd.
-        bounds: Of lambda; the integral stays below the upper one, so that it does not wind up.
-        decay: Of the moving average.
+        bounds: Minimum and maximum of lambda; the maximum also limits the integral, against wind-up.
+        decay: Decay of the moving average.
     """
     proportional, integral, derivative = gains
     average = decay * multiplier.average + (1 - decay) * violation

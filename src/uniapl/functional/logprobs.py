@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens and the entropy of each position, without the full logits tensor."""
+"""Log-probabilities of selected tokens and the entropy of each position, without the full logits tensor."""
 
 from typing import Any, cast
 
@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK_LOGITS = 2**26
-"""Logits alive at once in `selected_logprobs`: 256 MiB in fp32. Our choice: large enough that the
-matrix products stay efficient, small beside the weights of the models with large vocabularies."""
+"""Logits in memory at once in `selected_logprobs`: 256 MiB in fp32 (our choice: large enough for efficient
+matrix products, small compared with the weights of a model with a large vocabulary)."""
 
 
 def logprobs_from_logits(
@@ -19,12 +19,12 @@ def logprobs_from_logits(
     """Log-probability of one token per row and the row's entropy, both of softmax(logits / temperature).
 
     Args:
-        logits: Unscaled scores; carries the gradient.
-        token_ids: The token whose log-probability is wanted.
-        temperature: Positive; the sampler's for rollouts, 1 for demonstrations.
+        logits: Carries the gradient.
+        token_ids: One token per row.
+        temperature: Positive; the sampling temperature for rollouts, 1 for demonstrations.
 
     Returns:
-        ``logprobs`` and ``entropy``, in nats. The entropy is a metric and carries no gradient.
+        `logprobs` and `entropy`, in nats. The entropy is a metric and carries no gradient.
     """
     scaled = logits / temperature.unsqueeze(-1)
     logprobs = torch.log_softmax(scaled, dim=-1)
@@ -42,27 +42,27 @@ def selected_logprobs(
     bias: Float[Tensor, " V"] | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """`logprobs_from_logits` of ``hidden @ weight.T + bias``, computed in chunks of rows.
+    """`logprobs_from_logits` of `hidden @ weight.T + bias`, computed in chunks of rows.
 
-    The logits of one chunk at a time exist, in the forward and again in the backward pass, which recomputes
-    them unless there is one chunk only. Under V = 151,936 the full tensor costs 0.6 MB per token and copy;
-    this costs two to four times ``CHUNK_LOGITS``, one of which a single chunk keeps for the backward pass.
-    Source: our choice; the idea is common (Liger, TRL, cut cross-entropy 2411.09009).
+    Only the logits of one chunk are in memory. The backward pass recomputes them, except those of a single
+    chunk. With V = 151,936 the full tensor takes 0.6 MB per token and copy; this function takes two to four
+    times `CHUNK_LOGITS`, of which a single chunk keeps one for the backward pass. Source: our choice; the
+    idea is common (Liger, TRL, cut cross-entropy, arXiv 2411.09009).
 
     Args:
-        hidden: Last hidden states of the positions that predict ``token_ids``; carries the gradient. Its
-            dtype is the one the matrix products are computed in; sums and exponentials are fp32 (or fp64).
-        weight: The language-model head, in any floating dtype; carries the gradient.
-        token_ids: The token whose log-probability is wanted, one per row.
+        hidden: Last hidden states of the positions that predict `token_ids`; carries the gradient. The matrix
+            products are computed in its dtype, sums and exponentials in fp32 (or fp64).
+        weight: Weight of the language-model head, in any floating dtype; carries the gradient.
+        token_ids: One token per row.
         temperature: Positive, one per row.
-        bias: The head's bias, where it has one.
-        chunk_size: Rows per chunk; by default as many as keep ``CHUNK_LOGITS`` logits alive.
+        bias: Bias of the head, if it has one.
+        chunk_size: Rows per chunk; by default as many as have `CHUNK_LOGITS` logits.
 
     Returns:
-        ``logprobs`` (nats, fp32 or wider) and ``entropy`` (nats, without gradient).
+        `logprobs` (nats, fp32 or wider) and `entropy` (nats, without gradient).
     """
     chunk_size = chunk_size or max(1, CHUNK_LOGITS // weight.shape[0])
-    # torch leaves Function.apply untyped.
+    # Function.apply has no type annotations.
     function = cast("Any", _SelectedLogprobs)
     return function.apply(hidden, weight, bias, token_ids, temperature, chunk_size)
 
@@ -106,7 +106,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         grad_logprobs: Tensor = grads[0]
         head = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Summed over chunks in the wide dtype: thousands of bf16 additions would lose the small ones.
+        # Chunks are summed in the wide dtype, because bf16 sums would lose small terms.
         wide = log_partition.dtype
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None

@@ -1,10 +1,10 @@
-"""The token losses and the one place that divides.
+"""The token losses, and `objective`, which combines them.
 
     L = mu S_sft / N_sft + (1 - mu) S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl
 
-Each S is a sum over the tokens of its own component in the whole optimizer step (all micro-batches, all
-processes), each N is the number of those tokens. A mask selects with ``torch.where``: whatever stands at a
-position outside the mask, NaN included, reaches neither the loss nor a gradient.
+Each S is a sum over the tokens of one component in the optimizer step (all micro-batches, all processes), and
+N is the number of those tokens. Masks are applied with `torch.where`: values outside the mask, even NaN,
+affect neither the loss nor a gradient.
 """
 
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ def sft_loss(
     *,
     token_weight: TokenWeight = "none",
 ) -> Float[Tensor, ""]:
-    """Sum of `-w_t log p_t` over the demonstration tokens, with a weight that carries no gradient.
+    """Sum of `-w_t log p_t` over the demonstration tokens; the weight w_t carries no gradient.
 
     Args:
         logprobs: Current policy, nats. Carries the gradient.
-        mask: The demonstration's tokens, its end token included.
+        mask: The demonstration tokens, including the end token.
         token_weight: "none" w = 1; "is" w = p (CHORD's SFT-IS, arXiv 2508.11408, eq. 4, where the expert's
             probability is taken as 1; also DFT); "phi" w = p (1 - p) (CHORD-phi, eq. 6); "luffy"
             w = p / (p + 0.1) (arXiv 2504.14945).
@@ -62,18 +62,18 @@ def clipped_surrogate(
     """Sum of `-min(rho_t A, clip(rho_t, 1-epsilon_low, 1+epsilon_high) A)`.
 
     Source: PPO (arXiv 1707.06347, eq. 7) per token with a group-relative advantage (GRPO, arXiv 2402.03300,
-    eq. 3) and two clip widths (DAPO, arXiv 2503.14476). The RL term and the adversarial term both are this
-    function, with different advantages and masks. On-policy (``old_logprobs = logprobs.detach()``) its
-    gradient is REINFORCE's.
+    eq. 3) and two clip widths (DAPO, arXiv 2503.14476). The RL and the adversarial term both are this
+    function, with different advantages and masks. On-policy (`old_logprobs = logprobs.detach()`) its gradient
+    is REINFORCE's.
 
     Args:
         logprobs: Current policy, nats. Carries the gradient.
-        old_logprobs: The policy that the rollouts came from, at the same temperature. No gradient.
-        advantages: One per row, dimensionless. Positive raises the row's probability.
+        old_logprobs: Policy before the update, nats, at the same temperature. No gradient.
+        advantages: One per row; positive values raise the row's probability.
         mask: The rollout tokens that enter this component.
-        clip_low: Lower half-width of the trust region; 0.2 means a ratio of at least 0.8.
-        clip_high: Upper half-width; 0.2 means a ratio of at most 1.2.
-        weights: Factors of the tokens' terms (see `importance_weights`). No gradient.
+        clip_low: epsilon_low; with 0.2 the ratio is clipped at 0.8.
+        clip_high: epsilon_high; with 0.2 the ratio is clipped at 1.2.
+        weights: A factor per token (see `importance_weights`). No gradient.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
     row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
@@ -91,17 +91,17 @@ def importance_weights(
     *,
     cap: float,
 ) -> Float[Tensor, "B T"]:
-    """`min(p_old / p_sampling, cap)` of each token under the mask, 1 elsewhere; without gradient.
+    """`min(p_old / p_sampling, cap)` for each token under the mask, 1 elsewhere; without gradient.
 
-    Another program than the trainer samples from slightly, or by a step, another policy. The surrogate's
-    terms, so weighted, are an estimate for the trainer's policy; the cap bounds its variance.
-    Source: truncated importance sampling (Ionides 2008), per token as TRL's "token_truncate".
+    A separate sampler has slightly different probabilities, or weights that are one step old. With these
+    weights the surrogate estimates the trainer's policy; the cap limits the variance. Source: truncated
+    importance sampling (Ionides 2008), per token as in TRL's "token_truncate".
 
     Args:
-        old_logprobs: The policy that the ratio starts from, computed by the trainer.
-        sampling_logprobs: What the sampler reported, at the same temperature.
+        old_logprobs: Policy before the update, nats, computed by the trainer.
+        sampling_logprobs: Nats, from the sampler, at the same temperature.
         mask: The rollout tokens.
-        cap: At least 1.
+        cap: Maximum weight, at least 1.
     """
     return torch.where(mask, old_logprobs - sampling_logprobs, 0.0).detach().exp().clamp(max=cap)
 
@@ -115,7 +115,7 @@ def clip_fractions(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Number of tokens whose gradient the lower and the upper clip removed: a metric, as sums."""
+    """Numbers of tokens whose gradient the lower and the upper clip remove (metrics, as sums)."""
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).detach().exp()
     row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
     low = (ratio < 1 - clip_low) & (row_advantages < 0)
@@ -134,7 +134,7 @@ def k3_kl(
 
     Args:
         logprobs: Current policy, nats. Carries the gradient.
-        ref_logprobs: Reference policy on the same tokens. No gradient.
+        ref_logprobs: Reference policy on the same tokens, nats. No gradient.
         mask: The rollout tokens.
     """
     log_ratio = torch.where(mask, ref_logprobs - logprobs, 0.0)
@@ -146,19 +146,18 @@ def objective(
     weights: Mapping[str, float],
     counts: Mapping[str, int],
 ) -> Tensor:
-    """The mixed loss: every component's weight times its sum divided by its own global count.
+    """The loss: for each component its weight times its sum, divided by its global token count.
 
-    The only division in the project's loss. Adding data to one component never rescales another; a component
-    without tokens, or with weight 0, contributes a zero that is still differentiable, so that every process
-    runs its backward pass.
+    This is the only division in the loss, so data of one component never rescales another. A component
+    without tokens or with weight 0 is a differentiable zero, so that every process runs a backward pass.
 
     Args:
-        sums: A scalar per component, summed over THIS micro-batch.
-        weights: mu, 1 - mu, lambda_adv, beta: one per key of ``sums``.
-        counts: Tokens of the component in the whole optimizer step, over all micro-batches and processes.
+        sums: A scalar per component, summed over this micro-batch.
+        weights: mu, 1 - mu, lambda_adv and beta, by the keys of `sums`.
+        counts: Tokens per component in the optimizer step, over all micro-batches and processes.
 
     Returns:
-        A scalar; added over all micro-batches and processes it is the loss of the step.
+        A scalar, whose sum over all micro-batches and processes is the loss of the step.
 
     Raises:
         ValueError: A component has no weight or no count, or has a negative count.
@@ -175,7 +174,7 @@ def objective(
             raise ValueError(f"component '{name}' has a negative count: {counts[name]}")
         if counts[name] and weights[name]:
             used.append(component * (weights[name] / counts[name]))
-    # An unused component stays out of the graph: in its backward pass a zero could still meet an infinity.
+    # Unused components stay out of the graph: zero times infinity in their backward pass would be NaN.
     if not used:
         used = [torch.where(torch.zeros_like(c, dtype=torch.bool), c, 0.0) for c in sums.values()]
     return torch.stack(used).sum()

@@ -1,21 +1,21 @@
-"""Weights and the learning rate as functions of the step: nothing to save, nothing to restore."""
+"""Schedules of weights and of the learning rate, as functions of the step without state."""
 
 import math
 from typing import Literal
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
-    """Linear from 0 to ``peak`` over the warm-up, then a half cosine down to ``valley``, then ``valley``.
+    """Linear warm-up from 0 to `peak`, then half a cosine down to `valley`, then constant.
 
-    Source: mu of CHORD (arXiv 2508.11408, section 4.3, and its authors' code). A constant is
-    ``peak == valley`` with ``warmup_steps == decay_steps == 0``.
+    Source: mu of CHORD (arXiv 2508.11408, section 4.3, and its authors' code). `peak == valley` with
+    `warmup_steps == decay_steps == 0` gives a constant.
 
     Args:
-        step: Counted from 0.
-        warmup_steps: Length of the first phase, in steps.
-        decay_steps: Length of the second.
-        peak: The weight at the end of the first.
-        valley: The weight at the end of the second, and from then on.
+        step: Step, from 0.
+        warmup_steps: Length of the warm-up, in steps.
+        decay_steps: Length of the decay, in steps.
+        peak: The weight at the end of the warm-up.
+        valley: The weight at the end of the decay.
 
     Examples:
         >>> [warmup_cosine(s, warmup_steps=2, decay_steps=2, peak=0.8, valley=0.2) for s in (0, 1, 2, 3, 4)]
@@ -30,15 +30,15 @@ def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float
 
 
 def reward_threshold(mean_reward: float, *, threshold: float, peak: float, valley: float) -> float:
-    """`max(0, tau - mean(r))`, between ``valley`` and ``peak``: mu falls as the policy gets better.
+    """`tau - mean(r)`, clamped to [`valley`, `peak`]: mu falls as the policy improves.
 
-    Source: CHORD (arXiv 2508.11408, appendix B.1); the limits are our choice.
+    Source: CHORD (arXiv 2508.11408, appendix B.1), with a minimum of 0; the limits are our choice.
 
     Args:
-        mean_reward: Of the step's rollouts whose reward is known.
-        threshold: tau, the reward from which on demonstrations are not needed.
-        peak: mu at most.
-        valley: mu at least.
+        mean_reward: Mean of the step's known rewards.
+        threshold: tau, the mean reward at which demonstrations are no longer needed.
+        peak: Maximum of mu.
+        valley: Minimum of mu.
     """
     return min(peak, max(valley, threshold - mean_reward))
 
@@ -46,15 +46,15 @@ def reward_threshold(mean_reward: float, *, threshold: float, peak: float, valle
 def learning_rate_factor(
     step: int, kind: Literal["constant", "linear", "cosine"], *, warmup_steps: int, total_steps: int
 ) -> float:
-    """Factor of the learning rate: linear warm-up, then constant, or a fall to 0 at `total_steps`.
+    """Factor of the learning rate: linear warm-up, then constant or a decay to 0 at `total_steps`.
 
-    The shapes are those of transformers' `get_scheduler`.
+    The values are those of transformers' `get_scheduler`.
 
     Args:
-        step: Counted from 0.
-        kind: What follows the warm-up.
-        warmup_steps: Length of the warm-up.
-        total_steps: Length of the whole.
+        step: Step, from 0.
+        kind: The shape after the warm-up.
+        warmup_steps: Length of the warm-up, in steps.
+        total_steps: Length of the complete schedule, in steps.
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -1,1 +1,1 @@
-"""The policy: loading, adapters, packed rows, log-probabilities, and its reference."""
+"""Loading of models, LoRA adapters, packed rows, the policy and its reference."""

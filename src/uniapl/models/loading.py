@@ -1,7 +1,8 @@
-"""Loading what transformers knows from a directory or the Hub, with one clear error for all that fails."""
+"""Load models and tokenizers from a directory or the Hub."""
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,142 +19,149 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
-from uniapl.models.lora import add_adapter, base_of, is_adapter, load_adapter, merge_adapter
+from uniapl.models.lora import add_adapter, base_of_adapter, is_adapter, merge_adapter, read_adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a causal language model is loaded from: a complete model, or a base model and a LoRA adapter."""
+
+    base: str
+    """Directory or Hub id of the complete model, or of the adapter's base model."""
+    adapter: Path | None = None
+    """Directory of the adapter; None for a complete model."""
+    revision: str | None = None
+    """Branch, tag or commit of `base` on the Hub."""
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+    @staticmethod
+    def resolve(config: ModelConfig) -> "ModelSource":
+        """Find the model that the configuration names. The settings of an adapter name its base model.
+
+        Raises:
+            UsageError: No model is named, the base model is not found, or the Hub id is an adapter's.
+        """
+        name, revision, adapter = config.model_name_or_path, config.model_revision, None
+        if name is None:
+            raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
+        if is_adapter(name):
+            adapter = Path(name)
+            name, revision = base_of_adapter(adapter)
+        source = ModelSource(
+            base=name,
+            adapter=adapter,
+            revision=revision,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+        )
+        refuse_adapter(source.what, name, revision)
+        return source
+
+    @property
+    def what(self) -> str:
+        """The name of `base` in error messages."""
+        return "model" if self.adapter is None else f"base of the adapter '{self.adapter}':"
+
+    def with_weights(self, directory: Path | None) -> "ModelSource":
+        """The same model with the weights that a run saved in `directory`; None leaves it unchanged."""
+        if directory is None:
+            return self
+        if is_adapter(directory):
+            return replace(self, adapter=directory)
+        return replace(self, base=str(directory), adapter=None, revision=None)
 
 
 def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments: Any) -> Any:
-    """What `load`, a `from_pretrained` of transformers, returns.
+    """Call `load`, a `from_pretrained` of transformers, and report each of its errors as a UsageError.
 
     Args:
-        what: What it is for, as the error calls it.
+        load: The function to call with `name` and `arguments`.
+        what: The name of the object in the error message.
         name: A directory or a Hub id.
-
-    Raises:
-        UsageError: It cannot be loaded; whatever the reason, its name and what was said of it.
     """
-    # A Hub id has one slash at most; asking the Hub for a path would only cost the user minutes of retries.
+    # A Hub id has at most one slash. Asking the Hub for a path would take minutes of retries.
     exists = os.path.exists(name)
     if not exists and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise UsageError(f"cannot load the {what} '{name}': there is no such directory")
+        raise UsageError(f"cannot load the {what} '{name}': directory not found")
     try:
         return load(name, **arguments)
-    except Exception as error:  # transformers and the Hub client raise many kinds
-        hint = "" if exists else " (there is no such directory here)"
+    except Exception as error:  # transformers and the Hub client raise many types
+        hint = "" if exists else " (not a local directory)"
         if os.path.isdir(Path(name) / "final"):
-            hint = f" (it is the directory of a run: did you mean {Path(name) / 'final'}?)"
+            hint = f" (it is a run directory; did you mean {Path(name) / 'final'}?)"
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 
 def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
-    """Refuse an adapter where a whole model is needed: transformers would give its base, all of it frozen.
+    """Require a complete model: from an adapter, transformers would load the base model and freeze it.
 
     Raises:
-        UsageError: An adapter is what lies in the directory or on the Hub.
+        UsageError: The directory or the Hub repository holds an adapter.
     """
     if from_pretrained(find_adapter_config_file, what, name, revision=revision) is None:
         return
-    remedy = f"merge it by `uniapl export {name} -o DIRECTORY` and give that directory"
+    remedy = f"merge it with `uniapl export {name} -o DIRECTORY` and use that directory"
     if not is_adapter(name):
-        remedy = "download it from the Hub and give its directory"
-    raise UsageError(f"cannot load the {what} '{name}': it is an adapter: {remedy}")
+        remedy = "download it from the Hub and use its directory"
+    raise UsageError(f"cannot load the {what} '{name}': it is an adapter; {remedy}")
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, padding on the right with its pad token or else its end token.
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right with its pad token, or with its end token if it has none.
 
-    An adapter that comes without one, as PEFT saves it, has its base's.
+    An adapter without a tokenizer, as PEFT saves it, uses that of its base model.
     """
-    name = config.model_name_or_path
-    if name is not None and is_adapter(name) and not any(Path(name).glob("tokenizer*")):
-        config = base_of(config)
-    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", config)
+    name = source.base
+    if source.adapter is not None and any(source.adapter.glob("tokenizer*")):
+        name = str(source.adapter)
+    tokenizer = _load(AutoTokenizer, "tokenizer", replace(source, base=name))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model_config(config: ModelConfig) -> Any:
-    """The architecture's description, without weights; an adapter has its base's."""
-    return _from_pretrained(AutoConfig.from_pretrained, _what(config), base_of(config))
+def load_model_config(source: ModelSource) -> Any:
+    """The configuration of the base model, without weights."""
+    return _load(AutoConfig, source.what, source)
 
 
-def load_model(config: ModelConfig, path: str | Path | None = None) -> PreTrainedModel:
-    """The causal language model in fp32 (training computes in bf16 under autocast where that is on).
-
-    An adapter's directory gives its base with the adapter merged.
-    """
-    if path is not None:
-        config = config.model_copy(update={"model_name_or_path": str(path), "model_revision": None})
-    model, name = _load_base(config), config.model_name_or_path
-    return merge_adapter(model, name) if name is not None and is_adapter(name) else model
+def load_model(source: ModelSource) -> PreTrainedModel:
+    """The complete model in fp32, with its adapter merged. Training may compute in bf16 under autocast."""
+    model = _load_base(source)
+    return model if source.adapter is None else merge_adapter(model, source.adapter)
 
 
-def load_policy(config: ModelConfig, path: Path | None = None, *, seed: int) -> PreTrainedModel:
-    """What is trained, with the weights in `path`: the whole model, or with `lora_r` a base and its adapter.
+def load_policy(source: ModelSource, config: ModelConfig, *, seed: int) -> PreTrainedModel:
+    """The model to train: the complete model, or with `lora_r` the frozen base model and its adapter.
 
     Args:
-        path: Weights of a stage or a checkpoint; None: the run's own start.
-        seed: Of a fresh adapter.
+        source: The weights to start from.
+        config: The shape of the adapter.
+        seed: Seed of a new adapter's initial weights.
     """
     if config.lora_r is None:
-        return load_model(config, path)
-    model = _load_base(config)
-    add_adapter(model, config, seed=seed)
-    start = path or config.model_name_or_path
-    if start is not None and is_adapter(start):
-        load_adapter(model, start)
+        return load_model(source)
+    model = _load_base(source)
+    add_adapter(model, config, revision=source.revision, seed=seed)
+    if source.adapter is not None:
+        model.load_state_dict(read_adapter(model, source.adapter), strict=False)
     return model
 
 
-def _load_base(config: ModelConfig) -> PreTrainedModel:
-    optional = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    return _from_pretrained(
-        AutoModelForCausalLM.from_pretrained,
-        _what(config),
-        base_of(config),
-        dtype=torch.float32,
-        use_safetensors=True,
-        **optional,
-    )
-
-
-def _what(config: ModelConfig) -> str:
-    """What is loaded, as an error calls it."""
-    name = config.model_name_or_path
-    return f"base of the adapter '{name}':" if is_adapter(name) else "model"
-
-
-def _from_pretrained(load: Callable[..., Any], what: str, config: ModelConfig, **arguments: Any) -> Any:
-    name = config.model_name_or_path
-    if name is None:
-        raise UsageError("no model: set model.model_name_or_path to a directory or a Hub id")
-    if not os.path.exists(name):
-        refuse_adapter(what, name, config.model_revision)
-    return from_pretrained(
-        load,
-        what,
-        name,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        **arguments,
-    )
-
-
 def load_stop_ids(
-    config: ModelConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase
+    source: ModelSource, model_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """The end tokens of the tokenizer, of the model's configuration and of its generation settings."""
-    config = base_of(config)
-    name = str(config.model_name_or_path)
+    """The end tokens of the tokenizer, of the model's configuration and of its generation configuration."""
     try:
-        generation = GenerationConfig.from_pretrained(name, revision=config.model_revision or "main")
+        generation = GenerationConfig.from_pretrained(source.base, revision=source.revision or "main")
         configured = generation.eos_token_id
-    except Exception as error:  # transformers raises many kinds on settings of a wrong form
-        # A model need not come with generation settings; those that it has may hold end tokens.
-        if not isinstance(error, OSError) or os.path.exists(Path(name) / "generation_config.json"):
+    except Exception as error:  # transformers raises many types for an invalid file
+        # A model may come without a generation configuration, but an invalid one may hide end tokens.
+        if not isinstance(error, OSError) or os.path.exists(Path(source.base) / "generation_config.json"):
             raise UsageError(
-                f"cannot load the generation settings of the model '{name}': {error}; mend or delete its "
-                "generation_config.json"
+                f"cannot load the generation configuration of the model '{source.base}': {error}; correct or "
+                "delete its generation_config.json"
             ) from error
         configured = None
     found: list[Any] = [tokenizer.eos_token_id]
@@ -163,10 +171,23 @@ def load_stop_ids(
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that has ids the model does not know."""
+    """Refuse a tokenizer with token ids beyond the model's embedding matrix."""
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}: they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model has only {rows}; use the tokenizer "
+            "that belongs to the model"
         )
+
+
+def _load_base(source: ModelSource) -> PreTrainedModel:
+    arguments: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    if source.attn_implementation:
+        arguments["attn_implementation"] = source.attn_implementation
+    return _load(AutoModelForCausalLM, source.what, source, **arguments)
+
+
+def _load(family: Any, what: str, source: ModelSource, **arguments: Any) -> Any:
+    arguments |= {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    return from_pretrained(family.from_pretrained, what, source.base, **arguments)

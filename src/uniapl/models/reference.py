@@ -1,4 +1,4 @@
-"""A policy of an earlier step: what training changes is kept as it was, everything else is shared."""
+"""The reference policy: earlier values of the trained parameters in the policy's own modules."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,37 +9,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from uniapl.config import ModelConfig
-from uniapl.models.loading import load_model
-from uniapl.models.lora import is_adapter, read_adapter
+from uniapl.models.loading import ModelSource, load_model
+from uniapl.models.lora import read_adapter
 from uniapl.models.policy import Policy
 
 
 class Reference(nn.Module):
-    """The policy's own computation with other weights: of a policy that is an adapter, another adapter's."""
+    """The policy's forward with other values of its trained parameters; frozen parameters are shared."""
 
     def __init__(self, policy: Policy, weights: Mapping[str, Tensor]) -> None:
-        """Weights by the names of the policy's parameters: all of those that are trained."""
+        """`weights` holds a tensor for each trained parameter of the policy, by name."""
         super().__init__()
-        # In a list: what the policy holds is not the reference's.
+        # In a list, so that the policy is not registered as a submodule.
         self._policy = [policy]
         self.weights = dict(weights)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the policy said when these were its weights."""
+        """As :meth:`Policy.forward`, without gradient."""
         return functional_call(self._policy[0], self.weights, args, kwargs)
 
     def follow(self) -> None:
-        """From now on it is the policy as it is now."""
+        """Copy the current weights of the policy."""
         self._set(trained_weights(self._policy[0]))
 
     def save(self, path: Path) -> None:
-        """Its weights as safetensors."""
+        """Write the weights as safetensors."""
         save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, path)
 
     def load(self, path: Path) -> None:
-        """The inverse of :meth:`save`."""
+        """Read the weights that :meth:`save` wrote."""
         self._set(load_file(path))
 
     @torch.no_grad()
@@ -49,24 +48,18 @@ class Reference(nn.Module):
 
 
 def trained_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by their names."""
+    """The trainable parameters by name, detached."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def reference_at_start(policy: Policy, config: ModelConfig, start: Path | None) -> Reference:
-    """The policy as it was when its stage began, whatever it has learnt since.
-
-    Args:
-        start: Directory with the weights that the stage started from; None for the run's own start.
-    """
-    if config.lora_r is None:
-        weights = trained_weights(load_model(config, start))
+def reference_at_start(policy: Policy, source: ModelSource) -> Reference:
+    """The reference with the weights in `source`, from which the policy's stage started."""
+    if getattr(policy.model, "peft_config", None) is None:
+        weights = trained_weights(load_model(source))
+    elif source.adapter is not None:
+        weights = read_adapter(policy.model, source.adapter)
     else:
-        name = start or config.model_name_or_path
-        if name is not None and is_adapter(name):
-            weights = read_adapter(policy.model, name)
-        else:
-            # An adapter of zeros changes nothing.
-            weights = {name: torch.zeros_like(t) for name, t in trained_weights(policy.model).items()}
+        # A new adapter does not change the base model, and neither does one of zeros.
+        weights = {name: torch.zeros_like(t) for name, t in trained_weights(policy.model).items()}
     device = policy.model.device
     return Reference(policy, {f"model.{name}": tensor.to(device) for name, tensor in weights.items()})

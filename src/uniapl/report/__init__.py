@@ -1,6 +1,6 @@
-"""The page of a run: what its files say, in one HTML file that needs no network.
+"""`uniapl report`: the files of a run directory as one HTML page that works offline.
 
-It reads what a run directory holds and nothing else; `train` calls it when a run ends.
+`train` writes the page when a run ends.
 """
 
 from uniapl.report.page import write_report

@@ -1,120 +1,113 @@
-"""What a report computes: distances of distributions, diversity, smoothing; plain numbers in and out."""
+"""Statistics for reports: distances between distributions, diversity, smoothing, intervals."""
 
 import math
 import re
 import statistics
-from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
 from typing import Any, TypeVar
+
+import numpy as np
 
 Item = TypeVar("Item")
 Numbers = Sequence[float | int]
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the last the normal one.
-STUDENT = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
-    11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110, 18: 2.101, 19: 2.093,
-}  # fmt: skip
+# Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093,
+)  # fmt: skip
 NORMAL = 1.960
 
 
 def mean(values: Iterable[float | int | None]) -> float | None:
-    """Of the values that are known; None if none is."""
+    """The mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
 
 def mean_interval(values: Numbers) -> tuple[float, float, float]:
-    """(mean, low, high): Student's 95 % interval of the mean; of one value, that value thrice."""
+    """(mean, low, high) with Student's 95 % interval of the mean; a single value is its own interval."""
     centre = statistics.fmean(values)
     if len(values) < 2:
         return centre, centre, centre
-    quantile = STUDENT.get(len(values) - 1, NORMAL)
+    quantile = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else NORMAL
     half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return centre, centre - half, centre + half
 
 
-def quantile(values: Numbers, share: float) -> float:
-    """The value below which a share of the values lies, on straight lines between them."""
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+def quantile(values: Numbers, fraction: float) -> float:
+    """The value below which a fraction of the values lies, interpolated linearly."""
+    return float(np.quantile(values, fraction))
 
 
 def wasserstein(first: Numbers, second: Numbers) -> float:
-    """Wasserstein-1: the area between the two distribution functions, in the values' own unit."""
-    a, b = sorted(first), sorted(second)
-    points = sorted({*a, *b})
-    return math.fsum(
-        abs(bisect_right(a, low) / len(a) - bisect_right(b, low) / len(b)) * (high - low)
-        for low, high in pairwise(points)
-    )
+    """Wasserstein-1 distance, in the unit of the values: the area between the distribution functions."""
+    points, gaps = _cdf_gaps(first, second)
+    return float(np.sum(gaps[:-1] * np.diff(points)))
 
 
 def kolmogorov_smirnov(first: Numbers, second: Numbers) -> float:
-    """The largest difference between the two distribution functions: 0 are the same, 1 do not overlap."""
-    a, b = sorted(first), sorted(second)
-    return max(abs(bisect_right(a, x) / len(a) - bisect_right(b, x) / len(b)) for x in {*a, *b})
+    """Largest difference of the distribution functions: 0 for equal samples, 1 for disjoint ranges."""
+    return float(max(_cdf_gaps(first, second)[1]))
+
+
+def _cdf_gaps(first: Numbers, second: Numbers) -> tuple[Any, Any]:
+    """The distinct values of both samples, and the differences of the distribution functions there."""
+    points = np.unique([*first, *second])
+    one, other = (np.searchsorted(np.sort(s), points, side="right") / len(s) for s in (first, second))
+    return points, np.abs(one - other)
 
 
 def bin_edges(samples: Iterable[Numbers], bins: int) -> list[float]:
-    """Edges of equal bins over all the samples; whole numbers get bins of a whole width."""
+    """Edges of equally wide bins over all samples; the width is an integer if all values are."""
     values = [value for sample in samples for value in sample]
     low, high = min(values), max(values)
     if all(float(value).is_integer() for value in values):
         width = max(1, math.ceil((high - low + 1) / bins))
-        count = math.ceil((high - low + 1) / width)
-        return [float(low + i * width) for i in range(count + 1)]
-    width = (high - low) / bins or 1.0
-    return [low + i * width for i in range(bins + 1)]
+        bins = math.ceil((high - low + 1) / width)
+    else:
+        width = (high - low) / bins or 1.0
+    return [float(low + i * width) for i in range(bins + 1)]
 
 
 def histogram(values: Numbers, edges: Sequence[float]) -> list[float]:
-    """The share of the values in each bin; a bin holds its lower edge, the last one its upper edge too."""
-    counts = [0] * (len(edges) - 1)
-    for value in values:
-        counts[min(bisect_right(edges, value), len(counts)) - 1] += 1
-    return [count / len(values) for count in counts]
+    """The fraction of the values in each bin; bins are half open, except that the last has both edges."""
+    return (np.histogram(values, edges)[0] / len(values)).tolist()
 
 
 def smoothed(values: Sequence[float | int | None], weight: float) -> list[float | None]:
-    """Exponential moving average that does not favour its start (Adam's correction); gaps stay gaps."""
+    """Exponential moving average with Adam's bias correction; None stays None."""
     total = mass = 0.0
     result: list[float | None] = []
     for value in values:
-        if value is None:
-            result.append(None)
-            continue
-        total = weight * total + (1 - weight) * value
-        mass = weight * mass + (1 - weight)
-        result.append(total / mass)
+        if value is not None:
+            total = weight * total + (1 - weight) * value
+            mass = weight * mass + (1 - weight)
+        result.append(None if value is None else total / mass)
     return result
 
 
 def words(text: str) -> list[str]:
-    """Words and marks, in lower case."""
+    """Words and punctuation marks, in lower case."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
 def distinct(texts: Iterable[str], n: int) -> float | None:
-    """Distinct-n (Li et al., 2016): the share of all n-grams of words that are different ones."""
+    """Distinct-n (Li et al., 2016): the fraction of distinct n-grams among all n-grams of words."""
     grams: list[tuple[str, ...]] = []
     for text in texts:
         tokens = words(text)
         grams += zip(*(tokens[i:] for i in range(n)), strict=False)
-    return len(set(grams)) / len(grams) if grams else None
+    return distinct_fraction(grams) if grams else None
 
 
-def distinct_share(items: Sequence[Hashable]) -> float:
-    """The share of different ones."""
+def distinct_fraction(items: Sequence[Hashable]) -> float:
+    """The fraction of distinct items."""
     return len(set(items)) / len(items)
 
 
 def ends(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
-    """The first and the last tenth, at least one each."""
+    """The first and the last tenth, at least one item each."""
     count = max(1, len(items) // 10)
     return items[:count], items[-count:]
 
@@ -131,14 +124,12 @@ def step_ranges(steps: Iterable[int]) -> str:
 
 
 def number(value: Any) -> float | int | None:
-    """The value where it is a finite number, None otherwise; metrics may be missing, null or text."""
+    """The value if it is a finite number, else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
 
 
 def rounded(value: Any) -> Any:
-    """A number with five significant digits: what a page shows needs no more."""
+    """A number with five significant digits, which is enough for a page; None if it is not finite."""
     known = number(value)
-    if known is None or isinstance(known, int):
-        return known
-    return float(f"{known:.5g}")
+    return known if known is None or isinstance(known, int) else float(f"{known:.5g}")

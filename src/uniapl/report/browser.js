@@ -1,14 +1,14 @@
-// The browser of sampled answers: filters, an order, and one page of entries at a time.
+// The completion browser: filters, sorting, and pages of entries.
 
 const PAGE_SIZE = 20;
 const FILTERS = { step: "step", reward: "reward", win: "win" };
 
-/** Wires the form to the answers (columns, as src/uniapl/report/completions.py packs them). */
-function startBrowser(answers) {
+/** Connects the form with the completions, which are columns (completions.as_columns). */
+function startBrowser(completions) {
   const form = document.getElementById("filters");
-  const lowered = answers.prompts.map((prompt) => prompt.toLowerCase());
+  const lowered = completions.prompts.map((prompt) => prompt.toLowerCase());
   const state = { page: 0, chosen: [], group: null };
-  for (const reason of new Set(answers.finish)) {
+  for (const reason of new Set(completions.finish)) {
     form.elements.finish.append(html("option", { value: reason }, reason));
   }
 
@@ -21,16 +21,16 @@ function startBrowser(answers) {
       state.group = group;
       choose();
     };
-    byId("answers").replaceChildren(...visible.map((i) => makeEntry(answers, i, state.group == null ? siblings : null)));
-    const many = answers.step.length.toLocaleString("en");
-    byId("count").textContent = `${state.chosen.length.toLocaleString("en")} of ${many} answers`;
+    byId("entries").replaceChildren(...visible.map((i) => makeEntry(completions, i, state.group == null ? siblings : null)));
+    const many = completions.step.length.toLocaleString("en");
+    byId("count").textContent = `${state.chosen.length.toLocaleString("en")} of ${many} completions`;
     byId("page-number").textContent = `page ${(state.page + 1).toLocaleString("en")} of ${pages.toLocaleString("en")}`;
     byId("previous").disabled = state.page === 0;
     byId("next").disabled = state.page === pages - 1;
     byId("siblings-off").hidden = state.group == null;
   };
   const choose = () => {
-    state.chosen = chosenAnswers(answers, lowered, form.elements, state.group);
+    state.chosen = chosenCompletions(completions, lowered, form.elements, state.group);
     state.page = 0;
     show();
   };
@@ -55,22 +55,22 @@ function startBrowser(answers) {
 
 const byId = (id) => document.getElementById(id);
 
-/** The indices of the answers that the form asks for, in its order. */
-function chosenAnswers(answers, lowered, fields, group) {
+/** The sorted indices of the completions that match the form. */
+function chosenCompletions(completions, lowered, fields, group) {
   const text = fields.text.value.toLowerCase();
   const ranges = Object.entries(FILTERS)
-    .map(([name, column]) => [answers[column], bound(fields[`${name}-from`]), bound(fields[`${name}-to`])])
+    .map(([name, column]) => [completions[column], bound(fields[`${name}-from`]), bound(fields[`${name}-to`])])
     .filter(([, from, to]) => from != null || to != null);
   const chosen = [];
-  for (let i = 0; i < answers.step.length; i++) {
-    if (group != null && answers.group[i] !== group) continue;
-    if (text && !lowered[answers.prompt[i]].includes(text)) continue;
-    if (fields.finish.value && answers.finish[i] !== fields.finish.value) continue;
+  for (let i = 0; i < completions.step.length; i++) {
+    if (group != null && completions.group[i] !== group) continue;
+    if (text && !lowered[completions.prompt[i]].includes(text)) continue;
+    if (fields.finish.value && completions.finish[i] !== fields.finish.value) continue;
     if (ranges.every(([column, from, to]) => within(column[i], from, to))) chosen.push(i);
   }
-  const column = answers[fields.sort.value];
+  const column = completions[fields.sort.value];
   const sign = fields.order.value === "up" ? 1 : -1;
-  // What is not known comes last, whichever the order.
+  // Missing values come last in both orders.
   return chosen.sort((a, b) => {
     if (column[a] == null || column[b] == null) return (column[a] == null) - (column[b] == null) || a - b;
     return sign * (column[a] - column[b]) || a - b;
@@ -80,35 +80,35 @@ function chosenAnswers(answers, lowered, fields, group) {
 const bound = (field) => (field.value === "" ? null : Number(field.value));
 const within = (value, from, to) => value != null && (from == null || value >= from) && (to == null || value <= to);
 
-function makeEntry(answers, i, siblings) {
-  const prompt = answers.prompt[i];
-  const expert = answers.experts[prompt];
+function makeEntry(completions, i, siblings) {
+  const prompt = completions.prompt[i];
+  const expert = completions.experts[prompt];
   const facts = [
-    ["step", answers.step[i]], ["reward", answers.reward[i]], ["advantage", answers.advantage[i]],
-    ["win rate", answers.win[i]], ["tokens", answers.tokens[i]],
+    ["step", completions.step[i]], ["reward", completions.reward[i]], ["advantage", completions.advantage[i]],
+    ["win rate", completions.win[i]], ["tokens", completions.tokens[i]],
   ].filter(([name, value]) => value != null || name === "reward");
   const header = html("header", {},
     ...facts.map(([name, value]) => html("span", {}, `${name} `, html("b", {}, formatNumber(value)))),
-    html("span", {}, `ended by ${answers.finish[i]}`),
-    ...answers.functions.map((name, f) => makeScore(name, answers.parts[f][i])));
+    html("span", {}, `finish reason ${completions.finish[i]}`),
+    ...completions.functions.map((name, f) => makeScore(name, completions.parts[f][i])));
   if (siblings) {
-    const button = html("button", { type: "button" }, "All answers to this prompt, this step");
-    button.addEventListener("click", () => siblings(answers.group[i]));
+    const button = html("button", { type: "button" }, "All completions of this prompt in this step");
+    button.addEventListener("click", () => siblings(completions.group[i]));
     header.append(button);
   }
-  const pair = html("div", { class: "pair" }, makeText("Policy", "policy", answers.text[i]));
+  const pair = html("div", { class: "pair" }, makeText("Policy", "policy", completions.text[i]));
   if (expert != null) pair.append(makeText("Expert", "expert", expert));
-  return html("article", { class: "answer" }, header, html("p", { class: "prompt text" }, answers.prompts[prompt]), pair);
+  return html("article", { class: "entry" }, header, html("p", { class: "prompt text" }, completions.prompts[prompt]), pair);
 }
 
 function makeText(title, kind, text) {
   return html("div", { class: kind }, html("h4", {}, title), html("div", { class: "text" }, text || "(empty)"));
 }
 
-/** A function's own reward, with a tick or a cross where it is 1 or 0. */
+/** The reward of one function, with a tick for 1 and a cross for 0. */
 function makeScore(name, value) {
   const short = name.split(":").at(-1);
   const marks = { 1: ["tick", "✓ "], 0: ["cross", "✕ "] };
   const [kind, mark] = marks[value] ?? ["", ""];
-  return html("span", { class: kind, title: name }, `${mark}${short} ${value == null ? "does not apply" : formatNumber(value)}`);
+  return html("span", { class: kind, title: name }, `${mark}${short} ${value == null ? "none" : formatNumber(value)}`);
 }

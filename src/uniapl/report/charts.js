@@ -1,10 +1,10 @@
 "use strict";
-// Charts: from a description (src/uniapl/report/charts.py) to SVG with a legend that is also the read-out.
+// Charts: from a description (charts.py) to SVG, with a legend that also shows the values at the cursor.
 
 const MARGIN = { left: 48, right: 12, top: 10, bottom: 34 };
 const HEIGHT = 220;
 
-/** An HTML element; what comes from data goes in as text, never as markup. */
+/** An HTML element; data is inserted as text, never as markup. */
 function html(name, attributes = {}, ...children) {
   return filled(document.createElement(name), attributes, children);
 }
@@ -30,7 +30,7 @@ function formatNumber(value) {
   return value.toFixed(size >= 100 ? 1 : size >= 1 ? 2 : size >= 0.01 ? 3 : 4);
 }
 
-/** Exponential moving average without a bias towards its start, as analysis.smoothed; gaps stay gaps. */
+/** Exponential moving average with bias correction, as analysis.smoothed; null stays null. */
 function smoothed(values, weight) {
   let total = 0;
   let mass = 0;
@@ -42,7 +42,7 @@ function smoothed(values, weight) {
   });
 }
 
-/** Round numbers that lie between two bounds. */
+/** Round numbers between two bounds. */
 function ticks(low, high, wanted) {
   const rough = (high - low) / wanted;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -70,7 +70,7 @@ const MARKERS = ["M-4 0A4 4 0 1 0 4 0A4 4 0 1 0 -4 0", "M-4 -4H4V4H-4Z", "M0 -5L
 const marker = (index) => MARKERS[index % MARKERS.length];
 const color = (index) => index % 8;
 
-/** A chart's figure, which draws itself; `redraw` draws it anew, at its width and with another smoothing. */
+/** The figure of a chart; `redraw` draws it with a smoothing weight at its current width. */
 function makeChart(chart, stages) {
   const figure = html("figure", { class: "chart" });
   const legend = html("ul", { class: "legend" });
@@ -81,7 +81,7 @@ function makeChart(chart, stages) {
   const draw = () => {
     const drawing = new Drawing(chart, entries, state, stages, holder.clientWidth || 340);
     const picture = drawing.make();
-    // Points lie too close for a cursor; a table beside them has their values.
+    // Points are too close for a cursor; a table has their values.
     if (chart.kind !== "points") listen(picture, drawing, state, () => showValues(legend, chart, entries, state));
     holder.replaceChildren(picture);
     showValues(legend, chart, entries, state);
@@ -104,14 +104,14 @@ function makeChart(chart, stages) {
   return { figure, redraw };
 }
 
-/** What a chart shows, of whatever kind: entries with a label and with x and y, equally long. */
+/** The entries of a chart of any kind, each with a label and with x and y of equal length. */
 function entriesOf(chart) {
   if (chart.kind !== "histogram") return chart.lines;
   const x = chart.edges.slice(1).map((edge, i) => (edge + chart.edges[i]) / 2);
-  return chart.groups.map((group) => ({ label: group.label, x, y: group.shares }));
+  return chart.groups.map((group) => ({ label: group.label, x, y: group.fractions }));
 }
 
-/** One picture: its scales, its axes and what is inside. */
+/** One picture: scales, axes and content. */
 class Drawing {
   constructor(chart, entries, state, stages, width) {
     Object.assign(this, { chart, entries, state, stages, width });
@@ -193,7 +193,7 @@ class Drawing {
       parts.push(svg("text", { x: this.x(place), y: bottom + 15, "text-anchor": "middle" }, tickLabel(place)));
     }
     parts.push(svg("text", { x: width - MARGIN.right, y: HEIGHT - 4, "text-anchor": "end" }, chart.x));
-    if (chart.kind === "histogram") parts.push(svg("text", { x: 2, y: HEIGHT - 4 }, "share of answers"));
+    if (chart.kind === "histogram") parts.push(svg("text", { x: 2, y: HEIGHT - 4 }, "fraction of completions"));
     else if (chart.y) parts.push(svg("text", { x: 2, y: HEIGHT - 4 }, chart.y));
     return parts;
   }
@@ -210,7 +210,7 @@ class Drawing {
     });
     this.entries.forEach((entry, i) => {
       parts.push(svg("path", { class: `line c${color(i)} ${dash(i)}`, d: this.path(entry.x, this.curves[i]) }));
-      // A line of one point has no length.
+      // A line with one point would be invisible.
       if (entry.x.length === 1) {
         parts.push(svg("circle", { class: `f${color(i)}`, cx: this.x(entry.x[0]), cy: this.y(entry.y[0]), r: 3 }));
       }
@@ -255,15 +255,15 @@ class Drawing {
     const { edges } = this.chart;
     return this.entries.map((entry, i) => {
       let text = `M${this.x(edges[0]).toFixed(1)} ${this.y(0).toFixed(1)}`;
-      entry.y.forEach((share, at) => {
-        text += `V${this.y(share).toFixed(1)}H${this.x(edges[at + 1]).toFixed(1)}`;
+      entry.y.forEach((fraction, at) => {
+        text += `V${this.y(fraction).toFixed(1)}H${this.x(edges[at + 1]).toFixed(1)}`;
       });
       text += `V${this.y(0).toFixed(1)}`;
       return svg("path", { class: `bars f${color(i)} c${color(i)} ${dash(i)}`, d: text });
     });
   }
 
-  /** Points with intervals both ways, named, and joined in their order. */
+  /** Labelled points with intervals in both directions, connected in order. */
   points() {
     return this.entries.flatMap((entry, i) => {
       const parts = [svg("path", { class: `line raw c${color(i)}`, d: this.path(entry.x, entry.y) })];
@@ -281,7 +281,7 @@ class Drawing {
     });
   }
 
-  /** Where along its entries a chart is pointed at: the index of the nearest x of the longest entry. */
+  /** The index of the x of the longest entry that is nearest to the pointer. */
   nearest(clientX, picture) {
     const box = picture.getBoundingClientRect();
     const at = ((clientX - box.left) / box.width) * this.width;
@@ -302,7 +302,7 @@ const nearestIndex = (values, wanted) => values.reduce(
 );
 const longest = (entries) => entries.reduce((best, entry) => (entry.x.length > best.x.length ? entry : best));
 
-/** Pointer and arrow keys move the cursor; where there is none, a chart names its last values. */
+/** Pointer and arrow keys move the cursor; without a cursor the legend shows the last values. */
 function listen(picture, drawing, state, show) {
   const move = (index) => {
     state.index = index;

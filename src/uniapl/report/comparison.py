@@ -1,4 +1,4 @@
-"""The page of a comparison: what `uniapl compare` wrote down, with its curves and fronts as charts."""
+"""The page of a comparison: the results of `uniapl compare` as tables and charts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.report.analysis import rounded
-from uniapl.report.charts import Chart
+from uniapl.report.charts import Chart, line_chart
 from uniapl.report.page import fill
 
 RESULTS = "results.json"
@@ -26,7 +26,7 @@ ABLATION_MEASURES = ("good", "fluency", "expert nll", "length distance")
 
 
 def is_comparison(directory: Path) -> bool:
-    """Whether it holds what `uniapl compare` writes, and not a run."""
+    """Whether `uniapl compare` wrote the directory."""
     return (directory / RESULTS).is_file() and not (directory / "metrics.jsonl").exists()
 
 
@@ -34,38 +34,38 @@ def write_comparison(directory: Path, output: Path) -> None:
     """Read results.json and write its page.
 
     Raises:
-        UsageError: It is not what `uniapl compare` writes.
+        UsageError: `uniapl compare` did not write results.json.
     """
     path = directory / RESULTS
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         page = render_comparison(summary, title=directory.resolve().name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"'{path}' is not what uniapl compare writes: {error!r}") from error
+        raise UsageError(f"'{path}' was not written by uniapl compare: {error!r}") from error
     write_text(output, page)
 
 
 def render_comparison(summary: Mapping[str, Any], *, title: str) -> str:
-    """The page; parts that were not run are left out."""
+    """The page, with the parts that were run."""
     themes: list[dict[str, Any]] = []
     if "curves" in summary:
-        themes.append({"title": "Quality against cost", "charts": [_curves(summary["curves"])]})
+        themes.append({"title": "Quality over cost", "charts": [_curves(summary["curves"])]})
     if summary.get("fronts"):
         fronts = [_front(name, front) for name, front in summary["fronts"].items()]
-        themes.append({"title": "Fronts: good against closeness", "charts": fronts})
+        themes.append({"title": "Fronts: good and closeness", "charts": fronts})
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return fill(
         "comparison",
         title=title,
         introduction=(
-            f"The embedded task, seeds {', '.join(map(str, summary['seeds']))}; every run samples at most "
-            f"{summary['budget']['rollouts']:,} rollouts and learns from "
-            f"{summary['budget']['demonstrations']:,} demonstrations (sft: as many more as the others have "
-            f"rollouts). Square brackets: 95 % bootstrap intervals over seeds. {versions}."
+            f"Results on the demo task, seeds {', '.join(map(str, summary['seeds']))}. Each run samples at "
+            f"most {summary['budget']['rollouts']:,} rollouts and trains on "
+            f"{summary['budget']['demonstrations']:,} demonstrations (sft: more demonstrations in place of "
+            f"the rollouts). Square brackets: 95 % bootstrap intervals over seeds. {versions}."
         ),
         tables=list(_tables(summary)),
-        chosen=_settings(summary["settings"]),
-        found=_settings(summary.get("search", {})),
+        chosen=summary["settings"],
+        found=summary.get("search", {}),
         data={"themes": themes, "analyses": [], "stages": []},
     )
 
@@ -77,8 +77,14 @@ def _tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, front in (summary.get("fronts") or {}).items():
         tables.append({"title": f"Front, {_front_name(name)}", **_front_table(front)})
     for split, title in SPLITS.items() if "ablations" in summary else ():
-        rows = [[name, *map(_changed, row[split].values())] for name, row in summary["ablations"].items()]
-        header = ["variant", *(f"{measure}, and change" for measure in ABLATION_MEASURES)]
+        rows = [
+            [
+                name,
+                *(f"{v['mean']:.3f} ({_interval(v['difference'], sign='+')})" for v in row[split].values()),
+            ]
+            for name, row in summary["ablations"].items()
+        ]
+        header = ["variant", *(f"{measure}, and difference" for measure in ABLATION_MEASURES)]
         tables.append({"title": f"Variants of uniapl, {title}", "header": header, "rows": rows})
     return tables
 
@@ -86,15 +92,15 @@ def _tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
     best = table["best_baseline"]
     header = [
-        "method", "good", f"minus {best}", "good, new combinations", f"minus {best}", "passed", "fluency",
-        "expert nll", "length distance", "reference nll", "distinct-2", "rollout tokens", "trained tokens",
-        "seconds", *(f"tokens to {level:.2f}" for level in table["levels"]),
+        "method", "good", f"minus {best}", "good, held-out combinations", f"minus {best}", "passed",
+        "fluency", "expert nll", "length distance", "reference nll", "distinct-2", "rollout tokens",
+        "trained tokens", "seconds", *(f"tokens to {level:.2f}" for level in table["levels"]),
     ]  # fmt: skip
     rows: list[list[str]] = []
     for method, row in table["methods"].items():
         here, there, cost = row["held_out"], row["held_out_combinations"], row["cost"]
         differences = row.get("minus_best_baseline", {})
-        reached = row.get("rollout_tokens_to_reach", {}).values()
+        measures = ("passed", "fluency", "expert_nll", "length_distance", "reference_nll", "distinct_2")
         rows.append(
             [
                 method,
@@ -102,21 +108,15 @@ def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
                 _interval(differences.get("held_out"), sign="+"),
                 _interval(there["good"]),
                 _interval(differences.get("held_out_combinations"), sign="+"),
-                *(f"{here[name]['mean']:.3f}" for name in ("passed", "fluency", "expert_nll")),
-                f"{here['length_distance']['mean']:.2f}",
-                *(f"{here[name]['mean']:.3f}" for name in ("reference_nll", "distinct_2")),
+                *(format(here[m]["mean"], ".2f" if m == "length_distance" else ".3f") for m in measures),
                 *(f"{cost[name]:,.0f}" for name in ("rollout_tokens", "trained_tokens", "seconds")),
-                *("never" if tokens is None else f"{tokens:,.0f}" for tokens in reached),
+                *(
+                    "never" if n is None else f"{n:,.0f}"
+                    for n in row.get("rollout_tokens_to_reach", {}).values()
+                ),
             ]
         )
     return {"header": header, "rows": rows}
-
-
-def _settings(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    return [
-        (method, ", ".join(f"{key} = {value}" for key, value in values.items()))
-        for method, values in settings.items()
-    ]
 
 
 def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,10 +124,8 @@ def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:
     rows: list[list[str]] = []
     for method, row in front["methods"].items():
         ours = row["ours_minus_this"] or {}
-        cells = [method]
-        for measure in FRONT_MEASURES:
-            cells += [_interval(row[measure]), _interval(ours.get(measure), sign="+")]
-        rows.append(cells)
+        cells = [(_interval(row[m]), _interval(ours.get(m), sign="+")) for m in FRONT_MEASURES]
+        rows.append([method, *(text for pair in cells for text in pair)])
     return {"header": header, "rows": rows}
 
 
@@ -137,8 +135,8 @@ def _curves(curves: Mapping[str, Any]) -> Chart:
         for method, curve in curves.items()
         if max(curve["rollout_tokens"]) > 0
     ]
-    note = "Means over seeds, good on held-out prompts; methods that sample nothing have no line."
-    return _chart("lines", "Good against rollout tokens", "rollout tokens", lines, note=note)
+    note = "Means over seeds of good on held-out prompts; methods without rollouts have no line."
+    return line_chart("Good over rollout tokens", lines, x="rollout tokens", note=note)
 
 
 def _front(name: str, front: Mapping[str, Any]) -> Chart:
@@ -151,9 +149,9 @@ def _front(name: str, front: Mapping[str, Any]) -> Chart:
         }
         for method, row in front["methods"].items()
     ]
-    distance = DISTANCES[name.split("/")[1]]
-    note = "Closer to the expert is further right; numbers are the value of each method's own knob."
-    return _chart("points", _front_name(name).capitalize(), distance, lines, note=note, reversed=True)
+    note = "Points further right are closer to the expert; labels are values of the method's setting."
+    title, x = _front_name(name).capitalize(), DISTANCES[name.split("/")[1]]
+    return line_chart(title, lines, kind="points", x=x, note=note) | {"reversed": True}
 
 
 def _sides(points: Sequence[Mapping[str, Any]], measure: str, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -161,10 +159,6 @@ def _sides(points: Sequence[Mapping[str, Any]], measure: str, names: Sequence[st
         name: [rounded(point[measure][side]) for point in points]
         for name, side in zip(names, ("mean", "low", "high"), strict=True)
     }
-
-
-def _chart(kind: str, title: str, x: str, lines: Sequence[Chart], **more: Any) -> Chart:
-    return {"kind": kind, "title": title, "x": x, "lines": lines, "log": False, "smooth": False, **more}
 
 
 def _front_name(name: str) -> str:
@@ -177,7 +171,3 @@ def _interval(value: Mapping[str, float] | None, *, sign: str = "") -> str:
         return ""
     mean, low, high = (format(value[name], f"{sign}.3f") for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
-
-
-def _changed(value: Mapping[str, Any]) -> str:
-    return f"{value['mean']:.3f} ({_interval(value['difference'], sign='+')})"

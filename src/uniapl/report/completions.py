@@ -1,4 +1,4 @@
-"""Sampled answers as columns, small enough for one file; and how data is packed into a page."""
+"""Sampled completions as compressed columns, small enough for one page."""
 
 import base64
 import gzip
@@ -10,21 +10,24 @@ from uniapl.report.analysis import rounded
 from uniapl.report.reading import Record
 
 BUDGET = 7_500_000
-"""Bytes that the packed answers may take, of the 10 MB that a page may have."""
+"""Bytes for the packed completions, of the 10 MB that a page may have."""
+PLAIN = {"text": "text", "tokens": "tokens", "finish_reason": "finish"}
+NUMERIC = {"reward": "reward", "advantage": "advantage", "win_rate": "win"}
+"""Keys of a completion in completions.jsonl, and the columns of the page that hold them."""
 
 
 def pack(value: Any) -> str:
-    """JSON, compressed, as text that is inert in HTML."""
+    """Compressed JSON in base64, which needs no escaping in HTML."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # Lone surrogates, which a tokenizer may leave, are no UTF-8.
+    # Decoded tokens may contain lone surrogates, which UTF-8 cannot encode.
     return base64.b64encode(gzip.compress(text.encode(errors="replace"), 6, mtime=0)).decode()
 
 
 def packed_completions(records: Sequence[Record], budget: int = BUDGET) -> tuple[str, int, int]:
-    """The answers, packed; where they are too large an even sample of prompts over all steps.
+    """The completions, packed; an even sample of the prompts over all steps if they exceed the budget.
 
     Returns:
-        The text, how many answers it holds, and how many there are.
+        The packed text, the number of completions in it, and the number of all completions.
     """
     total = sum(len(record["completions"]) for record in records)
     keep = len(records)
@@ -37,45 +40,32 @@ def packed_completions(records: Sequence[Record], budget: int = BUDGET) -> tuple
 
 
 def as_columns(records: Sequence[Record]) -> dict[str, Any]:
-    """One list per property of an answer, and prompts and demonstrations once, which answers refer to.
+    """One list per property of a completion; prompts and demonstrations are stored once and referred to.
 
     Example:
         {"prompts": ["Name a prime."], "experts": ["11"], "functions": ["is_prime"], "step": [1, 1],
          "group": [0, 0], "prompt": [0, 0], "text": ["7", "9"], "parts": [[1.0, 0.0]], ...}
     """
     prompts: dict[tuple[str, str | None], int] = {}
-    functions = list(
-        {name: None for record in records for a in record["completions"] for name in a["rewards"]}
-    )
-    columns: dict[str, list[Any]] = {name: [] for name in ("step", "group", "prompt", "text", "tokens")}
-    columns |= {name: [] for name in ("finish", "reward", "advantage", "win")}
-    parts: list[list[Any]] = [[] for _ in functions]
-    for group, record in enumerate(records):
-        key = (readable_prompt(record["prompt"]), record.get("demonstration"))
-        prompt = prompts.setdefault(key, len(prompts))
-        for answer in record["completions"]:
-            columns["step"].append(record["step"])
-            columns["group"].append(group)
-            columns["prompt"].append(prompt)
-            columns["text"].append(answer["text"])
-            columns["tokens"].append(answer["tokens"])
-            columns["finish"].append(answer["finish_reason"])
-            columns["reward"].append(rounded(answer["reward"]))
-            columns["advantage"].append(rounded(answer["advantage"]))
-            columns["win"].append(rounded(answer["win_rate"]))
-            for values, name in zip(parts, functions, strict=True):
-                values.append(rounded(answer["rewards"].get(name)))
+    rows = [(group, completion) for group, r in enumerate(records) for completion in r["completions"]]
+    functions = list({name: None for _, completion in rows for name in completion["rewards"]})
+    keys = [(readable_prompt(record["prompt"]), record.get("demonstration")) for record in records]
+    places = [prompts.setdefault(key, len(prompts)) for key in keys]
     return {
         "prompts": [prompt for prompt, _ in prompts],
         "experts": [expert for _, expert in prompts],
         "functions": functions,
-        "parts": parts,
-        **columns,
+        "parts": [[rounded(c["rewards"].get(name)) for _, c in rows] for name in functions],
+        "step": [records[group]["step"] for group, _ in rows],
+        "group": [group for group, _ in rows],
+        "prompt": [places[group] for group, _ in rows],
+        **{column: [completion[key] for _, completion in rows] for key, column in PLAIN.items()},
+        **{column: [rounded(completion[key]) for _, completion in rows] for key, column in NUMERIC.items()},
     }
 
 
 def readable_prompt(prompt: Any) -> str:
-    """A prompt as a person reads it: a string, or a chat's turns, each after its role."""
+    """A string as it is, and a chat's messages with their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0].get("role") == "user":

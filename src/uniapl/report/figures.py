@@ -1,4 +1,4 @@
-"""The charts as pictures for documents, PNG and SVG, drawn by matplotlib."""
+"""The charts as PNG and SVG files, drawn with matplotlib."""
 
 import importlib.util
 import re
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING = 0.6
-# As in page.css, on a light ground.
+# The colors of page.css on a light background.
 COLORS = ("#0a62ab", "#c24e00", "#00805c", "#a3478a", "#8a6500", "#2b8cc4", "#4a4f55", "#7a3fb0")
 STYLES = ("-", "--", ":", "-.", (0, (8, 3)))
 
 
 def write_figures(runs: Sequence[RunData], directory: Path) -> list[Path]:
-    """Draw every chart of a report; the files.
+    """Draw every chart of a report; the paths of the files.
 
     Raises:
         UsageError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--figures draws with matplotlib: pip install 'uniapl[report]'")
+        raise UsageError("--figures needs matplotlib: pip install 'uniapl[report]'")
     from matplotlib.figure import Figure
 
     charts = [chart for theme in curves(runs) for chart in theme["charts"]]
@@ -40,18 +40,17 @@ def write_figures(runs: Sequence[RunData], directory: Path) -> list[Path]:
     written: list[Path] = []
     for chart in charts:
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-        axes = figure.subplots()
-        _draw(axes, chart)
+        _draw(figure.subplots(), chart)
         for suffix in (".png", ".svg"):
-            path = directory / (_file_name(chart["title"]) + suffix)
+            name = re.sub(r"\W+", "-", chart["title"].lower()).strip("-")
+            path = directory / (name + suffix)
             figure.savefig(path, dpi=160, metadata={"Date": None} if suffix == ".svg" else None)
             written.append(path)
     return written
 
 
 def _draw(axes: "Axes", chart: Chart) -> None:
-    drawers = {"lines": _lines, "stack": _stack, "histogram": _histogram}
-    drawers[chart["kind"]](axes, chart)
+    {"lines": _lines, "stack": _stack, "histogram": _histogram}[chart["kind"]](axes, chart)
     axes.set_title(chart["title"], fontsize=11, loc="left")
     axes.set_xlabel(chart["x"])
     axes.grid(alpha=0.2)
@@ -61,33 +60,34 @@ def _draw(axes: "Axes", chart: Chart) -> None:
         axes.legend(handles, labels, frameon=False, fontsize=8)
 
 
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)]}
+
+
 def _lines(axes: "Axes", chart: Chart) -> None:
     for index, line in enumerate(chart["lines"]):
-        color = COLORS[index % len(COLORS)]
-        style = STYLES[index % len(STYLES)]
+        style = _style(index)
         if chart["smooth"]:
-            axes.plot(line["x"], line["y"], color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(line["x"], line["y"], color=style["color"], alpha=0.25, linewidth=0.8)
         values: Any = smoothed(line["y"], SMOOTHING if chart["smooth"] else 0.0)
         marker = "o" if len(line["x"]) == 1 else None
-        axes.plot(line["x"], values, color=color, linestyle=style, label=line["label"], marker=marker)
+        axes.plot(line["x"], values, **style, label=line["label"], marker=marker)
         if "low" in line:
-            axes.fill_between(line["x"], line["low"], line["high"], color=color, alpha=0.12, linewidth=0)
+            axes.fill_between(
+                line["x"], line["low"], line["high"], color=style["color"], alpha=0.12, linewidth=0
+            )
 
 
 def _stack(axes: "Axes", chart: Chart) -> None:
     lines = chart["lines"]
-    colors = [COLORS[index % len(COLORS)] for index in range(len(lines))]
+    colors = [_style(index)["color"] for index in range(len(lines))]
     heights, labels = [line["y"] for line in lines], [line["label"] for line in lines]
     axes.stackplot(lines[0]["x"], heights, labels=labels, colors=colors, alpha=0.75)
 
 
 def _histogram(axes: "Axes", chart: Chart) -> None:
     for index, group in enumerate(chart["groups"]):
-        color, style = COLORS[index % len(COLORS)], STYLES[index % len(STYLES)]
-        axes.stairs(group["shares"], chart["edges"], color=color, fill=True, alpha=0.12)
-        axes.stairs(group["shares"], chart["edges"], color=color, linestyle=style, label=group["label"])
-    axes.set_ylabel("share of answers")
-
-
-def _file_name(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower()).strip("-")
+        style = _style(index)
+        axes.stairs(group["fractions"], chart["edges"], color=style["color"], fill=True, alpha=0.12)
+        axes.stairs(group["fractions"], chart["edges"], **style, label=group["label"])
+    axes.set_ylabel("fraction of completions")

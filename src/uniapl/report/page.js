@@ -1,4 +1,4 @@
-// The page: unpacks its data, draws the charts, starts the browser of answers, switches the theme.
+// The page: unpacks its data, draws the charts, starts the completion browser, switches the theme.
 
 /** The value in a script element that holds compressed JSON (completions.pack). */
 async function unpack(id) {
@@ -11,8 +11,8 @@ async function unpack(id) {
 
 function startTheme() {
   const button = byId("theme");
-  const names = { auto: "as the system", light: "light", dark: "dark" };
-  // A page that lies in a file may not be allowed to store anything.
+  const names = { auto: "system", light: "light", dark: "dark" };
+  // A page opened from a file may not be allowed to use localStorage.
   const stored = { get: () => localStorage.getItem("theme"), set: (name) => localStorage.setItem("theme", name) };
   const tried = (action, ...values) => { try { return action(...values); } catch { return null; } };
   let current = tried(stored.get) ?? "auto";
@@ -60,10 +60,10 @@ function startCharts({ themes, analyses, stages }) {
 
 async function start() {
   startTheme();
-  // The answers are unpacked while the charts are drawn.
-  const answers = byId("answers") && unpack("completions-data");
+  // The completions are unpacked while the charts are drawn.
+  const completions = byId("entries") && unpack("completions-data");
   startCharts(await unpack("data"));
-  if (answers) startBrowser(await answers);
+  if (completions) startBrowser(await completions);
 }
 
 start();

@@ -1,4 +1,4 @@
-"""From data to the page: one HTML file with its style, its script and its data inside."""
+"""From data to one HTML file that contains its style, its script and its data."""
 
 import base64
 import hashlib
@@ -27,10 +27,10 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
 
 
 def render(runs: Sequence[RunData], *, budget: int = BUDGET) -> str:
-    """The page of one run, or of several side by side.
+    """The page of one run, or of several runs next to each other.
 
     Args:
-        budget: Bytes for the sampled answers; beyond it the page holds a sample of them.
+        budget: Bytes for the sampled completions; the page holds a sample of them if they need more.
     """
     if len(runs) > 1:
         return fill("runs", title=", ".join(group.label for group in charts.grouped(runs)), **_several(runs))
@@ -38,11 +38,11 @@ def render(runs: Sequence[RunData], *, budget: int = BUDGET) -> str:
 
 
 def fill(kind: str, *, title: str, data: dict[str, Any], **values: Any) -> str:
-    """The template with its values; what comes from data is escaped, and only our script may run.
+    """The filled template. Values are escaped, and the page's policy allows only its own script.
 
     Args:
-        kind: Which of the template's pages.
-        data: What the script draws, packed.
+        kind: "run", "runs" or "comparison".
+        data: Packed data for the script.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -69,7 +69,7 @@ def fill(kind: str, *, title: str, data: dict[str, Any], **values: Any) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names a script or a style that may run."""
+    """The hash by which a Content-Security-Policy allows a script or a style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -77,53 +77,34 @@ def _one(run: RunData, budget: int) -> dict[str, Any]:
     found = distributions(run)
     analyses = [*found["charts"], *model_charts(run.models), *charts.cost_curves([run])]
     packed, shown, total = packed_completions(run.completions, budget)
-    rows = summary.settings(run)
     return {
         "run": run,
-        "state": summary.state(run),
-        "tiles": summary.tiles(run),
-        "health": summary.health(run),
+        "summary": summary,
         "lengths": found["lengths"],
-        "models": run.models,
         "shown": shown,
         "total": total,
         "completions": packed,
-        "changed": [row for row in rows if row["changed"]],
-        "settings": rows,
-        "provenance": summary.provenance(run),
         "data": {"themes": charts.curves([run]), "analyses": analyses, "stages": _stage_starts(run)},
     }
 
 
 def _several(runs: Sequence[RunData]) -> dict[str, Any]:
     names = charts.labels(runs)
-    every = [{tile["label"]: tile["value"] for tile in summary.tiles(run)} for run in runs]
-    labels = list(dict.fromkeys(label for found in every for label in found))
+    tiles = [{tile["label"]: tile["value"] for tile in summary.tiles(run)} for run in runs]
+    labels = list(dict.fromkeys(label for found in tiles for label in found))
     return {
-        "names": names,
+        "summary": summary,
         "labels": labels,
-        "rows": [
-            {
-                "name": name,
-                "run": run,
-                "state": summary.state(run),
-                "values": [found.get(label, "") for label in labels],
-                "health": summary.health(run),
-            }
-            for name, run, found in zip(names, runs, every, strict=True)
-        ],
-        "differing": summary.differing_settings(runs),
+        "runs": dict(zip(names, runs, strict=True)),
+        "rows": [[found.get(label, "") for label in labels] for found in tiles],
         "data": {"themes": charts.curves(runs), "analyses": charts.cost_curves(runs), "stages": []},
     }
 
 
 def _stage_starts(run: RunData) -> list[dict[str, Any]]:
-    """Where the stages of a pipeline but the first begin, for the curves to mark."""
+    """The first step of each stage but the first, as marks for the curves."""
     starts: dict[int, int] = {}
     for record in run.metrics:
         starts.setdefault(record.get("stage") or 0, record["step"])
-    return [
-        {"x": step, "label": run.methods[stage] if stage < len(run.methods) else ""}
-        for stage, step in starts.items()
-        if stage > 0
-    ]
+    labels = dict(enumerate(run.methods))
+    return [{"x": step, "label": labels.get(stage, "")} for stage, step in starts.items() if stage > 0]

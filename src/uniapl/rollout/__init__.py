@@ -1,34 +1,65 @@
-"""Sampling answers: the protocol, and the samplers that fulfil it."""
+"""Sampling: the request, the protocol of samplers, and their implementations."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from uniapl.types import Rollout, TokenIds
 
 
-@runtime_checkable
-class Sampler(Protocol):
-    """Whatever can sample G answers to each prompt.
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """The prompts of one call of a sampler.
 
-    Tokens in, tokens out: what comes back as ids is what is trained on. The rollouts of a prompt depend on
-    its ids, its seed and the policy alone, never on the prompts beside it.
+    Example:
+        SampleRequest(prompts=[(5, 9), (7,)], seeds=[11, 12], num_generations=4, policy_version=3)
+        asks for four rollouts of each of two prompts.
     """
 
-    def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> list[tuple[Rollout, ...]]:
-        """`num_generations` rollouts for each prompt, in the prompts' order."""
+    prompts: Sequence[TokenIds]
+    """Token ids of each prompt."""
+    seeds: Sequence[int]
+    """One seed per prompt, for all of its rollouts."""
+    num_generations: int
+    """Rollouts per prompt."""
+    policy_version: int = 0
+    """The training step whose weights sample; it is recorded in every rollout."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Samples completions: token ids in, token ids out.
+
+    The rollouts of a prompt depend only on its ids, its seed and the policy, never on the other prompts.
+    """
+
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        """Return `num_generations` rollouts for each prompt, in the order of the prompts."""
         ...
 
     def check(self) -> None:
-        """Try it before training.
+        """Sample once, to report errors before training starts.
 
         Raises:
-            UsageError: It cannot sample from this model, or not here.
+            UsageError: The model or this environment does not support the sampler.
         """
         ...
+
+
+SampledTokens = tuple[list[int], list[float]]
+"""The token ids of a completion and their log-probabilities."""
+
+
+def make_rollouts(
+    completions: Iterable[SampledTokens], stop_ids: Collection[int], policy_version: int
+) -> tuple[Rollout, ...]:
+    """Return the rollouts of one prompt. A completion without a stop token reached the length limit."""
+    return tuple(
+        Rollout(
+            completion_ids=tuple(ids),
+            sampling_logprobs=tuple(logprobs),
+            finish_reason="stop" if ids[-1] in stop_ids else "length",
+            policy_version=policy_version,
+        )
+        for ids, logprobs in completions
+    )

@@ -1,11 +1,10 @@
-"""Decoding with few tensor operations per token: Llama, Mistral, Qwen2, Qwen3 and what is built like them.
+"""Decoding with few tensor operations per token, for Llama, Mistral, Qwen2, Qwen3 and similar models.
 
-The arithmetic is the model's own, on its own weights. What is saved: one matrix product makes queries, keys
-and values, one makes gate and up; the cache is allocated once; heads that share a key attend together.
+The arithmetic and the weights are the model's own. One matrix product computes queries, keys and values, one
+computes gate and up; the cache is allocated once; heads that share a key attend together.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +23,13 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 Masks = dict[int | None, Tensor | None]
-"""Window -> True where the tokens see a column of it; None: they see all of them."""
+"""Attention window -> True where a token attends to a column; None if it attends to all."""
 
 
 def supports_fused(model: PreTrainedModel) -> bool:
-    """Whether the model has exactly the parts that are known here.
+    """Whether the model has exactly the parameters that this module knows.
 
-    Parts are judged by their parameters. Another order of operations, or a factor, does not show in them:
-    that is for `same_logits` to find.
+    :func:`same_logits` finds models that compute something else with them.
     """
     parts: Any = model
     outside = {name for name, _ in model.named_parameters() if not name.startswith("model.layers.")}
@@ -42,26 +40,26 @@ def supports_fused(model: PreTrainedModel) -> bool:
     return (
         type(getattr(parts, "lm_head", None)) is nn.Linear
         and hasattr(parts.model.norm, "variance_epsilon")
-        # Hardly felt by the small logits of a fresh model.
+        # An untrained model has logits too small for same_logits to detect the cap.
         and not getattr(model.config, "final_logit_softcapping", None)
         and kinds <= {"full_attention", "sliding_attention"}
         and hasattr(rotary, "inv_freq")
-        # With these the angles depend on how long the sequence has become.
+        # Their angles depend on the length of the sequence.
         and rotary.rope_type not in ("dynamic", "longrope")
-        and all(_layer_fits(layer, rotated=2 * rotary.inv_freq.numel()) for layer in parts.model.layers)
+        and all(_supports_layer(layer, rotated=2 * rotary.inv_freq.numel()) for layer in parts.model.layers)
     )
 
 
-def _layer_fits(layer: nn.Module, *, rotated: int) -> bool:
+def _supports_layer(layer: nn.Module, *, rotated: int) -> bool:
     names = {name for name, _ in layer.named_parameters()}
     required = {f"{name}.weight" for name in PROJECTIONS + NORMS}
-    of_heads = {f"{name}.weight" for name in HEAD_NORMS}
-    known = required | of_heads | {f"{name}.bias" for name in PROJECTIONS}
-    if not required <= names <= known or of_heads & names not in (set(), of_heads):
+    per_head = {f"{name}.weight" for name in HEAD_NORMS}
+    known = required | per_head | {f"{name}.bias" for name in PROJECTIONS}
+    if not required <= names <= known or per_head & names not in (set(), per_head):
         return False
     projections: list[Any] = [layer.get_submodule(name) for name in PROJECTIONS]
     norms: list[Any] = [layer.get_submodule(name) for name in NORMS]
-    head_norms: list[Any] = [layer.get_submodule(name) for name in HEAD_NORMS if of_heads <= names]
+    head_norms: list[Any] = [layer.get_submodule(name) for name in HEAD_NORMS if per_head <= names]
     attention: Any = layer.get_submodule("self_attn")
     biased = [projection.bias is not None for projection in projections]
     return (
@@ -73,33 +71,29 @@ def _layer_fits(layer: nn.Module, *, rotated: int) -> bool:
     )
 
 
+@torch.inference_mode()
 def same_logits(model: PreTrainedModel) -> bool:
-    """Whether the decoder's logits are the model's own, on two prompts and a few tokens behind them.
+    """Whether both decoders give the same logits for two prompts and a few tokens after them.
 
-    A window is made short for it: not every model that has one in its configuration keeps to it.
+    A sliding window is shortened for the comparison, because some models ignore the one they configure.
     """
     config: Any = model.config
     window = getattr(config, "sliding_window", None)
-    if window is None:
-        return _same_logits(model)
-    config.sliding_window = 3
+    if window is not None:
+        config.sliding_window = 3
     try:
-        return _same_logits(model)
+        weights, prompts = Weights(model), [(0, 1, 2, 3, 4), (5, 6, 7)]
+        fused = FusedDecoder(weights, prompts, 2, max_completion_length=3)
+        plain = PlainDecoder(model, 0, prompts, 2)
+        logits, expected = [fused.prefill()], [plain.prefill()]
+        tokens = torch.arange(4, device=model.device)
+        for _ in range(3):
+            logits.append(fused.step(tokens))
+            expected.append(plain.step(tokens))
     finally:
-        config.sliding_window = window
-
-
-@torch.inference_mode()
-def _same_logits(model: PreTrainedModel) -> bool:
-    weights, prompts = Weights(model), [(0, 1, 2, 3, 4), (5, 6, 7)]
-    ours = FusedDecoder(weights, prompts, 2, max_completion_length=3)
-    theirs = PlainDecoder(model, 0, prompts, 2)
-    got, expected = [ours.prefill()], [theirs.prefill()]
-    tokens = torch.arange(4, device=model.device)
-    for _ in range(3):
-        got.append(ours.step(tokens))
-        expected.append(theirs.step(tokens))
-    difference = (torch.stack(got) - torch.stack(expected)).abs().max()
+        if window is not None:
+            config.sliding_window = window
+    difference = (torch.stack(logits) - torch.stack(expected)).abs().max()
     tolerance = 1e-4 if weights.dtype == torch.float32 else 2e-2
     return bool(difference <= tolerance * torch.stack(expected).abs().max())
 
@@ -108,11 +102,11 @@ class Projection(NamedTuple):
     """A linear map of rows [n, in]."""
 
     weight: Tensor
-    """[in, out]: on a CPU the faster way round for few rows, up to twice as fast for eight."""
+    """[in, out]: on a CPU up to twice as fast as [out, in] for eight rows."""
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply it, in the weight's precision."""
+        """Apply it in the weight's precision."""
         x = x.to(self.weight.dtype)
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
@@ -124,32 +118,31 @@ class Norm(NamedTuple):
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply it, in x's precision."""
+        """Apply it in the precision of x."""
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One layer's weights, joined."""
+class Layer(NamedTuple):
+    """The joined weights of one layer."""
 
     attention_norm: Norm
     qkv: Projection
     head_norm: Norm | None
-    """Of queries and keys, [heads + key heads, head_dim]."""
+    """Normalises queries and keys; its weight is [heads + key heads, head_dim]."""
     out: Projection
     mlp_norm: Norm
     gate_up: Projection
     activation: nn.Module
     down: Projection
     window: int | None
-    """How many tokens are seen, the latest included; None: all."""
+    """Number of tokens that a token attends to, itself included; None attends to all."""
 
 
 class Weights:
-    """A model's weights as they are now, in the precision of the autocast that is active."""
+    """The current weights of a model, in the precision of the active autocast."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Copy all but the embedding and the norms."""
+        """Copy all weights but the embedding and the norms."""
         parts: Any = model
         attention = parts.model.layers[0].self_attn
         device = model.device.type
@@ -169,7 +162,7 @@ class Weights:
         self.heads: int = attention.q_proj.out_features // self.head_dim
 
     def rotations(self, positions: Tensor) -> Tensor:
-        """For each position the complex numbers [head_dim / 2] that turn a head's pairs."""
+        """Return for each position the complex numbers [head_dim / 2] that rotate the pairs of a head."""
         cos, sin = self.rotary(torch.empty(0, device=positions.device), positions.unsqueeze(0))
         half = self.head_dim // 2
         return torch.complex(cos[0, :, :half], sin[0, :, :half])
@@ -179,13 +172,17 @@ def _read_layer(layer: Any, window: int | None, dtype: torch.dtype) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     head_dim, device = attention.head_dim, attention.q_proj.weight.device
     queries, keys, values = (p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    paired = _paired(queries + keys, head_dim, device)
+    # The models keep the two outputs that the rotary embedding rotates together half a head apart. This
+    # order makes them neighbours, one complex number, so that one product rotates all pairs. Queries and
+    # keys are reordered alike, which leaves their scores unchanged.
+    paired = torch.arange(queries + keys, device=device)
+    paired = paired.view(-1, 2, head_dim // 2).transpose(1, 2).flatten()
     order = torch.cat([paired, torch.arange(queries + keys, queries + keys + values, device=device)])
     head_norm = None
     if hasattr(attention, "q_norm"):
-        of_queries = attention.q_norm.weight.repeat(queries // head_dim)
-        of_keys = attention.k_norm.weight.repeat(keys // head_dim)
-        weight = torch.cat([of_queries, of_keys])[paired].view(-1, head_dim)
+        query_norm = attention.q_norm.weight.repeat(queries // head_dim)
+        key_norm = attention.k_norm.weight.repeat(keys // head_dim)
+        weight = torch.cat([query_norm, key_norm])[paired].view(-1, head_dim)
         head_norm = Norm(weight, attention.q_norm.variance_epsilon)
     return Layer(
         attention_norm=_norm(layer.input_layernorm),
@@ -200,18 +197,9 @@ def _read_layer(layer: Any, window: int | None, dtype: torch.dtype) -> Layer:
     )
 
 
-def _paired(size: int, head_dim: int, device: torch.device) -> Tensor:
-    """The order of `size` outputs in which those that the rotary embedding turns together are neighbours.
-
-    The models keep them half a head apart. As neighbours they are one complex number, and one product turns
-    all of them. Queries and keys change alike, so that their scores stay what they are.
-    """
-    return torch.arange(size, device=device).view(-1, 2, head_dim // 2).transpose(1, 2).flatten()
-
-
 def _join(linears: Sequence[nn.Linear], dtype: torch.dtype, *, order: Tensor | None = None) -> Projection:
-    """One product for several; `order` says which output comes where."""
-    # A head is large: it is not copied only to be copied again.
+    """One projection with the outputs of several, in the given order."""
+    # A single weight, such as the large output head, is not copied twice.
     weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
@@ -232,17 +220,16 @@ def _window(config: Any, index: int) -> int | None:
 
 
 class FusedDecoder:
-    """Answers in the making: `prefill` once, then `step` by `step`, with `select` in between.
+    """Decodes a batch: `prefill` once, then `step` per token, with `select` in between.
 
-    The rows' latest tokens stand in the same column of the cache; shorter prompts begin further to the right.
-    A row that leaves gives its place to the last one: the living rows are always the first ones, and every
-    step works on views of the cache.
+    The latest tokens of all rows are in the same column of the cache; shorter prompts start further right.
+    The remaining rows are always the first ones, so that every step works on views of the cache.
     """
 
     def __init__(
         self, weights: Weights, prompts: Sequence[TokenIds], num_generations: int, max_completion_length: int
     ) -> None:
-        """Make room for all tokens of all rows."""
+        """Allocate the cache for all tokens of all rows."""
         device = weights.embedding.device
         self.weights, self.prompts, self.num_generations = weights, prompts, num_generations
         self.width = max(len(prompt) for prompt in prompts)
@@ -253,18 +240,18 @@ class FusedDecoder:
         self.keys = torch.empty(shape, dtype=weights.dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.length = 0
-        """Columns that are filled."""
+        """Number of filled columns."""
         self.start = torch.tensor([self.width - len(prompt) for prompt in prompts], device=device)
         """The column of each row's first token."""
         self.seen: Tensor | None = None
-        """[rows, 1, 1, columns], True from a row's first token on; None where all rows begin at once."""
+        """[rows, 1, 1, columns], True from a row's first token on; None if all rows start in column 0."""
 
     def prefill(self) -> Tensor:
-        """The logits behind the prompts, each of which is read once, for all rows: [rows, vocabulary]."""
+        """Read each prompt once; return the next token's logits of all rows, [rows, vocabulary]."""
         padded = [(0,) * (self.width - len(prompt)) + tuple(prompt) for prompt in self.prompts]
         masks: Masks = {window: self._causal_mask(window) for window in self.weights.windows}
         logits = self._forward(torch.tensor(padded, device=self.start.device), masks)
-        # Layer by layer: what is held twice is one layer's.
+        # One layer after the other, so that only one is in memory twice.
         for cache in (*self.keys, *self.values):
             prompts = cache[: len(padded), :, : self.width]
             cache[:, :, : self.width] = prompts.repeat_interleave(self.num_generations, dim=0)
@@ -274,14 +261,14 @@ class FusedDecoder:
         return logits.repeat_interleave(self.num_generations, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The logits behind one more token of each row, [n, vocabulary]."""
+        """Append one token to each row; return the logits of the next one, [rows, vocabulary]."""
         masks: Masks = dict.fromkeys(self.weights.windows)
         if self.seen is not None:
             masks = {w: self.seen[..., self._first(w) : self.length + 1] for w in masks}
         return self._forward(tokens.unsqueeze(-1), masks)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows: the first becomes what row `rows[0]` was, and so on."""
+        """Keep these rows, in this order."""
         places = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
         for cache in (self.keys, self.values):
             cache[:, places, :, : self.length] = cache[:, rows[places], :, : self.length]
@@ -290,22 +277,22 @@ class FusedDecoder:
             self.seen = self.seen[rows]
 
     def _first(self, window: int | None) -> int:
-        """The first column that the next token sees."""
+        """The first column that the next token attends to."""
         return 0 if window is None else max(0, self.length + 1 - window)
 
     def _causal_mask(self, window: int | None) -> Tensor:
-        """[prompts, 1, width * group, width]: True where a prompt's token sees one before it, or itself."""
+        """[prompts, 1, width * group, width], True where a token attends to an earlier one or itself."""
         column = self.columns[: self.width]
         distance = column[:, None] - column
         seen = (distance >= 0) & (column >= self.start[:, None, None])
         if window is not None:
             seen &= distance < window
-        # Padding sees itself: attention to nothing would be NaN, which no mask holds back.
+        # Padding attends to itself: attention to no token is NaN, which would spread.
         seen |= distance == 0
         return seen.unsqueeze(1).repeat_interleave(self.weights.heads // self.weights.key_heads, dim=2)
 
     def _forward(self, tokens: Tensor, masks: Masks) -> Tensor:
-        """The logits behind the last of the tokens [n, t], which take the next t columns."""
+        """The logits after the last of the tokens [n, t], which fill the next t columns."""
         weights, (n, t), head_dim = self.weights, tokens.shape, self.weights.head_dim
         columns = slice(self.length, self.length + t)
         positions = (self.columns[columns] - self.start.unsqueeze(-1)).clamp(min=0)
@@ -331,15 +318,16 @@ class FusedDecoder:
 
 
 def _rotate(heads: Tensor, turn: Tensor) -> Tensor:
-    """The rotary embedding of heads [.., head_dim] whose pairs are neighbours."""
+    """Rotate heads [.., head_dim] whose pairs are neighbours."""
     pairs = torch.view_as_complex(heads.float().view(*heads.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, scaling: float) -> Tensor:
-    """Of queries [n * t, heads, d] over keys and values [n, key heads, columns, d]; [n * t, heads * d].
+    """Attend from queries [n * t, heads, d] to keys and values [n, key heads, columns, d].
 
-    The query heads that share a key stand behind each other like tokens: no key has to be repeated.
+    Query heads that share a key are treated like further tokens, so that no key is repeated.
+    Returns [n * t, heads * d].
     """
     (n, key_heads, _, head_dim), (rows, heads, _) = keys.shape, query.shape
     query = query.view(n, rows // n, key_heads, heads // key_heads, head_dim).transpose(1, 2)

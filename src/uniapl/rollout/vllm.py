@@ -1,7 +1,7 @@
-"""The sampler that runs in vLLM: another program than the trainer, which is sent the weights and then tested.
+"""The sampler that runs in vLLM, a separate program: it receives the weights of every step.
 
-Every step's weights are written to a directory as transformers has them, vLLM loads them from there, and a
-canary, one answer of vLLM's scored by the trainer, shows that it has. Only then it is sampled from.
+The weights are written to a directory in the format of transformers and vLLM loads them from there. A canary
+then shows that it did: a short completion of vLLM's, whose log-probabilities the trainer computes too.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,127 +20,81 @@ from transformers import PreTrainedModel
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import logprobs_from_logits
 from uniapl.models.lora import merged
-from uniapl.rollout.background import in_background
+from uniapl.rollout import SampledTokens, SampleRequest, make_rollouts
+from uniapl.rollout.engines import Colocated, EngineLostError, Server
+from uniapl.threads import in_background
 from uniapl.types import Rollout, TokenIds
 
-Answer = tuple[list[int], list[float]]
-"""Sampled ids with their log-probabilities."""
 Result = TypeVar("Result")
 
 CANARY_TOKENS = 32
-"""Of the canary's answer at most: enough for a mean, a moment's work. Our choice."""
-MOST_LOSSES = 3
-"""Times that vLLM may be lost and come back within one step. Our choice."""
+"""Largest length of the canary: enough for a mean, and fast. Our choice."""
+MAX_RESTARTS = 3
+"""How often vLLM may be lost and come back within one step. Our choice."""
 BEFORE_TRAINING = -1
-"""The version of the weights that the check before the first step sends."""
-
-
-class EngineLostError(Exception):
-    """vLLM did not answer; what answers next may have other weights."""
-
-
-@runtime_checkable
-class Engine(Protocol):
-    """vLLM, wherever it runs. Every call ends in bounded time, or raises :class:`EngineLostError`."""
-
-    def load(self, directory: Path) -> None:
-        """Take the weights in `directory`, and forget what was computed with others."""
-        ...
-
-    def generate(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        max_tokens: int,
-        stop_ids: Collection[int],
-    ) -> list[list[Answer]]:
-        """Answers with log-probabilities at the sampling temperature, the stop token included."""
-        ...
-
-    def wait(self) -> None:
-        """Until it answers again."""
-        ...
+"""Version of the weights that are sent by the check before the first step."""
 
 
 @dataclass(kw_only=True)
 class VLLMSampler:
-    """Samples with the weights of the step that is asked for; all of vLLM's troubles end in one message."""
+    """Samples with the weights of the requested policy version, which it sends to vLLM."""
 
-    engine: Engine
+    engine: Colocated | Server
     model: PreTrainedModel
-    """The policy: its weights are sent, and the canary is scored by it."""
+    """The policy: its weights are sent, and it scores the canary."""
     autocast: Callable[..., AbstractContextManager[Any]]
+    """Training's precision context; the weights are sent in its precision."""
     directory: Path
-    """Where the weights lie while they are loaded; a server must see it under the same name."""
-    dtype: torch.dtype | None
-    """Of the weights as they are sent; None leaves them as they are."""
+    """Directory for the weights while vLLM loads them; a server must see it under the same path."""
     canary: TokenIds
-    """A prompt."""
+    """Prompt of the canary."""
     tolerance: float
-    """Nats per token that vLLM may differ from the trainer, in the mean of the canary's answer."""
+    """Largest mean difference between vLLM's and the trainer's log-probabilities, in nats per token."""
     temperature: float
     stop_ids: Collection[int]
-    """Tokens that end an answer; they are part of it."""
+    """Tokens that end a completion and belong to it."""
     max_completion_length: int
     version: int | None = None
-    """Of the weights that vLLM is known to have."""
+    """Policy version of the weights in vLLM; None if unknown."""
 
-    def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> list[tuple[Rollout, ...]]:
-        """`num_generations` rollouts for each prompt, in the prompts' order. See :class:`Sampler`.
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        """Return `num_generations` rollouts for each prompt, in the order of the prompts.
 
         Raises:
-            UniAPLError: vLLM is lost for good, or answers in another form or with other weights.
+            UniAPLError: vLLM does not come back, returns malformed completions or has other weights.
         """
-        with _remedy_named():
-            return self._with_weights(
-                policy_version, lambda: self._answers(prompts, seeds, num_generations, policy_version)
-            )
+        with _resume_hint():
+            return self._with_weights(request.policy_version, lambda: self._generate(request))
 
-    def begin(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> Callable[[], list[tuple[Rollout, ...]] | None]:
-        """Send the weights, and let vLLM answer while the caller goes on.
+    def begin(self, request: SampleRequest) -> Callable[[], list[tuple[Rollout, ...]] | None]:
+        """Send the weights and start sampling in the background.
 
         Returns:
-            What waits for the rollouts, before which nothing else may be asked. None of it if vLLM was lost:
-            the weights that it had are no longer the policy's.
+            A function that waits for the rollouts; it must be called before the next request. It returns
+            None if vLLM was lost, because the policy no longer has the weights that were sent.
 
         Raises:
-            UniAPLError: As :meth:`sample`, now or when the rollouts are waited for.
+            UniAPLError: As in :meth:`sample`, also from the returned function.
         """
-        with _remedy_named():
-            self._with_weights(policy_version, lambda: None)
-        answers = in_background(lambda: self._answers(prompts, seeds, num_generations, policy_version))
+        with _resume_hint():
+            self._with_weights(request.policy_version, lambda: None)
+        pending = in_background(lambda: self._generate(request))
 
-        def land() -> list[tuple[Rollout, ...]] | None:
+        def wait() -> list[tuple[Rollout, ...]] | None:
             try:
-                with _remedy_named():
-                    return answers.result()
+                with _resume_hint():
+                    return pending.result()
             except EngineLostError:
                 self.version = None
                 return None
 
-        return land
+        return wait
 
     def check(self) -> None:
-        """Send weights and look at the canary, to hear before training of what cannot work.
+        """Send the weights and compare the canary, to report errors before training starts.
 
         Raises:
-            UsageError: vLLM is not there, or does not take weights.
+            UsageError: vLLM is not available, or does not load the weights.
         """
         try:
             self._with_weights(BEFORE_TRAINING, lambda: None)
@@ -148,15 +102,13 @@ class VLLMSampler:
             raise UsageError(str(error)) from error
 
     def _with_weights(self, version: int, work: Callable[[], Result]) -> Result:
-        """What `work` returns once vLLM has the weights; everything anew if it is lost on the way."""
+        """Return the result of `work` with these weights in vLLM; start again whenever vLLM is lost."""
         losses: list[str] = []
-        while len(losses) <= MOST_LOSSES:
+        while len(losses) <= MAX_RESTARTS:
             try:
-                if losses:
-                    self.engine.wait()
                 if self.version != version:
                     self._send_weights()
-                    self._look_at_canary(version)
+                    self._check_canary(version)
                     self.version = version
                 return work()
             except EngineLostError as error:
@@ -164,105 +116,104 @@ class VLLMSampler:
                 losses.append(str(error))
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
 
-    def _answers(
-        self, prompts: Sequence[TokenIds], seeds: Sequence[int], num_generations: int, version: int
-    ) -> list[tuple[Rollout, ...]]:
-        groups = self.engine.generate(
-            prompts,
-            seeds=seeds,
-            num_generations=num_generations,
-            max_tokens=self.max_completion_length,
-            stop_ids=self.stop_ids,
-        )
+    def _generate(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        groups = self._completions(request, self.max_completion_length, self.stop_ids)
+        return [make_rollouts(group, self.stop_ids, request.policy_version) for group in groups]
+
+    def _completions(
+        self, request: SampleRequest, max_tokens: int, stop_ids: Collection[int]
+    ) -> list[list[SampledTokens]]:
+        # Every parameter that the model's generation_config.json could change is set.
+        params = {
+            "n": request.num_generations,
+            "max_tokens": max_tokens,
+            "temperature": self.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "logprobs": 0,
+            "stop_token_ids": sorted(stop_ids),
+            # Only the trainer's stop tokens end a completion.
+            "ignore_eos": True,
+        }
+        groups = self.engine.generate(request, params)
         for group in groups:
-            _check_form(group, num_generations, self.max_completion_length)
-        return [tuple(self._rollout(ids, lps, version) for ids, lps in group) for group in groups]
+            lengths = [(len(ids), len(logprobs)) for ids, logprobs in group]
+            if len(group) != request.num_generations or any(
+                a != b or not 0 < a <= max_tokens for a, b in lengths
+            ):
+                raise UniAPLError(
+                    f"vLLM returned malformed completions: expected {request.num_generations} of 1 to "
+                    f"{max_tokens} tokens with one log-probability each; their lengths are {lengths}"
+                )
+        return groups
 
     def _send_weights(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
         model = merged(self.model)
+        device = self.model.device.type
+        with self.autocast():
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         try:
-            model.save_pretrained(self.directory, state_dict=_state(model, self.dtype))
+            model.save_pretrained(self.directory, state_dict=_state(model, dtype))
+            self.engine.load(self.directory.resolve())
         except (OSError, SafetensorError) as error:
             raise UniAPLError(
-                f"the weights for vLLM cannot be written to '{self.directory}': {error}. Free some room "
-                "there, or choose another --output-dir"
+                f"the weights for vLLM cannot be written to '{self.directory}': {error}. Free disk space, or "
+                "choose another --output-dir"
             ) from error
-        else:
-            self.engine.load(self.directory.resolve())
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _look_at_canary(self, version: int) -> None:
+    def _check_canary(self, version: int) -> None:
         """Compare the log-probabilities that vLLM reports with the trainer's.
 
         Raises:
             UniAPLError: They differ: vLLM has other weights, or computes something else.
         """
         length = min(CANARY_TOKENS, self.max_completion_length)
-        (group,) = self.engine.generate(
-            [self.canary], seeds=[0], num_generations=1, max_tokens=length, stop_ids=()
-        )
-        _check_form(group, 1, length)
-        ids, theirs = group[0]
-        ours = self._score(self.canary, ids)
-        difference = statistics.fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        # Not >, which NaN would pass.
+        request = SampleRequest(prompts=[self.canary], seeds=[0], num_generations=1)
+        (((ids, reported),),) = self._completions(request, length, ())
+        expected = self._logprobs(self.canary, ids)
+        difference = statistics.fmean(abs(a - b) for a, b in zip(expected, reported, strict=True))
+        # `difference > tolerance` would accept NaN.
         if not difference <= self.tolerance:
             when = "before the first step" if version == BEFORE_TRAINING else f"after step {version}"
             raise UniAPLError(
-                f"the weights that vLLM was sent {when} are not those that it samples with: its "
-                f"log-probabilities differ from the trainer's by {difference:.2g} nats per token "
-                f"(rollout.vllm_max_logp_difference is {self.tolerance:g}). A server needs --logprobs-mode "
-                "processed_logprobs, the trainer's dtype, and nobody else who sends it weights; "
-                "docs/gpus.md lists what vLLM cannot reload"
+                f"vLLM does not sample with the weights sent {when}: its log-probabilities differ from the "
+                f"trainer's by {difference:.2g} nats per token (rollout.vllm_max_logp_difference is "
+                f"{self.tolerance:g}). A server needs --logprobs-mode processed_logprobs, the trainer's "
+                "dtype, and no other client that sends it weights; vLLM's CPU build cannot reload the output "
+                "head of a model with tied embeddings"
             )
 
     @torch.inference_mode()
-    def _score(self, prompt: TokenIds, completion: Sequence[int]) -> list[float]:
-        """The trainer's log-probabilities of an answer."""
+    def _logprobs(self, prompt: TokenIds, completion: Sequence[int]) -> list[float]:
+        """The trainer's log-probabilities of a completion."""
         ids = torch.tensor([[*prompt, *completion]], device=self.model.device)
         with self.autocast():
             logits = self.model(input_ids=ids, use_cache=False).logits
-        behind = logits[0, len(prompt) - 1 : -1].float()
-        temperature = torch.full((len(behind),), self.temperature, device=ids.device)
-        return logprobs_from_logits(behind, ids[0, len(prompt) :], temperature)[0].tolist()
-
-    def _rollout(self, ids: list[int], logprobs: list[float], version: int) -> Rollout:
-        return Rollout(
-            completion_ids=tuple(ids),
-            sampling_logprobs=tuple(logprobs),
-            finish_reason="stop" if ids[-1] in self.stop_ids else "length",
-            policy_version=version,
-        )
+        logits = logits[0, len(prompt) - 1 : -1].float()
+        temperature = torch.full((len(logits),), self.temperature, device=ids.device)
+        return logprobs_from_logits(logits, ids[0, len(prompt) :], temperature)[0].tolist()
 
 
 def _state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """What a model's files hold, in another type, and not on the device that trains."""
-    sent: dict[Tensor, Tensor] = {}
+    """A model's state dictionary on the CPU, with floating-point tensors in `dtype`."""
+    copies: dict[Tensor, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor not in sent:
-            to = dtype if tensor.is_floating_point() else None
-            sent[tensor] = tensor.detach().to("cpu", to)
-        # Tied tensors stay one, so that they are written once.
-        state[name] = sent[tensor]
+        if tensor not in copies:
+            copies[tensor] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        # Tied tensors stay one tensor, so that they are written once.
+        state[name] = copies[tensor]
     return state
 
 
 @contextmanager
-def _remedy_named() -> Iterator[None]:
+def _resume_hint() -> Iterator[None]:
     try:
         yield
     except UniAPLError as error:
-        raise UniAPLError(f"{error}. --resume auto goes on from the last checkpoint") from error
-
-
-def _check_form(group: Sequence[Answer], count: int, longest: int) -> None:
-    """So many answers, none empty or too long, each id with a log-probability."""
-    lengths = [(len(ids), len(logprobs)) for ids, logprobs in group]
-    if len(group) != count or any(a != b or not 0 < a <= longest for a, b in lengths):
-        raise UniAPLError(
-            f"vLLM gave answers of another form: {count} were asked for, of 1 to {longest} tokens, each with "
-            f"its log-probability; their lengths are {lengths}"
-        )
+        raise UniAPLError(f"{error}. --resume auto continues from the last checkpoint") from error

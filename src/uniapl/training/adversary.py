@@ -1,7 +1,9 @@
-"""The discriminator of a stage with everything that its training needs: optimizer, replay, cadence."""
+"""The discriminator of a stage, and its training if it is trained."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,15 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModel, PreTrainedModel
 
-from uniapl.config import Config, ModelConfig
+from uniapl.config import Config, DiscriminatorConfig, ModelConfig
 from uniapl.data.streams import is_held_out
 from uniapl.discriminator import Discriminator, candidates_of
 from uniapl.discriminator.bradley_terry import (
     AdversaryState,
-    BradleyTerry,
     BradleyTerryDiscriminator,
     Comparison,
     Replay,
+    ScoreModel,
     another_example,
     no_context,
 )
@@ -29,7 +31,7 @@ from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.models.loading import check_vocabulary, from_pretrained, load_model
+from uniapl.models.loading import ModelSource, check_vocabulary, from_pretrained, load_model
 from uniapl.models.packing import can_pack
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start
@@ -41,33 +43,62 @@ from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
 
 DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
-"""Files of a checkpoint, without their endings, as in `stage`."""
+"""Files of a checkpoint, without their suffixes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorTrainer:
-    """What the co-trained discriminator learns with."""
+    """A discriminator that is trained together with the policy."""
 
     discriminator: BradleyTerryDiscriminator
     module: nn.Module
-    """The discriminator's module, wrapped for several processes, or its sharded twin."""
+    """The discriminator's module, wrapped for DDP, or its sharded copy."""
     optimizer: Optimizer
     replay: Replay
+    state: AdversaryState
+
+    def update(
+        self, accelerator: Accelerator, comparisons: Sequence[Comparison], config: Config
+    ) -> tuple[float, bool]:
+        """One :func:`discriminator_step`; batches that do not fit in memory are halved, also from then on."""
+        smallest = 2 * max(comparison.width for comparison in comparisons)
+        while True:
+            configured = config.batching.max_tokens_per_micro_batch
+            limit = min(configured, self.state.max_tokens or configured)
+            try:
+                return discriminator_step(
+                    accelerator,
+                    self.discriminator,
+                    self.module,
+                    self.optimizer,
+                    comparisons,
+                    max_grad_norm=config.discriminator.max_grad_norm,
+                    max_tokens=limit,
+                )
+            except OutOfMemoryError:
+                if limit <= smallest:
+                    raise UniAPLError(
+                        f"out of memory in the discriminator's update: a pair of {smallest} tokens does not "
+                        "fit; lower rollout.max_completion_length or data.max_demonstration_length, or use a "
+                        "smaller discriminator (discriminator.model_name_or_path, discriminator.lora_r)"
+                    ) from None
+            total = sum(len(c.sequences) for c in comparisons) * smallest
+            self.state.max_tokens = min(limit, total) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adversary:
-    """The discriminator, and what its training needs where it is trained."""
+    """The discriminator of a stage."""
 
     discriminator: Discriminator
-    learner: DiscriminatorTrainer | None
-    """None: it is frozen."""
+    trainer: DiscriminatorTrainer | None
+    """None for a frozen discriminator."""
     state: AdversaryState
     decode: Callable[[TokenIds], str]
-    """As rollouts are decoded."""
+    """Decodes demonstrations as rollouts are decoded."""
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
-        """(logits of the rollouts, logit of the demonstration) of each group; None for what has none."""
+        """(logits of the rollouts, logit of the demonstration) per group; None if it has none."""
         parts = [candidates_of(group, self.decode) for group in groups]
         if self.discriminator.needs_reference:
             parts = [(rollouts if expert else [], expert) for rollouts, expert in parts]
@@ -80,7 +111,21 @@ class Adversary:
             for scores, (_, expert) in zip(policy, parts, strict=True)
         ]
 
-    def learn(
+    def observe(
+        self, groups: Sequence[RolloutGroup], pairs: Mapping[str, float], settings: DiscriminatorConfig
+    ) -> None:
+        """Update the moving averages by a step's logits and pair metrics, and pause or resume training."""
+        experts = [group.expert_logit for group in groups]
+        finite = [logit for logit in experts if logit is not None and math.isfinite(logit)]
+        # Held-out demonstrations, if there are any, show what the discriminator has learned of the expert.
+        accuracy = "held_out_accuracy" if settings.held_out_fraction else "accuracy"
+        self.state.observe(
+            accuracy=pairs.get(f"discriminator/{accuracy}"),
+            expert_logit=sum(finite) / len(finite) if finite else None,
+            band=settings.accuracy_band,
+        )
+
+    def update(
         self,
         accelerator: Accelerator,
         groups: Sequence[RolloutGroup],
@@ -88,138 +133,98 @@ class Adversary:
         step: int,
         stage_step: int,
     ) -> dict[str, Any]:
-        """Its updates of one step: fresh comparisons and a share of older ones, unless paused or frozen.
+        """Update on fresh and replayed comparisons, unless paused or frozen; return what to log.
 
         Args:
-            step: Of the run; seeds the draw of older comparisons.
-            stage_step: Of the stage; freezing is counted in these.
+            step: Step of the run, which seeds the draw of replayed comparisons.
+            stage_step: Step of the stage, which `freeze_after_steps` refers to.
         """
-        learner, settings = self.learner, config.discriminator
-        if learner is None:
+        settings, trainer = config.discriminator, self.trainer
+        if trainer is None:
             return {}
         fresh = [
-            Comparison.of(g, learner.discriminator.context)
-            for g in groups
-            if g.example.demonstration_ids is not None and not is_held_out(g.example, config)
+            Comparison.of(group, trainer.discriminator.context)
+            for group in groups
+            if group.example.demonstration_ids is not None and not is_held_out(group.example, config)
         ]
-        losses: list[float] = []
-        skipped = 0
         frozen = settings.freeze_after_steps is not None and stage_step >= settings.freeze_after_steps
-        if not (self.state.paused or frozen):
-            replayed = round(len(fresh) * settings.replay_fraction / (1 - settings.replay_fraction))
-            for update in range(settings.updates_per_step):
-                seed = derive_seed(config.seed, "replay", step, update)
-                comparisons = fresh + learner.replay.draw(replayed, seed=seed)
-                if not comparisons:
-                    break
-                loss, applied = self._update(accelerator, learner, comparisons, config)
-                losses.append(loss)
-                skipped += not applied
-        learner.replay.add(fresh)
+        num_updates = 0 if self.state.paused or frozen else settings.updates_per_step
+        num_replayed = round(len(fresh) * settings.replay_fraction / (1 - settings.replay_fraction))
+        updates: list[tuple[float, bool]] = []
+        for number in range(num_updates):
+            seed = derive_seed(config.seed, "replay", step, number)
+            if comparisons := fresh + trainer.replay.draw(num_replayed, seed=seed):
+                updates.append(trainer.update(accelerator, comparisons, config))
+        trainer.replay.add(fresh)
+        num_applied = sum(applied for _, applied in updates)
         return {
-            "discriminator/loss": sum(losses) / len(losses) if losses else None,
-            "discriminator/updates": len(losses) - skipped,
-            "discriminator/skipped": skipped,
+            "discriminator/loss": sum(loss for loss, _ in updates) / len(updates) if updates else None,
+            "discriminator/updates": num_applied,
+            "discriminator/skipped": len(updates) - num_applied,
             "discriminator/paused": int(self.state.paused),
         }
 
-    def _update(
-        self,
-        accelerator: Accelerator,
-        learner: DiscriminatorTrainer,
-        comparisons: Sequence[Comparison],
-        config: Config,
-    ) -> tuple[float, bool]:
-        """One update, in smaller batches from the first one on that does not fit in memory."""
-        smallest = 2 * max(comparison.width for comparison in comparisons)
-        while True:
-            limit = min(
-                config.batching.max_tokens_per_micro_batch,
-                self.state.max_tokens or config.batching.max_tokens_per_micro_batch,
-            )
-            try:
-                return discriminator_step(
-                    accelerator,
-                    learner.discriminator,
-                    learner.module,
-                    learner.optimizer,
-                    comparisons,
-                    max_grad_norm=config.discriminator.max_grad_norm,
-                    max_tokens=limit,
-                )
-            except OutOfMemoryError:
-                if limit <= smallest:
-                    raise UniAPLError(
-                        f"out of memory in the discriminator's update: a pair of {smallest} tokens does not "
-                        "fit; lower rollout.max_completion_length or data.max_demonstration_length, or give "
-                        "it a smaller backbone (discriminator.model_name_or_path, lora_r)"
-                    ) from None
-            total = sum(len(c.sequences) for c in comparisons) * smallest
-            self.state.max_tokens = min(limit, total) // 2
-
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """The discriminator with its weights, where it is sharded; all processes enter and leave together."""
-        if self.learner is None:
-            yield
-            return
-        with sharding.gathered(self.learner.discriminator.module, self.learner.module):
-            yield
+    def gathered(self) -> AbstractContextManager[None]:
+        """The discriminator with its weights; all processes enter and leave together."""
+        if self.trainer is None:
+            return nullcontext()
+        return sharding.gathered(self.trainer.discriminator.module, self.trainer.module)
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Write its weights below `directory`; return the rest, as JSON values."""
-        if self.learner is None:
-            return {"adversary": asdict(self.state)}
-        checkpoint.save_module(self.learner.discriminator.module, directory / "discriminator.safetensors")
-        return {"adversary": asdict(self.state), "replay": self.learner.replay.state()}
+        """Write the weights of a trained discriminator; return the rest as JSON values."""
+        state: dict[str, Any] = {"adversary": asdict(self.state)}
+        if self.trainer is not None:
+            checkpoint.save_module(self.trainer.discriminator.module, directory / "discriminator.safetensors")
+            state["replay"] = self.trainer.replay.state()
+        return state
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """The inverse of :meth:`save`."""
         vars(self.state).update(state["adversary"])
-        if self.learner is not None:
-            module = self.learner.discriminator.module
-            with self.gathered():
-                checkpoint.load_module(module, directory / "discriminator.safetensors")
-                sharding.scatter(module, self.learner.module)
-                embeddings: Any = module.trunk.get_input_embeddings()
-                known = embeddings.weight.shape[0]
-            checkpoint.load_optimizer(self.learner.optimizer, directory / DISCRIMINATOR_OPTIMIZER)
-            self.learner.replay.load(state["replay"])
-            every = [ids for item in self.learner.replay.items for pair in item.sequences for ids in pair]
-            if any(max(ids, default=0) >= known for ids in every):
-                raise UsageError(f"checkpoint '{directory}' cannot be used: its replay holds unknown tokens")
+        trainer = self.trainer
+        if trainer is None:
+            return
+        module = trainer.discriminator.module
+        with self.gathered():
+            checkpoint.load_module(module, directory / "discriminator.safetensors")
+            sharding.scatter(module, trainer.module)
+            vocabulary_size = _vocabulary_size(module)
+        checkpoint.load_optimizer(trainer.optimizer, directory / DISCRIMINATOR_OPTIMIZER)
+        trainer.replay.load(state["replay"])
+        sequences = [ids for item in trainer.replay.items for pair in item.sequences for ids in pair]
+        if any(max(ids, default=0) >= vocabulary_size for ids in sequences):
+            raise UsageError(
+                f"checkpoint '{directory}' cannot be used: its replay contains unknown token ids"
+            )
 
 
 def build_adversary(
-    config: Config,
-    policy: Policy,
-    inputs: RunInputs,
-    accelerator: Accelerator,
-    *,
-    start: Path | None,
+    config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, source: ModelSource
 ) -> Adversary:
-    """An adversary that has learnt nothing yet.
+    """Build the discriminator that the configuration names.
 
     Args:
-        policy: Whose trunk is copied, unless the configuration names another.
-        start: Directory with the weights that the stage started from; None for the run's own start.
+        policy: A Bradley-Terry discriminator copies its trunk unless the configuration names another model.
+        source: The weights that the stage started from.
     """
+    state, trainer = AdversaryState(), None
+    if config.discriminator.kind == "bradley-terry":
+        trainer = _build_trainer(config, policy.model, inputs, accelerator, state)
+        discriminator: Discriminator = trainer.discriminator
+    else:
+        discriminator = _frozen_discriminator(config, policy, inputs, accelerator, source)
+    return Adversary(discriminator=discriminator, trainer=trainer, state=state, decode=inputs.decode)
+
+
+def _frozen_discriminator(
+    config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, source: ModelSource
+) -> Discriminator:
     settings = config.discriminator
-
-    def decode(ids: TokenIds) -> str:
-        return str(inputs.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    if settings.kind == "bradley-terry":
-        learner = _build_trainer(config, policy.model, inputs, accelerator)
-        return Adversary(
-            discriminator=learner.discriminator, learner=learner, state=AdversaryState(), decode=decode
-        )
-    name = settings.model_name_or_path
-    assert name is not None, "check_stage asks for it"
-    max_tokens = config.batching.max_tokens_per_micro_batch
+    name, max_tokens = settings.model_name_or_path, config.batching.max_tokens_per_micro_batch
+    assert name is not None, "check_stage requires it"
     if settings.kind == "remote":
-        assert settings.url is not None
-        discriminator: Discriminator = Remote(
+        assert settings.url is not None, "check_stage requires it"
+        return Remote(
             url=settings.url,
             server=settings.server,
             model=name.rstrip("/").split("/")[-1],
@@ -227,39 +232,41 @@ def build_adversary(
             timeout=settings.timeout,
             max_retries=settings.max_retries,
         )
-    elif settings.kind == "polar":
-        discriminator = Polar.load(
+    if settings.kind == "polar":
+        return Polar.load(
             name,
             trust_remote_code=settings.trust_remote_code,
             max_tokens=max_tokens,
             device=accelerator.device,
         )
-    else:
-        where = ModelConfig(model_name_or_path=name, trust_remote_code=settings.trust_remote_code)
-        expert = load_model(where).to(accelerator.device)
-        check_vocabulary(expert, inputs.tokenizer)
-        at_start = settings.density_ratio_reference == "start"
-        teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
-        discriminator = DensityRatio(
-            expert=teacher,
-            against=reference_at_start(policy, config.model, start) if at_start else policy,
-            pad_id=inputs.pad_id,
-            max_tokens=max_tokens,
-            packed=config.batching.packing and policy.packs and teacher.packs,
-            device=accelerator.device,
-            autocast=accelerator.autocast,
-        )
-    return Adversary(discriminator=discriminator, learner=None, state=AdversaryState(), decode=decode)
+    where = ModelConfig(model_name_or_path=name, trust_remote_code=settings.trust_remote_code)
+    expert = load_model(ModelSource.resolve(where)).to(accelerator.device)
+    check_vocabulary(expert, inputs.tokenizer)
+    at_start = settings.density_ratio_reference == "start"
+    teacher = Policy(expert, accelerator.autocast).requires_grad_(False)
+    return DensityRatio(
+        expert=teacher,
+        reference=reference_at_start(policy, source) if at_start else policy,
+        pad_id=inputs.pad_id,
+        max_tokens=max_tokens,
+        packed=config.batching.packing and policy.packs and teacher.packs,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
 
 
 def _build_trainer(
-    config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator
+    config: Config,
+    model: PreTrainedModel,
+    inputs: RunInputs,
+    accelerator: Accelerator,
+    state: AdversaryState,
 ) -> DiscriminatorTrainer:
     settings = config.discriminator
     if settings.lora_r is not None:
-        module = BradleyTerry(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
+        module = ScoreModel(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
     elif settings.model_name_or_path is None:
-        module = BradleyTerry.copy_of(model)
+        module = ScoreModel.copy_of(model)
     else:
         trunk = from_pretrained(
             AutoModel.from_pretrained,
@@ -269,13 +276,12 @@ def _build_trainer(
             dtype=torch.float32,
             use_safetensors=True,
         )
-        module = BradleyTerry(trunk).to(accelerator.device)
-    embeddings: Any = module.trunk.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if len(inputs.tokenizer) > rows:
+        module = ScoreModel(trunk).to(accelerator.device)
+    vocabulary_size = _vocabulary_size(module)
+    if len(inputs.tokenizer) > vocabulary_size:
         raise UsageError(
-            f"the discriminator knows {rows} tokens, the policy's tokenizer has {len(inputs.tokenizer)}: "
-            "its backbone must share the policy's vocabulary"
+            f"discriminator.model_name_or_path: the model has {vocabulary_size} token embeddings, but the "
+            f"policy's tokenizer has {len(inputs.tokenizer)} tokens; choose a model with the same vocabulary"
         )
     context = no_context
     if settings.in_context_demonstration:
@@ -284,13 +290,10 @@ def _build_trainer(
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    wrapped, optimizer = sharding.distribute(
-        accelerator,
-        module,
-        lambda parameters: AdamW(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        ),
+    adamw = functools.partial(
+        AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
+    wrapped, optimizer = sharding.distribute(accelerator, module, adamw)
     sharding.release(module, wrapped)
     return DiscriminatorTrainer(
         discriminator=BradleyTerryDiscriminator(
@@ -305,4 +308,10 @@ def _build_trainer(
         module=wrapped,
         optimizer=optimizer,
         replay=Replay(settings.replay_size),
+        state=state,
     )
+
+
+def _vocabulary_size(module: ScoreModel) -> int:
+    embeddings: Any = module.trunk.get_input_embeddings()
+    return embeddings.weight.shape[0]

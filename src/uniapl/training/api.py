@@ -1,7 +1,7 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,33 @@ from uniapl.config.resolve import Resolved, load_recipe, resolve, stages_of
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.loading import check_vocabulary, load_policy
 from uniapl.training.build_sampler import check_processes
-from uniapl.training.checkpoint import directory as checkpoint
-from uniapl.training.checkpoint import disk as storage
-from uniapl.training.checkpoint.run_directory import check_run_directory
+from uniapl.training.checkpoint import disk
 from uniapl.training.distributed import fsdp as sharding
 from uniapl.training.distributed.accelerator import make_accelerator
 from uniapl.training.evaluation import make_evaluate
 from uniapl.training.inputs import RunInputs
 from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
-from uniapl.training.monitor.console import RunView, Show
+from uniapl.training.monitor.console import RunView
+from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
 from uniapl.training.monitor.trackers import check_trackers, tracked
-from uniapl.training.preflight import load as setup
-from uniapl.training.resume import _bytes_to_write, _load, _resume_state, _stage_start
-from uniapl.training.run import Evaluate, ending, save_model, start_run
+from uniapl.training.preflight.load import load_inputs
+from uniapl.training.resume import bytes_to_write, read_start
+from uniapl.training.run import Evaluate, Run, end_state_recorded, save_model, start_run
 from uniapl.training.stage import Stage, build_stage
+from uniapl.training.stage_checkpoint import StageCheckpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run leaves behind."""
+    """Result of a run."""
 
     output_dir: Path
     final_dir: Path
-    """The trained model, as `transformers` loads it."""
+    """The trained model in transformers' format."""
     steps: int
     metrics: dict[str, Any]
-    """Of the last step."""
+    """Metrics of the last step."""
 
 
 def train(
@@ -48,32 +48,39 @@ def train(
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     evaluate: Evaluate | None = None,
+    quiet: bool = False,
 ) -> RunResult:
-    """Train, from the first step or from a checkpoint, and leave the result in `output_dir`.
+    """Train a model, from the first step or from a checkpoint, and save it in `output_dir`.
+
+    Progress goes to the logger "uniapl": one INFO record per line that the command line would print, WARNING
+    for health warnings. To see it, configure logging: `logging.basicConfig(level="INFO")`.
 
     Args:
         config: A configuration, a mapping with the same keys, or the path of a YAML recipe.
-        train_dataset: Rows (a `datasets.Dataset`, a list of dicts), instead of `data.path`.
-        reward_functions: Plain callables with TRL's signature, beside those that the configuration names.
-        evaluate: Called after each step with the step's number and the model; what it returns is logged with
-            the step's metrics, under "eval/". It decides by itself which steps it looks at.
+        train_dataset: Rows (a `datasets.Dataset` or a list of dicts) that replace `data.path`.
+        reward_functions: Callables with TRL's signature, in addition to those that the configuration names.
+        evaluate: Called after each step with the step's number and the model; the metrics that it returns are
+            logged with the step's metrics, under "eval/". It may return {} in most steps.
+        quiet: Log nothing, and hide the progress bars of transformers.
 
     Raises:
-        UsageError: The configuration, the data or the model cannot work; nothing was trained.
+        UsageError: The configuration, the data or the model is invalid; nothing was trained.
         HealthStop: A health rule ended the run; a checkpoint was saved.
-        Interrupted: Ctrl-C or SIGTERM did; a checkpoint was saved.
-        UniAPLError: The disk is full, read-only or broken, or memory too small; the last checkpoint is whole.
+        Interrupted: Ctrl-C or SIGTERM ended the run; a checkpoint was saved.
+        UniAPLError: The disk failed or memory is too small; the last checkpoint is complete.
     """
     if isinstance(config, (str, Path)):
         config = load_recipe(config)
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
-    return train_resolved(
-        resolve(dict(config)),
-        train_dataset=train_dataset,
-        reward_functions=reward_functions,
-        evaluate=evaluate,
-    )
+    with progress_bars_hidden() if quiet else nullcontext():
+        return train_resolved(
+            resolve(dict(config)),
+            train_dataset=train_dataset,
+            reward_functions=reward_functions,
+            evaluate=evaluate,
+            show="quiet" if quiet else "log",
+        )
 
 
 def train_resolved(
@@ -84,11 +91,11 @@ def train_resolved(
     evaluate: Evaluate | None = None,
     show: Show = "text",
 ) -> RunResult:
-    """:func:`train` for a configuration whose values have been resolved."""
-    config = resolved.config
+    """:func:`train` for a resolved configuration; by default it prints to the console."""
+    config, directory = resolved.config, Path(resolved.config.output_dir)
     check_trackers(config.report_to)
     stages = stages_of(resolved)
-    inputs = setup.load_inputs(
+    inputs = load_inputs(
         resolved,
         stages,
         train_dataset=train_dataset,
@@ -100,90 +107,89 @@ def train_resolved(
         check_processes(stage.config, accelerator.num_processes)
         if sharding.shards_weights():
             sharding.check_sharding(stage.config)
-    view = RunView(sum(s.config.max_steps for s in stages), visible=accelerator.is_main_process, show=show)
-    for note in _notes(resolved, stages, inputs, rows_given=train_dataset is not None):
+    num_steps = sum(stage.config.max_steps for stage in stages)
+    view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
+    if train_dataset is not None and config.data.path is not None:
+        view.say("note: data.path is ignored because train_dataset is given")
+    for note in _notes(resolved, stages, inputs, accelerator):
         view.say(f"note: {note}")
-    if sharding.shards_weights():
-        view.say(
-            f"note: FSDP2: {accelerator.num_processes} processes share weights, gradients and optimizers"
-        )
-    # The first process writes for all.
-    alone = storage.exclusive(Path(config.output_dir)) if accelerator.is_main_process else nullcontext()
-    with alone:
-        return _train_in_directory(resolved, stages, inputs, accelerator, view, evaluate)
+    # Only the main process writes to the directory.
+    with disk.exclusive(directory) if accelerator.is_main_process else nullcontext():
+        build, run, stage = _start(resolved, stages, inputs, accelerator, view)
+        run.evaluate = make_evaluate(config, inputs, accelerator, last_step=num_steps, custom=evaluate)
+        with (
+            end_state_recorded(run),
+            disk_errors_explained(directory, started=True),
+            memory_errors_explained(view),
+            tracked(accelerator, resolved),
+            view,
+            run.signal.handled(view.say),
+        ):
+            run_stage(run, stage)
+            for index in range(stage.index + 1, len(stages)):
+                save_model(run, stage, directory / "stages" / str(index))
+                # Free the old stage's optimizer and discriminator before the next ones are built.
+                sharding.gather(stage.model, stage.policy)
+                del stage
+                accelerator.free_memory()
+                stage = build(index)
+                run_stage(run, stage)
+            save_model(run, stage, directory / "final")
+    view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.logs['metrics'].path}")
+    return RunResult(
+        output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.health.last_record
+    )
 
 
-def _train_in_directory(
+def _start(
     resolved: Resolved,
     stages: Sequence[Resolved],
     inputs: RunInputs,
     accelerator: Accelerator,
     view: RunView,
-    evaluate: Evaluate | None,
-) -> RunResult:
-    config = resolved.config
-    directory = Path(config.output_dir)
-    # Everything that can fail comes before the run directory is touched.
-    found = checkpoint.find_checkpoint(directory, config.resume, view.say)
-    check_run_directory(config, found)
-    if config.resume == "auto" and found is None:
-        view.say(f"note: no checkpoint in '{directory}': starting from step 1")
-    state = _resume_state(found, resolved, stages, inputs, view) if found else {"stage": 0, "step": 0}
-    model: Any = load_policy(config.model, found, seed=config.seed).to(accelerator.device)
+) -> tuple[Callable[[int], Stage], Run, Stage]:
+    """(builder of the stages, run, its current stage): everything that can fail before the first step."""
+    config, directory = resolved.config, Path(resolved.config.output_dir)
+    start = read_start(resolved, stages, inputs, view)
+    source = inputs.source.with_weights(start.checkpoint)
+    model: Any = load_policy(source, config.model, seed=config.seed).to(accelerator.device)
     check_vocabulary(model, inputs.tokenizer)
-    first: int = state["stage"]
 
     def build(index: int) -> Stage:
-        start = _stage_start(index, directory, found)
-        stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=start)
-        if found and index == first:
-            _load(stage, found, state)
-        stage.check_sampler()
+        weights = start.stage_weights(index, directory)
+        try:
+            stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=weights)
+            start.load(stage)
+            stage.check_sampler()
+        except UsageError as error:
+            if index == start.stage:
+                raise
+            # The stages before are trained and saved, so that this is not an error of usage any more.
+            raise UniAPLError(
+                f"stage {index + 1}: {error}. Fix it and continue with this stage by --resume auto"
+            ) from error
         return stage
 
-    stage: Stage | None = build(first)
+    stage = build(start.stage)
     if accelerator.is_main_process:
-        storage.check_space(directory, _bytes_to_write(stages, stage, directory, state, accelerator))
-    run = start_run(resolved, stages, accelerator, inputs, view, state)
-    last_step = sum(stage.config.max_steps for stage in stages)
-    run.evaluate = make_evaluate(config, inputs, accelerator, last_step=last_step, theirs=evaluate)
+        needed = bytes_to_write(stages, StageCheckpoint(stage), start, accelerator)
+        disk.check_space(directory, needed)
+    # The run directory is changed from here on.
+    run = start_run(resolved, stages, accelerator, inputs, view, start.state)
+    found = start.checkpoint
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     if config.batching.packing and not stage.packing:
-        view.say("note: this model's attention cannot read packed rows: updates read padded ones")
-    with (
-        ending(run),
-        disk_errors_explained(directory, started=True),
-        memory_errors_explained(view),
-        tracked(accelerator, resolved),
-        view,
-        run.signals_handled(),
-    ):
-        run_stage(run, stage)
-        for index in range(first + 1, len(stages)):
-            save_model(run, stage, directory / "stages" / str(index))
-            # The old stage's optimizer and discriminator go before the next one's come.
-            sharding.gather(model, stage.policy)
-            stage = None
-            accelerator.free_memory()
-            with _mid_run(index):
-                stage = build(index)
-            run_stage(run, stage)
-        save_model(run, stage, directory / "final")
-    view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.metrics_log.path}")
-    last = dict(run.history[-1]) if run.history else {}
-    return RunResult(output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=last)
+        view.say("note: the model's attention does not support packing: micro-batches are padded")
+    return build, run, stage
 
 
 def _notes(
-    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, *, rows_given: bool
+    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, accelerator: Accelerator
 ) -> list[str]:
-    """What the user should hear of configuration and data before the first step."""
-    notes: list[str] = []
-    if rows_given and resolved.config.data.path is not None:
-        notes.append("data.path is not read, since rows are given")
-    notes += dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)
+    """Notes about configuration and data, shown before the first step."""
+    notes = [*dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)]
     notes += dict.fromkeys(
-        f"rollouts come from the vLLM server {rollout.vllm_server_base_url}, which is waited for up to "
+        f"rollouts come from the vLLM server {rollout.vllm_server_base_url}; the timeout is "
         f"{rollout.vllm_timeout:g} s (rollout.vllm_timeout)"
         for rollout in (stage.config.rollout for stage in stages if stage.config.objective.uses_rollouts)
         if rollout.behind_server
@@ -192,19 +198,8 @@ def _notes(
         f"{len(rows)} rows left out, {reason} (uniapl check lists them)"
         for reason, rows in inputs.dataset.left_out.items()
     ]
-    return [*notes, *inputs.notes]
-
-
-@contextmanager
-def _mid_run(index: int) -> Iterator[None]:
-    """What cannot work in a later stage does not undo the stages before it.
-
-    Raises:
-        UniAPLError: Instead of a UsageError.
-    """
-    try:
-        yield
-    except UsageError as error:
-        raise UniAPLError(
-            f"stage {index + 1}: {error}. Once that is mended, --resume auto goes on with this stage"
-        ) from error
+    notes += inputs.notes
+    if sharding.shards_weights():
+        processes = accelerator.num_processes
+        notes.append(f"FSDP2 shards parameters, gradients and optimizer state over {processes} processes")
+    return notes

@@ -1,8 +1,7 @@
-"""What a stage samples with: the local sampler in every process, or vLLM."""
+"""The sampler of a stage: the local sampler in every process, or vLLM."""
 
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
@@ -13,7 +12,7 @@ from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
-from uniapl.training.distributed.one_step_off import Ahead
+from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.distributed.rank_zero_sampler import RankZeroSampler
 from uniapl.training.inputs import RunInputs
 
@@ -21,7 +20,7 @@ from uniapl.training.inputs import RunInputs
 def build_sampler(
     config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator
 ) -> Sampler:
-    """The sampler that the configuration names."""
+    """Build the sampler of the configuration."""
     rollout = config.rollout
     if rollout.sampler == "local":
         return LocalSampler(
@@ -36,52 +35,43 @@ def build_sampler(
             decoding=rollout.decoding,
             autocast=accelerator.autocast,
         )
-    engine = _vllm(config, model, inputs, accelerator)
-    speaker = RankZeroSampler(sampler=engine, accelerator=accelerator)
-    return Ahead(sampler=speaker) if rollout.max_off_policy_steps else speaker
+    kind = OneStepOffSampler if rollout.max_off_policy_steps else RankZeroSampler
+    return kind(sampler=_vllm_sampler(config, model, inputs, accelerator), accelerator=accelerator)
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Whether a stage can sample in so many processes.
-
-    Raises:
-        UsageError: It would need a vLLM in each.
-    """
+    """Raise a UsageError if a stage would need a colocated vLLM in each of several processes."""
     rollout = config.rollout
     colocated = rollout.sampler == "vllm" and rollout.vllm_mode == "colocate"
     if config.objective.uses_rollouts and colocated and processes > 1:
         raise UsageError(
-            "rollout.vllm_mode 'colocate' is for one process: with several, start `vllm serve` on a GPU of "
-            "its own and set rollout.vllm_mode server (docs/gpus.md)"
+            "rollout.vllm_mode 'colocate' is for one process: with several, start `vllm serve` on a separate "
+            "GPU and set rollout.vllm_mode server"
         )
 
 
-def _vllm(config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator) -> VLLMSampler:
+def _vllm_sampler(
+    config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator
+) -> VLLMSampler:
     rollout = config.rollout
-    bf16 = accelerator.mixed_precision == "bf16"
     prompts = [example.prompt_ids for example in inputs.dataset.examples]
     if rollout.vllm_mode == "server":
-        engine = Server(
-            url=rollout.vllm_server_base_url.rstrip("/"),
-            temperature=rollout.temperature,
-            timeout=rollout.vllm_timeout,
-        )
+        engine = Server(url=rollout.vllm_server_base_url.rstrip("/"), timeout=rollout.vllm_timeout)
     else:
-        engine = Colocated(
-            temperature=rollout.temperature,
-            max_model_len=max(map(len, prompts)) + rollout.max_completion_length,
-            max_batch_size=rollout.max_batch_size,
-            gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
-            dtype="bfloat16" if bf16 else "float32",
-            on_gpu=accelerator.device.type == "cuda",
-            timeout=rollout.vllm_timeout,
-        )
+        settings = {
+            "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
+            "max_model_len": max(map(len, prompts)) + rollout.max_completion_length,
+            "max_num_seqs": rollout.max_batch_size,
+            "gpu_memory_utilization": rollout.vllm_gpu_memory_utilization,
+            # Compilation pays off only on a GPU.
+            "enforce_eager": accelerator.device.type != "cuda",
+        }
+        engine = Colocated(settings=settings, timeout=rollout.vllm_timeout)
     return VLLMSampler(
         engine=engine,
         model=model,
         autocast=accelerator.autocast,
         directory=Path(config.output_dir) / WEIGHTS_IN_TRANSIT,
-        dtype=torch.bfloat16 if bf16 else None,
         canary=prompts[0],
         tolerance=rollout.vllm_max_logp_difference,
         temperature=rollout.temperature,

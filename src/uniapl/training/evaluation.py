@@ -1,4 +1,4 @@
-"""Looking at other prompts while training: the configuration's suites, beside the user's own function."""
+"""Evaluation during training: the configured suites and the user's own function."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from uniapl.training.run import Evaluate
 
 
 def make_evaluate(
-    config: Config, inputs: RunInputs, accelerator: Accelerator, *, last_step: int, theirs: Evaluate | None
+    config: Config, inputs: RunInputs, accelerator: Accelerator, *, last_step: int, custom: Evaluate | None
 ) -> Evaluate | None:
-    """What a run calls after each step; None where nobody wants to look."""
+    """The function that a run calls after each step; None if there is nothing to evaluate."""
     if not config.eval_steps or not inputs.suites:
-        return theirs
+        return custom
 
     def evaluate(step: int, model: PreTrainedModel) -> dict[str, Any]:
-        found: dict[str, Any] = dict(theirs(step, model)) if theirs is not None else {}
+        found: dict[str, Any] = dict(custom(step, model)) if custom is not None else {}
         if step % config.eval_steps and step != last_step:
             return found
         sampler = LocalSampler(

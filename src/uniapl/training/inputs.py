@@ -8,34 +8,41 @@ from uniapl.config import Config
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import split_streams
 from uniapl.evaluation import Suite
+from uniapl.models.loading import ModelSource
 from uniapl.rewards import Rewarder
-from uniapl.types import Example
+from uniapl.types import Example, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """What a run is made of, the model's weights aside: loaded and checked."""
+    """Loaded and checked inputs of a run."""
 
+    source: ModelSource
+    """The model from which the run starts."""
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
     rewarder: Rewarder
     stop_ids: frozenset[int]
-    """Every token that ends an answer: the sampler stops at them, demonstrations are cut behind them."""
+    """Every token that ends a completion: sampling stops there, and demonstrations are cut after them."""
     data_sha256: str
     notes: tuple[str, ...] = ()
-    """What the user should hear of the data."""
+    """Notes about the data for the user."""
     suites: tuple[Suite, ...] = ()
-    """What is evaluated."""
+    """Evaluation suites."""
 
     @property
     def pad_id(self) -> int:
-        """What fills the rows of a batch; masks never look at it."""
+        """Token id that pads the rows of a batch; no mask depends on it."""
         assert isinstance(self.tokenizer.pad_token_id, int)
         return self.tokenizer.pad_token_id
 
+    def decode(self, ids: TokenIds) -> str:
+        """Text of a completion, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
 
 def streams(config: Config, dataset: Dataset, rewarder: Rewarder) -> tuple[list[Example], list[Example]]:
-    """(prompts to sample for, demonstrations to learn from)."""
+    """(prompts to sample for, demonstrations to train on)."""
     return split_streams(
         dataset, can_be_rewarded=rewarder.applies_to, uses_adversary=config.objective.lambda_adv > 0
     )

@@ -1,4 +1,4 @@
-"""Errors of the machine, said as a user can use them: what failed, and how to go on."""
+"""Explain errors of the machine: what failed, and how to continue."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,43 +15,45 @@ OUT_OF_MEMORY = {
     "score": "batching.max_tokens_per_micro_batch",
     "evaluate": "rollout.max_batch_size or evaluation.max_completion_length",
 }
-"""Phase -> what to lower where it does not fit; an update cuts itself smaller before it gives up."""
+"""Phase -> keys to lower if it runs out of memory; updates split their micro-batches instead."""
 
 
 @contextlib.contextmanager
 def disk_errors_explained(directory: Path, *, started: bool) -> Iterator[None]:
-    """A disk that is full, read-only or broken ends the run with one message, not with a traceback.
+    """A full, read-only or broken disk ends the run with one message instead of a traceback.
 
     Raises:
-        UsageError: Before its first step.
-        UniAPLError: Later; it says from where the run can go on.
+        UsageError: An OSError before the first step.
+        UniAPLError: A later one; the message names the checkpoint to continue from.
     """
     try:
         yield
     except BrokenPipeError:
-        # Nobody reads the console any more: that is the command line's to answer.
+        # The reader of the console is gone, which the command line handles.
         raise
     except OSError as error:
         if not started:
             raise UsageError(f"output_dir '{directory}' cannot be written: {error}") from error
-        whole = (path for path in reversed(checkpoint.checkpoints(directory)) if not checkpoint.defects(path))
-        last = next(whole, None)
-        remedy = f"goes on from {last}" if last else "starts it anew: no checkpoint was saved yet"
-        raise UniAPLError(
-            f"the run in '{directory}' failed: {error}. Once that is mended, --resume auto {remedy}"
-        ) from error
+        complete = (
+            path for path in reversed(checkpoint.checkpoints(directory)) if not checkpoint.defects(path)
+        )
+        last = next(complete, None)
+        remedy = (
+            f"continue from {last} with --resume auto" if last else "start again; no checkpoint was saved"
+        )
+        raise UniAPLError(f"the run in '{directory}' failed: {error}. Fix the cause and {remedy}") from error
 
 
 @contextlib.contextmanager
 def memory_errors_explained(view: RunView) -> Iterator[None]:
-    """Out of memory, outside an update: what to lower."""
+    """Running out of memory outside an update ends the run with a message that names the keys to lower."""
     try:
         yield
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        remedy = OUT_OF_MEMORY.get(view.current, "a smaller model or shorter answers")
+        remedy = OUT_OF_MEMORY.get(view.current, "the size of the model or the length of completions")
         raise UniAPLError(
-            f"out of memory ({view.current}): {error}. Lower {remedy}; --resume auto goes on from the last "
-            "checkpoint"
+            f"out of memory ({view.current}): {error}. Lower {remedy} and continue from the last checkpoint "
+            "with --resume auto"
         ) from error

@@ -1,7 +1,7 @@
-"""When a micro-batch does not fit in memory: cut it in two, and do the step again with the same result."""
+"""Split micro-batches that do not fit in memory; the step has the same result with smaller ones."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
 
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -9,56 +9,35 @@ from torch import Tensor
 from uniapl.data.batching import halves
 from uniapl.errors import UniAPLError
 from uniapl.training.run import Run
-from uniapl.training.update.accumulate import OutOfMemoryError
-from uniapl.types import MicroBatch
-
-T = TypeVar("T")
-OldLogprobs = Sequence[Tensor] | None
-"""Of each micro-batch; None before the first update."""
+from uniapl.training.update.batch import MixedBatch
 
 
-def retry_on_oom(
-    run: Run,
-    batches: list[MicroBatch],
-    old_logprobs: OldLogprobs,
-    compute: Callable[[list[MicroBatch], OldLogprobs], T],
-) -> tuple[T, list[MicroBatch]]:
-    """What `compute` returns, and the micro-batches for which it fitted; later steps are cut as small.
+def split_micro_batches(
+    run: Run, batch: MixedBatch, old_logprobs: Sequence[Tensor] | None = None
+) -> tuple[MixedBatch, list[Tensor] | None]:
+    """Halve the largest micro-batches, and with them their old log-probabilities; later steps keep the limit.
 
     Raises:
-        UniAPLError: One row alone does not fit.
+        UniAPLError: Every micro-batch has one row already.
     """
-    while True:
-        try:
-            return compute(batches, old_logprobs), batches
-        except OutOfMemoryError:
-            pass
-        largest = max(gather_object([max(batch.tokens for batch in batches)]))
-        # Rows that can be parted: the batch that did not fit need not be the one with most tokens.
-        shared = [batch.tokens for batch in batches if len(batch.input_ids) > 1]
-        most = max(gather_object([max(shared, default=0)]))
-        if not most:
-            raise UniAPLError(
-                f"out of memory in the update: one row of {largest} tokens does not fit; lower "
-                "rollout.max_completion_length, data.max_prompt_length or data.max_demonstration_length, "
-                "or train a smaller model"
-            )
-        limit = most // 2
-        pairs = list(zip(batches, old_logprobs or [None] * len(batches), strict=True))
-        parts = [part for batch, old in pairs for part in _cut(batch, old, limit)]
-        run.token_limit = limit
-        run.view.say(
-            f"step {run.step + 1}: out of memory: micro-batches of {limit} tokens from here on "
-            f"(batching.max_tokens_per_micro_batch is {run.config.batching.max_tokens_per_micro_batch})"
+    largest = max(gather_object([max(part.tokens for part in batch.micro_batches)]))
+    # Micro-batches of several rows: the one that did not fit is not necessarily the one with most tokens.
+    splittable = [part.tokens for part in batch.micro_batches if len(part.input_ids) > 1]
+    limit = max(gather_object([max(splittable, default=0)])) // 2
+    if not limit:
+        raise UniAPLError(
+            f"out of memory in the update: one row of {largest} tokens does not fit; lower "
+            "rollout.max_completion_length, data.max_prompt_length or data.max_demonstration_length, "
+            "or train a smaller model"
         )
-        batches = [batch for batch, _ in parts]
-        if old_logprobs is not None:
-            old_logprobs = [old for _, old in parts if old is not None]
-
-
-def _cut(batch: MicroBatch, old: Tensor | None, limit: int) -> list[tuple[MicroBatch, Tensor | None]]:
-    if batch.tokens <= limit:
-        return [(batch, old)]
-    parts = halves(batch)
-    sizes = [len(part.input_ids) for part in parts]
-    return list(zip(parts, [None] * len(parts) if old is None else old.split(sizes), strict=True))
+    run.progress.token_limit = limit
+    run.view.say(
+        f"step {run.step + 1}: out of memory: from now on, micro-batches have at most {limit} tokens "
+        f"(batching.max_tokens_per_micro_batch is {run.config.batching.max_tokens_per_micro_batch})"
+    )
+    parts = [halves(part) if part.tokens > limit else [part] for part in batch.micro_batches]
+    split = replace(batch, micro_batches=[half for part in parts for half in part])
+    if old_logprobs is None:
+        return split, None
+    sizes = [[len(half.input_ids) for half in part] for part in parts]
+    return split, [half for old, rows in zip(old_logprobs, sizes, strict=True) for half in old.split(rows)]

@@ -1,6 +1,7 @@
-"""Resume a run from a checkpoint."""
+"""Where a run starts: at its first step, or at a checkpoint that fits the recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,105 +10,132 @@ from accelerate import Accelerator
 from uniapl.config.resolve import Resolved
 from uniapl.errors import UsageError
 from uniapl.models.lora import is_adapter
-from uniapl.training.checkpoint.run_directory import RUN_DIRECTORIES, changed_values
+from uniapl.training.checkpoint import directory as checkpoints
+from uniapl.training.checkpoint.run_directory import RUN_DIRECTORIES, changed_values, check_run_directory
 from uniapl.training.checkpoint.state import read_state
 from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor.console import RunView
-from uniapl.training.run import discriminator_kind
 from uniapl.training.stage import Stage
+from uniapl.training.stage_checkpoint import StageCheckpoint, discriminator_kind
+
+RESTART = "Change the recipe back, or start a new run from its weights with model.model_name_or_path"
 
 
-def _bytes_to_write(
-    stages: Sequence[Resolved],
-    stage: Stage,
-    directory: Path,
-    state: Mapping[str, Any],
-    accelerator: Accelerator,
-) -> int:
-    """What the run's directory will hold at most, less what is there; later stages as large as this one."""
-    saves = sum(-(-s.config.max_steps // s.config.save_steps) for s in stages)
-    # One more than the limit: the oldest goes when the newest is whole.
-    kept = min(stage.config.save_total_limit + 1, saves)
-    models = len(stages) * stage.model_bytes()
-    if any(s.config.rollout.sampler == "vllm" for s in stages):
-        # On their way to vLLM weights are whole, in bf16 where training is.
-        models += stage.merged_bytes() // (2 if accelerator.mixed_precision == "bf16" else 1)
-    folders = [directory / name for name in RUN_DIRECTORIES]
-    there = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
-    return 0 if state.get("finished") else kept * stage.checkpoint_bytes() + models - there
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The point at which a run starts."""
+
+    checkpoint: Path | None
+    """None for the first step."""
+    state: dict[str, Any]
+    """The checkpoint's state.json; "finished" is true if no step remains."""
+
+    @property
+    def stage(self) -> int:
+        """Index of the stage, counted from 0."""
+        return self.state["stage"]
+
+    def stage_weights(self, index: int, directory: Path) -> Path | None:
+        """The directory with the weights that a stage started from; None for the run's initial model."""
+        if index == 0:
+            return None
+        ours = directory / "stages" / str(index)
+        if ours.exists() or self.checkpoint is None:
+            return ours
+        return self.checkpoint.parent.parent / "stages" / str(index)
+
+    def load(self, stage: Stage) -> None:
+        """Load the checkpoint into its stage; other stages stay at their first step.
+
+        Raises:
+            UsageError: Files, keys or shapes do not match.
+        """
+        if self.checkpoint is None or stage.index != self.stage:
+            return
+        try:
+            StageCheckpoint(stage).load(self.checkpoint, self.state)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"checkpoint '{self.checkpoint}' does not fit the recipe: {type(error).__name__}: "
+                f"{error!s:.300}. {RESTART}"
+            ) from error
 
 
-def _resume_state(
-    found: Path, resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, view: RunView
-) -> dict[str, Any]:
-    """The state in a checkpoint, if it is one of this run's recipe; what else has changed is said.
+def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, view: RunView) -> Start:
+    """Find the checkpoint that `resume` asks for and check it against the recipe; report other changes.
 
     Raises:
-        UsageError: Its stages are not this recipe's.
+        UsageError: There is none that can be used, or `output_dir` holds another run.
     """
+    config = resolved.config
+    directory = Path(config.output_dir)
+    found = checkpoints.find_checkpoint(directory, config.resume, view.say)
+    check_run_directory(config, found)
+    if found is None:
+        if config.resume == "auto":
+            view.say(f"note: no checkpoint in '{directory}': starting from step 1")
+        return Start(checkpoint=None, state={"stage": 0, "step": 0})
     state = read_state(found)
-    methods = [stage.config.method for stage in stages]
-    reached = state["stage"] + 1
-    if methods[:reached] != state["methods"][:reached]:
-        raise UsageError(
-            f"checkpoint '{found}' is of a run of {' -> '.join(state['methods'])}, the recipe now says "
-            f"{' -> '.join(methods)}; to train on from its weights, give it as model.model_name_or_path"
-        )
-    lora, adapted = resolved.config.model.lora_r is not None, is_adapter(found)
-    if lora != adapted:
-        made, says = ("an adapter", "a whole model") if adapted else ("a whole model", "an adapter")
-        raise UsageError(
-            f"checkpoint '{found}' is of {made}, the recipe trains {says}: change model.lora_r back, or "
-            "start anew from its weights by model.model_name_or_path"
-        )
+    _check_recipe(found, state, resolved, stages)
     stage = stages[state["stage"]].config
-    if stage.objective.lambda_adv > 0 and "adversary" not in state:
-        raise UsageError(
-            f"checkpoint '{found}' has no discriminator (it was made with lambda_adv 0): set "
-            "objective.lambda_adv to 0, or start anew from its weights by model.model_name_or_path"
-        )
-    kind = discriminator_kind(stage)
-    same = {state["kind"], kind} in ({kind}, {"polar", "remote"})
-    if stage.objective.lambda_adv > 0 and not same:
-        raise UsageError(
-            f"checkpoint '{found}' was made with another discriminator than '{kind}': change it back, "
-            "or start anew from its weights by model.model_name_or_path"
-        )
     reason = state["stopping"]["reason"] if state["stop_rule"] == stage.early_stopping.model_dump() else None
     complete = state["stage_step"] >= stage.max_steps
-    state["finished"] = reached == len(stages) and (complete or reason is not None)
+    state["finished"] = state["stage"] + 1 == len(stages) and (complete or reason is not None)
     if state["finished"]:
-        steps = "larger max_steps of its last stage" if len(stages) > 1 else "a larger --max-steps"
-        remedy = steps if complete else "another stop rule"
-        view.say(f"note: this run is complete{f' ({reason})' if reason else ''}; {remedy} goes on with it")
+        larger = "a larger max_steps of the last stage" if len(stages) > 1 else "a larger --max-steps"
+        remedy = larger if complete else "another early_stopping rule"
+        view.say(
+            f"note: this run is complete{f' ({reason})' if reason else ''}; to continue it, set {remedy}"
+        )
     for change in changed_values(resolved, stages):
-        view.say(f"note: since the run was last started, {change}")
+        view.say(f"note: changed since the run was last started: {change}")
     if state["data_sha256"] != inputs.data_sha256:
-        view.say(
-            "note: the data has changed since the checkpoint; the streams go on at their positions in it"
-        )
-    if state["seed"] != resolved.config.seed:
-        view.say(
-            f"note: the checkpoint's seed was {state['seed']}; from here on it is {resolved.config.seed}"
-        )
-    return state
+        view.say("note: the data has changed since the checkpoint; both streams continue at their positions")
+    if state["seed"] != config.seed:
+        view.say(f"note: the seed changes from {state['seed']} (the checkpoint's) to {config.seed}")
+    return Start(checkpoint=found, state=state)
 
 
-def _load(stage: Stage, found: Path, state: dict[str, Any]) -> None:
-    try:
-        stage.load(found, state)
-    except UsageError:
-        raise
-    except Exception as error:  # tensors of another shape, files and keys that are not there
-        raise UsageError(
-            f"checkpoint '{found}' does not fit the recipe: {type(error).__name__}: {error!s:.300}; start "
-            "anew from its weights by model.model_name_or_path"
-        ) from error
+def _check_recipe(found: Path, state: dict[str, Any], resolved: Resolved, stages: Sequence[Resolved]) -> None:
+    methods, reached = [stage.config.method for stage in stages], state["stage"] + 1
+    lora, adapter = resolved.config.model.lora_r is not None, is_adapter(found)
+    # A recipe with fewer stages than the checkpoint fails the first check.
+    stage = stages[min(state["stage"], len(stages) - 1)].config
+    kind, saved = discriminator_kind(stage), state["kind"]
+    adversary = stage.objective.lambda_adv > 0
+    for wrong, problem in (
+        (
+            methods[:reached] != state["methods"][:reached],
+            f"was made with methods {' -> '.join(state['methods'])}; the recipe has {' -> '.join(methods)}",
+        ),
+        (lora and not adapter, "contains a complete model; the recipe trains an adapter (model.lora_r)"),
+        (adapter and not lora, "contains an adapter; the recipe trains the complete model (model.lora_r)"),
+        (adversary and "adversary" not in state, "has no discriminator: its objective.lambda_adv was 0"),
+        (
+            adversary and kind != saved and {kind, saved} != {"polar", "remote"},
+            f"was made with discriminator '{saved}'; the recipe has '{kind}'",
+        ),
+    ):
+        if wrong:
+            raise UsageError(f"checkpoint '{found}' {problem}. {RESTART}")
 
 
-def _stage_start(index: int, directory: Path, found: Path | None) -> Path | None:
-    """Where the weights lie that a stage started from; None for the run's own start."""
-    if index == 0:
-        return None
-    ours = directory / "stages" / str(index)
-    return ours if ours.exists() or found is None else found.parent.parent / "stages" / str(index)
+def bytes_to_write(
+    stages: Sequence[Resolved], first: StageCheckpoint, start: Start, accelerator: Accelerator
+) -> int:
+    """Upper bound of the run directory's growth; later stages are assumed to be as large as the first."""
+    if start.state.get("finished"):
+        return 0
+    config = first.stage.config
+    saves = sum(-(-stage.config.max_steps // stage.config.save_steps) for stage in stages)
+    # One more than the limit: the oldest is deleted after the newest is complete.
+    kept = min(config.save_total_limit + 1, saves)
+    models = len(stages) * first.model_bytes
+    if any(stage.config.rollout.sampler == "vllm" for stage in stages):
+        # vLLM loads merged weights, in bf16 if training uses bf16.
+        models += first.merged_bytes // (2 if accelerator.mixed_precision == "bf16" else 1)
+    folders = [Path(config.output_dir) / name for name in RUN_DIRECTORIES]
+    present = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    return kept * first.num_bytes + models - present

@@ -1,139 +1,153 @@
-"""What a run says and does about a step's health: warnings, skipped updates, the end of a sick run."""
+"""Health of a run's steps: warnings, skipped updates, and when a run must stop."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uniapl.data.batching import Row
-from uniapl.files import write_text
+from uniapl.config import Config
+from uniapl.files import JsonlLog, write_text
 from uniapl.rewards import RewardOutcome
+from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor import health
-from uniapl.training.run import Run
-from uniapl.training.stage import Stage
+from uniapl.training.monitor.console import RunView
+from uniapl.training.monitor.record import StepResult
 from uniapl.training.update.policy_step import PolicyStep
 from uniapl.types import RolloutGroup
 
 SKIPPED = "skipped"
 """Directory of a run: the batches of updates that were not applied."""
 KEPT_BATCHES = 20
-"""Of them, the newest: enough to see what they share. Our choice."""
+"""Newest skipped batches that are kept, enough to see what they have in common. Our choice."""
 
 
-def warn(run: Run, stage: Stage, record: dict[str, Any]) -> dict[str, int]:
-    """Say and write which health rules begin to fire in this step; return those that fire, as metrics."""
-    run.history = [*run.history[1 - 2 * run.longest_window :], record]
-    # Another stage's discriminator and weights are another matter.
-    here = [record for record in run.history if record["stage"] == stage.index]
-    bounds = stage.config.objective.lambda_bounds
-    found = health.warnings(here, stage.config.health, bounds=bounds)
-    begun = sorted(found.keys() - run.warned)
-    for name in begun:
-        run.view.say(f"step {run.step}: warning: {found[name]}")
-    run.health_log.write({"step": run.step, "rule": name, "message": found[name]} for name in begun)
-    run.warned = set(found)
-    run.view.warnings = found
-    return {f"health/{name}": 1 for name in found}
+@dataclass(kw_only=True)
+class RunHealth:
+    """The health rules of a run, with the records of the last steps."""
 
+    view: RunView
+    log: JsonlLog
+    """health.jsonl: each rule when it begins to fire, with its message."""
+    skipped: Path
+    """Directory of the skipped batches."""
+    window: int
+    """The longest window of the health rules, over all stages."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of the last steps, oldest first."""
+    bad_steps: dict[str, int] = field(default_factory=dict)
+    """Consecutive bad steps of "update", "discriminator", "judgement" and each "rewards/<name>"."""
 
-def check_health(
-    run: Run,
-    stage: Stage,
-    update: PolicyStep,
-    outcomes: Mapping[str, Sequence[RewardOutcome]],
-    groups: Sequence[RolloutGroup],
-    learnt: Mapping[str, Any],
-) -> str | None:
-    """Say what went wrong in this step; return why the run must stop, when it has gone wrong for too long."""
-    looked_at = {
-        "update": _of_update(run, update),
-        **_of_rewards(run, outcomes),
-        **_of_discriminator(groups, learnt),
-    }
-    values = [value for parts in outcomes.values() for part in parts for value in part.values]
-    if values and all(value is None for value in values) and not any(looked_at.values()):
-        run.view.say(f"step {run.step}: no rollout has a reward: every function answered None")
-    for name, complaint in looked_at.items():
-        run.bad_steps[name] = run.bad_steps.get(name, 0) + 1 if complaint else 0
-    for name, complaint in looked_at.items():
-        if run.bad_steps[name] >= stage.config.health.max_skipped_steps:
-            return (
-                f"stopped after step {run.step}: {run.bad_steps[name]} steps in a row {complaint}. "
-                "A checkpoint was saved; once mended, --resume auto goes on from it."
-            )
-    return None
+    def __post_init__(self) -> None:
+        last = self.history[-1] if self.history else {}
+        self._firing = {key.removeprefix("health/") for key in last if key.startswith("health/")}
 
+    @property
+    def last_record(self) -> dict[str, Any]:
+        """Metrics of the last step."""
+        return dict(self.history[-1]) if self.history else {}
 
-def save_skipped(run: Run, update: PolicyStep, rows: Sequence[Row], weights: Mapping[str, float]) -> None:
-    """Write the batch of an update that was not applied, for whoever looks for the cause."""
-    if not run.accelerator.is_main_process:
-        return
-    decode = run.inputs.tokenizer.decode
-    batch = {
-        "step": run.step,
-        "grad_norm": update.grad_norm,
-        "sums": update.sums,
-        "weights": dict(weights),
-        "rows": [
-            {
-                "prompt": decode(list(row.prompt_ids)),
-                "completion": decode(list(row.completion_ids)),
-                **vars(row),
-                "components": sorted(row.components),
-            }
-            for row in rows
-        ],
-    }
-    path = skipped_path(run)
-    path.parent.mkdir(exist_ok=True)
-    # As Python reads it back, NaN and Infinity included: they are what is looked for.
-    write_text(path, json.dumps(batch, ensure_ascii=False))
-    for old in sorted(path.parent.glob("step-*.json"))[:-KEPT_BATCHES]:
-        old.unlink()
+    def warn(self, record: dict[str, Any], config: Config) -> dict[str, int]:
+        """Report the rules that begin to fire in this step; return all that fire, as metrics."""
+        self.history = [*self.history[1 - 2 * self.window :], record]
+        # Another stage has another discriminator and other weights.
+        stage = [before for before in self.history if before["stage"] == record["stage"]]
+        found = health.warnings(stage, config.health, bounds=config.objective.lambda_bounds)
+        begun = sorted(found.keys() - self._firing)
+        for name in begun:
+            self.view.say(f"step {record['step']}: warning: {found[name]}")
+        self.log.write({"step": record["step"], "rule": name, "message": found[name]} for name in begun)
+        self._firing = set(found)
+        self.view.warnings = found
+        return {f"health/{name}": 1 for name in found}
 
+    def check(self, step: int, result: StepResult, max_bad_steps: int) -> str | None:
+        """Report the errors of this step; return why the run must stop if one persists too long."""
 
-def skipped_path(run: Run) -> Path:
-    """Where the batch lies if this step's update was not applied."""
-    return run.directory / SKIPPED / f"step-{run.step:06d}.json"
+        def say(message: str) -> None:
+            self.view.say(f"step {step}: {message}")
 
-
-def _of_update(run: Run, update: PolicyStep) -> str | None:
-    if update.applied:
+        problems = {
+            "update": self._of_update(step, result.update, say),
+            **_of_rewards(result.outcomes, say),
+            **_of_discriminator(result.groups, result.discriminator),
+        }
+        values = [value for parts in result.outcomes.values() for part in parts for value in part.values]
+        if values and all(value is None for value in values) and not any(problems.values()):
+            say("no rollout has a reward: every reward function returned None")
+        for name, problem in problems.items():
+            self.bad_steps[name] = self.bad_steps.get(name, 0) + 1 if problem else 0
+        for name, problem in problems.items():
+            if self.bad_steps[name] >= max_bad_steps:
+                return (
+                    f"stopped after step {step}: {self.bad_steps[name]} steps in a row: {problem}. "
+                    "A checkpoint was saved; fix the cause and continue with --resume auto"
+                )
         return None
-    found = f"loss {update.sums['loss']}, gradient norm {update.grad_norm}"
-    run.view.say(f"step {run.step}: {found}: update skipped, weights unchanged")
-    return (
-        f"the gradient was not finite ({found}; the batch is in {skipped_path(run)}); "
-        "try a lower optim.learning_rate, and look for extreme rewards"
-    )
+
+    def save_skipped(self, step: int, result: StepResult, inputs: RunInputs) -> None:
+        """Write the batch of an update that was not applied, for debugging."""
+        if not self.log.enabled:
+            return
+        decode = inputs.tokenizer.decode
+        batch = {
+            "step": step,
+            "grad_norm": result.update.grad_norm,
+            "sums": result.update.sums,
+            "weights": result.batch.weights,
+            "rows": [
+                {
+                    "prompt": decode(list(row.prompt_ids)),
+                    "completion": decode(list(row.completion_ids)),
+                    **vars(row),
+                    "components": sorted(row.components),
+                }
+                for row in result.batch.rows
+            ],
+        }
+        self.skipped.mkdir(exist_ok=True)
+        # Python's JSON, which keeps NaN and Infinity: they are the cause to look for.
+        write_text(self.skipped / f"step-{step:06d}.json", json.dumps(batch, ensure_ascii=False))
+        for old in sorted(self.skipped.glob("step-*.json"))[:-KEPT_BATCHES]:
+            old.unlink()
+
+    def _of_update(self, step: int, update: PolicyStep, say: Callable[[str], None]) -> str | None:
+        if update.applied:
+            return None
+        found = f"loss {update.sums['loss']}, gradient norm {update.grad_norm}"
+        say(f"{found}: update skipped, weights unchanged")
+        return (
+            f"the gradient was not finite ({found}; the batch is in {self.skipped}/step-{step:06d}.json); "
+            "try a lower optim.learning_rate, and check the rewards for extreme values"
+        )
 
 
-def _of_rewards(run: Run, outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, str | None]:
-    """Each function that was asked -> what is wrong with it; one that applied to nothing is not looked at."""
+def _of_rewards(
+    outcomes: Mapping[str, Sequence[RewardOutcome]], say: Callable[[str], None]
+) -> dict[str, str | None]:
+    """The problem of each reward function that applied to a sample."""
     found: dict[str, str | None] = {}
     for name, parts in outcomes.items():
         message = next((part.message for part in parts if part.message is not None), None)
+        failed = [bad for part in parts for bad in part.failed]
+        values = [value for part in parts for value in part.values]
         if message is not None:
-            failures = sum(sum(part.failed) for part in parts)
-            run.view.say(f"step {run.step}: reward '{name}' failed on {failures} samples: {message}")
-        tried = [
-            bad for p in parts for bad, v in zip(p.failed, p.values, strict=True) if bad or v is not None
-        ]
-        if tried:
-            dead = f"reward '{name}' failed on every sample: {message}"
-            found[f"rewards/{name}"] = dead if all(tried) else None
+            say(f"reward '{name}' failed on {sum(failed)} samples: {message}")
+        applied = [bad for bad, value in zip(failed, values, strict=True) if bad or value is not None]
+        if applied:
+            every = f"reward '{name}' failed on every sample: {message}"
+            found[f"rewards/{name}"] = every if all(applied) else None
     return found
 
 
-def _of_discriminator(groups: Sequence[RolloutGroup], learnt: Mapping[str, Any]) -> dict[str, str | None]:
+def _of_discriminator(groups: Sequence[RolloutGroup], metrics: Mapping[str, Any]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
+    remedy = "lower discriminator.learning_rate"
     logits = [logit for group in groups for logit in group.policy_logits or ()]
     if logits:
-        finite = any(map(health.is_number, logits))
-        said = "the discriminator had no finite logit for any answer; lower discriminator.learning_rate"
-        found["judgement"] = None if finite else said
-    if learnt.get("discriminator/loss") is not None:
-        applied = learnt["discriminator/updates"] > 0
-        said = "the discriminator's gradient was not finite; lower discriminator.learning_rate"
-        found["discriminator"] = None if applied else said
+        problem = f"the discriminator had no finite logit for any completion; {remedy}"
+        found["judgement"] = None if any(map(health.is_number, logits)) else problem
+    if metrics.get("discriminator/loss") is not None:
+        problem = f"the discriminator's gradient was not finite; {remedy}"
+        found["discriminator"] = None if metrics["discriminator/updates"] > 0 else problem
     return found

@@ -1,4 +1,4 @@
-"""What a launcher may ask for, and what a stage may do, where weights are shared out."""
+"""Launcher settings that FSDP2 supports, and stages that it does not."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_one_process_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "remedy"),
     [
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed: use .* FSDP2.*recipes/accelerate/fsdp2.yaml"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed: use .* FSDP2.*--fsdp_version 2"),
         ("FSDP_VERSION", "1", "set fsdp_version to 2"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: set it to false"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "optim.gradient_checkpointing"),

@@ -1,4 +1,4 @@
-"""Rollouts sampled a step ahead: whose weights, what overlaps, what is kept, a server that is lost."""
+"""Rollouts sampled one step early: their weights, overlap with training, checkpoints, a lost server."""
 
 import json
 import os
@@ -20,13 +20,13 @@ from support.runs import lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.errors import Interrupted
-from uniapl.rollout import engines
+from uniapl.rollout import SampleRequest, engines
 from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.types import derive_seed
 
 ASKED_BEFORE_TRAINING = 1
-"""The canary of the check."""
+"""Completion requests of the check: the canary."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeServer]:
-    """Started from another model than any run trains."""
+    """A server that starts with another model than the trained one."""
     with serving(FakeServer(save_model(tmp_path / "theirs", seed=9))) as fake:
         yield fake
 
@@ -58,14 +58,14 @@ def staleness(run: Path) -> list[float]:
 def test_rollouts_are_of_the_weights_a_step_before(
     model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
-    """The first step's own; then those of the checkpoint before, as a sampler on it shows."""
+    """Step 1 uses its own weights, later steps those of the checkpoint before, as a local sampler shows."""
     run = tmp_path / "run"
     train(ahead(model_dir, run, server, save_steps=1, save_total_limit=10))
     assert staleness(run) == [0, 1, 1, 1]
     records = lines(run / "metrics.jsonl")
     assert records[0]["sampling/sampling_logp_difference/max"] < 1e-4
     assert all(r["sampling/sampling_logp_difference/mean"] > 1e-3 for r in records[1:]), "corrected for"
-    # Before training, and in each step but the last, which begins nothing.
+    # Before training, and in each step but the last, which starts no rollouts.
     assert server.loads == 1 + 3
     sampled = lines(run / "completions.jsonl")
     for step in (2, 3, 4):
@@ -80,7 +80,7 @@ def test_rollouts_are_of_the_weights_a_step_before(
         groups = [r for r in sampled if r["step"] == step]
         prompts = [tuple(make_tokenizer()(group["prompt"]).input_ids) for group in groups]
         seeds = [derive_seed(0, "rollout", step - 1, slot) % engines.SEEDS for slot in range(len(groups))]
-        again = sampler.sample(prompts, seeds=seeds, num_generations=4, policy_version=0)
+        again = sampler.sample(SampleRequest(prompts=prompts, seeds=seeds, num_generations=4))
         decode = make_tokenizer().decode
         texts = [[decode(r.completion_ids, skip_special_tokens=True) for r in group] for group in again]
         assert [[c["text"] for c in group["completions"]] for group in groups] == texts
@@ -89,7 +89,7 @@ def test_rollouts_are_of_the_weights_a_step_before(
 def test_the_server_answers_while_the_step_trains(
     model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
-    """It gives no answer for the second step until the first one's rewards are asked for."""
+    """It returns nothing for the second step until the rewards of the first are computed."""
     trains = threading.Event()
     respond = server.respond
 
@@ -115,7 +115,7 @@ def test_the_server_answers_while_the_step_trains(
 def test_a_killed_run_resumes_to_the_same_result(
     killed_in: int, model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
-    """The rollouts that were under way at the save, half-way between two steps, are in the checkpoint."""
+    """The rollouts that are pending when the checkpoint is saved are in the checkpoint."""
     whole, broken = (ahead(model_dir, tmp_path / name, server) for name in ("whole", "broken"))
     train(whole)
     run_until(killed_in, broken)
@@ -127,10 +127,10 @@ def test_a_killed_run_resumes_to_the_same_result(
     )
 
 
-def test_a_resume_with_another_recipe_samples_anew(
+def test_a_resume_with_another_recipe_samples_again(
     model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
-    """Kept rollouts of other numbers are not used; without the option they are left alone."""
+    """Saved rollouts with other settings are not used, and none without the option."""
     for name, changed in {
         "more": {"num_generations": 3},
         "cooler": {"temperature": 0.9},
@@ -146,7 +146,7 @@ def test_a_resume_with_another_recipe_samples_anew(
 
 
 def test_a_server_that_is_lost_on_the_way(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
-    """Among the answers of step 3, which are then sampled anew with that step's own weights."""
+    """It is lost while sampling step 3, which is then sampled with its own weights."""
     # Steps 1 and 2 with one canary, step 3's canary, and its second prompt.
     server.dies_at, server.gone_for = {ASKED_BEFORE_TRAINING + 1 + 3 + 3 + 1 + 2}, 3
     train(ahead(model_dir, tmp_path / "run", server))
@@ -156,7 +156,7 @@ def test_a_server_that_is_lost_on_the_way(model_dir: Path, tmp_path: Path, serve
 
 
 def fails_from_the_third_step(fake: FakeServer) -> None:
-    """The rollouts for step 3, which are under way at the save of step 2, are too few."""
+    """The rollouts of step 3, pending when step 2 is saved, are too few."""
     answer, asked = fake.answer, 0
 
     def too_few(prompt: Any, body: Any) -> Any:
@@ -174,7 +174,7 @@ def test_rollouts_that_fail_do_not_cost_the_finished_step(
     values = ahead(model_dir, tmp_path / "run", server)
     answer = server.answer
     fails_from_the_third_step(server)
-    with pytest.raises(uniapl.UniAPLError, match=r"answers of another form.*--resume auto"):
+    with pytest.raises(uniapl.UniAPLError, match=r"malformed completions.*--resume auto"):
         train(values)
     saved = checkpoint.checkpoint_path(tmp_path / "run", 2)
     assert not checkpoint.defects(saved)
@@ -184,10 +184,8 @@ def test_rollouts_that_fail_do_not_cost_the_finished_step(
     assert staleness(tmp_path / "run") == [0, 1, 0, 1]
 
 
-def test_rollouts_that_nobody_will_learn_from_may_fail(
-    model_dir: Path, tmp_path: Path, server: FakeServer
-) -> None:
-    """A signal is answered as ever, and a stage that ends early ends."""
+def test_rollouts_that_are_not_needed_may_fail(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
+    """An interrupted run and a stage that stops early end normally."""
     calls = 0
 
     def interrupting(completions: list[str]) -> list[float]:
@@ -211,7 +209,7 @@ def test_rollouts_that_nobody_will_learn_from_may_fail(
 def test_a_stage_that_ends_early_skips_no_prompts(
     model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
-    """What was begun for a step that never comes is thrown away; the next stage begins with its prompts."""
+    """Rollouts of a step that does not follow are dropped; the next stage starts with its prompts."""
     stages: list[dict[str, Any]] = [
         {"method": "grpo", "max_steps": 5, "early_stopping": {"metric": "reward", "target": -1.0}},
         {"method": "grpo", "max_steps": 2},
@@ -220,11 +218,11 @@ def test_a_stage_that_ends_early_skips_no_prompts(
     train(ahead(model_dir, run, server, stages=stages))
     assert staleness(run) == [0, 0, 1]
     rows = [record["row"] for record in lines(run / "completions.jsonl")]
-    assert len(set(rows)) == 9, "of twelve prompts none came twice"
+    assert len(set(rows)) == 9, "none of the twelve prompts came twice"
 
 
 def test_two_processes(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
-    """The answers of one process, and a checkpoint of one that two go on from."""
+    """Two ranks sample the completions of one, and continue from a checkpoint of one."""
     server_values = ahead(model_dir, tmp_path, server)["rollout"]
     path = write_recipe(tmp_path, model_dir, max_steps=3, save_steps=1, save_total_limit=5)
     values = yaml.safe_load(path.read_text())

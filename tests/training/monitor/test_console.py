@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal and elsewhere, to people and to scripts; its card, trackers, answers."""
+"""Output of a run on a terminal, in files and as JSON; model card, trackers and chat."""
 
 import io
 import json
@@ -16,6 +16,7 @@ from support.runs import lines, recipe, train, write_recipe
 from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
+from uniapl.models.loading import ModelSource
 from uniapl.training.checkpoint.model_card import model_card
 from uniapl.training.monitor.console import RunView
 
@@ -52,7 +53,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_a_terminal(width: int, warnings: dict[str, str]) -> str:
-    """What the table below the lines looks like."""
+    """The table below the lines."""
     view = RunView(100, visible=True)
     view.console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     view.start_step(7)
@@ -74,11 +75,11 @@ def test_the_table_on_a_terminal(width: int) -> None:
         assert part in shown
     assert re.search(r"demonstrations +loss 2.000 +mu 0.40 +tokens 1,234", shown)
     assert re.search(r"adversary +loss 0.250 +lambda 1.00 +tokens 99 +win rate 0.30 +gap 0.20", shown)
-    assert "rewards" not in shown.replace("max_completion", ""), "nothing was learnt from them in this step"
+    assert "rewards" not in shown.replace("max_completion", ""), "the component has no tokens in this step"
     assert re.search(r"truncation +raise", shown)
 
 
-def test_elsewhere_there_are_lines_without_control_characters(
+def test_lines_without_control_characters_outside_a_terminal(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(recipe(model_dir, tmp_path / "run", log_completions_steps=2))
@@ -97,10 +98,14 @@ def test_elsewhere_there_are_lines_without_control_characters(
     assert shown.count("  expert") == len(expected), "in every other step"
 
 
-def test_answers_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """Markup and control characters of a model stay text; long answers are cut."""
-    answer = {"text": "[red]a\x1b[31mb\nc" + "x" * 500, "reward": None}
-    record = {"prompt": [{"role": "user", "content": "why?"}], "demonstration": None, "completions": [answer]}
+def test_completions_are_shown_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Markup stays text, control characters are removed, and long completions are cut."""
+    completion = {"text": "[red]a\x1b[31mb\nc" + "x" * 500, "reward": None}
+    record = {
+        "prompt": [{"role": "user", "content": "why?"}],
+        "demonstration": None,
+        "completions": [completion],
+    }
     RunView(1, visible=True).answers([record])
     shown = capsys.readouterr().out
     assert "[red]a [31mb cx" in re.sub(r"\s+", " ", shown)
@@ -122,7 +127,7 @@ def test_quiet_and_json(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "choose one" in capsys.readouterr().err
 
 
-def test_the_pass_rate_is_of_rewards_that_can_pass(model_dir: Path, tmp_path: Path) -> None:
+def test_the_pass_rate_needs_rewards_between_0_and_1(model_dir: Path, tmp_path: Path) -> None:
     def half(completions: list[str]) -> list[float]:
         return [float(n % 2) for n in range(len(completions))]
 
@@ -150,7 +155,7 @@ def test_tensorboard_gets_the_metrics(model_dir: Path, tmp_path: Path) -> None:
     assert got == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in written]
 
 
-def test_a_tracker_that_is_not_there(
+def test_a_tracker_that_is_not_installed(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
@@ -159,38 +164,39 @@ def test_a_tracker_that_is_not_there(
     assert Config(report_to="none").report_to == ()  # pyright: ignore[reportArgumentType]
 
 
-def test_the_card(model_dir: Path, tmp_path: Path) -> None:
+def test_model_card(model_dir: Path, tmp_path: Path) -> None:
     result = train(recipe(model_dir, tmp_path / "run"))
     card = (result.final_dir / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- uniapl\n---\n")
     assert str(tmp_path) not in card
-    assert "base_model" not in card, "a path is no base that the Hub knows"
+    assert "base_model" not in card, "the Hub does not know a local path"
     reward = lines(tmp_path / "run" / "metrics.jsonl")[-1]["reward"]
     assert f"| reward | {reward:.4g} |" in card
     assert "uniapl, 4 steps, seed 0." in card
     assert AutoModelForCausalLM.from_pretrained(result.final_dir)
     hub = Config.model_validate({"model": {"model_name_or_path": "Qwen/Qwen3-0.6B"}})
-    assert "base_model: Qwen/Qwen3-0.6B\n" in model_card(hub, ["sft", "grpo"], 3, {})
-    assert "sft -> grpo, 3 steps" in model_card(hub, ["sft", "grpo"], 3, {})
+    source = ModelSource(base="Qwen/Qwen3-0.6B")
+    assert "base_model: Qwen/Qwen3-0.6B\n" in model_card(hub, source, ["sft", "grpo"], 3, {})
+    assert "sft -> grpo, 3 steps" in model_card(hub, source, ["sft", "grpo"], 3, {})
 
 
 @pytest.mark.parametrize("template", [CHAT, None])
 def test_chat(
     template: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each line is answered, greedily the same for the same; in a conversation the second knows the first."""
+    """Each line gets a completion; at temperature 0 equal lines get equal ones, unless a chat has history."""
     path = save_model(tmp_path / "model", chat_template=template)
-    answers: list[list[str]] = []
+    replies: list[list[str]] = []
     for _ in range(2):
         monkeypatch.setattr(sys, "stdin", io.StringIO("say a.\n\nsay a.\n"))
         assert cli.run(["chat", str(path), "--temperature", "0", "--max-new-tokens", "12"]) == 0
-        answers.append(capsys.readouterr().out.splitlines())
-    assert answers[0] == answers[1]
-    assert len(answers[0]) >= 2
+        replies.append(capsys.readouterr().out.splitlines())
+    assert replies[0] == replies[1]
+    assert len(replies[0]) >= 2
     if template is None:
-        assert answers[0][0] == answers[0][1]
+        assert replies[0][0] == replies[0][1]
 
 
-def test_chat_of_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["chat", str(tmp_path / "nothing")]) == 2
-    assert "there is no such directory" in capsys.readouterr().err
+    assert "directory not found" in capsys.readouterr().err

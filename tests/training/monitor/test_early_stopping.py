@@ -1,4 +1,4 @@
-"""The rules that end a stage: by hand, and in runs that resume or go on to the next stage."""
+"""Early stopping: the rules, and runs that resume or continue with the next stage."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from uniapl.training.monitor.early_stopping import Stopping
 
 
 def ends_at(values: list[float | None], tokens: int = 10, **rule: Any) -> tuple[int, str] | None:
-    """Which of the looks is the last one, from 1, and the rule that said so."""
+    """The number of the last value, from 1, and the rule that ended the stage."""
     stopping = Stopping()
     for number, value in enumerate(values, start=1):
         stopping.look(EarlyStoppingConfig(**{"metric": "m", **rule}), {"m": value}, number * tokens)
@@ -38,7 +38,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def test_a_stage_that_ends_early_gives_way_to_the_next_and_resumes(model_dir: Path, tmp_path: Path) -> None:
+def test_an_early_end_starts_the_next_stage_and_resumes(model_dir: Path, tmp_path: Path) -> None:
     """The first stage ends by patience (its metric never moves), the second one by its budget."""
     values = {
         "save_steps": 2,
@@ -59,29 +59,29 @@ def test_a_stage_that_ends_early_gives_way_to_the_next_and_resumes(model_dir: Pa
     assert learnt[-2] < 100 <= learnt[-1]
     assert result.steps == len(records) < 12
 
-    # Killed in the second stage: the first one's patience is behind, the second one's tokens are not.
+    # Killed in the second stage: the first ended by patience, the second has not used its budget.
     run_until(1, recipe(model_dir, broken, **values))
     train(recipe(model_dir, broken, resume="auto", **values))
     assert timeless(lines(broken / "metrics.jsonl")) == timeless(records)
 
 
-def test_patience_goes_on_where_it_was(model_dir: Path, tmp_path: Path) -> None:
-    """The metric never moves: four steps wait three times, whether in one run or in two."""
+def test_patience_survives_a_resume(model_dir: Path, tmp_path: Path) -> None:
+    """The metric never changes: the stage ends after four steps, in one run or in two."""
     values = {"max_steps": 9, "save_steps": 2, "early_stopping": {"metric": "skipped", "patience": 3}}
     assert train(recipe(model_dir, tmp_path / "whole", **values)).steps == 4
     run_until(2, recipe(model_dir, tmp_path / "broken", **values))
     assert train(recipe(model_dir, tmp_path / "broken", resume="auto", **values)).steps == 4
 
 
-def test_a_metric_that_is_not_there_is_said(
+def test_an_unknown_metric_is_reported(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {"max_steps": 2, "early_stopping": {"metric": "rewrad", "patience": 1}}
     assert train(recipe(model_dir, tmp_path / "run", **values)).steps == 2
-    assert "warning: stop.metric 'rewrad' is not among the metrics" in capsys.readouterr().out
+    assert "warning: early_stopping.metric 'rewrad' is not a metric" in capsys.readouterr().out
 
 
-def test_another_rule_goes_on_with_a_stage_that_had_ended(
+def test_another_rule_continues_a_stage_that_had_ended(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = recipe(model_dir, tmp_path / "run", early_stopping={"metric": "skipped", "target": 0.0})
@@ -89,5 +89,8 @@ def test_another_rule_goes_on_with_a_stage_that_had_ended(
     written = (tmp_path / "run" / "config.yaml").read_bytes()
     assert train(values | {"resume": "auto", "save_total_limit": 7}).steps == 1
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written, "it says how the run was made"
-    assert "this run is complete (target: skipped is 0, the target 0); another" in capsys.readouterr().out
+    assert (
+        "this run is complete (target: skipped is 0, the target 0); to continue it, set another"
+        in capsys.readouterr().out
+    )
     assert train(values | {"resume": "auto", "early_stopping": {}}).steps == 4

@@ -1,4 +1,4 @@
-"""The rules that warn: what fires them, what does not, and that a run says so once."""
+"""Health rules: when each fires, and that a run reports it once."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ NOISE = (0.01, -0.01, 0.0, 0.02, -0.02)
 
 
 def records(**pairs: tuple[float, float]) -> list[dict[str, Any]]:
-    """Two windows; each metric has one mean in the first and another in the second, and some noise."""
+    """Two windows; each metric has one mean in the first, another in the second, and some noise."""
     return [
         {name.replace("__", "/"): means[half] + noise for name, means in pairs.items()}
         for half in (0, 1)
@@ -41,7 +41,7 @@ def test_divergence() -> None:
     assert fired(records(**WINS_MORE, reward=(0.8, 0.6))) == {"divergence"}
     assert fired(records(**WINS_MORE, reward=(0.8, 0.8), sft__nll=(1.0, 1.3))) == {"divergence"}
     assert fired(records(**WINS_MORE, reward=(0.6, 0.8))) == set(), "better in both"
-    assert fired(records(**WINS_MORE)) == set(), "nothing is known of what it is for"
+    assert fired(records(**WINS_MORE)) == set(), "neither reward nor demonstrations are known"
     assert fired(records(discriminator__win_rate=(0.2, 0.4), reward=(0.8, 0.6))) == set(), "it still loses"
     assert fired(records(discriminator__win_rate=(0.7, 0.6), reward=(0.8, 0.6))) == set(), "it wins less"
     assert fired(records(reward=(0.8, 0.6))) == set(), "there is no discriminator"
@@ -62,27 +62,27 @@ def test_multiplier_pinned() -> None:
     assert fired([{**a, **b} for a, b in zip(once_below, falling, strict=True)]) == set()
 
 
-def test_too_few_steps_and_unknown_values_say_nothing() -> None:
+def test_too_few_steps_and_unknown_values_fire_no_rule() -> None:
     bad = records(**WINS_MORE, reward=(0.8, 0.6))
     assert fired(bad[1:]) == set()
-    assert fired([{}, *bad]) == {"divergence"}, "older ones are not looked at"
+    assert fired([{}, *bad]) == {"divergence"}, "older steps are ignored"
     for unknown in (None, float("nan")):
         assert fired([*bad[:5], *({**r, "reward": unknown} for r in bad[5:])]) == set()
 
 
-def test_rewards_that_teach_nothing() -> None:
+def test_rewards_without_a_gradient() -> None:
     constant = {"reward": 0.0, "reward_std": 0.0}
     assert fired(steps(**constant)) == {"constant_rewards"}
     assert fired(steps(**constant, frac_reward_zero_std=1.0)) == {"constant_rewards", "zero_advantage"}
     assert fired([*steps(**constant)[:4], {"reward": 0.1, "reward_std": 0.0}]) == set(), "they differ"
     assert fired([*steps(**constant)[:4], {"reward": 0.0, "reward_std": 0.1}]) == set(), "within a group"
-    assert fired(steps(**constant)[:4]) == set(), "too early to say"
+    assert fired(steps(**constant)[:4]) == set(), "too early"
     assert fired(steps(reward=None, reward_std=None)) == set(), "unknown"
     assert fired(steps(frac_reward_zero_std=0.9)) == {"zero_advantage"}
     assert fired(steps(frac_reward_zero_std=0.89)) == set()
 
 
-def test_answers_that_never_end() -> None:
+def test_completions_that_never_end() -> None:
     assert fired(steps(completions__clipped_ratio=0.51)) == {"truncation"}
     assert fired(steps(completions__clipped_ratio=0.5)) == set()
 
@@ -96,22 +96,22 @@ def test_a_jump_away_from_the_reference() -> None:
     usual = steps(kl=0.05)
     assert fired([*usual, {"kl": 0.51}]) == {"kl_jump"}
     assert fired([*usual, {"kl": 0.49}]) == set()
-    assert fired([*usual, {"kl": 0.51}, {"kl": 0.05}]) == set(), "said once, in its step"
-    assert fired([*steps(kl=0.001), {"kl": 0.09}]) == set(), "still near"
+    assert fired([*usual, {"kl": 0.51}, {"kl": 0.05}]) == set(), "it fires only in its step"
+    assert fired([*steps(kl=0.001), {"kl": 0.09}]) == set(), "still small"
     assert fired([*steps(kl=None), {"kl": 5.0}]) == set(), "the first one"
 
 
-def test_answers_that_explode() -> None:
+def test_length_explosion() -> None:
     length = "completions__mean_length"
     assert fired(records(**{length: (10.0, 21.0)})) == {"length_explosion"}
     assert fired(records(**{length: (10.0, 19.0)})) == set()
     ratio = "completions__length_ratio"
     assert fired(records(**{ratio: (2.1, 2.3)})) == {"length_explosion"}
-    assert fired(records(**{ratio: (2.3, 2.1)})) == set(), "on its way back"
+    assert fired(records(**{ratio: (2.3, 2.1)})) == set(), "it decreases"
     assert fired(records(**{ratio: (1.1, 1.9)})) == set()
 
 
-def test_a_discriminator_that_knows_nothing_or_everything() -> None:
+def test_discriminator_dead_or_saturated() -> None:
     def seen(accuracy: float, auc: float) -> set[str]:
         return fired(steps(discriminator__accuracy=accuracy, completions__length_auc=auc) * 2)
 
@@ -119,28 +119,28 @@ def test_a_discriminator_that_knows_nothing_or_everything() -> None:
     assert seen(0.6, 0.2) == {"discriminator_dead"}
     assert seen(0.75, 0.8) == set()
     assert seen(0.5, 0.5) == set(), "the policy is as good as the expert"
-    assert seen(0.3, 0.5) == {"discriminator_dead"}, "upside down"
+    assert seen(0.3, 0.5) == {"discriminator_dead"}, "inverted"
     assert seen(0.995, 0.8) == {"discriminator_saturated"}
     assert seen(0.98, 0.8) == set()
     first = steps(discriminator__accuracy=0.6, completions__length_auc=0.8)
-    assert fired(first) == set(), "it has hardly begun to learn"
+    assert fired(first) == set(), "the first window"
 
 
-def test_a_sampler_that_samples_from_something_else() -> None:
+def test_sampler_mismatch() -> None:
     key = "sampling/sampling_logp_difference/mean"
     assert fired([*steps()[1:], {key: 0.06}]) == {"sampler_mismatch"}
     assert fired([*steps()[1:], {key: 0.04}]) == set()
     assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 0.0}]) == {"sampler_mismatch"}
-    assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 1.0}]) == set(), "an update lies between"
+    assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 1.0}]) == set(), "an update is in between"
 
 
-def test_demonstrations_that_do_not_come() -> None:
+def test_no_supervised_tokens() -> None:
     assert fired(steps(weight__mu=0.5, tokens__sft=0)) == {"no_supervised_tokens"}
     assert fired(steps(weight__mu=0.0, tokens__sft=0)) == set(), "they have no weight"
     assert fired([*steps(weight__mu=0.5, tokens__sft=0)[1:], {"weight/mu": 0.5, "tokens/sft": 3}]) == set()
 
 
-def test_every_warning_says_what_to_do() -> None:
+def test_every_warning_has_a_remedy() -> None:
     everything = steps(
         reward=0.0,
         reward_std=0.0,
@@ -165,10 +165,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def test_a_run_says_it_once_and_goes_on_saying_so_when_resumed(
+def test_a_run_reports_a_rule_once_also_when_resumed(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rule looks at steps from before the interruption: the metrics are those of the whole run."""
+    """The rule also reads steps before the interruption: the metrics equal the uninterrupted run's."""
 
     def three_of_four(history: list[dict[str, Any]], config: HealthConfig, *, bounds: Any) -> Any:
         assert bounds == (0.05, 20.0)
@@ -188,4 +188,4 @@ def test_a_run_says_it_once_and_goes_on_saying_so_when_resumed(
     train(recipe(model_dir, tmp_path / "broken", resume="auto", **values))
     assert timeless(lines(tmp_path / "broken" / "metrics.jsonl")) == timeless(written)
     assert lines(tmp_path / "broken" / "health.jsonl") == log
-    assert "warning" not in capsys.readouterr().out, "it was said before the interruption"
+    assert "warning" not in capsys.readouterr().out, "it was reported before the interruption"

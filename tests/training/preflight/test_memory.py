@@ -1,4 +1,4 @@
-"""What `uniapl check` says of memory, beside what a run's process then takes."""
+"""The memory estimate of `uniapl check`, compared with the measured peak of a run."""
 
 import json
 import os
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl.cli.check import check_run
 from uniapl.config.resolve import resolve
-from uniapl.training.preflight.memory import Counter, MemoryEstimate
+from uniapl.training.preflight.memory import MemoryEstimate
 
 MEASURED = """
 import resource, sys
@@ -26,37 +25,19 @@ sys.exit(code)
 """
 
 
-def test_the_counter_counts_what_lives() -> None:
-    with Counter() as counter:
-        a = torch.zeros(100)
-        view = a[:50]
-        assert counter.live == 400, "a view takes nothing"
-
-        def passing() -> None:
-            b = torch.zeros(300)
-            torch.add(b, 1.0)
-
-        assert counter.taken_by(passing) == 2400
-        assert counter.live == 400
-        del a
-        assert counter.live == 400, "its view still lives"
-        del view
-        assert counter.live == 0
-
-
-def test_it_says_what_stays_and_what_comes_and_goes() -> None:
-    """A discriminator does both: its weights stay, its update does not."""
+def test_the_text_lists_permanent_and_temporary_memory() -> None:
+    """A discriminator has both: its weights are permanent, its update is temporary."""
     gib = 2**30
     stays, passes = {"policy": 2 * gib, "discriminator": 3 * gib}, {"update": 4 * gib, "discriminator": gib}
     estimate = MemoryEstimate(device="cuda", available=10 * gib, stays=stays, passes=passes)
     assert estimate.peak == 9 * gib
-    said = "All the time: policy 2.0 GiB, discriminator 3.0 GiB; on top of it, one after the other: "
+    said = "Allocated throughout: policy 2.0 GiB, discriminator 3.0 GiB; in addition, one phase at a time: "
     assert said + "update 4.0 GiB, discriminator 1.0 GiB" in str(estimate)
 
 
 @pytest.mark.parametrize("family", ["gemma2_softcap", "gemma3", "mistral_sliding"])
 def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
-    """Decoded by the model's own forward, whose layers keep the keys of their window."""
+    """Their own forward pass decodes; the estimate counts the full context for every layer."""
     save_model(tmp_path / "model", family=family)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in letter_rows()))
     resolved = resolve(
@@ -84,14 +65,14 @@ def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
 def test_the_estimate_is_near_what_a_run_takes(
     model: dict[str, Any], changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Within a fifth, the process included; random models hardly ever end an answer early."""
+    """Within a fifth, the process included; random models rarely end a completion early."""
     shape = {"vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
     config = Qwen3Config(**SMALL | shape | {"head_dim": 64, "max_position_embeddings": 2048} | model)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     rows = [row | {"prompt": "a" * 100 + row["prompt"]} for row in letter_rows()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Groups of equal rewards would teach nothing, and take no memory.
+    # Groups of equal rewards have no gradient and would need no memory.
     reward = "def reward(completion_ids, **_):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n"
     (tmp_path / "varied.py").write_text(reward)
     values = {
@@ -108,7 +89,7 @@ def test_the_estimate_is_near_what_a_run_takes(
 
     def said(*arguments: str) -> str:
         command = [sys.executable, "-c", MEASURED, *arguments, str(tmp_path / "recipe.yaml")]
-        # What is freed goes back at once: glibc's fragments come to a third of the rest, and vary.
+        # Freed memory is returned at once: glibc's fragments are a third of the rest, and vary.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         return done.stdout
@@ -116,4 +97,4 @@ def test_the_estimate_is_near_what_a_run_takes(
     (estimate,) = json.loads(said("check", "--json").rsplit("RSS", 1)[0])["memory"]
     taken = int(said("train").rsplit("RSS", 1)[1])
     assert estimate["peak"] == pytest.approx(taken, rel=0.2), estimate["text"]
-    assert taken > 2.5 * estimate["stays"]["process"], "or the process alone would decide it"
+    assert taken > 2.5 * estimate["stays"]["process"], "otherwise the process would dominate"

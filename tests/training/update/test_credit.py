@@ -1,4 +1,4 @@
-"""From rewards and logits to advantages and rows: what is not known stays out."""
+"""Advantages and rows from rewards and logits; unknown values are left out."""
 
 import math
 from dataclasses import replace
@@ -92,7 +92,7 @@ def test_a_logit_that_is_not_finite_is_not_known(bad: float) -> None:
     assert credit(group((1.0, 0.0), (0.0, 0.0), bad)).win_rates == (None, None)
 
 
-def test_rows_teach_only_what_is_known() -> None:
+def test_a_row_has_the_components_whose_advantage_is_known() -> None:
     groups = [group((1.0, None), (0.0, 1.0), 0.0), group((1.0, 0.0))]
     credits = [credit(item) for item in groups]
     rows = rollout_rows(groups, credits, temperature=0.7)
@@ -109,12 +109,12 @@ def test_rows_teach_only_what_is_known() -> None:
     assert [row.adversarial_advantage for row in rows[:2]] == pytest.approx(expected)
     assert component_counts(rows) == {"sft": 0, "rl": 1 + 1 + 2, "adv": 1 + 2, "kl": 6}
     unrewarded = [c.without_rewards() for c in credits]
-    taught = [row.components for row in rollout_rows(groups, unrewarded, temperature=0.7)]
-    assert taught == [{"kl", "adv"}, {"kl", "adv"}, {"kl"}, {"kl"}]
+    components = [row.components for row in rollout_rows(groups, unrewarded, temperature=0.7)]
+    assert components == [{"kl", "adv"}, {"kl", "adv"}, {"kl"}, {"kl"}]
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:
-    """A discriminator that says nothing has accuracy 0.5, not 0."""
+    """A discriminator with constant logits has accuracy 0.5, not 0."""
     pairs = pair_metrics([group((None, None, None), (0.0, 1.0, 2.0), 1.0), group((None,), (5.0,))])
     wins = [reference.sigmoid(-1.0), 0.5, reference.sigmoid(1.0)]
     assert pairs == {
@@ -124,7 +124,7 @@ def test_accuracy_counts_a_tie_as_half() -> None:
     }
 
 
-def test_a_logit_that_is_not_finite_says_nothing() -> None:
+def test_pairs_with_a_logit_that_is_not_finite_are_left_out() -> None:
     nan = float("nan")
     pairs = pair_metrics([group((None, None), (0.0, nan), 1.0), group((None,), (5.0,), nan)])
     assert pairs == {

@@ -1,8 +1,7 @@
-"""Checkpoints: whole or not there at all, verified when read, without anything that could run code.
+"""Checkpoints: written atomically, verified when read, and free of pickles.
 
-A checkpoint is a directory that `transformers` loads as it is, plus what a run needs to go on as if it had
-never stopped. It is written under a temporary name, its manifest (sizes and SHA-256 of every file) last, and
-then renamed in one move.
+A checkpoint is a directory that `transformers` can load, plus what an exact resume needs. It is written under
+a temporary name, with a manifest (size and SHA-256 of every file) as its last file, and then renamed.
 """
 
 import hashlib
@@ -29,18 +28,18 @@ TEMPORARY_PREFIX = ".incomplete-"
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The directory of a step's checkpoint."""
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write files into a fresh directory, seal it with a manifest, and move it to `path`.
+    """Let `fill` write files into a new directory, add a manifest, and rename the directory to `path`.
 
-    Whatever happens on the way, `path` is either whole or as it was before; only while other contents are
-    replaced it is, for the moment between two renames, not there. The same contents are left alone.
+    If anything fails, `path` is complete or as it was before. While it is replaced it is missing between two
+    renames. If it already holds the same contents, it is left alone.
 
     Raises:
-        OSError: The disk is full, read-only or broken; it names `path`.
+        OSError: The disk is full, read-only or broken; the error names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}"
@@ -49,16 +48,14 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir()
         fill(temporary)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        manifest: dict[str, Any] = {}
         for file in files:
             _read_back(file)
-        manifest = {
-            str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in files
-        }
+            name = str(file.relative_to(temporary))
+            manifest[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        folders = [folder for folder in temporary.rglob("*") if folder.is_dir()]
-        for file in [*files, temporary / MANIFEST, *folders, temporary]:
-            _fsync(file)
+        for written in [*temporary.rglob("*"), temporary]:
+            _fsync(written)
         if not defects(path) and json.loads((path / MANIFEST).read_text(encoding="utf-8")) == manifest:
             shutil.rmtree(temporary)
             return
@@ -75,7 +72,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _error_number(error: BaseException) -> int | None:
-    """Of the operating system's error behind another: safetensors and tokenizers wrap it in their own."""
+    """The operating system's error number; safetensors and tokenizers wrap it in errors of their own."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -83,7 +80,7 @@ def _error_number(error: BaseException) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a directory: gone from its name at once, so that nobody ever finds half of it there."""
+    """Delete a directory. It is renamed first, so that no half of it is ever found under its name."""
     shutil.rmtree(_set_aside(path))
 
 
@@ -94,14 +91,14 @@ def _set_aside(path: Path) -> Path:
 
 
 def sweep(run_dir: Path) -> None:
-    """Delete what a killed save or deletion left behind."""
+    """Delete what a killed save or deletion left."""
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "stages"):
         for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def defects(path: Path) -> list[str]:
-    """What is wrong with a sealed directory, one line per file; nothing when it is whole."""
+    """What is wrong with a directory that has a manifest, one line per file; empty if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -111,37 +108,42 @@ def defects(path: Path) -> list[str]:
         return [f"{MANIFEST}: not a mapping of files to sizes and checksums"]
     found: list[str] = []
     for name, expected in manifest.items():
-        file = path / name
         try:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                found.append(f"{name:.80}: not inside the directory")
-            elif not os.path.isfile(file):
-                found.append(f"{name:.80}: missing")
-            elif file.stat().st_size != expected.get("bytes"):
-                found.append(f"{name}: {file.stat().st_size} bytes, expected {expected.get('bytes')!r:.80}")
-            elif _sha256(file) != expected.get("sha256"):
-                found.append(f"{name}: contents changed")
+            defect = _defect(path, name, expected)
         except OSError as error:
-            found.append(f"{name}: {error}")
+            defect = str(error)
+        if defect is not None:
+            found.append(f"{name:.80}: {defect}")
     return found
 
 
+def _defect(directory: Path, name: str, expected: dict[str, Any]) -> str | None:
+    file = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "not inside the directory"
+    if not os.path.isfile(file):
+        return "missing"
+    if file.stat().st_size != expected.get("bytes"):
+        return f"{file.stat().st_size} bytes, expected {expected.get('bytes')!r:.80}"
+    return None if _sha256(file) == expected.get("sha256") else "contents changed"
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, damaged ones included; other names are the user's own."""
+    """The checkpoints of a run, oldest first, including damaged ones; other names are ignored."""
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's directory."""
+    """The step that a checkpoint's directory is named after."""
     return int(path.name.removeprefix("step-"))
 
 
 def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: the newest whole one for "auto", None for "never", or the one named.
+    """The checkpoint to resume from: the newest complete one for "auto", None for "never", or the path given.
 
     Raises:
-        UsageError: The named checkpoint is missing or damaged, or all of a run's are damaged.
+        UsageError: The given checkpoint is missing or damaged, or all checkpoints of the run are damaged.
     """
     if resume == "never":
         return None
@@ -150,24 +152,22 @@ def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> P
         if found := defects(path):
             raise UsageError(f"checkpoint '{path}' cannot be used: {'; '.join(found)}")
         if not (path / STATE).is_file():
-            raise UsageError(
-                f"'{path}' is a model, not a checkpoint; start from it by model.model_name_or_path"
-            )
+            raise UsageError(f"'{path}' is a model, not a checkpoint: set model.model_name_or_path to it")
         return path
     existing = checkpoints(run_dir)
     for path in reversed(existing):
         found = defects(path)
         if not found and (path / STATE).is_file():
             return path
-        found = found or [f"{STATE}: missing"]
-        say(f"checkpoint {path} is damaged and skipped: {'; '.join(found)}")
+        say(f"checkpoint {path} is damaged and skipped: {'; '.join(found or [f'{STATE}: missing'])}")
     if existing:
-        raise UsageError(f"every checkpoint in {run_dir / 'checkpoints'} is damaged; start anew elsewhere")
+        folder = run_dir / "checkpoints"
+        raise UsageError(f"every checkpoint in {folder} is damaged: choose another --output-dir")
     return None
 
 
 def forget_after(run_dir: Path, step: int) -> None:
-    """Delete the checkpoints of later steps: the run goes on from `step`, they belong to another future."""
+    """Delete the checkpoints of later steps, which a run that resumes from `step` will write again."""
     for path in checkpoints(run_dir):
         if step_of(path) > step:
             remove(path)
@@ -180,38 +180,33 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def save_module(module: nn.Module, path: Path) -> None:
-    """A module's tensors as safetensors."""
+    """Save a module's tensors as safetensors."""
     save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
 
 
 def load_module(module: nn.Module, path: Path) -> None:
-    """The inverse of :func:`save_module`; every tensor must fit."""
+    """Load what :func:`save_module` saved; every tensor must match."""
     module.load_state_dict(load_file(path))
 
 
 def save_optimizer(state: dict[str, Any], stem: Path) -> None:
-    """An optimizer's state, of whole tensors, as `stem`.safetensors and `stem`.json: no pickle.
+    """Save an optimizer's state, with full tensors, as `stem`.safetensors and `stem`.json.
 
-    Its settings are left out: they are the configuration's, also when that has changed at a resume.
+    Its hyperparameters are left out: at a resume they come from the configuration, which may have changed.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
-            else:
-                scalars[f"{index}.{name}"] = value
+    values = {f"{index}.{name}": v for index, of in state["state"].items() for name, v in of.items()}
+    tensors = {key: v.contiguous() for key, v in values.items() if isinstance(v, torch.Tensor)}
     save_file(tensors, stem.with_suffix(".safetensors"))
+    scalars = {key: v for key, v in values.items() if key not in tensors}
     stem.with_suffix(".json").write_text(json.dumps(scalars), encoding="utf-8")
 
 
 def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
-    """The inverse of :func:`save_optimizer`; every process takes its part."""
+    """Load what :func:`save_optimizer` saved; every process takes its shard."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scalars = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = load_file(stem.with_suffix(".safetensors"))
+    values |= json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
-    values = {**load_file(stem.with_suffix(".safetensors")), **scalars}
     for key, value in values.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
@@ -222,7 +217,7 @@ def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
 
 
 def _read_back(path: Path) -> None:
-    """Whether what was written can be read; a file system may have said yes and kept half."""
+    """Check that a written file can be read: a file system may report success and keep only half of it."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             file.keys()

@@ -1,4 +1,4 @@
-"""The disk under a run: one run per directory, and room for what it will save."""
+"""The disk of a run: a lock on its directory, and free space for its checkpoints."""
 
 import contextlib
 import errno
@@ -12,28 +12,27 @@ from uniapl.errors import UsageError
 
 LOCK = ".lock"
 RESERVE = 2**20
-"""Bytes to leave free beside a checkpoint, for the lines of the steps until the next one. Our choice."""
+"""Bytes left free next to a checkpoint, for the log lines until the next one. Our choice."""
 
 
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Keep every other run out of a directory; the system ends it with the process, however that ends.
+    """Lock a run directory; the operating system releases the lock if the process dies.
 
     Raises:
-        UsageError: Another run is at work there, or the directory cannot be written.
+        UsageError: Another run uses the directory, or it cannot be written.
     """
     lock = FileLock(run_dir / LOCK, timeout=0)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        # Some file systems have no locks: there, nobody is kept out.
+        # Some file systems have no locks; runs on them are not protected.
         with contextlib.suppress(NotImplementedError):
             lock.acquire()
     except Timeout:
         raise UsageError(
-            f"another run is at work in output_dir '{run_dir}': wait for its end, or choose another "
-            "--output-dir"
+            f"another run is using output_dir '{run_dir}': wait until it ends, or choose another --output-dir"
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: no name that a file system knows
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
         raise UsageError(f"output_dir {str(run_dir)!r} cannot be written: {error}") from error
     try:
         yield
@@ -46,7 +45,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 
 
 def has_space(run_dir: Path, needed: int) -> bool:
-    """Whether so many bytes can be written."""
+    """Whether this many bytes fit."""
     return shutil.disk_usage(run_dir).free >= needed + RESERVE
 
 
@@ -54,29 +53,29 @@ def check_space(run_dir: Path, needed: int) -> None:
     """Refuse to start a run whose checkpoints and result, `needed` bytes, do not fit.
 
     Raises:
-        UsageError: They do not.
+        UsageError: They do not fit.
     """
     if not has_space(run_dir, needed):
         raise UsageError(
-            f"output_dir '{run_dir}' has {_free(run_dir)} free; the run needs about {format_bytes(needed)} "
-            "for checkpoints and the result: free some space, lower save_total_limit, or choose another "
-            "--output-dir"
+            f"output_dir '{run_dir}' has {_free(run_dir)} free, but the run needs about "
+            f"{format_bytes(needed)} for checkpoints and the result: free some space, lower "
+            "save_total_limit, or choose another --output-dir"
         )
 
 
 def require_space(run_dir: Path, needed: int) -> None:
-    """Refuse to begin a checkpoint that does not fit.
+    """Refuse to start a checkpoint that does not fit.
 
     Raises:
-        OSError: It does not.
+        OSError: It does not fit.
     """
     if not has_space(run_dir, needed):
-        lacking = f"no room for the next checkpoint: {_free(run_dir)} are free, {format_bytes(needed)} needed"
-        raise OSError(errno.ENOSPC, lacking, str(run_dir))
+        reason = f"no room for the next checkpoint: {_free(run_dir)} free, {format_bytes(needed)} needed"
+        raise OSError(errno.ENOSPC, reason, str(run_dir))
 
 
 def format_bytes(count: int) -> str:
-    """Bytes as people read them.
+    """A number of bytes with a binary unit.
 
     Example:
         >>> format_bytes(1536 * 2**20)

@@ -1,4 +1,4 @@
-"""The model card beside a result: what it is, what it was made from and how, as the Hub reads it."""
+"""The model card of a trained model, in the Hub's format."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -8,40 +8,42 @@ from typing import Any
 import yaml
 
 from uniapl.config import Config
-from uniapl.models.lora import base_of
+from uniapl.models.loading import ModelSource
 
-TOLD = ("reward", "pass_rate", "sft/nll", "discriminator/win_rate", "completions/mean_length", "kl")
-"""Metrics of the last step that the card tells."""
+SHOWN = ("reward", "pass_rate", "sft/nll", "discriminator/win_rate", "completions/mean_length", "kl")
+"""Metrics of the last step that the card shows."""
 
 
-def model_card(config: Config, methods: list[str], steps: int, last: Mapping[str, Any]) -> str:
+def model_card(
+    config: Config, source: ModelSource, methods: list[str], steps: int, last: Mapping[str, Any]
+) -> str:
     """The README.md of a trained model.
 
     Args:
-        methods: Of all stages.
-        steps: Of all stages, done.
+        methods: Methods of the stages that were run.
+        steps: Steps over all stages.
         last: Metrics of the last step.
     """
     rank = config.model.lora_r
-    # An adapter that goes on from another one is their common base's.
-    base = str((base_of(config.model) if rank else config.model).model_name_or_path)
+    # An adapter that continues another adapter has the same base.
+    base = source.base if rank else str(config.model.model_name_or_path)
     tags = [*dict.fromkeys(["uniapl", *methods]), *(["lora"] if rank else [])]
     front: dict[str, Any] = {"library_name": "peft" if rank else "transformers", "tags": tags}
-    # A path on the disk of whoever trained is nothing that the Hub could link to.
+    # The Hub cannot link to a local path.
     on_the_hub = not Path(base).exists()
     if on_the_hub:
         front["base_model"] = base
     name = base if on_the_hub else Path(base).name
-    numbers = [f"| {key} | {last[key]:.4g} |" for key in TOLD if last.get(key) is not None]
-    data = Path(config.data.path).name if config.data.path else "given as rows"
-    rewards = ", ".join(function.name for function in config.rewards.functions) or "none named in the recipe"
+    numbers = [f"| {key} | {last[key]:.4g} |" for key in SHOWN if last.get(key) is not None]
+    data = Path(config.data.path).name if config.data.path else "given in Python"
+    rewards = ", ".join(function.name for function in config.rewards.functions) or "not named in the recipe"
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
             f"# {name}, trained by UniAPL\n",
-            f"Made by [UniAPL](https://arxiv.org/abs/2509.25148) {version('uniapl')}: "
+            f"Trained by [UniAPL](https://arxiv.org/abs/2509.25148) {version('uniapl')}: "
             f"{' -> '.join(methods)}, {steps} steps, seed {config.seed}.\n",
-            *([f"A LoRA adapter of rank {rank}: needs {name} and peft.\n"] if rank else []),
+            *([f"A LoRA adapter of rank {rank}; it needs {name} and peft.\n"] if rank else []),
             f"- demonstrations and prompts: {data}",
             f"- rewards: {rewards}",
             f"- learning rate {config.optim.learning_rate:g}, {config.rollout.num_generations} rollouts per "

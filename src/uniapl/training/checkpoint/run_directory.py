@@ -1,4 +1,4 @@
-"""The run directory: its files, who may write into it, and its manifest."""
+"""The run directory: its files, and what config.yaml and manifest.json hold."""
 
 import json
 import os
@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 
 from uniapl.config import Config
@@ -21,20 +19,12 @@ from uniapl.report.reading import ENDING, MODEL_ANALYSIS
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.inputs import RunInputs
 
-# What speaks of a run that has ended.
 END_FILES = (ENDING, MODEL_ANALYSIS, "report.html")
-
-RUN_FILES = (
-    "config.yaml",
-    "manifest.json",
-    "metrics.jsonl",
-    "completions.jsonl",
-    "health.jsonl",
-    *END_FILES,
-)
-
+"""Files that only a run that has ended has."""
+LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
+RUN_FILES = ("config.yaml", "manifest.json", *LOGS, *END_FILES)
 WEIGHTS_IN_TRANSIT = "weights-for-vllm"
-"""Directory of a run: there only while vLLM loads it."""
+"""Directory that exists only while vLLM loads weights from it."""
 
 RUN_DIRECTORIES = ("checkpoints", "stages", "final", "skipped", WEIGHTS_IN_TRANSIT)
 
@@ -43,42 +33,40 @@ def check_run_directory(config: Config, resumed_from: Path | None) -> None:
     """Refuse to mix two runs in one directory.
 
     Raises:
-        UsageError: A run is already there and neither `resume` nor `overwrite` says what to do with it.
+        UsageError: The directory holds a run, and neither `resume` nor `overwrite` is set for it.
     """
     run_dir = Path(config.output_dir)
     occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if os.path.exists(run_dir / name)]
     listed = ", ".join(occupied)
     if occupied and config.resume == "never" and not config.overwrite:
         raise UsageError(
-            f"output_dir '{run_dir}' already holds a run ({listed}): go on with it by --resume auto, "
-            "replace it by --overwrite True, or choose another --output-dir"
+            f"output_dir '{run_dir}' already holds a run ({listed}): continue it with --resume auto, "
+            "replace it with --overwrite True, or choose another --output-dir"
         )
     if occupied and resumed_from and run_dir.resolve() not in resumed_from.resolve().parents:
         raise UsageError(
-            f"output_dir '{run_dir}' already holds another run ({listed}) than the checkpoint "
-            f"'{resumed_from}': choose another --output-dir"
+            f"output_dir '{run_dir}' already holds another run ({listed}), which the checkpoint "
+            f"'{resumed_from}' does not belong to: choose another --output-dir"
         )
 
 
 def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
-    """How the recipe differs from the one that the run in output_dir was last started with."""
+    """How the recipe differs from the one with which the run in output_dir was last started."""
     file = Path(resolved.config.output_dir) / "config.yaml"
     if not os.path.exists(file):
         return []
-    before, now = (
-        flatten(values) for values in (load_recipe(file), yaml.safe_load(_as_recipe(resolved, stages)))
-    )
+    before, now = flatten(load_recipe(file)), flatten(yaml.safe_load(_as_recipe(resolved, stages)))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
 
 
 def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs) -> Path:
-    """Make the directory, empty it where a run is to be replaced, and write config.yaml and manifest.json."""
+    """Create the directory, delete a run that is replaced, and write config.yaml and manifest.json."""
     config = resolved.config
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if config.resume == "never":
-        # Checkpoints first: a run that is killed here must not go on from the one it was to replace.
+        # Checkpoints first: if the run is killed here, it must not resume from the run that it replaces.
         for path in (run_dir / name for name in (*RUN_DIRECTORIES, *RUN_FILES)):
             if path.is_dir():
                 checkpoint.remove(path)
@@ -86,14 +74,13 @@ def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], inputs
                 path.unlink(missing_ok=True)
     for name in END_FILES:
         (run_dir / name).unlink(missing_ok=True)
-    # Whole or not at all: the next start reads them.
     write_text(run_dir / "config.yaml", _as_recipe(resolved, stages))
     write_text(run_dir / "manifest.json", json.dumps(run_manifest(resolved, inputs), indent=1))
     return run_dir
 
 
 def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
-    """A recipe that reproduces the run: every value resolved, each stage in full."""
+    """A recipe that reproduces the run, with all values of every stage."""
     values = resolved.config.model_dump(mode="json", exclude={"resume", "overwrite"})
     if resolved.config.stages:
         values["stages"] = [
@@ -104,16 +91,11 @@ def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
 
 
 def run_manifest(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
-    """What somebody needs to know to run it again, and where the values that are not defaults came from."""
+    """What reproduces the run, and the source of every value that is not a default."""
     config = resolved.config
+    packages = ("uniapl", "torch", "transformers", "accelerate")
     return {
-        "versions": {
-            "uniapl": version("uniapl"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": version("accelerate"),
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "seed": config.seed,
         "model": config.model.model_name_or_path,
         "data": {
@@ -128,7 +110,7 @@ def run_manifest(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Of the working directory; None outside a repository or without git."""
+    """The commit of the working directory; None outside a repository or without git."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except OSError:

@@ -1,120 +1,82 @@
-"""What a checkpoint holds beside tensors, and its form: a run goes on from nothing else."""
+"""The JSON part of a checkpoint: its form, checked before a run resumes from it."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model
 
+from uniapl.discriminator.bradley_terry import AdversaryState, Comparison
 from uniapl.errors import UsageError
+from uniapl.functional import Multiplier
 from uniapl.training.checkpoint.directory import STATE
+from uniapl.training.monitor.early_stopping import Stopping
+from uniapl.types import Rollout, TokenIds
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-
-class StoppingForm(_Form):
-    """Of :class:`uniapl.training.monitor.early_stopping.Stopping`."""
-
-    best: float | None
-    waited: Count
-    reason: str | None
-
-
-class AdversaryForm(_Form):
-    """Of :class:`uniapl.discriminator.bradley_terry.AdversaryState`."""
-
-    accuracy: float
-    paused: bool
-    expert_mean: float | None
-    max_tokens: Count | None
-
-
-class ComparisonForm(_Form):
-    """Of :class:`uniapl.discriminator.bradley_terry.Comparison`."""
-
-    prompt_ids: Ids
-    demonstration_ids: Ids
-    completions: list[Ids]
-
-
-class MultiplierForm(_Form):
-    """Of :class:`uniapl.functional.controllers.Multiplier`."""
-
-    value: float
-    average: float
-    integral: float | None
-
-
-class RolloutForm(_Form):
-    """Of :class:`uniapl.types.Rollout`."""
-
-    completion_ids: Ids
-    sampling_logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
-    policy_version: Count
-
-
-class AheadForm(_Form):
-    """A prompt whose rollouts :class:`Ahead` (distributed/one_step_off.py) has for the next step."""
-
-    prompt_ids: Ids
-    seed: Count
-    temperature: float
-    max_completion_length: Count
-    rollouts: list[RolloutForm]
-
-
-class StateForm(_Form):
-    """Of state.json; `ahead` is there one step off, the three before it where the stage has an adversary."""
-
-    step: Count
-    num_tokens: Count
-    bad_steps: dict[str, Count]
-    token_limit: Count | None
-    max_tokens: Count
-    methods: list[str]
-    seed: Count
-    data_sha256: str
-    prompts: Count
-    demonstrations: Count
-    kind: str
-    stage: Count
-    stage_step: Count
-    stage_tokens: Count
-    stopping: StoppingForm
-    stop_rule: dict[str, Any]
-    adversary: AdversaryForm | None = None
-    replay: list[ComparisonForm] | None = None
-    multiplier: MultiplierForm | None = None
-    ahead: list[AheadForm] | None = None
-
-    @model_validator(mode="after")
-    def _stage_has_a_method(self) -> "StateForm":
-        if self.stage >= len(self.methods):
-            raise ValueError(f"stage {self.stage + 1} of {len(self.methods)}")
-        return self
+AHEAD: dict[str, Any] = {
+    "prompt_ids": TokenIds,
+    "seed": Count,
+    "temperature": float,
+    "max_completion_length": Count,
+    "rollouts": list[Rollout],
+}
+"""The rollouts of one prompt that were sampled one step ahead."""
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("step", "num_tokens", "max_tokens", "stage", "stage_step", "stage_tokens"), Count),
+    **dict.fromkeys(("seed", "prompts", "demonstrations"), Count),
+    "bad_steps": dict[str, Count],
+    "token_limit": Annotated[int | None, Field(ge=0, lt=2**63)],
+    "methods": list[str],
+    "data_sha256": str,
+    "kind": str,
+    "stopping": Stopping,
+    "stop_rule": dict[str, Any],
+}
+OPTIONAL: dict[str, Any] = {
+    "adversary": (AdversaryState, None),
+    "replay": (list[Comparison], None),
+    "multiplier": (Multiplier, None),
+    "ahead": (list[create_model("Ahead", **AHEAD)], None),
+}
+State = create_model("State", **FIELDS, **OPTIONAL)
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state in a checkpoint.
 
     Raises:
-        UsageError: It does not have the form in which it was written.
+        UsageError: The file cannot be read, or it does not have the form in which it was written.
     """
     try:
-        content = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return StateForm.model_validate(content).model_dump(exclude_unset=True)
+        text = (path / STATE).read_text(encoding="utf-8")
+        State.model_validate_json(text, strict=True)
+        state = json.loads(text, parse_int=_count, parse_float=_finite, parse_constant=_finite)
+        if state["stage"] < len(state["methods"]):
+            return state
+        reason = f"stage {state['stage'] + 1} of {len(state['methods'])}"
     except ValidationError as error:
         first = error.errors()[0]
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (OSError, ValueError, RecursionError) as error:
-        said = str(error)
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    except (OSError, ValueError) as error:
+        reason = str(error)
     raise UsageError(
-        f"checkpoint '{path}' cannot be used: its {STATE} is not as it was written ({said:.300}); name an "
-        "older checkpoint by --resume, or start anew"
+        f"checkpoint '{path}' cannot be used: its {STATE} is invalid ({reason:.300}); give an older "
+        "checkpoint as --resume, or start a new run"
     )
+
+
+def _count(number: str) -> int:
+    """Every integer of the state is a count, a seed or a token id."""
+    if not 0 <= int(number) < 2**63:
+        raise ValueError(f"{number:.40} is not between 0 and 2**63")
+    return int(number)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number:.40} is not a finite number")
+    return float(number)

@@ -1,1 +1,1 @@
-"""Several processes: launch, FSDP2, and the sampler that only rank 0 talks to."""
+"""Training on several ranks: the accelerator, FSDP2, and the samplers that only rank 0 calls."""

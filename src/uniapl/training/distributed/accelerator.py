@@ -16,46 +16,42 @@ from uniapl.config import Config
 from uniapl.errors import UsageError
 from uniapl.training.distributed import fsdp as sharding
 
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The accelerator of a run: this process's device, precision, and its place among the processes.
+    """Return the run's accelerator, with its device, precision and ranks, and seed the global generators.
 
     Raises:
-        UsageError: It was launched in a way that this version cannot train in.
+        UsageError: The launcher requests a kind of training that is not supported.
     """
     bf16 = config.optim.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    # The sampler sums probabilities in fp64, which Apple's GPUs do not have.
     device = torch.accelerator.current_accelerator()
-    # accelerate keeps the first run's precision for the whole process; the next run may want another.
+    # accelerate would keep the precision of an earlier run in this process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     sharding.check_launch()
     accelerator = Accelerator(
+        # The sampler needs fp64, which Apple's GPUs do not support.
         cpu=device is None or device.type == "mps",
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[
-            # The first process evaluates and saves while the others wait, for longer than NCCL's ten minutes.
+            # Ranks wait while rank 0 evaluates and saves, for longer than NCCL's default of ten minutes.
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-            # No buffer changes in training; exchanging them would leave behind a process whose forward fails.
+            # Buffers do not change, and a broadcast would hang if the forward pass of one rank fails.
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
-    # Every update is one optimizer step: accelerate must not divide, whatever its environment variables say.
+    # accelerate must not divide the loss, also if an environment variable requests it.
     accelerator.gradient_accumulation_steps = 1
-    supported = (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-        DistributedType.MULTI_GPU,
-        DistributedType.FSDP,
-    )
-    if accelerator.distributed_type not in supported:
+    if accelerator.distributed_type not in SUPPORTED:
         raise UsageError(
-            f"launched with {accelerator.distributed_type.value}: this version trains on one process, with "
-            "DDP or with FSDP2; use torchrun, or a configuration of recipes/accelerate"
+            f"launched with {accelerator.distributed_type.value}: UniAPL trains in one process, with DDP or "
+            "with FSDP2; use torchrun, or accelerate launch --use_fsdp --fsdp_version 2"
         )
     set_seed(config.seed)
     return accelerator

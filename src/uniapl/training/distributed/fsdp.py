@@ -1,8 +1,8 @@
-"""FSDP2: weights, gradients and optimizers shared out to the processes; whole weights where they are read.
+"""FSDP2: parameters, gradients and optimizer state are sharded; full parameters are gathered when needed.
 
-A sharded module has a twin, the module that it was made from. The shards learn. The twin samples, scores and
-is saved: it holds the whole weights while it does so, and nothing in between. All but an update works as it
-does without shards, and no process waits for another in the middle of it.
+Each sharded module is a copy of an unsharded module. Only the sharded module is trained. The unsharded module
+is used for sampling, scoring and saving; it has its parameters only while it is used. These operations
+therefore work as they do without FSDP, and ranks do not wait for each other within them.
 """
 
 import contextlib
@@ -24,30 +24,23 @@ from transformers import PreTrainedModel
 from uniapl.config import Config
 from uniapl.errors import UsageError
 
-CONFIGURATION = "recipes/accelerate/fsdp2.yaml"
-
 
 def check_launch() -> None:
-    """Refuse what a launcher asks for and this version cannot do.
-
-    Raises:
-        UsageError: It names the setting and the remedy.
-    """
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
+    """Raise a UsageError for launchers other than DDP and FSDP2; set the environment variables of FSDP2."""
+    if _is_true("ACCELERATE_USE_DEEPSPEED"):
         raise UsageError(
-            "launched with DeepSpeed: use torchrun (DDP), or FSDP2, which shards as ZeRO-3 does: "
-            f"accelerate launch --config_file {CONFIGURATION}"
+            "launched with DeepSpeed: use torchrun (DDP), or FSDP2, which shards like ZeRO-3: "
+            "accelerate launch --use_fsdp --fsdp_version 2"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # One process has nobody to share with.
         os.environ["ACCELERATE_USE_FSDP"] = "false"
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if not shards_weights():
         return
-    # With it transformers would load weights in the first process alone.
+    # transformers would otherwise load the weights only on rank 0.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
-        raise UsageError(f"launched with FSDP1: set fsdp_version to 2, as in {CONFIGURATION}")
+        raise UsageError("launched with FSDP1: set fsdp_version to 2 in accelerate's configuration")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise UsageError("launched with fsdp_offload_params: set it to false; shards stay on their device")
     if plugin.activation_checkpointing:
@@ -57,48 +50,43 @@ def check_launch() -> None:
         )
 
 
-def _asked(variable: str) -> bool:
+def _is_true(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
 def shards_weights() -> bool:
-    """Whether this run was launched to share its weights out; :func:`check_launch` has let it."""
-    # Not the accelerator's distributed_type: on CPUs it does not say so.
-    return _asked("ACCELERATE_USE_FSDP")
+    """Whether this run was launched with FSDP2."""
+    # The accelerator's distributed_type does not show FSDP on CPUs.
+    return _is_true("ACCELERATE_USE_FSDP")
 
 
 def check_sharding(config: Config) -> None:
-    """What a stage cannot do with shards.
-
-    Raises:
-        UsageError: It names the key.
-    """
+    """Raise a UsageError if a stage would train adapters with FSDP2."""
     discriminator = config.objective.lambda_adv > 0 and config.discriminator.lora_r is not None
-    for key, given in (
-        ("model.lora_r", config.model.lora_r is not None),
-        ("discriminator.lora_r", discriminator),
-    ):
-        if given:
+    keys = {"model.lora_r": config.model.lora_r is not None, "discriminator.lora_r": discriminator}
+    for key, is_set in keys.items():
+        if is_set:
             raise UsageError(
-                f"{key} does not work with FSDP2: an adapter's gradients and optimizer are small; use "
-                "torchrun (DDP), or leave it out"
+                f"{key} does not work with FSDP2, which saves little memory for adapters: use torchrun (DDP) "
+                "or leave it out"
             )
 
 
 def distribute(
     accelerator: Accelerator, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
 ) -> tuple[nn.Module, Optimizer]:
-    """What learns, and its optimizer: the module itself, wrapped for DDP, or its sharded twin."""
+    """Return the module to train and its optimizer: the module wrapped for DDP, or a sharded copy."""
     if not shards_weights():
-        return accelerator.prepare(module, make_optimizer(_trained(module)))
-    shards = shard(accelerator, copy.deepcopy(module))
-    return shards, make_optimizer(_trained(shards))
+        return accelerator.prepare(module, make_optimizer(_trainable(module)))
+    sharded = shard(accelerator, copy.deepcopy(module))
+    return sharded, make_optimizer(_trainable(sharded))
 
 
 def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Share a module's weights out: layer by layer, and the rest at its root.
+    """Shard a module in place, layer by layer, and the remaining parameters at its root.
 
-    By torch itself: accelerate's own way shards on GPUs alone, and in bf16 where autocast wants fp32 weights.
+    This uses torch directly, because accelerate shards only on GPUs and converts the weights to bf16, while
+    autocast needs fp32 weights.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     reshard = bool(FullyShardedDataParallelPlugin().reshard_after_forward)
@@ -111,54 +99,54 @@ def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether its weights are shared out."""
+    """Whether the module's parameters are sharded."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @contextlib.contextmanager
-def gathered(module: nn.Module, shards: nn.Module) -> Iterator[None]:
-    """The module with the whole weights of its sharded twin; all processes enter and leave together.
+def gathered(module: nn.Module, sharded: nn.Module) -> Iterator[None]:
+    """Give a module the full parameters of its sharded copy; all ranks enter and leave together.
 
     Args:
-        shards: Where it is no sharded twin, nothing happens.
+        sharded: Nothing happens if its parameters are not sharded.
     """
-    gather(module, shards)
+    gather(module, sharded)
     try:
         yield
     finally:
-        release(module, shards)
+        release(module, sharded)
 
 
-def gather(module: nn.Module, shards: nn.Module) -> None:
-    """Fill a module from its sharded twin."""
-    if is_sharded(shards):
-        for parameter, shard in zip(module.parameters(), shards.parameters(), strict=True):
+def gather(module: nn.Module, sharded: nn.Module) -> None:
+    """Fill a module's parameters from its sharded copy."""
+    if is_sharded(sharded):
+        for parameter, shard in zip(module.parameters(), sharded.parameters(), strict=True):
             parameter.data = full(shard)
 
 
-def release(module: nn.Module, shards: nn.Module) -> None:
-    """Free a module's weights, where a sharded twin has them."""
-    if is_sharded(shards):
+def release(module: nn.Module, sharded: nn.Module) -> None:
+    """Free a module's parameters if it has a sharded copy."""
+    if is_sharded(sharded):
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
 
 
 @torch.no_grad()
-def scatter(module: nn.Module, shards: nn.Module) -> None:
-    """Give a module's weights to its sharded twin."""
-    if is_sharded(shards):
-        for parameter, shard in zip(module.parameters(), shards.parameters(), strict=True):
+def scatter(module: nn.Module, sharded: nn.Module) -> None:
+    """Copy a module's parameters to its sharded copy."""
+    if is_sharded(sharded):
+        for parameter, shard in zip(module.parameters(), sharded.parameters(), strict=True):
             shard.copy_(like(parameter, shard))
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be shared out; all processes ask for it together."""
+    """Return the full tensor of a shard; all ranks call it together."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor shared out as `pattern` is, if it is; every process has all of it."""
+    """Shard a full tensor, which every rank has, in the same way as `pattern`."""
     if not isinstance(pattern, DTensor):
         return tensor
     tensor = tensor.detach().to(pattern.device)
@@ -166,41 +154,43 @@ def like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return this rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
-    """An optimizer's state with whole tensors; all processes ask for it together.
+    """Return an optimizer's state with full tensors; all ranks call it together.
 
     Args:
-        keep: This process wants it; the others only give their part.
+        keep: Whether this rank needs the state; the others get None for sharded tensors.
     """
+
+    def gathered_value(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        # Copied to the CPU one by one, so that no device holds all of them.
+        tensor = full(value)
+        return tensor.cpu() if keep else None
+
     state = optimizer.state_dict()
-    # Tensor by tensor, so that no device ever holds all. In new dictionaries: those are the optimizer's own.
+    # New dictionaries, because state_dict returns the optimizer's own.
     state["state"] = {
-        index: {name: _kept(value, keep) for name, value in values.items()}
+        index: {name: gathered_value(value) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     return state
 
 
-def _kept(value: Any, keep: bool) -> Any:
-    if not isinstance(value, DTensor):
-        return value
-    everything = full(value)
-    return everything.cpu() if keep else None
-
-
 def num_empty_micro_batches(accelerator: Accelerator, count: int) -> int:
-    """How many backward passes without a loss this process adds to its `count` of an update.
+    """Return how many backward passes without a loss this rank adds to the `count` of its update.
 
-    DDP exchanges gradients in the last one. Shards are exchanged in every one: all processes need as many.
+    DDP synchronises gradients only in the last pass. FSDP2 communicates in every pass, so that all ranks need
+    the same number.
     """
     if accelerator.num_processes == 1:
         return 0
     return max(1, *gather_object([count])) - count if shards_weights() else 1
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]

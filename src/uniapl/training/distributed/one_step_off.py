@@ -1,96 +1,91 @@
-"""One step off: the next step's rollouts are sampled while this step trains.
+"""One step off-policy: the next step's rollouts are sampled while the current step trains.
 
-They come from the weights before this step's update, and are learnt from after it. They keep the
-log-probabilities that they had then, and the importance weights correct for the difference.
+They come from the weights before the current update and are trained on after it. They keep the sampling
+log-probabilities of those weights, and the importance weights correct for the difference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from accelerate.utils import gather_object
 
-from uniapl.training.distributed.rank_zero_sampler import Key, RankZeroSampler
+from uniapl.rollout import SampleRequest
+from uniapl.training.distributed.rank_zero_sampler import RankZeroSampler, merged
 from uniapl.types import Rollout, TokenIds
+
+Key = tuple[TokenIds, int]
+"""A prompt and its seed; no other prompt of the run has both, for any number of ranks."""
 
 
 @dataclass(kw_only=True)
-class Ahead:
-    """A sampler whose rollouts may have been begun a step ago; all processes call it together."""
+class OneStepOffSampler(RankZeroSampler):
+    """A sampler that can start the next step's rollouts early; all ranks call it together."""
 
-    sampler: RankZeroSampler
-    landed: dict[Key, tuple[Rollout, ...]] = field(default_factory=dict)
-    """Rollouts that wait for their step, of all processes."""
+    ready: dict[Key, tuple[Rollout, ...]] = field(default_factory=dict)
+    """Finished rollouts for the next step, of all ranks."""
+    _pending: SampleRequest | None = None
+    """The prompts of all ranks that are being sampled in the background."""
+    _result: Callable[[], list[tuple[Rollout, ...]] | None] | None = None
+    """Waits for their rollouts (rank 0 only)."""
 
-    def check(self) -> None:
-        """See :class:`RankZeroSampler`."""
-        self.sampler.check()
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        """Return this rank's rollouts: those begun for these prompts and seeds if complete, or new ones."""
+        self.wait()
+        groups = [self.ready.get(key, ()) for key in _keys(request)]
+        self.ready = {}
+        # Some are missing after a resume with another recipe, or if vLLM was lost while it sampled them.
+        complete = all(len(group) == request.num_generations for group in groups)
+        return groups if all(gather_object([complete])) else super().sample(request)
 
-    def sample(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> list[tuple[Rollout, ...]]:
-        """This process's rollouts: those that were begun for these prompts and seeds, or else new ones."""
-        self.land()
-        found = [self.landed.get(key, ()) for key in zip(prompts, seeds, strict=True)]
-        self.landed = {}
-        # Not so after a resume with another recipe, or when vLLM was lost on the way.
-        if all(gather_object([all(len(group) == num_generations for group in found)])):
-            return found
-        return self.sampler.sample(
-            prompts, seeds=seeds, num_generations=num_generations, policy_version=policy_version
-        )
+    def begin(self, request: SampleRequest) -> None:
+        """Send the weights and start sampling in the background, for a later :meth:`sample`."""
+        everything = merged(gather_object([request]))
 
-    def begin(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        policy_version: int,
-    ) -> None:
-        """Send the weights and go on; what comes is for the :meth:`sample` of the same prompts and seeds."""
-        self.sampler.begin(
-            prompts, seeds=seeds, num_generations=num_generations, policy_version=policy_version
-        )
+        def begin() -> None:
+            self._result = self.sampler.begin(everything)
 
-    def land(self) -> None:
-        """Wait for what was begun."""
-        self.landed |= self.sampler.land()
+        self._on_rank_zero(begin)
+        self._pending = everything
+
+    def wait(self) -> None:
+        """Wait for the rollouts that were begun, if any; none arrive if vLLM was lost."""
+        if self._pending is None:
+            return
+        request, self._pending = self._pending, None
+        groups = self._on_rank_zero(lambda: self._result() if self._result else None)
+        if groups is not None:
+            self.ready |= zip(_keys(request), groups, strict=True)
 
     def state(self) -> list[dict[str, Any]]:
-        """What has landed, as JSON values."""
+        """Return the finished rollouts as JSON values."""
         return [
             {"prompt_ids": prompt, "seed": seed, "rollouts": [asdict(rollout) for rollout in group]}
             | self._settings
-            for (prompt, seed), group in self.landed.items()
+            for (prompt, seed), group in self.ready.items()
         ]
 
     def load(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """The inverse of :meth:`state`; rollouts of another recipe are left out."""
-        self.landed = {
-            (tuple(kept["prompt_ids"]), kept["seed"]): tuple(
-                Rollout(
-                    completion_ids=tuple(rollout["completion_ids"]),
-                    sampling_logprobs=tuple(rollout["sampling_logprobs"]),
-                    finish_reason=rollout["finish_reason"],
-                    policy_version=rollout["policy_version"],
-                )
-                for rollout in kept["rollouts"]
-            )
-            for kept in state
-            if {name: kept[name] for name in self._settings} == self._settings
+        """Restore :meth:`state`, except for rollouts that were sampled with other settings."""
+        self.ready = {
+            (tuple(entry["prompt_ids"]), entry["seed"]): tuple(map(_rollout, entry["rollouts"]))
+            for entry in state
+            if {name: entry[name] for name in self._settings} == self._settings
         }
 
     @property
     def _settings(self) -> dict[str, float]:
-        """On which answers depend beside prompt, seed and weights."""
-        sampler = self.sampler.sampler
+        """The settings on which rollouts depend, besides the prompt, the seed and the weights."""
         return {
-            "temperature": sampler.temperature,
-            "max_completion_length": sampler.max_completion_length,
+            "temperature": self.sampler.temperature,
+            "max_completion_length": self.sampler.max_completion_length,
         }
+
+
+def _keys(request: SampleRequest) -> list[Key]:
+    return list(zip(request.prompts, request.seeds, strict=True))
+
+
+def _rollout(values: Mapping[str, Any]) -> Rollout:
+    lists = {name: tuple(values[name]) for name in ("completion_ids", "sampling_logprobs")}
+    return Rollout(**{**values, **lists})

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the phase it is in, a line per step, answers beside the expert's."""
+"""Console output of a run: the current phase, a line per step, and sampled completions."""
 
 import contextlib
 import time
@@ -7,14 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,50 +15,32 @@ from uniapl.files import json_line
 from uniapl.types import prompt_text
 
 Show = Literal["text", "quiet"] | Callable[[str], None]
-"""Everything; nothing; or each step's metrics as a line of JSON to a function, and messages to stderr."""
+"""All output; none; or a function that gets each step's metrics as a line of JSON (messages go to stderr)."""
 
-# Column -> metric key -> format. Only metrics that a step has are shown.
-COLUMNS = (
-    ("reward", "reward", ".3f"),
-    ("loss", "loss", ".2f"),
-    ("nll", "sft/nll", ".2f"),
-    ("win", "discriminator/win_rate", ".2f"),
-    ("mu", "weight/mu", ".2f"),
-    ("lam", "weight/lambda_adv", ".2f"),
-    ("len", "completions/mean_length", ".1f"),
-    ("s", "step_time", ".1f"),
+# Columns are two spaces apart. Those whose metric a step does not have are left out.
+LINE = (
+    "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  win {discriminator/win_rate:.2f}  "
+    "mu {weight/mu:.2f}  lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  s {step_time:.1f}"
 )
-# The same for the rows of the table below the progress bar on a terminal.
 ROWS = {
-    "answers": (
-        ("reward", "reward", ".3f"),
-        ("pass", "pass_rate", ".2f"),
-        ("length", "completions/mean_length", ".1f"),
-        ("times the expert's", "completions/length_ratio", ".2f"),
-        ("entropy", "entropy", ".2f"),
-    ),
-    "demonstrations": (
-        ("loss", "loss/sft", ".3f"),
-        ("mu", "weight/mu", ".2f"),
-        ("tokens", "tokens/sft", ","),
-    ),
-    "rewards": (("loss", "loss/rl", ".3f"), ("weight", "weight/rl", ".2f"), ("tokens", "tokens/rl", ",")),
-    "adversary": (
-        ("loss", "loss/adv", ".3f"),
-        ("lambda", "weight/lambda_adv", ".2f"),
-        ("tokens", "tokens/adv", ","),
-        ("win rate", "discriminator/win_rate", ".2f"),
-        ("gap", "discriminator/expert_gap", ".2f"),
-    ),
+    "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
+    "ratio {completions/length_ratio:.2f}  entropy {entropy:.2f}",
+    "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
+    "rewards": "loss {loss/rl:.3f}  weight {weight/rl:.2f}  tokens {tokens/rl:,}",
+    "adversary": "loss {loss/adv:.3f}  lambda {weight/lambda_adv:.2f}  tokens {tokens/adv:,}  "
+    "win rate {discriminator/win_rate:.2f}  gap {discriminator/expert_gap:.2f}",
 }
+"""The table below the progress bar on a terminal."""
+TOKENS = {"demonstrations": "tokens/sft", "rewards": "tokens/rl", "adversary": "tokens/adv"}
+"""A loss component without tokens has no row: it had no effect in this step."""
 SHOWN_CHARACTERS = 240
-"""Of a prompt or an answer: three lines of a terminal. Our choice."""
+"""Maximum length of a shown prompt or completion: three lines of a terminal. Our choice."""
 
 
 class RunView(contextlib.AbstractContextManager["RunView"]):
-    """A table that lives below the lines on a terminal, the lines alone elsewhere; the first process's alone.
+    """Console of the first process: lines, and on a terminal a live table below them.
 
-    It also keeps the time: `times` holds the seconds of each phase of the current step.
+    It also measures time: `times` holds the seconds of each phase of the current step.
     """
 
     def __init__(self, total_steps: int, *, visible: bool, show: Show = "text") -> None:
@@ -78,20 +53,15 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         )
         self.times: dict[str, float] = {}
         self.current = ""
-        """The phase that is going on, or that an error has ended."""
+        """The current phase, or the one in which an error was raised."""
         self.warnings: Mapping[str, str] = {}
-        """Of the health rules that hold."""
+        """Rule -> message of the health rules that fire."""
         self._total = total_steps
         self._started = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
         self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *(SpinnerColumn(), "{task.description}", BarColumn(bar_width=20), MofNCompleteColumn()),
+            *("{task.fields[pace]}", "left", TimeRemainingColumn()),
             console=self.console,
         )
         self._task = self._progress.add_task("start", total=total_steps, pace="")
@@ -106,14 +76,14 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         self._live.stop()
 
     def start_step(self, done: int) -> None:
-        """A new step begins; `done` of them are behind. The time of a save belongs to the step after it."""
+        """Begin a step after `done` others. The time of a save counts for the step after it."""
         self.times = {name: seconds for name, seconds in self.times.items() if name == "save"}
         self._started = time.monotonic()
         self._progress.update(self._task, completed=done)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what is going on, and add its seconds to `times`."""
+        """Show the phase's name, and add its seconds to `times`."""
         self._progress.update(self._task, description=f"{name:<13}")
         self.current = name
         begin = time.monotonic()
@@ -124,28 +94,28 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
 
     @property
     def step_seconds(self) -> float:
-        """Since `start_step`."""
+        """Seconds since `start_step`."""
         return time.monotonic() - self._started
 
     def step_done(self, step: int, metrics: Mapping[str, Any], *, line: bool) -> None:
-        """Show a step's numbers; with `line`, also one that stays, within 80 columns for up to 99 steps."""
+        """Show a step's metrics; with `line`, also print them (at most 80 columns for up to 99 steps)."""
         self._metrics = metrics
         self._progress.update(self._task, pace=f"{metrics['step_time']:.1f} s/step")
         if self._json is not None:
             self._json(json_line(metrics))
         elif line:
-            self.say(f"{step:>{len(str(self._total))}}/{self._total} {_numbers(COLUMNS, metrics, ' ')}")
+            self.say(f"{step:>{len(str(self._total))}}/{self._total} {' '.join(_filled(LINE, metrics))}")
 
     def answers(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Two sampled answers (see `metrics.completion_records`), each beside the expert's."""
+        """Print two sampled completions (see `metrics.completion_records`) with their demonstrations."""
         shown = [record for record in records if record["demonstration"] is not None] or records
         table = Table.grid(padding=(0, 1))
         for record in shown[:2]:
-            answer = record["completions"][0]
-            reward = "" if answer["reward"] is None else f" {answer['reward']:.2f}"
+            completion = record["completions"][0]
+            reward = "" if completion["reward"] is None else f" {completion['reward']:.2f}"
             for title, text in (
                 ("  prompt", prompt_text(record["prompt"])),
-                (f"  policy{reward}", answer["text"]),
+                (f"  policy{reward}", completion["text"]),
                 ("  expert", record["demonstration"]),
             ):
                 if text is not None:
@@ -153,29 +123,30 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         self.console.print(table)
 
     def say(self, message: str) -> None:
-        """A line above the table."""
+        """Print a line above the table."""
         self.console.print(message, markup=False, soft_wrap=True)
 
     def _table(self) -> Group:
         table = Table.grid(padding=(0, 2))
         for title, columns in ROWS.items():
-            numbers = _numbers(columns, self._metrics, "  ")
-            # A force without tokens in this step did not act.
-            silent = any(name == "tokens" and not self._metrics.get(key) for name, key, _ in columns)
-            if numbers and not silent:
-                table.add_row(Text(title, style="dim"), Text(numbers))
+            numbers = _filled(columns, self._metrics)
+            if numbers and (title not in TOKENS or self._metrics.get(TOKENS[title])):
+                table.add_row(Text(title, style="dim"), Text("  ".join(numbers)))
         for name, message in self.warnings.items():
             table.add_row(Text(name, style="yellow"), Text(message))
         return Group(self._progress, table)
 
 
-def _numbers(columns: Sequence[tuple[str, str, str]], metrics: Mapping[str, Any], gap: str) -> str:
-    return gap.join(
-        f"{title} {metrics[key]:{form}}" for title, key, form in columns if metrics.get(key) is not None
-    )
+def _filled(columns: str, metrics: Mapping[str, Any]) -> list[str]:
+    """The columns whose metric is known."""
+    found: list[str] = []
+    for column in columns.split("  "):
+        with contextlib.suppress(KeyError, TypeError):  # TypeError: the metric is None
+            found.append(column.format_map(metrics))
+    return found
 
 
 def _shortened(text: str) -> str:
-    """On one line, and no longer than can be taken in at a glance."""
+    """The text on one line, without control characters, at most SHOWN_CHARACTERS long."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return flat if len(flat) <= SHOWN_CHARACTERS else flat[: SHOWN_CHARACTERS - 1] + "…"

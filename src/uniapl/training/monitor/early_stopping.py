@@ -1,4 +1,4 @@
-"""When a stage ends before its last step: the target is reached, nothing improves, the budget is spent."""
+"""Rules that end a stage early: a target, no improvement (patience), or a token budget."""
 
 import math
 from collections.abc import Mapping
@@ -10,20 +10,20 @@ from uniapl.config import EarlyStoppingConfig
 
 @dataclass(kw_only=True)
 class Stopping:
-    """What the rules of a stage remember; all of it is in a checkpoint."""
+    """State of a stage's early-stopping rules; checkpoints hold all of it."""
 
     best: float | None = None
-    """The best value of the watched metric so far."""
+    """The best value of the metric so far."""
     waited: int = 0
-    """Looks since then; a step without the metric is no look."""
+    """Values without improvement since then; steps without the metric do not count."""
     reason: str | None = None
-    """Why the stage ended; None while it goes on."""
+    """Why the stage ended; None while it runs."""
 
     def look(self, rule: EarlyStoppingConfig, record: Mapping[str, Any], stage_tokens: int) -> None:
-        """Take in a step's metrics, and set `reason` if a rule says that it was the last one.
+        """Read a step's metrics and set `reason` if the stage ends with this step.
 
         Args:
-            stage_tokens: Tokens of completions that the stage has learnt from.
+            stage_tokens: Completion tokens that the stage has trained on.
         """
         value = record.get(rule.metric)
         if isinstance(value, (int, float)) and math.isfinite(value):
@@ -34,7 +34,7 @@ class Stopping:
             if rule.target is not None and sign * (value - rule.target) >= 0:
                 self.reason = f"target: {rule.metric} is {value:.4g}, the target {rule.target:g}"
             elif rule.patience is not None and self.waited >= rule.patience:
-                best = f"no better than {self.best:.4g}"
-                self.reason = f"patience: {rule.metric} was {best} in the last {self.waited} looks"
+                unchanged = f"did not improve on {self.best:.4g}"
+                self.reason = f"patience: {rule.metric} {unchanged} in the last {self.waited} evaluations"
         if self.reason is None and rule.max_tokens is not None and stage_tokens >= rule.max_tokens:
-            self.reason = f"budget: {stage_tokens:,} tokens were learnt from, of {rule.max_tokens:,}"
+            self.reason = f"budget: trained on {stage_tokens:,} tokens, the limit is {rule.max_tokens:,}"

@@ -1,4 +1,4 @@
-"""The numbers of a step under TRL's names, and the two files that every run writes."""
+"""A step's metrics under TRL's names, and the records of completions.jsonl."""
 
 import math
 import statistics
@@ -15,21 +15,19 @@ from uniapl.types import RolloutGroup
 def update_metrics(
     step: PolicyStep, counts: Mapping[str, int], weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Loss, its components (each per token of its own, unweighted), and what the clip and the sampler did.
+    """Loss, its components (unweighted, per token of the component), clip ratios and sampler mismatch.
 
-    A component without weight has no value: rows that teach nothing else may not have been read.
+    A component without weight has no value: the batch may leave out rows that only it would use.
     """
-    sums = step.sums
+    sums, measured = step.sums, step.sums["measured"]
 
     def per(component: str, name: str | None = None) -> float | None:
         value = sums.get(name or component)
-        acts = counts[component] and weights[component]
-        return value / counts[component] if value is not None and acts else None
-
-    looked_at = sums["measured"]
+        has_gradient = counts[component] and weights[component]
+        return value / counts[component] if value is not None and has_gradient else None
 
     def of_rollouts(name: str) -> float | None:
-        return sums[name] / looked_at if looked_at and name in sums else None
+        return sums[name] / measured if measured and name in sums else None
 
     return {
         "loss": sums["loss"],
@@ -45,13 +43,13 @@ def update_metrics(
         "tokens/sft": counts["sft"],
         "tokens/rl": counts["rl"],
         "tokens/adv": counts["adv"],
-        # Every rollout is in the KL's count, whatever its reward.
+        # The KL counts every rollout, also those without a reward.
         "tokens/rollout": counts["kl"],
         "grad_norm": step.grad_norm,
         "clip_ratio/low_mean": per("rl", "clip_low"),
         "clip_ratio/high_mean": per("rl", "clip_high"),
         "sampling/sampling_logp_difference/mean": of_rollouts("sampling_difference"),
-        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if looked_at else None,
+        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if measured else None,
         "sampling/importance_sampling_ratio/mean": of_rollouts("importance"),
     }
 
@@ -59,9 +57,10 @@ def update_metrics(
 def rollout_metrics(
     groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, step: int
 ) -> dict[str, Any]:
-    """Rewards, group outcomes, completion lengths, and how the answers look to the discriminator.
+    """Rewards, group outcomes, completion lengths, staleness and win rate.
 
-    `step`: of the weights that learn from them.
+    Args:
+        step: The step whose update uses the rollouts.
     """
     if not groups:
         return {}
@@ -70,20 +69,21 @@ def rollout_metrics(
     rewarded = [rewards for rewards in known if rewards]
     every = [reward for rewards in rewarded for reward in rewards]
     constant = [rewards for rewards in rewarded if max(rewards) == min(rewards)]
+    zero_std = len(constant) / len(rewarded) if rewarded else None
     highest, lowest = max(every, default=0.0), min(every, default=0.0)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
     wins = [u for credit in credits for u in credit.win_rates if u is not None]
     metrics = {
         "reward": _mean(every),
-        # Of rewards that are shares or verdicts; of others nobody knows what passes.
+        # Rewards outside [0, 1] have no known value that passes.
         "pass_rate": _mean([float(r == 1) for r in every]) if every and 0 <= lowest <= highest <= 1 else None,
         "reward_std": _mean([statistics.pstdev(rewards) for rewards in rewarded]),
-        "frac_reward_zero_std": len(constant) / len(rewarded) if rewarded else None,
-        "groups/mixed": 1 - len(constant) / len(rewarded) if rewarded else None,
-        # Relative to the step's best and worst reward; where all are equal nobody can tell good from bad.
-        "groups/all_good": _share(constant, highest, rewarded) if highest > lowest else None,
-        "groups/all_bad": _share(constant, lowest, rewarded) if highest > lowest else None,
+        "frac_reward_zero_std": zero_std,
+        "groups/mixed": None if zero_std is None else 1 - zero_std,
+        # Good and bad are the step's best and worst reward; if all rewards are equal, neither is known.
+        "groups/all_good": _fraction(constant, highest, rewarded) if highest > lowest else None,
+        "groups/all_bad": _fraction(constant, lowest, rewarded) if highest > lowest else None,
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -92,8 +92,7 @@ def rollout_metrics(
         "rollout/staleness": _mean([step - rollout.policy_version for rollout in rollouts]),
     }
     if wins:
-        win_rate = statistics.fmean(wins)
-        metrics["discriminator/win_rate"] = win_rate
+        metrics["discriminator/win_rate"] = win_rate = statistics.fmean(wins)
         metrics["discriminator/expert_gap"] = expert_gap(win_rate)
     for name in groups[0].reward_parts:
         values = [v for group in groups for v in group.reward_parts[name] if v is not None]
@@ -103,22 +102,22 @@ def rollout_metrics(
 
 
 def reward_health(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, Any]:
-    """Share of samples that each function failed on or said nothing about; one outcome per process."""
+    """Fractions of samples on which each function failed, timed out or returned None, over all processes."""
     metrics: dict[str, Any] = {}
     for name, parts in outcomes.items():
         total = sum(len(part.values) for part in parts)
         failed = sum(sum(part.failed) for part in parts)
         late = sum(sum(part.failed) for part in parts if part.timed_out)
-        silent = sum(value is None for part in parts for value in part.values) - failed
+        unscored = sum(value is None for part in parts for value in part.values) - failed
         metrics[f"rewards/{name}/error_rate"] = (failed - late) / total if total else None
         metrics[f"rewards/{name}/timeout_rate"] = late / total if total else None
-        metrics[f"rewards/{name}/none_rate"] = silent / total if total else None
+        metrics[f"rewards/{name}/none_rate"] = unscored / total if total else None
         metrics[f"time/rewards/{name}"] = max((part.seconds for part in parts), default=0.0)
     return metrics
 
 
 def pair_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
-    """Accuracy, margin and mean win probability of fresh pairs, before the discriminator learns from them."""
+    """Accuracy, margin and mean win probability on fresh pairs, before the discriminator trains on them."""
     margins = [
         group.expert_logit - logit
         for group in groups
@@ -128,22 +127,21 @@ def pair_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
     ]
     if not margins:
         return {}
-    # A tie counts half: a discriminator that says nothing has accuracy 0.5, not 0.
-    right = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
+    # A tie counts half: a discriminator with constant logits has accuracy 0.5, not 0.
     return {
-        "discriminator/accuracy": right / len(margins),
+        "discriminator/accuracy": statistics.fmean((m > 0) + (m == 0) / 2 for m in margins),
         "discriminator/margin": statistics.fmean(margins),
         "discriminator/pair_win_rate": statistics.fmean(0.5 - 0.5 * math.tanh(m / 2) for m in margins),
     }
 
 
 def length_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
-    """How the rollouts' lengths compare with those of the demonstrations of the same prompts.
+    """Lengths of the rollouts compared with the demonstrations of the same prompts.
 
     Returns:
-        "completions/length_ratio", policy over expert; and "completions/length_auc", the share of pairs in
-        which the rollout is longer, a tie counting half: how well length alone tells the two apart (0.5: not
-        at all). A discriminator whose accuracy is no further from 0.5 may have learned nothing but length.
+        "completions/length_ratio", policy over expert; and "completions/length_auc", the fraction of pairs in
+        which the rollout is longer (a tie counts half). It is the accuracy of length as a discriminator: 0.5
+        is chance. A discriminator no further from 0.5 may have learned only length.
     """
     pairs = [
         (len(group.example.demonstration_ids), len(rollout.completion_ids))
@@ -153,17 +151,16 @@ def length_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
     ]
     if not pairs:
         return {}
-    longer = sum(1.0 if policy > expert else 0.5 if policy == expert else 0.0 for expert, policy in pairs)
     return {
         "completions/length_ratio": sum(policy for _, policy in pairs) / sum(expert for expert, _ in pairs),
-        "completions/length_auc": longer / len(pairs),
+        "completions/length_auc": statistics.fmean((p > e) + (p == e) / 2 for e, p in pairs),
     }
 
 
 def completion_records(
     step: int, groups: Sequence[RolloutGroup], credits: Sequence[Credit]
 ) -> list[dict[str, Any]]:
-    """One line of completions.jsonl per prompt."""
+    """The lines of completions.jsonl, one per prompt."""
     return [
         {
             "step": step,
@@ -194,5 +191,5 @@ def _mean(values: Sequence[float] | Sequence[int]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _share(constant: Sequence[list[float]], value: float, groups: Sequence[list[float]]) -> float:
+def _fraction(constant: Sequence[list[float]], value: float, groups: Sequence[list[float]]) -> float:
     return sum(rewards[0] == value for rewards in constant) / len(groups)

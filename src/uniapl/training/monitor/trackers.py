@@ -1,4 +1,4 @@
-"""Metrics sent to a tracker beside metrics.jsonl: what `report_to` names, through accelerate."""
+"""Experiment trackers: metrics go to those that `report_to` names, through accelerate."""
 
 import contextlib
 import importlib.util
@@ -16,17 +16,17 @@ def check_trackers(names: Sequence[str]) -> None:
     """Refuse a tracker that is not installed.
 
     Raises:
-        UsageError: Naming it and what to install.
+        UsageError: The tracker's package is missing.
     """
+    # Each tracker has the name of its package.
     for name in names:
-        # Each is called like its package.
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"report_to: '{name}' is not installed: pip install {name}")
 
 
 @contextlib.contextmanager
 def tracked(accelerator: Accelerator, resolved: Resolved) -> Iterator[None]:
-    """Open the trackers with the run's name and its values, and close them however the run ends."""
+    """Open the trackers with the run's name and configuration, and close them when the run ends."""
     config = resolved.config
     if not config.report_to:
         yield
@@ -35,20 +35,18 @@ def tracked(accelerator: Accelerator, resolved: Resolved) -> Iterator[None]:
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in flatten(config).items()
     }
-    name = Path(config.output_dir).name
-    kwargs = {"wandb": {"name": name}, "trackio": {"name": name}}
-    accelerator.init_trackers(
-        "uniapl", values, {key: value for key, value in kwargs.items() if key in config.report_to}
-    )
+    named = {"name": Path(config.output_dir).name}
+    options = {key: named for key in ("wandb", "trackio") if key in config.report_to}
+    accelerator.init_trackers("uniapl", values, options)
     try:
         yield
     finally:
-        # Not accelerate's end_training, which takes the processes' group with it.
+        # accelerate's end_training would also destroy the process group.
         for tracker in accelerator.trackers:
             tracker.finish()
 
 
 def track(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
-    """Send a step's numbers."""
+    """Log a step's numbers."""
     numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
     accelerator.log(numbers, step=record["step"])

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step, and everything that can be found wrong by then."""
+"""Load and check the inputs of a run before its first step."""
 
 import hashlib
 import json
@@ -8,10 +8,10 @@ from typing import Any
 from uniapl.config.resolve import Resolved
 from uniapl.data import rows as data
 from uniapl.evaluation import Suite, load_suites
-from uniapl.models.loading import load_model_config, load_stop_ids, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
 from uniapl.rewards.base import build_rewarder
 from uniapl.training.inputs import RunInputs
-from uniapl.training.preflight.checks import _check_recipe, check_stage
+from uniapl.training.preflight.checks import check_recipe, check_stage
 
 
 def load_inputs(
@@ -22,19 +22,21 @@ def load_inputs(
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     with_suites: bool = True,
 ) -> RunInputs:
-    """Tokenizer, data, reward functions and suites, each checked against what the stages need of them.
+    """Tokenizer, data, reward functions and suites, checked against what the stages need.
 
     Raises:
-        UsageError: Anything that would have to fail later, named with its remedy.
+        UsageError: Any error that would otherwise stop the run later.
     """
     config = resolved.config
-    _check_recipe(config)
-    tokenizer = load_tokenizer(config.model)
-    model_config = load_model_config(config.model)
+    check_recipe(config)
+    model_source = ModelSource.resolve(config.model)
+    tokenizer = load_tokenizer(model_source)
+    model_config = load_model_config(model_source)
     rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
-    stop_ids = load_stop_ids(config.model, model_config, tokenizer)
+    stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     source = config.data.path if train_dataset is None else None
+    longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with data.named_source(source):
         dataset = data.tokenize_rows(
             rows,
@@ -42,22 +44,18 @@ def load_inputs(
             config.data,
             stop_ids=stop_ids,
             context_length=context_length,
-            max_completion_length=max(
-                (s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts),
-                default=0,
-            ),
+            max_completion_length=max(longest, default=0),
         )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     rewarder = build_rewarder(config.rewards, functions)
-    uses_rollouts = any(stage.config.objective.uses_rollouts for stage in stages)
     notes: list[str] = []
-    if uses_rollouts:
+    if longest:
         rewarder.check_columns(dataset.examples)
         with data.named_source(source):
             notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
-    if uses_rollouts:
+    if longest:
         rewarder.try_out(dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
     suites: tuple[Suite, ...] = ()
@@ -67,6 +65,7 @@ def load_inputs(
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
+        source=model_source,
         tokenizer=tokenizer,
         dataset=dataset,
         rewarder=rewarder,

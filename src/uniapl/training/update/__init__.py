@@ -1,1 +1,1 @@
-"""One update of the policy and one of the discriminator."""
+"""Updates of the policy and of the discriminator."""

@@ -1,6 +1,9 @@
 """Backward passes over micro-batches, on one process or several."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -10,69 +13,67 @@ from torch import Tensor, nn
 from uniapl.errors import UniAPLError
 from uniapl.training.distributed.fsdp import full, is_sharded
 
+Part = TypeVar("Part")
+
 
 class OutOfMemoryError(Exception):
-    """A micro-batch did not fit: all processes raise it, and nothing was changed."""
+    """A micro-batch did not fit in memory: all processes raise it, and no weight has changed."""
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, module: nn.Module, losses: Iterable[Callable[[], Tensor]]
+    accelerator: Accelerator, module: nn.Module, loss_of: Callable[[Part], Tensor], parts: Sequence[Part]
 ) -> None:
-    """Backward through every loss; with DDP processes exchange gradients once, in the last backward.
+    """Backward pass through the loss of every part; DDP exchanges gradients once, in the last pass.
 
-    The losses are already divided by global counts, and DDP averages over processes: hence the factor.
+    DDP averages over processes, but the losses are already divided by global counts: each is multiplied by
+    the number of processes.
 
     Args:
-        losses: At least one; with DDP the last is so small that it fits in any case, so that all processes
-            meet in the exchange. Shards are exchanged in every one: each process has as many.
+        parts: At least one. With DDP the last one must fit in any memory, so that every process takes part in
+            the exchange. FSDP2 exchanges in every pass, so every process must have the same number of parts.
 
     Raises:
-        OutOfMemoryError: A loss did not fit in the memory of some process; the gradients are worth nothing.
-        UniAPLError: The same with shards: a process that falls out of step cannot join the others again.
+        OutOfMemoryError: A part did not fit on some process; the gradients are cleared.
+        UniAPLError: The same with FSDP2, where a process that misses an exchange cannot rejoin the others.
     """
-    if is_sharded(module):
-        _accumulate_on_shards(accelerator, losses)
-        return
-    *those_before, last = losses
-    full = False
+    sharded = is_sharded(module)
+    ddp = accelerator.num_processes > 1 and not sharded
+    out_of_memory = False
     try:
-        with accelerator.no_sync(module):
-            for compute in those_before:
-                accelerator.backward(compute() * accelerator.num_processes)
-        if accelerator.num_processes == 1:
-            accelerator.backward(last())
+        with contextlib.nullcontext() if sharded else accelerator.no_sync(module):
+            for part in parts[:-1] if ddp else parts:
+                accelerator.backward(loss_of(part) * accelerator.num_processes)
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        full = True
-    if accelerator.num_processes > 1:
-        accelerator.backward(last() * accelerator.num_processes)
-        anywhere = accelerator.gather(torch.tensor([full], device=accelerator.device))
-        assert isinstance(anywhere, Tensor)
-        full = bool(anywhere.any())
-    if full:
+        if sharded:
+            raise UniAPLError(
+                f"out of memory in an update: {error}. Micro-batches are not split automatically with FSDP2: "
+                "lower batching.max_tokens_per_micro_batch and continue from the last checkpoint with "
+                "--resume auto"
+            ) from error
+        out_of_memory = True
+    if ddp:
+        accelerator.backward(loss_of(parts[-1]) * accelerator.num_processes)
+        gathered = accelerator.gather(torch.tensor([out_of_memory], device=accelerator.device))
+        assert isinstance(gathered, Tensor)
+        out_of_memory = bool(gathered.any())
+    if out_of_memory:
         module.zero_grad()
         clear_device_cache(garbage_collection=True)
         raise OutOfMemoryError
 
 
-def _accumulate_on_shards(accelerator: Accelerator, losses: Iterable[Callable[[], Tensor]]) -> None:
-    try:
-        for compute in losses:
-            accelerator.backward(compute() * accelerator.num_processes)
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise UniAPLError(
-            f"out of memory in an update: {error}. With FSDP2 micro-batches are not cut by themselves: lower "
-            "batching.max_tokens_per_micro_batch; --resume auto goes on from the last checkpoint"
-        ) from error
-
-
-def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over all processes; keys that end in "_max" take the maximum."""
-    names = sorted(measured)
-    everywhere = torch.stack([measured[name].cpu().double() for name in names]).unsqueeze(0)
+def reduce_sums(accelerator: Accelerator, measured: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Sums over all parts and processes; keys that end in "_max" take the maximum."""
+    names = sorted(measured[0])
+    totals = [
+        functools.reduce(
+            torch.maximum if name.endswith("_max") else torch.add, (part[name] for part in measured)
+        )
+        for name in names
+    ]
+    everywhere = torch.stack([total.cpu().double() for total in totals]).unsqueeze(0)
     if accelerator.num_processes > 1:
         gathered = accelerator.gather(everywhere.to(accelerator.device))
         assert isinstance(gathered, Tensor)
@@ -83,12 +84,8 @@ def reduce_sums(accelerator: Accelerator, measured: dict[str, Tensor]) -> dict[s
     }
 
 
-def _clip_gradient(accelerator: Accelerator, module: nn.Module, max_norm: float) -> float:
-    """The norm before clipping."""
+def clip_gradient(accelerator: Accelerator, module: nn.Module, max_norm: float) -> float:
+    """Clip the gradient in place; return its norm before clipping."""
     norm = accelerator.clip_grad_norm_(module.parameters(), max_norm)
     assert norm is not None
     return float(full(norm))
-
-
-def _add(measured: dict[str, Tensor], name: str, value: Tensor) -> None:
-    measured[name] = measured[name] + value if name in measured else value

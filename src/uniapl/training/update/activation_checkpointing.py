@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations are computed again when they are needed, instead of kept."""
+"""Gradient checkpointing: the backward pass recomputes activations instead of keeping them."""
 
 import contextlib
 import functools
@@ -13,13 +13,13 @@ from uniapl.errors import UsageError
 
 @contextlib.contextmanager
 def recomputed(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """A model whose layers keep nothing but their inputs for the backward pass.
+    """Within this context the model's layers keep only their inputs for the backward pass.
 
-    Not as transformers does it, which asks for training mode: with it would come dropout.
+    transformers' own gradient checkpointing needs training mode, which would enable dropout.
     """
     layers = checkpointed_layers(model) if enabled else []
     for layer in layers:
-        # Nothing is drawn at random in a layer: no generator's state need be kept.
+        # Layers draw no random numbers in eval mode, so the generator's state need not be kept.
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
@@ -31,15 +31,15 @@ def recomputed(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers whose activations can be computed again.
+    """The layers that can recompute their activations.
 
     Raises:
-        UsageError: The model has none that transformers knows of.
+        UsageError: The model has none.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UsageError(
-            f"optim.gradient_checkpointing: {type(model).__name__} has no layers that transformers can "
-            "compute again; leave it out"
+            f"optim.gradient_checkpointing: {type(model).__name__} does not support it in transformers; "
+            "remove the key"
         )
     return layers

@@ -1,4 +1,4 @@
-"""From rewards and logits to advantages, and from groups to the rows that are trained on."""
+"""Advantages from rewards and discriminator logits, and rows from groups of rollouts."""
 
 import math
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from uniapl.types import RolloutGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Credit:
-    """A group's credit, one entry per rollout; None where it is not known."""
+    """Advantages of a group, one entry per rollout; None where the reward or the logit is unknown."""
 
     advantages: tuple[float | None, ...]
     adversarial_advantages: tuple[float | None, ...]
     win_rates: tuple[float | None, ...]
-    """u_i, the probability that the rollout passes for the expert's answer."""
+    """u_i = sigmoid(d(x, y_i) - d(x, y*))."""
 
     def without_rewards(self) -> "Credit":
-        """The same, but nothing is learnt from the rewards."""
+        """The same credit with every reward unknown."""
         return replace(self, advantages=(None,) * len(self.advantages))
 
 
@@ -35,28 +35,28 @@ def assign_credit(
     expert_mean: float | None,
     bonus: float = 0.0,
 ) -> list[Credit]:
-    """Group-relative advantages of the reward and of the adversary.
+    """Group-relative advantages of the rewards and of the adversary.
 
     Args:
-        expert_mean: Stands in for the expert's logit where a prompt has no demonstration; without it such a
-            group gets no adversarial credit.
-        bonus: Factor of the adversarial credit that is added to the reward's advantage, where both are known.
+        expert_mean: Used as the expert's logit if a prompt has no demonstration; None gives such a group no
+            adversarial advantages.
+        bonus: The adversarial advantage, times this factor, is added to the reward's where both are known.
     """
     credits: list[Credit] = []
     for group in groups:
-        rewards, known = _with_mask(group.rewards or (None,) * len(group.rollouts))
-        advantages = group_advantages(rewards, known, scale=scale_rewards)
+        unknown = (None,) * len(group.rollouts)
+        rewards, known = _with_mask(group.rewards or unknown)
         expert = group.expert_logit if group.expert_logit is not None else expert_mean
-        judged = group.policy_logits is not None and expert is not None and math.isfinite(expert)
-        logits, usable = _with_mask(
-            [x if judged and math.isfinite(x) else None for x in group.policy_logits or ()]
-            or (None,) * len(group.rollouts)
-        )
-        expert_logits = torch.tensor([expert if judged and expert is not None else 0.0], dtype=torch.float64)
+        if expert is None or not math.isfinite(expert):
+            expert, policy_logits = 0.0, unknown
+        else:
+            policy_logits = [x if math.isfinite(x) else None for x in group.policy_logits or ()] or unknown
+        logits, usable = _with_mask(policy_logits)
+        expert_logits = torch.tensor([expert], dtype=torch.float64)
         adversarial = adversarial_advantages(logits, expert_logits, usable, assignment=assignment)
         wins = win_probability(logits, expert_logits)
-        # Both are 0 where they are not known.
-        advantages = advantages + bonus * adversarial
+        # Unknown advantages are 0.
+        advantages = group_advantages(rewards, known, scale=scale_rewards) + bonus * adversarial
         credits.append(
             Credit(
                 advantages=_where_known(advantages, known),
@@ -68,9 +68,9 @@ def assign_credit(
 
 
 def failed_prompts(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
-    """Groups with a demonstration and known rewards, none of them above the threshold.
+    """Groups with a demonstration and known rewards, all of them at most `threshold`.
 
-    Source: the gate of HPT (arXiv 2509.04419): such a prompt is learnt from its demonstration.
+    Source: the gate of HPT (arXiv 2509.04419), which trains on the demonstrations of these prompts.
     """
     return [
         group
@@ -84,7 +84,7 @@ def failed_prompts(groups: Sequence[RolloutGroup], threshold: float) -> list[Rol
 def rollout_rows(
     groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, temperature: float
 ) -> list[Row]:
-    """One row per rollout, with the components for which its credit is known."""
+    """One row per rollout, in the components whose advantage is known."""
     return [
         Row(
             prompt_ids=group.example.prompt_ids,
@@ -105,7 +105,7 @@ def rollout_rows(
 
 
 def _with_mask(values: Sequence[float | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[1, G] values in fp64 (0 where unknown) and which are known."""
+    """Values [1, G] in fp64, 0 where unknown, and the mask of the known ones."""
     filled = torch.tensor([[0.0 if value is None else value for value in values]], dtype=torch.float64)
     return filled, torch.tensor([[value is not None for value in values]])
 

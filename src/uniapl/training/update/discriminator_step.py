@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
 from uniapl.functional import objective
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
-from uniapl.training.update.accumulate import _add, _clip_gradient, accumulate_gradients, reduce_sums
+from uniapl.training.update.accumulate import accumulate_gradients, clip_gradient, reduce_sums
 
 
 def discriminator_step(
@@ -23,33 +23,32 @@ def discriminator_step(
     max_grad_norm: float,
     max_tokens: int | None = None,
 ) -> tuple[float, bool]:
-    """One Bradley-Terry update on comparisons that every process knows, each computing its share.
+    """One Bradley-Terry update; all processes pass the same comparisons and each computes its part of them.
 
     Args:
-        max_tokens: Of a batch, instead of the discriminator's own.
+        max_tokens: Upper bound of a batch's tokens; None uses the discriminator's own.
 
     Returns:
-        The loss per pair, and whether the update was applied (False: not finite, the weights are as before).
+        The loss per pair, and whether the update was applied: it is skipped if it is not finite.
 
     Raises:
         OutOfMemoryError: The same update with a smaller `max_tokens` has the same result.
     """
     pairs = sum(len(comparison.completions) for comparison in comparisons)
-    share = comparisons[accelerator.process_index :: accelerator.num_processes]
-    measured: dict[str, Tensor] = {}
+    local = comparisons[accelerator.process_index :: accelerator.num_processes]
+    measured: list[dict[str, Tensor]] = []
 
     def loss_of(compute: Callable[[], Tensor]) -> Tensor:
         loss = objective({"pairs": compute()}, {"pairs": 1.0}, {"pairs": pairs})
-        _add(measured, "loss", loss.detach())
+        measured.append({"loss": loss.detach()})
         return loss
 
     optimizer.zero_grad()
-    computations = [*discriminator.losses(share, module, max_tokens=max_tokens)]
+    computations = [*discriminator.losses(local, module, max_tokens=max_tokens)]
     for _ in range(num_empty_micro_batches(accelerator, len(computations))):
         computations += discriminator.losses([], module)
-    losses = (lambda c=c: loss_of(c) for c in computations)
-    accumulate_gradients(accelerator, module, losses)
-    grad_norm = _clip_gradient(accelerator, module, max_grad_norm)
+    accumulate_gradients(accelerator, module, loss_of, computations)
+    grad_norm = clip_gradient(accelerator, module, max_grad_norm)
     loss = reduce_sums(accelerator, measured)["loss"]
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:

@@ -1,4 +1,4 @@
-"""One update of the policy and one of the discriminator."""
+"""One update of the policy."""
 
 import math
 from collections.abc import Sequence
@@ -19,139 +19,141 @@ from uniapl.functional import (
 )
 from uniapl.functional.losses import TokenWeight
 from uniapl.models.policy import inputs_of
-from uniapl.training.update.accumulate import _add, _clip_gradient, accumulate_gradients, reduce_sums
+from uniapl.training.update.accumulate import accumulate_gradients, clip_gradient, reduce_sums
+from uniapl.training.update.batch import MixedBatch
 from uniapl.types import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Settings of the policy's loss that stay the same throughout a stage."""
+
+    clip_low: float
+    clip_high: float
+    token_weight: TokenWeight = "none"
+    importance_cap: float | None = None
+    """Upper bound of the importance weights that correct for a separate sampler; None uses no weights."""
+    max_grad_norm: float = math.inf
+    reference: nn.Module | None = None
+    """Policy that the KL term refers to; used in steps where the weight of "kl" is positive."""
 
 
 @dataclass
 class PolicyStep:
-    """What an update did."""
+    """Result of an update."""
 
     applied: bool
-    """False when the loss or the gradient was not finite: the weights are as before."""
+    """False when the loss or the gradient was not finite: the weights are unchanged."""
     grad_norm: float
-    """Before clipping, over all parameters."""
+    """Norm over all parameters, before clipping."""
     sums: dict[str, float]
-    """Sums over the whole step (see `_measure`), and "loss"."""
+    """Sums over the step (see `_measure`), and "loss"."""
     old_logprobs: list[Tensor] = field(repr=False)
-    """Per micro-batch, the log-probabilities before the update."""
+    """Per micro-batch, the log-probabilities before the first update on these rollouts."""
 
 
 def policy_step(
     accelerator: Accelerator,
     policy: nn.Module,
     optimizer: Optimizer,
-    batches: Sequence[MicroBatch],
-    counts: dict[str, int],
-    weights: dict[str, float],
-    *,
-    clip_low: float,
-    clip_high: float,
-    token_weight: TokenWeight,
-    max_grad_norm: float,
-    reference: nn.Module | None = None,
+    batch: MixedBatch,
+    settings: LossSettings,
     old_logprobs: Sequence[Tensor] | None = None,
-    importance_cap: float | None = None,
 ) -> PolicyStep:
-    """One optimizer step on the mixed batch: per micro-batch one forward for all components and one backward.
+    """One optimizer step on the mixed batch: one forward and one backward pass per micro-batch.
 
     Args:
         policy: A (wrapped) :class:`Policy`.
-        batches: This process's micro-batches, at least one; with several processes the last one is empty.
-        counts: Tokens per component over all micro-batches and processes.
-        weights: One per component: "sft", "rl", "adv", "kl".
-        reference: The policy that the KL term stays near; needed when the weight of "kl" is positive.
-        old_logprobs: From the first update on these rollouts. None means on-policy: the update's own
+        old_logprobs: Returned by the first update on these rollouts. None means on-policy: the update's own
             log-probabilities, detached, are the old ones.
-        importance_cap: Of the weights that correct for a sampler that is another program; None: no weights.
 
     Raises:
         OutOfMemoryError: The same step on smaller micro-batches has the same result.
     """
-    measured: dict[str, Tensor] = {}
+    measured: list[dict[str, Tensor]] = []
     kept: list[Tensor] = []
-    clip = {"clip_low": clip_low, "clip_high": clip_high}
 
-    def loss_of(number: int, batch: MicroBatch) -> Tensor:
-        logprobs, entropy = _forward(policy, batch)
+    def loss_of(number: int) -> Tensor:
+        micro_batch = batch.micro_batches[number]
+        logprobs, entropy = forward(policy, micro_batch)
         old = logprobs.detach() if old_logprobs is None else old_logprobs[number]
         kept.append(old)
-        importance = _importance(old, batch, importance_cap)
-        sums = _component_sums(logprobs, old, batch, clip, token_weight, importance)
-        if reference is not None:
+        sums = component_sums(logprobs, old, micro_batch, settings)
+        if batch.weights["kl"]:
+            assert settings.reference is not None
+            mask = micro_batch.rollout_mask
             with torch.no_grad(), accelerator.autocast():
-                ref_logprobs, _ = reference(*inputs_of(batch, batch.rollout_mask))
-            sums["kl"] = k3_kl(logprobs, ref_logprobs, batch.rollout_mask)
-        loss = objective(sums, weights, counts)
-        _measure(measured, sums, loss, logprobs.detach(), old, entropy, batch, clip)
-        if importance is not None:
-            _add(measured, "importance", torch.where(batch.rollout_mask, importance, 0.0).sum())
+                ref_logprobs, _ = settings.reference(*inputs_of(micro_batch, mask))
+            sums["kl"] = k3_kl(logprobs, ref_logprobs, mask)
+        loss = objective(sums, batch.weights, batch.counts)
+        values = {"loss": loss, **sums}
+        measured.append(
+            {name: value.detach() for name, value in values.items()}
+            | _measure(logprobs.detach(), old, entropy, micro_batch, settings)
+        )
         return loss
 
     optimizer.zero_grad()
-    losses = (lambda n=n, b=b: loss_of(n, b) for n, b in enumerate(batches))
-    accumulate_gradients(accelerator, policy, losses)
-    grad_norm = _clip_gradient(accelerator, policy, max_grad_norm)
+    accumulate_gradients(accelerator, policy, loss_of, range(len(batch.micro_batches)))
+    grad_norm = clip_gradient(accelerator, policy, settings.max_grad_norm)
     sums = reduce_sums(accelerator, measured)
     applied = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)
-    # Without an active component there is nothing to learn, and weight decay alone must not move the policy.
-    if applied and any(weights[name] and counts[name] for name in weights):
+    # Without an active component there is no gradient, and weight decay alone must not move the policy.
+    if applied and any(weight and batch.counts[name] for name, weight in batch.weights.items()):
         optimizer.step()
     optimizer.zero_grad()
     return PolicyStep(applied=applied, grad_norm=grad_norm, sums=sums, old_logprobs=kept)
 
 
-def _forward(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [B, T] of what is learnt from."""
+def forward(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, T] of the tokens that enter a loss term."""
     return policy(*inputs_of(batch, batch.sft_mask | batch.rollout_mask))
 
 
-def _importance(old: Tensor, batch: MicroBatch, cap: float | None) -> Tensor | None:
-    """The tokens' importance weights; None where sampler and trainer are the same program."""
-    if cap is None:
-        return None
-    return importance_weights(old, batch.sampling_logprobs, batch.rollout_mask, cap=cap)
-
-
-def _component_sums(
-    logprobs: Tensor,
-    old: Tensor,
-    batch: MicroBatch,
-    clip: dict[str, float],
-    token_weight: TokenWeight,
-    weights: Tensor | None,
+def component_sums(
+    logprobs: Tensor, old: Tensor, batch: MicroBatch, settings: LossSettings
 ) -> dict[str, Tensor]:
-    """The sum of each of the three forces."""
+    """Sums of the "sft", "rl" and "adv" components over a micro-batch."""
+    clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
+    importance = _importance(old, batch, settings)
     adversarial = batch.adversarial_advantages
     return {
-        "sft": sft_loss(logprobs, batch.sft_mask, token_weight=token_weight),
-        "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, weights=weights, **clip),
-        "adv": clipped_surrogate(logprobs, old, adversarial, batch.adv_mask, weights=weights, **clip),
+        "sft": sft_loss(logprobs, batch.sft_mask, token_weight=settings.token_weight),
+        "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, weights=importance, **clip),
+        "adv": clipped_surrogate(logprobs, old, adversarial, batch.adv_mask, weights=importance, **clip),
     }
 
 
+def _importance(old: Tensor, batch: MicroBatch, settings: LossSettings) -> Tensor | None:
+    if settings.importance_cap is None:
+        return None
+    return importance_weights(old, batch.sampling_logprobs, batch.rollout_mask, cap=settings.importance_cap)
+
+
 def _measure(
-    measured: dict[str, Tensor],
-    sums: dict[str, Tensor],
-    loss: Tensor,
-    logprobs: Tensor,
-    old: Tensor,
-    entropy: Tensor,
-    batch: MicroBatch,
-    clip: dict[str, float],
-) -> None:
-    """Add a micro-batch to the step's sums; whoever logs divides them by the component's count."""
-    _add(measured, "loss", loss.detach())
-    for name, value in sums.items():
-        _add(measured, name, value.detach())
-    _add(measured, "nll", sft_loss(logprobs, batch.sft_mask))
-    _add(measured, "measured", batch.rollout_mask.sum())
-    _add(measured, "entropy", torch.where(batch.rollout_mask, entropy, 0.0).sum())
-    low, high = clip_fractions(logprobs, old, batch.advantages, batch.rl_mask, **clip)
-    _add(measured, "clip_low", low)
-    _add(measured, "clip_high", high)
-    difference = torch.where(batch.rollout_mask, (old - batch.sampling_logprobs).abs(), 0.0)
-    _add(measured, "sampling_difference", difference.sum())
-    highest = difference.max()
-    before = measured.get("sampling_difference_max", highest)
-    measured["sampling_difference_max"] = torch.maximum(before, highest)
+    logprobs: Tensor, old: Tensor, entropy: Tensor, batch: MicroBatch, settings: LossSettings
+) -> dict[str, Tensor]:
+    """Sums over a micro-batch that are logged only; the metrics divide them by the component's count."""
+    rollout_mask = batch.rollout_mask
+    low, high = clip_fractions(
+        logprobs,
+        old,
+        batch.advantages,
+        batch.rl_mask,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+    )
+    difference = torch.where(rollout_mask, (old - batch.sampling_logprobs).abs(), 0.0)
+    sums = {
+        "nll": sft_loss(logprobs, batch.sft_mask),
+        "measured": rollout_mask.sum(),
+        "entropy": torch.where(rollout_mask, entropy.detach(), 0.0).sum(),
+        "clip_low": low,
+        "clip_high": high,
+        "sampling_difference": difference.sum(),
+        "sampling_difference_max": difference.max(),
+    }
+    importance = _importance(old, batch, settings)
+    if importance is not None:
+        sums["importance"] = torch.where(rollout_mask, importance, 0.0).sum()
+    return sums

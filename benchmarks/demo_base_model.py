@@ -1,8 +1,8 @@
-"""Makes the base model that ships with the package: `python -m uniapl.demo.pretrain OUTPUT [--seed 0]`.
+"""Train the base model of the demo task: `python benchmarks/demo_base_model.py OUTPUT [--seed 0]`.
 
-A small Qwen3 learns from a sloppy writer, who is fluent but heeds each constraint only sometimes. First comes
-a curriculum of clean texts, of one sentence, then up to two, then up to three: a model this small learns to
-copy words from its prompt there or not at all.
+A small Qwen3 is trained on texts of a sloppy writer, which are fluent but follow each constraint only
+sometimes. A curriculum of texts that follow every constraint, with one, up to two and up to three sentences,
+comes first: without it, a model of this size does not learn to copy words from its prompt.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from uniapl.demo.constraints import Prompt, draw_prompt
+from uniapl.demo.constraints import TaskPrompt, draw_prompt
 from uniapl.demo.task import SPECIAL_TOKENS, make_tokenizer
-from uniapl.demo.writers import SLOPPY, Manner, write
+from uniapl.demo.writers import SLOPPY, Style, write
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
@@ -25,7 +25,7 @@ COPYING_KINDS = ("include", "place", "end", "twice")
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Qwen3's architecture with 0.8 million random parameters."""
+    """A Qwen3 model with 0.8 million random parameters."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -37,7 +37,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
             head_dim=16,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            # Four times the usual: attention to the prompt's words forms three times sooner (docs/log.md).
+            # Four times the default: attention to the prompt's words forms in a third of the steps.
             initializer_range=0.08,
             eos_token_id=SPECIAL_TOKENS.index("<eos>"),
             pad_token_id=SPECIAL_TOKENS.index("<pad>"),
@@ -46,25 +46,27 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     )
 
 
-def copying_pair(rng: random.Random, most_sentences: int) -> tuple[Prompt, str]:
-    """A prompt with one constraint, and a text that heeds it and everything else."""
-    clean = Manner(**{**vars(SLOPPY), "faithful": 1.0})
+def copying_pair(rng: random.Random, most_sentences: int) -> tuple[TaskPrompt, str]:
+    """A prompt with one extra constraint, and a text that satisfies all constraints."""
+    clean = Style(**{**vars(SLOPPY), "faithful": 1.0})
     while True:
         prompt = draw_prompt(rng, kinds=(rng.choice(COPYING_KINDS),))
         if prompt.sentences <= most_sentences and (text := write(prompt, clean, rng)):
             return prompt, text
 
 
-def sloppy_pair(rng: random.Random) -> tuple[Prompt, str]:
-    """Any prompt, and a text that heeds each of its constraints with the sloppy writer's probability."""
+def sloppy_pair(rng: random.Random) -> tuple[TaskPrompt, str]:
+    """A prompt, and a text of the sloppy writer."""
     while True:
         prompt = draw_prompt(rng)
         if text := write(prompt, SLOPPY, rng):
             return prompt, text
 
 
-def batch_of(pairs: list[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """Right-padded ids, and labels on the texts alone."""
+def batch_of(
+    pairs: list[tuple[TaskPrompt, str]], tokenizer: PreTrainedTokenizerFast
+) -> dict[str, torch.Tensor]:
+    """Right-padded input ids, with labels only on the texts."""
     rows: list[tuple[list[int], int]] = []
     for prompt, text in pairs:
         start = tokenizer(f"<user> {prompt.text} <assistant>").input_ids
@@ -89,7 +91,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     total = copying_steps + sloppy_steps
 
-    def draw(step: int) -> tuple[Prompt, str]:
+    def draw(step: int) -> tuple[TaskPrompt, str]:
         if step < copying_steps:
             return copying_pair(rng, most_sentences=1 + 3 * step // copying_steps)
         return sloppy_pair(rng)
@@ -109,12 +111,12 @@ def pretrain(
 
 
 def main() -> None:
-    """Write the model directory."""
-    parser = argparse.ArgumentParser(description="Make the base model of the embedded task.")
+    """Train and write the model directory."""
+    parser = argparse.ArgumentParser(description="Train the base model of the demo task.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    # Sums over several threads depend on how many there are; one thread gives the same weights everywhere.
+    # Sums depend on the number of threads; one thread gives the same weights on every machine.
     torch.set_num_threads(1)
     model, tokenizer = pretrain(arguments.seed)
     model.save_pretrained(arguments.output)

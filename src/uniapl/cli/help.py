@@ -1,0 +1,80 @@
+"""`--help` and `--help-all` of the verbs whose flags are the keys of a recipe, without heavy imports."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from uniapl.cli import EXIT_CODES, HELP_FLAGS, VERBS
+from uniapl.config import Config
+from uniapl.config.resolve import flatten, load_recipe, resolve
+
+WIDTH = 100
+KEY_WIDTH = 42
+KEYS = """
+    method model.model_name_or_path model.lora_r data.path data.prompt_format rewards.functions
+    evaluation.suites output_dir resume seed max_steps save_steps eval_steps batching.prompts_per_step
+    batching.demonstrations_per_step rollout.num_generations rollout.max_completion_length rollout.sampler
+    optim.learning_rate objective.mu_peak objective.lambda_adv objective.beta discriminator.kind
+""".split()
+RECIPE_ONLY = ("stages", "rewards.functions")
+
+
+def recipe_help(verb: str, arguments: Sequence[str]) -> None:
+    """Print the most important keys, or all of them, with the values of the recipe and of the flags.
+
+    Raises:
+        UsageError: The recipe or a flag is not valid.
+    """
+    flags = [a for a in arguments if a not in (*HELP_FLAGS, "--quiet", "--json")]
+    recipe: dict[str, Any] = {}
+    if verb == "demo":
+        from uniapl.demo.recipe import RECIPE as recipe
+    elif flags and not flags[0].startswith("-"):
+        recipe = load_recipe(flags.pop(0))
+    if "--help-all" in arguments:
+        print("\n".join(f"{key} (in the recipe only): {_field(key).description}" for key in RECIPE_ONLY))
+        flags.append("--help")
+    values = flatten(resolve(recipe, flags).config)
+    keys = "\n".join(
+        f"  {_shorten(f'{key}: {_text(values[key])}', KEY_WIDTH):<{KEY_WIDTH}} {_summary(key)}"
+        for key in KEYS
+    )
+    print(
+        f"""\
+usage: uniapl {verb} {VERBS[verb].usage}
+
+{VERBS[verb].summary}
+
+The most important keys of a recipe, with their values. Each is also a flag: --max-steps 60
+{keys}
+
+--help-all lists every key with its full description.
+{EXIT_CODES}""",
+        end="",
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(item['name'] if isinstance(item, dict) else item for item in value)}]"
+    return "null" if value is None else str(value)
+
+
+def _summary(key: str) -> str:
+    """The beginning of the key's description and its choices, on one line."""
+    field = _field(key)
+    beginning = re.split(r"[;.](?: |$)", field.description)[0]
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return _shorten(beginning + (f": {', '.join(choices)}" if choices else ""), WIDTH - KEY_WIDTH - 3)
+
+
+def _field(key: str) -> Any:
+    model: Any = Config
+    *sections, leaf = key.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation
+    return model.model_fields[leaf]
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,51 @@
+"""The record of a step: one line of metrics.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from uniapl.rewards import RewardOutcome
+from uniapl.training.monitor import metrics
+from uniapl.training.update.batch import MixedBatch
+from uniapl.training.update.policy_step import PolicyStep
+from uniapl.types import RolloutGroup
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Results of the parts of a step."""
+
+    groups: Sequence[RolloutGroup]
+    outcomes: Mapping[str, Sequence[RewardOutcome]]
+    """Outcomes of each reward function, one per process."""
+    pairs: Mapping[str, float]
+    """Metrics of the step's pairs of rollout and demonstration, and of the controller of lambda_adv."""
+    batch: MixedBatch
+    gradients: Mapping[str, float]
+    """Norms and cosines of the loss components' gradients."""
+    update: PolicyStep
+    discriminator: Mapping[str, Any]
+    """Metrics of the discriminator's updates."""
+
+
+def step_record(
+    result: StepResult, *, step: int, stage: int, learning_rate: float, epoch: float, num_tokens: int
+) -> dict[str, Any]:
+    """All metrics of a step, except for evaluation and times."""
+    batch, update = result.batch, result.update
+    return {
+        "step": step,
+        "stage": stage,
+        **metrics.update_metrics(update, batch.counts, batch.weights),
+        "weight/lambda_adv": batch.lambda_adv,
+        **result.gradients,
+        **metrics.rollout_metrics(result.groups, batch.credits, step=step - 1),
+        **metrics.length_metrics(result.groups),
+        **result.pairs,
+        **result.discriminator,
+        **metrics.reward_health(result.outcomes),
+        "learning_rate": learning_rate,
+        "epoch": epoch,
+        "num_tokens": num_tokens,
+        "skipped": int(not update.applied),
+    }

@@ -1,0 +1,124 @@
+"""The numbers of a stage that change from step to step: loss weights and learning rate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from uniapl.config import Config
+from uniapl.functional import (
+    Multiplier,
+    dual_ascent,
+    expert_gap,
+    learning_rate_factor,
+    pid,
+    reward_threshold,
+    warmup_cosine,
+)
+from uniapl.training.adversary import Adversary
+from uniapl.training.monitor.early_stopping import Stopping
+from uniapl.training.update.credit import failed_prompts
+from uniapl.types import RolloutGroup
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """Position of a stage, and the values that follow from it."""
+
+    config: Config
+    adversary: Adversary | None
+    multiplier: Multiplier
+    """lambda_adv, fixed or learned."""
+    step: int = 0
+    """Finished steps of the stage."""
+    num_tokens: int = 0
+    """Completion tokens that the stage has trained on."""
+    uses_reference: bool = False
+    """The KL term has its reference: `reference_step` is reached."""
+    stopping: Stopping = field(default_factory=Stopping)
+
+    @property
+    def ended(self) -> bool:
+        """The last step is finished, or an early-stopping rule ended the stage."""
+        return self.step >= self.config.max_steps or self.stopping.reason is not None
+
+    @property
+    def learning_rate(self) -> float:
+        """The policy's learning rate."""
+        optim = self.config.optim
+        return optim.learning_rate * learning_rate_factor(
+            self.step,
+            optim.lr_scheduler_type,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.config.max_steps,
+        )
+
+    @property
+    def lambda_adv(self) -> float:
+        """The adversary's weight; 0 during its warm-up, and while its accuracy is below `min_accuracy`."""
+        settings, objective = self.config.discriminator, self.config.objective
+        if self.adversary is None or (self.adversary.trainer and self.step < settings.warmup_steps):
+            return 0.0
+        # gad: no other component has a gradient.
+        only_component = not (objective.learns_from_rewards or objective.learns_from_demonstrations)
+        accurate = self.adversary.state.accuracy >= settings.min_accuracy
+        return self.multiplier.value if accurate or only_component else 0.0
+
+    def mu(self, groups: Sequence[RolloutGroup]) -> float:
+        """The demonstrations' weight, which may depend on the rewards of the step's rollouts."""
+        objective = self.config.objective
+        if objective.mu_controller == "gate":
+            return len(failed_prompts(groups, objective.gate_threshold)) / len(groups)
+        if objective.mu_controller == "reward":
+            rewards = [reward for group in groups for reward in group.rewards if reward is not None]
+            if not rewards:
+                return objective.mu_peak
+            return reward_threshold(
+                sum(rewards) / len(rewards),
+                threshold=objective.mu_threshold,
+                peak=objective.mu_peak,
+                valley=objective.mu_valley,
+            )
+        return warmup_cosine(
+            self.step,
+            warmup_steps=objective.mu_warmup_steps,
+            decay_steps=objective.mu_decay_steps,
+            peak=objective.mu_peak,
+            valley=objective.mu_valley,
+        )
+
+    def weights(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """The weight of each loss component."""
+        objective, mu = self.config.objective, self.mu(groups)
+        return {
+            "sft": mu,
+            "rl": (1 - mu) * objective.reward_weight,
+            "adv": self.lambda_adv if objective.adversarial_placement == "loss" else 0.0,
+            "kl": objective.beta if self.uses_reference else 0.0,
+        }
+
+    def control_lambda(self, win_rate: float | None) -> dict[str, float]:
+        """Update a learned lambda_adv by the mean win rate of the step's pairs; return what to log.
+
+        Only pairs count, because without a demonstration the win rate has no calibrated zero. lambda_adv does
+        not change while its weight is 0: a discriminator at chance level sees no gap.
+
+        Args:
+            win_rate: None if the step has no pairs.
+        """
+        objective = self.config.objective
+        if win_rate is None or objective.lambda_controller == "fixed":
+            return {}
+        # Not the expert gap, which ends at 0: lambda must fall as fast at a win rate above 0.5 as it grows
+        # below. The constraint is the same.
+        violation = 0.5 - win_rate - objective.max_expert_gap
+        if self.lambda_adv > 0:
+            bounds = objective.lambda_bounds
+            if objective.lambda_controller == "dual":
+                rate = objective.lambda_learning_rate
+                self.multiplier = dual_ascent(self.multiplier, violation, learning_rate=rate, bounds=bounds)
+            else:
+                self.multiplier = pid(self.multiplier, violation, gains=objective.lambda_gains, bounds=bounds)
+        return {
+            "constraint/expert_gap": expert_gap(win_rate),
+            "constraint/violation": violation,
+            "constraint/multiplier": self.multiplier.value,
+        }

@@ -1,0 +1,34 @@
+"""The batch of one step: demonstrations and rollouts together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from uniapl.data.batching import Row, component_counts
+from uniapl.training.update.credit import Credit
+from uniapl.types import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedBatch:
+    """The rows of one step, from all processes, and this process's micro-batches of them."""
+
+    rows: Sequence[Row]
+    micro_batches: Sequence[MicroBatch]
+    """At least one; with several processes the last one is empty."""
+    weights: dict[str, float]
+    """One weight per component: "sft", "rl", "adv", "kl"."""
+    credits: Sequence[Credit] = ()
+    """One per group of rollouts."""
+    lambda_adv: float = 0.0
+    """The adversary's weight, as a loss term or inside the rewards' advantages."""
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Tokens per component, over all processes."""
+        return component_counts(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens, over all processes."""
+        return sum(len(row.completion_ids) for row in self.rows)
