@@ -107,7 +107,7 @@ def test_unscored_completions_are_not_counted(tmp_path: Path) -> None:
 
 @on_stand_ins_and_real_data
 def test_ifeval_scores_equal_lm_eval(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of all kinds to the first prompts, summed up by us and by lm-eval."""
+    """Various completions of the first prompts, aggregated by us and by lm-eval."""
     tokenizer = make_tokenizer()
     limit = 120 if benchmarks == DATA else 25
     config = Config(evaluation=EvaluationConfig(limit=limit))
@@ -137,7 +137,7 @@ FLOORS = {
 
 
 @on_stand_ins_and_real_data
-def test_floors_take_no_model(benchmarks: Path) -> None:
+def test_floors_of_ifeval(benchmarks: Path) -> None:
     suite = load_suite(f"ifeval={benchmarks / IFEVAL}", Config(), make_tokenizer())
     found = floors(suite, make_tokenizer())
     assert found["empty"] == {"prompt_strict": 0, "inst_strict": 0, "prompt_loose": 0, "inst_loose": 0}

@@ -126,7 +126,7 @@ def test_invalid_columns_are_reported_with_their_row(
 
 @on_stand_ins_and_real_data
 def test_autoif_rows(benchmarks: Path, verifiers: CodeVerifiers) -> None:
-    """Good functions with their cases; and rows whose functions disagree with most of theirs."""
+    """Reliable functions with their cases, and rows whose functions disagree with most of theirs."""
     real, folder = benchmarks == DATA, benchmarks / AUTOIF
     good = [example(i, **row) for i, row in enumerate(rows(folder / "back_trans.jsonl"), start=1)]
     scorer = rewarder(verifiers)
