@@ -24,7 +24,7 @@ import torch
 from uniapl.config import Config, DataConfig, EvaluationConfig
 from uniapl.evaluation import evaluate_suite
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
-from uniapl.evaluation.suites import load_suite
+from uniapl.evaluation.suites import load_suites
 from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
 from uniapl.rollout.local import LocalSampler
 
@@ -53,9 +53,11 @@ def main() -> None:
     stop_ids = load_stop_ids(where, model.config, tokenizer)
     config = Config(
         data=DataConfig(prompt_format="chat"),
-        evaluation=EvaluationConfig(max_completion_length=options.max_completion_length),
+        evaluation=EvaluationConfig(
+            suites=(f"ifeval={options.data}",), max_completion_length=options.max_completion_length
+        ),
     )
-    suite = load_suite(f"ifeval={options.data}", config, tokenizer, stop_ids=stop_ids)
+    (suite,) = load_suites(config, tokenizer, stop_ids=stop_ids)
     sampler = LocalSampler(
         model=model,
         stop_ids=stop_ids,

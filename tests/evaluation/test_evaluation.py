@@ -1,4 +1,4 @@
-"""Evaluation: scores against hand-made answers and against lm-eval itself, floors, intervals, overlap."""
+"""Evaluation: scores by hand and by lm-eval itself, floors, intervals, overlap, and the command."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from uniapl.errors import UsageError
 from uniapl.evaluation import evaluate_suite, scores
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.run import floors, paired
-from uniapl.evaluation.suites import load_suite, parse_suite
+from uniapl.evaluation.suites import Suite, load_suites, parse_suite
 from uniapl.rollout import SampleRequest
 from uniapl.types import Rollout
 
@@ -37,7 +37,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
 
 class Scripted:
-    """A sampler that gives answers it was told, in the prompts' order, k of them each."""
+    """A sampler that returns the given texts, k per prompt, in the order of the prompts."""
 
     def __init__(self, texts: Sequence[Sequence[str]]) -> None:
         self.texts, self.tokenizer = texts, make_tokenizer()
@@ -49,7 +49,7 @@ class Scripted:
         return [tuple(self._rollout(text) for text in group) for group in self.texts]
 
     def check(self) -> None:
-        """Nothing to try."""
+        """There is nothing to check."""
 
     def _rollout(self, text: str) -> Rollout:
         ids = tuple(self.tokenizer(text).input_ids)
@@ -61,17 +61,16 @@ class Scripted:
         )
 
 
-def letter_suite(tmp_path: Path, count: int, **changes: Any) -> Any:
+def load_suite(text: str, config: Config, tokenizer: Any, **options: Any) -> Suite:
+    evaluation = config.evaluation.model_copy(update={"suites": (text,)})
+    return load_suites(config.model_copy(update={"evaluation": evaluation}), tokenizer, **options)[0]
+
+
+def test_scores_of_a_file_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "held_out.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(count)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(3)))
     functions = (RewardFunctionConfig(name="lowercase"), RewardFunctionConfig(name="no_comma"))
-    return load_suite(
-        str(path), Config(rewards=RewardsConfig(functions=functions)), make_tokenizer(), **changes
-    )
-
-
-def test_a_file_s_scores_by_hand(tmp_path: Path) -> None:
-    suite = letter_suite(tmp_path, 3)
+    suite = load_suite(str(path), Config(rewards=RewardsConfig(functions=functions)), make_tokenizer())
     sampler = Scripted([["ab", "A"], ["abcdefghij", "a,"], ["B,", "B,"]])
     result = evaluate_suite(suite, sampler, sampler.tokenizer, num_samples=2, with_floors=False)
     summary = result.summary
@@ -91,7 +90,7 @@ def test_a_file_s_scores_by_hand(tmp_path: Path) -> None:
     assert [one["row"] for one in result.completions] == [1, 1, 2, 2, 3, 3]
 
 
-def test_what_cannot_be_scored_counts_nowhere(tmp_path: Path) -> None:
+def test_unscored_completions_are_not_counted(tmp_path: Path) -> None:
     def fussy(completions: list[str]) -> list[float | Exception]:
         return [ValueError("no") if "x" in text else float("a" in text) for text in completions]
 
@@ -107,7 +106,7 @@ def test_what_cannot_be_scored_counts_nowhere(tmp_path: Path) -> None:
 
 
 @on_stand_ins_and_real_data
-def test_ifeval_s_scores_equal_lm_eval_s_own(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ifeval_scores_equal_lm_eval(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of all kinds to the first prompts, summed up by us and by lm-eval."""
     tokenizer = make_tokenizer()
     limit = 120 if benchmarks == DATA else 25
@@ -147,7 +146,7 @@ def test_floors_take_no_model(benchmarks: Path) -> None:
         assert given == pytest.approx(expected, abs=0.002), name
 
 
-def test_intervals_against_a_slow_bootstrap() -> None:
+def test_intervals_agree_with_a_slow_bootstrap() -> None:
     rng = random.Random(1)
     pairs = [[rng.randint(0, n), n] for n in rng.choices([1, 2, 3], k=40)]
     found = scores.interval(scores.as_sums(pairs))
@@ -161,8 +160,8 @@ def test_intervals_against_a_slow_bootstrap() -> None:
     assert found["high"] == pytest.approx(means[3900], abs=0.03)
 
 
-def test_a_difference_is_paired() -> None:
-    """Two models that differ by the same amount on every prompt: no uncertainty, however the prompts vary."""
+def test_difference_is_paired() -> None:
+    """Two models that differ by the same amount on every prompt have no uncertainty."""
     rng = random.Random(2)
     theirs = [[rng.random(), 1.0] for _ in range(50)]
     ours = [[value + 0.1, 1.0] for value, _ in theirs]
@@ -174,7 +173,7 @@ def test_a_difference_is_paired() -> None:
     assert (alone["high"] or 0) - (alone["low"] or 0) > 0.1
 
 
-def test_pairs_are_found_by_prompt() -> None:
+def test_paired_matches_prompts() -> None:
     ours = {
         "prompts_digest": ["a", "b", "c"],
         "per_prompt": {"reward": [[1, 1], [1, 1], [0, 1]], "new": [[1, 1]] * 3},
@@ -186,7 +185,7 @@ def test_pairs_are_found_by_prompt() -> None:
     twice = {"prompts_digest": ["a", "a"], "per_prompt": {"reward": [[1, 1], [0, 1]]}}
     once = {"prompts_digest": ["a"], "per_prompt": {"reward": [[1, 1]]}}
     assert paired(twice, twice)["reward"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert paired(twice, once)["reward"]["mean"] == 0.0, "the first belongs to the first"
+    assert paired(twice, once)["reward"]["mean"] == 0.0, "first occurrences form a pair"
     empty = {"prompts_digest": ["a"], "per_prompt": {"reward": [[0, 0]]}}
     assert paired(empty, empty)["reward"]["mean"] is None
 
@@ -205,17 +204,17 @@ def test_best_of_k() -> None:
         ("data/held_out.jsonl", ("held_out", "data/held_out.jsonl")),
     ],
 )
-def test_names_of_suites(text: str, expected: tuple[str, str]) -> None:
+def test_suite_names(text: str, expected: tuple[str, str]) -> None:
     assert parse_suite(text) == expected
 
 
 @pytest.mark.parametrize("text", ["gsm8k", "=x.jsonl", "x=", "folder/name"])
-def test_what_is_no_suite(text: str) -> None:
-    with pytest.raises(UsageError, match=f"no suite '{text}': give ifeval, ifbench"):
+def test_unknown_suites_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown suite '{text}': use ifeval, ifbench"):
         parse_suite(text)
 
 
-def test_rows_without_instructions_or_rewards_are_named(tmp_path: Path) -> None:
+def test_rows_without_instructions_or_rewards_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "held_out.jsonl"
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(
@@ -226,7 +225,7 @@ def test_rows_without_instructions_or_rewards_are_named(tmp_path: Path) -> None:
         load_suite("gone.jsonl", Config(), make_tokenizer())
 
 
-def test_notes_say_what_misleads() -> None:
+def test_notes_report_misleading_scores() -> None:
     score = {"mean": 0.2, "low": 0.1, "high": 0.3}
     result = {
         "notes": ["sandbox: landlock"],
@@ -239,10 +238,10 @@ def test_notes_say_what_misleads() -> None:
     }
     said = notes(result, 64)
     assert said.pop(0) == "sandbox: landlock"
-    assert said[0] == "2 prompts are left out, prompt longer than 5 tokens"
-    assert "40% of the answers were cut at 64 tokens" in said[1]
-    assert said[2].startswith("25.0% of the answers could not be scored")
-    assert said[3] == "reward is no better than answers that took no model: echo"
+    assert said[0] == "2 prompts are left out: prompt longer than 5 tokens"
+    assert "40% of the completions were truncated at 64 tokens" in said[1]
+    assert said[2].startswith("25.0% of the completions could not be scored")
+    assert said[3] == "reward is not above these completions without a model: echo"
 
 
 def test_overlap_by_hand() -> None:
@@ -258,7 +257,7 @@ def test_overlap_by_hand() -> None:
     assert found.exact == {0: 0}
     assert found.ngram == {0: 0, 2: 1}
     assert overlap(ours, theirs, width=12).ngram == {0: 0, 2: 1, 3: 1}
-    assert overlap([""], [""]).exact == {}, "no words are no overlap"
+    assert overlap([""], [""]).exact == {}, "texts without words do not overlap"
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +271,7 @@ def held_out(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_no_prompt_has_is_unknown_not_zero() -> None:
+def test_score_without_values_is_unknown_not_zero() -> None:
     unknown = scores.as_sums([[0, 0], [0, 0]])
     assert scores.interval(unknown) == {"mean": None, "low": None, "high": None}
     one = scores.as_sums([[1, 1], *[[0, 0]] * 500])
@@ -280,7 +279,7 @@ def test_what_no_prompt_has_is_unknown_not_zero() -> None:
     assert scores.difference(one, scores.as_sums([[0, 1], *[[1, 1]] * 500]))["mean"] == 1.0
 
 
-def test_a_suite_that_cannot_be_scored_fails(
+def test_suite_without_any_score_fails(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rewards.py").write_text(
@@ -303,7 +302,7 @@ def test_a_suite_that_cannot_be_scored_fails(
     command += ["--rewards", f"{tmp_path / 'rewards.py'}:down", "--output-dir", str(tmp_path / "out")]
     assert cli.run([*command, "--json"]) == 1
     said = capsys.readouterr()
-    assert "suite 'held_out': no answer could be scored" in said.err
+    assert "suite 'held_out': no completion could be scored" in said.err
     assert "the server is down" in said.err
     assert "noise" not in said.out
     result = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -311,7 +310,7 @@ def test_a_suite_that_cannot_be_scored_fails(
 
 
 @on_stand_ins_and_real_data
-def test_floors_stand_behind_the_mark_too(benchmarks: Path) -> None:
+def test_floors_are_placed_after_the_mark(benchmarks: Path) -> None:
     name = f"ifeval={benchmarks / IFEVAL}"
     evaluation = EvaluationConfig(limit=25, answer_after="</think>")
     suite = load_suite(name, Config(evaluation=evaluation), make_tokenizer())
@@ -319,12 +318,12 @@ def test_floors_stand_behind_the_mark_too(benchmarks: Path) -> None:
     assert floors(suite, make_tokenizer()) == floors(plain, make_tokenizer())
     sampler = Scripted([["b"]] * 25)
     result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
-    assert result.summary["notes"] == ["100% of the answers never came to '</think>' and count as empty"]
+    assert result.summary["notes"] == ["100% of the completions do not contain '</think>' and count as empty"]
     assert result.summary["scores"]["prompt_strict"]["mean"] == 0
 
 
-def test_many_prompts_are_sampled_some_at_a_time(tmp_path: Path) -> None:
-    """In order of length, and put back in the file's."""
+def test_prompts_are_sampled_in_batches_and_kept_in_order(tmp_path: Path) -> None:
+    """Batches are sorted by length, results follow the file."""
     path = tmp_path / "many.jsonl"
     prompts = ["a" * (1 + 37 * n % 11) for n in range(150)]
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
@@ -348,7 +347,7 @@ def test_many_prompts_are_sampled_some_at_a_time(tmp_path: Path) -> None:
     assert result.summary["scores"]["reward"]["mean"] == 1.0
 
 
-def test_a_run_s_directory_is_not_written_into(
+def test_run_directory_is_refused_as_output(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -359,7 +358,7 @@ def test_a_run_s_directory_is_not_written_into(
     assert "is the directory of a run" in capsys.readouterr().err
 
 
-def test_other_prompts_and_other_settings_are_not_compared_in_silence(
+def test_comparison_reports_different_settings_and_pairs_prompts(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, other = held_out(tmp_path), tmp_path / "other.jsonl"
@@ -370,7 +369,7 @@ def test_other_prompts_and_other_settings_are_not_compared_in_silence(
     again = [str(second), "--suites", f"x={other}", "--max-completion-length", "5", "--against", str(first)]
     capsys.readouterr()
     assert cli.run([*command, *again]) == 0
-    assert "not alike: max_completion_length: 4 there, 5 here" in capsys.readouterr().out
+    assert "the settings differ: max_completion_length is 5 here and was 4 there" in capsys.readouterr().out
     result = json.loads((second / "results.json").read_text())
     first_prompt = result["suites"]["x"]["per_prompt"]["reward"][0][0]
     theirs = json.loads((first / "results.json").read_text())["suites"]["x"]["per_prompt"]["reward"][0][0]
@@ -383,7 +382,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     first, second = tmp_path / "first", tmp_path / "second"
     assert cli.run([*command, "--output-dir", str(first)]) == 0
     said = capsys.readouterr().out
-    assert "held_out: 9 prompts, 1 answers each" in said
+    assert "held_out: 9 prompts, completions per prompt: 1" in said
     assert "empty" in said
     assert cli.run([*command, "--output-dir", str(second), "--against", str(first), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -403,7 +402,7 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ("flags", "message"),
     [
         ([], "nothing to evaluate: give --suites"),
-        (["--suites", "gsm8k"], "no suite 'gsm8k'"),
+        (["--suites", "gsm8k"], "unknown suite 'gsm8k'"),
         (["--suites", "{file}"], "row 1 has no instructions"),
         (["--suites", "{file}", "--rewards", "nothing"], "unknown reward function 'nothing'"),
         (["--suites", "{file}", "a/other.jsonl", "--rewards", "no_comma"], "file not found"),
@@ -427,7 +426,7 @@ def test_wrong_options(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_gives_data_rewards_and_suites(
+def test_recipe_provides_data_rewards_and_suites(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_recipe(
@@ -444,7 +443,7 @@ def test_a_recipe_gives_data_rewards_and_suites(
     assert result["suites"]["held_out"]["floors"]["constant"] == {"reward": 0.5}
 
 
-def test_a_recipe_s_dotted_keys_and_its_mistakes(
+def test_recipe_with_dotted_keys_and_errors(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe_file = tmp_path / "recipe.yaml"
@@ -455,7 +454,7 @@ def test_a_recipe_s_dotted_keys_and_its_mistakes(
     command = ["evaluate", str(model_dir), "--recipe", str(recipe_file), "--output-dir", str(out)]
     assert cli.run(command) == 0
     assert cli.run(command) == 2, "results are there already"
-    assert "replace them by --overwrite" in capsys.readouterr().err
+    assert "replace them with --overwrite" in capsys.readouterr().err
     assert cli.run([*command, "--overwrite"]) == 0
     result = json.loads((out / "results.json").read_text())
     assert (result["settings"]["num_samples"], result["settings"]["temperature"]) == (3, 1.0)
@@ -467,8 +466,8 @@ def test_a_recipe_s_dotted_keys_and_its_mistakes(
     assert cli.run([*command, "--suites", "x=y", "--num-samples", "2", "--temperature", "0"]) == 2
 
 
-def test_while_training(model_dir: Path, tmp_path: Path) -> None:
-    """Every eval_steps and at the last step, greedy, beside the user's own function."""
+def test_evaluation_during_training(model_dir: Path, tmp_path: Path) -> None:
+    """Suites are evaluated every eval_steps and at the last step, together with the user's own function."""
     values = recipe(
         model_dir,
         tmp_path / "run",
@@ -509,10 +508,10 @@ def test_check_reports_overlap(model_dir: Path, tmp_path: Path, capsys: pytest.C
     assert expected in " ".join(said.split())
 
 
-def test_lm_eval_s_tasks_run_on_the_model(
+def test_lm_eval_tasks_run_on_the_model(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own IFEval on a local file, beside ours: both see the same model, and agree."""
+    """lm-eval's IFEval and ours agree on the same model and file."""
     import lm_eval.tasks.ifeval
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

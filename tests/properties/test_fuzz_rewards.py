@@ -1,4 +1,4 @@
-"""Whatever a reward function returns or raises: a finite value, or none and a failure that is counted."""
+"""Any return value or exception of a reward function gives a finite value or a counted failure."""
 
 import math
 from collections.abc import Callable
@@ -92,7 +92,7 @@ makers = st.one_of(
 @tries(150)
 @example(make=lambda: raises(SystemExit(1)), timeout=None)
 @given(make=makers, timeout=st.sampled_from([60.0, None]))
-def test_a_reward_is_finite_or_a_counted_failure(make: Callable[[], Any], timeout: float | None) -> None:
+def test_reward_is_finite_or_a_counted_failure(make: Callable[[], Any], timeout: float | None) -> None:
     def odd(completions: list[str]) -> Any:
         return make()
 
@@ -114,7 +114,7 @@ def test_a_reward_is_finite_or_a_counted_failure(make: Callable[[], Any], timeou
 
 @tries(50)
 @given(returned=st.lists(st.none() | st.floats() | st.just(ValueError()), min_size=COUNT, max_size=COUNT))
-def test_each_sample_s_failure_is_its_own(returned: list[Any]) -> None:
+def test_failures_are_counted_per_sample(returned: list[Any]) -> None:
     outcome = Rewarder([named_reward("odd", lambda completions: returned)]).score(
         EXAMPLES, ["a", "b", "c"], [[4], [5], [6]]
     )["odd"]
@@ -123,8 +123,7 @@ def test_each_sample_s_failure_is_its_own(returned: list[Any]) -> None:
     assert outcome.failed == [value is not None and not ok for value, ok in zip(returned, known, strict=True)]
 
 
-def test_no_more_is_taken_of_an_answer_than_can_be_used() -> None:
-    """It may have no end."""
+def test_infinite_results_are_read_only_as_far_as_needed() -> None:
     taken: list[float] = []
 
     def endless(completions: list[str]) -> Any:

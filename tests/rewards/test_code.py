@@ -1,4 +1,4 @@
-"""Verifier functions from data: what they must do to be believed, and what is said of the others."""
+"""Verifier functions from data: which are reliable, how they vote, and how dropped ones are reported."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -41,11 +41,11 @@ def example(row: int, **columns: Any) -> Example:
 def verifiers() -> Iterator[CodeVerifiers]:
     found = CodeVerifiers()
     try:
-        found.sandbox()
+        assert found.sandbox.layers
     except UsageError as error:
         pytest.skip(str(error))
     yield found
-    found.sandbox().close()
+    found.sandbox.close()
 
 
 def rewarder(verifiers: CodeVerifiers, **args: Any) -> Rewarder:
@@ -57,12 +57,12 @@ def scores(verifiers: CodeVerifiers, texts: list[str], **columns: Any) -> list[f
     return rewarder(verifiers).score(examples, texts, [(1,)] * len(texts))["code_verifiers"].values
 
 
-def test_it_is_off_unless_allowed(verifiers: CodeVerifiers) -> None:
+def test_verifiers_are_refused_unless_allowed(verifiers: CodeVerifiers) -> None:
     with pytest.raises(UsageError, match=r"set rewards\.allow_code_verifiers to true"):
         rewarder(verifiers).check_rows([example(1, eval_func=NO_E, cases=CASES)])
 
 
-def test_wrong_functions_are_dropped_and_named(verifiers: CodeVerifiers) -> None:
+def test_unreliable_functions_are_dropped_and_reported(verifiers: CodeVerifiers) -> None:
     examples = [
         example(1, eval_func=[[NO_E, 1.0], [TEXT_VERDICT, 1.0]], cases=CASES),
         example(2, eval_func=[NEVER, "def evaluate(response)"], cases=json.dumps(CASES)),
@@ -86,13 +86,13 @@ def test_wrong_functions_are_dropped_and_named(verifiers: CodeVerifiers) -> None
     assert [scorer.applies_to(one) for one in examples] == [True, False, False, False]
 
 
-def test_the_bar_is_an_argument(verifiers: CodeVerifiers) -> None:
+def test_min_agreement_is_an_argument(verifiers: CodeVerifiers) -> None:
     cases = [*CASES[:4], ["E", False]]  # the second function accepts the last one: 4 of 5
     assert verifiers.reliable([NO_E, NO_LOWER_E], cases, 0.8) == [NO_E, NO_LOWER_E]
     assert verifiers.reliable([NO_E, NO_LOWER_E], cases, 0.9) == [NO_E]
 
 
-def test_a_majority_decides_and_who_gives_no_verdict_has_no_vote(verifiers: CodeVerifiers) -> None:
+def test_majority_of_verdicts_decides(verifiers: CodeVerifiers) -> None:
     three = {"eval_func": [NO_E, NO_LOWER_E, CRASH_ON_Z], "cases": [["cat", True]]}
     assert scores(verifiers, ["My lip", "tree", "E", "zoo", "zEro"], **three) == [1.0, 0.0, 1.0, 1.0, 0.0]
     #   E: no, yes, yes = yes;   zoo: yes, yes, none = yes;   zEro: no, no, none = no
@@ -117,7 +117,7 @@ def test_a_majority_decides_and_who_gives_no_verdict_has_no_vote(verifiers: Code
         ({"eval_func": NO_E, "cases": "yes"}, "row 9: 'cases' must be"),
     ],
 )
-def test_columns_of_a_wrong_form_name_their_row(
+def test_invalid_columns_are_reported_with_their_row(
     verifiers: CodeVerifiers, columns: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -125,7 +125,7 @@ def test_columns_of_a_wrong_form_name_their_row(
 
 
 @on_stand_ins_and_real_data
-def test_autoif_s_rows(benchmarks: Path, verifiers: CodeVerifiers) -> None:
+def test_autoif_rows(benchmarks: Path, verifiers: CodeVerifiers) -> None:
     """Good functions with their cases; and rows whose functions disagree with most of theirs."""
     real, folder = benchmarks == DATA, benchmarks / AUTOIF
     good = [example(i, **row) for i, row in enumerate(rows(folder / "back_trans.jsonl"), start=1)]
@@ -151,9 +151,7 @@ def test_autoif_s_rows(benchmarks: Path, verifiers: CodeVerifiers) -> None:
 
 
 @on_stand_ins_and_real_data
-def test_autoif_s_functions_that_return_strings_are_all_dropped(
-    benchmarks: Path, verifiers: CodeVerifiers
-) -> None:
+def test_autoif_functions_that_return_strings_are_dropped(benchmarks: Path, verifiers: CodeVerifiers) -> None:
     answers = rows(benchmarks / AUTOIF / "dpo_query_w_funcs.jsonl")
     examples = [
         example(i, eval_func=row["eval_func"], cases=[["2, 3, 5", True], ["1", False]])
@@ -166,7 +164,7 @@ def test_autoif_s_functions_that_return_strings_are_all_dropped(
     assert "returned str, not a bool" in notes[1]
 
 
-def test_when_no_row_is_left_the_reason_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reason_is_reported_if_no_row_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"prompt": "say a.", "eval_func": TEXT_VERDICT, "cases": CASES}
     rewards = {"functions": ["code_verifiers"], "allow_code_verifiers": True}
     recipe = write_recipe(tmp_path, save_model(tmp_path / "model"), [row], method="grpo", rewards=rewards)
@@ -188,14 +186,14 @@ def test_check_lists_every_dropped_function(tmp_path: Path, capsys: pytest.Captu
     assert any("and 2 more (uniapl check --json lists them)" in note for note in report["notes"])
 
 
-def test_forms_of_sources_and_cases() -> None:
+def test_accepted_forms_of_sources_and_cases() -> None:
     assert _sources(json.dumps([[NO_E, 0.9], [NO_E, 0.9], [NEVER, 1.0]])) == [NO_E, NEVER]
     assert _sources(NO_E) == [NO_E]
     assert _cases(str(CASES)) == _cases(json.dumps(CASES)) == [(text, value) for text, value in CASES]
     assert _cases(None) == []
 
 
-def test_a_busy_machine_does_not_decide(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeouts_are_retried(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:
     run, late = Sandbox.run, [True]
 
     def slow(self: Sandbox, jobs: Sequence[Job]) -> list[bool | SandboxError]:
@@ -206,12 +204,10 @@ def test_a_busy_machine_does_not_decide(verifiers: CodeVerifiers, monkeypatch: p
     assert verifiers.reliable([NO_E], [["slow at first", True]], 0.8) == [NO_E]
 
 
-def test_jobs_are_not_repeated(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_rows_are_tested_once(verifiers: CodeVerifiers, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     run = Sandbox.run
     monkeypatch.setattr(Sandbox, "run", lambda self, jobs: asked.append(len(jobs)) or run(self, jobs))
     row = {"eval_func": [NO_E], "cases": [["only here", False]]}
     verifiers.check_rows([example(1, **row), example(2, **row)])
-    assert [count for count in asked if count] == [1], (
-        "two rows with the same function and cases are one question"
-    )
+    assert [count for count in asked if count] == [1], "two rows with the same function and cases are one job"

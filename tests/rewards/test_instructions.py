@@ -1,4 +1,4 @@
-"""Instruction verifiers: equal to lm-eval's on every IFEval prompt, and strict about what rows must say."""
+"""Instruction checkers: equal to lm-eval's on every IFEval prompt; invalid rows are refused."""
 
 import random
 import subprocess
@@ -62,7 +62,7 @@ def score(columns: dict[str, Any], text: str, prompt: Any = "Say it.", **args: A
 
 
 def mixed(row: dict[str, Any]) -> str:
-    """Another answer for every prompt: lists, titles, capitals, quotes, JSON, the prompt repeated."""
+    """A different completion for each prompt: lists, titles, capitals, quotes, JSON, the prompt repeated."""
     draw = random.Random(str(row["key"]))
     parts = [
         row["prompt"],
@@ -86,7 +86,7 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "wrapped": lambda row: 'Sure, then:\n*"so"*\nBye, all.',
 }
 STRICT_FLOORS = {"empty": (0, 0), "echo": (135, 301), "constant": (151, 350)}
-"""Prompts of 541 and instructions of 834 that others have counted: 0, 25.0 / 36.1 and 27.9 / 42.0 %."""
+"""Published counts of 541 prompts and 834 instructions: 0, 25.0 / 36.1 and 27.9 / 42.0 %."""
 
 
 def test_the_stand_ins_have_every_kind_of_ifeval() -> None:
@@ -96,7 +96,7 @@ def test_the_stand_ins_have_every_kind_of_ifeval() -> None:
 
 @on_stand_ins_and_real_data
 @pytest.mark.parametrize("name", ANSWERS)
-def test_ifeval_equals_lm_eval_s_on_every_prompt(
+def test_ifeval_equals_lm_eval_on_every_prompt(
     name: str, benchmarks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     docs = rows(benchmarks / IFEVAL)
@@ -137,13 +137,15 @@ def test_criteria() -> None:
     ].failed == [True]
 
 
-def test_what_stands_behind_a_mark_is_the_answer() -> None:
+def test_answer_after_scores_the_text_after_the_last_mark() -> None:
     thought = "<think>well, commas, everywhere</think>\nthree words here"
     assert score(WORDS, thought) == 0.0
     assert score(WORDS, thought, answer_after="</think>") == 1.0
     twice = "<think>no, </think> yes, </think> three words here"
-    assert score(WORDS, twice, answer_after="</think>") == 1.0, "behind the last one"
-    assert score(WORDS, "three words here", answer_after="</think>") == 0.0, "it never came to its answer"
+    assert score(WORDS, twice, answer_after="</think>") == 1.0, "after the last mark"
+    assert score(WORDS, "three words here", answer_after="</think>") == 0.0, (
+        "without the mark the completion counts as empty"
+    )
 
 
 def test_loose_forms_of_three_lines() -> None:
@@ -159,7 +161,7 @@ def test_loose_forms_of_three_lines() -> None:
     ]
 
 
-def test_tables_make_arrays_and_floats_of_lists_and_whole_numbers() -> None:
+def test_arrays_and_integral_floats_from_tables_are_accepted() -> None:
     columns = {
         "instruction_id_list": np.array(WORDS["instruction_id_list"]),
         "kwargs": np.array(["{}", '{"relation": "at least", "num_words": 3.0}']),
@@ -204,12 +206,12 @@ def test_json_columns_and_a_chat_prompt() -> None:
         ),
     ],
 )
-def test_a_row_that_cannot_be_checked_is_named(ids: Any, kwargs: Any, message: str) -> None:
+def test_invalid_row_is_reported_with_its_number(ids: Any, kwargs: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         rewarder().check_rows([example(7, instruction_id_list=ids, kwargs=kwargs)])
 
 
-def test_an_instruction_whose_checker_would_draw_is_no_training_signal() -> None:
+def test_reward_does_not_apply_if_the_checker_would_draw_an_argument() -> None:
     hash_sign = {
         "instruction_id_list": ["keywords:letter_frequency"],
         "kwargs": [{"letter": "#", "let_frequency": 4, "let_relation": "at least"}],
@@ -220,7 +222,7 @@ def test_an_instruction_whose_checker_would_draw_is_no_training_signal() -> None
     assert [scorer.applies_to(example(row, **NO_COMMA)) for row in (1, 2)] == [False, True]
 
 
-def test_checks_leave_the_global_generator_alone_and_never_vary() -> None:
+def test_checks_are_deterministic_and_keep_the_global_generator() -> None:
     instruction = Instruction(
         "keywords:letter_frequency", {"letter": "#", "let_frequency": 1, "let_relation": "at least"}
     )
@@ -237,7 +239,7 @@ def test_checks_leave_the_global_generator_alone_and_never_vary() -> None:
     assert len({language.followed_by("HELLO WORLD MY FRIEND") for _ in range(20)}) == 1
 
 
-def test_a_checker_that_raises_gives_no_reward_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checker_that_raises_is_a_counted_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def followed_by(self: Instruction, text: str) -> bool:
         if "bad" in text:
             raise ZeroDivisionError("of its own")
@@ -251,7 +253,7 @@ def test_a_checker_that_raises_gives_no_reward_and_is_counted(monkeypatch: pytes
 
 
 class Count:
-    """Looks like one of IFBench's checkers: 0 is an argument like any other."""
+    """Has the interface of IFBench's checkers; 0 is a valid argument."""
 
     def __init__(self, id_: str) -> None:
         self.wanted: int | None = None
@@ -288,16 +290,16 @@ def ifbench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ifbench")
-def test_ifbench_s_checkers_where_its_package_is() -> None:
+def test_ifbench_checkers_are_used_if_installed() -> None:
     both = {"instruction_id_list": ["count:numbers", "punctuation:no_comma"], "kwargs": [{"N": 0}, {}]}
     assert rewarder().check_rows([example(**both)]) == []
     assert score(both, "no digits") == 1.0
     assert score(both, "1 digit") == 0.0
-    assert score(both, "no digits, a comma") == 0.0, "IFEval's own kinds stay lm-eval's"
+    assert score(both, "no digits, a comma") == 0.0, "IFEval's instructions still use lm-eval's checkers"
 
 
 @on_stand_ins_and_real_data
-def test_ifbench_s_rows_name_what_they_need(benchmarks: Path) -> None:
+def test_ifbench_rows_report_what_is_missing(benchmarks: Path) -> None:
     doc = rows(benchmarks / IFBENCH)[0]
     with pytest.raises(UsageError, match="allenai/IFBench"):
         instructions(doc["prompt"], doc["instruction_id_list"], doc["kwargs"])

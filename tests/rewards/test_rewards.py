@@ -1,4 +1,4 @@
-"""Reward functions: how they are found and called, and one rule for everything they can do wrong."""
+"""Reward functions: lookup, calls, and the one rule for all their failures."""
 
 import asyncio
 import functools
@@ -39,7 +39,7 @@ def score(
     return outcome, rewarder.combine({"f": outcome}, len(texts))
 
 
-def test_arguments_are_given_by_name() -> None:
+def test_arguments_are_passed_by_name() -> None:
     seen: dict[str, Any] = {}
 
     def some(prompts: list[str], completions: list[str], answer: list[int]) -> list[float]:
@@ -57,14 +57,14 @@ def test_arguments_are_given_by_name() -> None:
     assert seen["everything"] == ["answer", "completion_ids", "completions", "other", "prompts"]
 
 
-def test_a_chat_prompt_s_completion_is_a_message() -> None:
+def test_completion_of_a_chat_prompt_is_a_message() -> None:
     chat = [{"role": "user", "content": "p"}]
     got: list[Any] = []
     score(lambda completions: got.extend(completions) or [0.0], [example(1, chat)], ("a",))
     assert got == [[{"role": "assistant", "content": "a"}]]
 
 
-def test_a_row_without_a_needed_column_has_no_reward() -> None:
+def test_row_without_a_required_column_has_no_reward() -> None:
     def f(completions: list[str], answer: list[int]) -> list[float]:
         return [float(a) for a in answer]
 
@@ -73,7 +73,7 @@ def test_a_row_without_a_needed_column_has_no_reward() -> None:
     assert outcome.failed == [False] * 3
 
 
-def test_weights_and_none() -> None:
+def test_combine_weighs_values_and_skips_none() -> None:
     first = named_reward("first", lambda completions: [1.0, None, None], weight=2.0)
     second = named_reward("second", lambda completions: [0.5, 0.5, None], weight=1.0)
     rewarder = Rewarder([first, second])
@@ -90,7 +90,7 @@ def test_async_functions_are_awaited() -> None:
     assert score(f, timeout=None)[1] == [1.0, 2.0, 3.0]
 
 
-def test_one_bad_answer_costs_only_itself() -> None:
+def test_one_bad_completion_costs_only_its_own_reward() -> None:
     def f(completions: list[str]) -> list[float]:
         if "bb" in completions:
             raise ZeroDivisionError("no bb")
@@ -102,8 +102,8 @@ def test_one_bad_answer_costs_only_itself() -> None:
     assert outcome.message.startswith("ZeroDivisionError: no bb (test_rewards.py, line ")
 
 
-def test_a_failed_part_makes_the_whole_reward_unknown() -> None:
-    """The other function's value alone would be a lie about the sum."""
+def test_failed_function_makes_the_reward_unknown() -> None:
+    """The other function's value would be a wrong sum."""
     bad = named_reward("bad", lambda completions: [float("nan"), 1.0])
     good = named_reward("good", lambda completions: [1.0, 1.0])
     rewarder = Rewarder([bad, good])
@@ -151,7 +151,7 @@ def test_numpy_and_torch_numbers_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_hanging_function_is_left_behind_in_bounded_time(is_async: bool) -> None:
+def test_hanging_function_is_abandoned_after_the_timeout(is_async: bool) -> None:
     async def slowly(completions: list[str]) -> list[float]:
         await asyncio.sleep(30)
         return [1.0] * 3
@@ -168,7 +168,7 @@ def test_a_hanging_function_is_left_behind_in_bounded_time(is_async: bool) -> No
     assert "0.2 s" in outcome.message
 
 
-def test_a_function_that_exits_does_not_end_the_run() -> None:
+def test_function_that_exits_does_not_end_the_run() -> None:
     outcome, combined = score(lambda completions: sys.exit(3))
     assert combined == [None] * 3
     assert "SystemExit" in outcome.message
@@ -205,19 +205,19 @@ def test_arguments_are_bound_and_checked() -> None:
         named_reward("length", find_function("length"), args={"maximum": 2})
 
 
-def test_a_name_is_no_function() -> None:
+def test_name_instead_of_function_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"'length' is not a function: names of functions belong in rewards\.functions"
     ):
         inspect.unwrap(named_reward)("length", "length")
 
 
-def test_the_same_function_twice_keeps_its_metrics_apart() -> None:
+def test_same_function_twice_gets_two_metric_names() -> None:
     reward = named_reward("length", find_function("length"), args={"max_words": 2})
     assert [r.name for r in Rewarder([reward, reward]).rewards] == ["length", "length_2"]
 
 
-def test_a_column_that_no_row_has_is_refused() -> None:
+def test_column_without_values_is_refused() -> None:
     def f(completions: list[str], answer: list[str]) -> list[float]:
         return [0.0] * len(completions)
 
@@ -232,8 +232,8 @@ def test_builtin_rewards_by_hand() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, batch_size: int) -> None:
-    """One sequence at a time, without padding, gives the same logits."""
+def test_reward_model_scores_as_in_trl(tmp_path: Path, batch_size: int) -> None:
+    """Scoring one sequence at a time, without padding, gives the same logits."""
     config = Qwen3Config(**SMALL, num_labels=1)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
@@ -261,7 +261,7 @@ def test_a_reward_model_scores_as_trl_s_trainer_has_it_score(tmp_path: Path, bat
     )
 
 
-def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+def test_other_models_are_refused_as_reward_models(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="prompt_format must be 'text' or 'chat', not 'Text'"):
         find_function("reward_model")(["a"], ["b"], model="x", prompt_format="Text")
     with pytest.raises(UsageError, match="cannot load the reward model's tokenizer"):

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: parse, load one model, run its suites, and say what came out."""
+"""The verb `evaluate`: scores one model on suites, writes the results and prints them."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from uniapl.config.resolve import load_recipe, resolve
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
-from uniapl.evaluation.suites import BENCHMARKS, Suite, load_suites, parse_suite
+from uniapl.evaluation.suites import load_suites, parse_suite
 from uniapl.files import write_text
 from uniapl.models.loading import (
     ModelSource,
@@ -31,27 +31,33 @@ from uniapl.models.loading import (
 )
 from uniapl.rollout.local import LocalSampler
 
+OVERRIDES = {
+    "evaluation": ("suites", "max_completion_length", "num_samples", "temperature", "limit", "answer_after"),
+    "data": ("prompt_format", "system_prompt", "chat_template_kwargs"),
+}
+"""Keys of the recipe that have a flag of the same name."""
 TRUNCATED = 0.1
-"""Share of answers cut at the token limit from which on the user is told."""
+"""The user is warned if more than this fraction of the completions reaches the token limit."""
 
 
 def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
-    """`uniapl evaluate`: what results.json holds.
+    """`uniapl evaluate`; returns the content of results.json.
 
     Raises:
-        UsageError: The model, a suite or an option cannot be used; nothing was written.
-        UniAPLError: No answer of a suite could be scored, or lm-eval failed; what there is was written.
+        UsageError: The model, a suite or an option is invalid; nothing was written.
+        UniAPLError: No completion of a suite could be scored, or lm-eval failed; the other results were
+            written.
     """
     options = _parse(arguments)
     if not options.json:
-        # What is piped somewhere has no width.
-        width = None if sys.stdout.isatty() else 160
-        return _evaluate(options, Console(highlight=False, width=width))
-    # Reward functions, and the libraries that they use, may print what they like.
+        # A pipe has no width.
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        return _evaluate(options, console)
+    # Reward functions and the libraries that they use may print.
     with contextlib.redirect_stdout(sys.stderr):
-        summary = _evaluate(options, Console(highlight=False, quiet=True))
-    print(json.dumps(summary, indent=1))
-    return summary
+        results = _evaluate(options, Console(highlight=False, quiet=True))
+    print(json.dumps(results, indent=1))
+    return results
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -59,7 +65,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     evaluation = config.evaluation
     source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(source)
-    if not (options.prompt_format or options.recipe) and tokenizer.chat_template:
+    if not (getattr(options, "data.prompt_format") or options.recipe) and tokenizer.chat_template:
         config = config.model_copy(update={"data": config.data.model_copy(update={"prompt_format": "chat"})})
     settings = {**evaluation.model_dump(mode="json"), "prompt_format": config.data.prompt_format}
     settings["temperature"] = evaluation.sampling_temperature
@@ -82,11 +88,15 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_batch_size=options.batch_size,
         decoding=config.rollout.decoding,
     )
-    found = {
-        suite.name: _answer(suite, sampler, tokenizer, evaluation.num_samples, options.seed, console)
-        for suite in suites
-    }
-    summary: dict[str, Any] = {
+    run = functools.partial(evaluate_suite, num_samples=evaluation.num_samples, seed=options.seed)
+    found: dict[str, SuiteResult] = {}
+    for suite in suites:
+        console.print(f"{suite.name}: {len(suite.examples)} prompts", markup=False)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task(suite.name, total=len(suite.examples))
+            advance = functools.partial(progress.advance, bar)
+            found[suite.name] = run(suite, sampler, tokenizer, advance=advance)
+    results: dict[str, Any] = {
         "model": options.model,
         "versions": {name: version(name) for name in ("uniapl", "torch", "transformers")},
         "settings": settings,
@@ -94,114 +104,82 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "suites": {name: result.summary for name, result in found.items()},
     }
     if against is not None:
-        summary["minus"] = _differences(summary, against)
-    # Before lm-eval, which may fail in its own ways.
-    _write(options.output_dir, summary, found)
-    if tasks is not None:
-        summary["lm_eval"] = run_lm_eval(
-            model,
-            tokenizer,
-            options.lm_eval_tasks,
-            tasks,
-            batch_size=options.batch_size,
-            limit=evaluation.limit,
-        )
-        _write(options.output_dir, summary, found)
-    _show(summary, suites, options.output_dir, console)
-    _fail_if_nothing_is_known(summary)
-    return summary
-
-
-def _answer(
-    suite: Suite, sampler: LocalSampler, tokenizer: Any, num_samples: int, seed: int, console: Console
-) -> SuiteResult:
-    console.print(f"{suite.name}: {len(suite.examples)} prompts", markup=False)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(suite.name, total=len(suite.examples))
-        advance = functools.partial(progress.advance, bar)
-        return evaluate_suite(suite, sampler, tokenizer, num_samples=num_samples, seed=seed, advance=advance)
-
-
-def _fail_if_nothing_is_known(summary: dict[str, Any]) -> None:
-    for name, result in summary["suites"].items():
+        results["minus"] = _differences(results, against)
+    try:
+        if tasks is not None:
+            sizes = {"batch_size": options.batch_size, "limit": evaluation.limit}
+            results["lm_eval"] = run_lm_eval(model, tokenizer, options.lm_eval_tasks, tasks, **sizes)
+    finally:
+        # A failure of lm-eval does not cost the results of the suites.
+        _write(options.output_dir, results, found)
+    _show(results, options.output_dir, console)
+    for name, result in results["suites"].items():
         if result["unscored"] == 1:
-            said = "; ".join(result["notes"]) or "no reward function applies to its rows"
-            raise UniAPLError(f"suite '{name}': no answer could be scored: {said}")
+            reason = "; ".join(result["notes"]) or "no reward function applies to its rows"
+            raise UniAPLError(f"suite '{name}': no completion could be scored: {reason}")
+    return results
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; an option that overrides a key of the recipe is named `section.key`."""
     parser = argparse.ArgumentParser(
         prog="uniapl evaluate",
-        description="Scores of a model on IFEval, IFBench and files of your own, beside what an empty "
-        "answer, the prompt itself and one constant text score; with intervals over prompts.",
+        description="Scores a model on IFEval, IFBench and your own files, with 95% confidence intervals "
+        "over prompts, next to the scores of an empty completion, the prompt itself and a constant text.",
     )
     add = parser.add_argument
     add("model", help="directory or Hub id")
-    add(
-        "--suites",
-        nargs="+",
-        metavar="SUITE",
-        help=f"{', '.join(BENCHMARKS)} (from the Hub, or NAME=PATH), scored as benchmarks; or a file of rows",
-    )
-    add("--rewards", nargs="+", metavar="NAME", help="functions that score a file's answers")
-    add("--recipe", help="takes data, rewards and evaluation from it; flags override it")
-    add("--max-completion-length", type=int, help="new tokens per answer (default: 1280)")
-    add("--num-samples", type=int, help="answers per prompt, k of pass@k (default: 1)")
-    add("--temperature", type=float, help="0 is greedy (default: 0, and 1 with several samples)")
-    add("--limit", type=int, help="the first so many prompts of each suite")
-    add("--answer-after", help="judge what stands behind this mark, e.g. '</think>' (benchmarks)")
-    add("--prompt-format", choices=("text", "chat"), help="default: chat if there is a chat template")
-    add("--system-prompt", help="for chat prompts that have none")
-    add("--chat-template-kwargs", type=_json_object, help="""as JSON, e.g. '{"enable_thinking": false}'""")
-    add("--allow-code-verifiers", action="store_true", help="as rewards.allow_code_verifiers")
-    add("--lm-eval-tasks", type=_words, default=[], help="further benchmarks, by lm-eval: gsm8k,hellaswag")
-    add("--lm-eval-include-path", help="a folder with further tasks for lm-eval")
-    add("--against", type=Path, help="an earlier output directory: differences, with intervals")
-    add("--batch-size", type=int, default=64, help="rows decoded at the same time (default: 64)")
+    for section, keys in OVERRIDES.items():
+        fields = type(getattr(Config(), section)).model_fields
+        for key in keys:
+            default = "chat if there is a chat template" if key == "prompt_format" else fields[key].default
+            text = f"{fields[key].description}{f' (default: {default})' if default else ''}"
+            add(
+                f"--{key.replace('_', '-')}",
+                dest=f"{section}.{key}",
+                metavar=key.upper(),
+                nargs="+" if key == "suites" else None,
+                type=_json if key == "chat_template_kwargs" else str,
+                help=text.replace("%", "%%"),
+            )
+    help_ = "reward functions for the completions of files"
+    add("--rewards", dest="rewards.functions", nargs="+", metavar="NAME", help=help_)
+    code: Any = {"dest": "rewards.allow_code_verifiers", "action": "store_const", "const": True}
+    add("--allow-code-verifiers", help="run verifier functions from the data in a sandbox", **code)
+    add("--recipe", help="recipe that provides data, rewards and evaluation; flags override it")
+    add("--lm-eval-tasks", default="", help="further benchmarks, run by lm-eval: gsm8k,hellaswag")
+    add("--lm-eval-include-path", help="directory with further lm-eval tasks")
+    help_ = "earlier output directory: report the score differences with 95%% confidence intervals"
+    add("--against", type=Path, help=help_)
+    add("--batch-size", type=int, default=64, help="completions sampled at a time (default: 64)")
     add("--output-dir", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
-    add("--overwrite", action="store_true", help="replace results that are already there")
+    add("--overwrite", action="store_true", help="replace existing results")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--seed", type=int, default=0, help="seed of the sampling")
     add("--json", action="store_true", help="print results.json")
     options = parser.parse_args(arguments)
+    options.lm_eval_tasks = options.lm_eval_tasks.replace(",", " ").split()
     if options.batch_size < 1:
         raise UsageError("--batch-size must be at least 1")
     return options
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _json(text: str) -> Any:
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return found
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _config(options: argparse.Namespace) -> Config:
-    """The recipe's data, rewards and evaluation, or the default ones, with the flags over them."""
-    given = resolve(load_recipe(options.recipe) if options.recipe else {}).config
-    values: dict[str, dict[str, Any]] = {
-        "data": given.data.model_dump(),
-        "rewards": given.rewards.model_dump(),
-        "evaluation": given.evaluation.model_dump(),
-        "rollout": {"decoding": given.rollout.decoding},
-    }
-    evaluation = ("suites", "max_completion_length", "num_samples", "temperature", "limit", "answer_after")
-    data = ("prompt_format", "system_prompt", "chat_template_kwargs")
-    for section, keys in (("evaluation", evaluation), ("data", data)):
-        flags = {key: getattr(options, key) for key in keys}
-        values[section] |= {key: value for key, value in flags.items() if value is not None}
-    if options.rewards:
-        values["rewards"]["functions"] = options.rewards
-    if options.allow_code_verifiers:
-        values["rewards"]["allow_code_verifiers"] = True
-    config = resolve(dict(values)).config
+    """The recipe's data, rewards and evaluation, or the defaults, overridden by the flags."""
+    recipe = resolve(load_recipe(options.recipe) if options.recipe else {}).config
+    values = recipe.model_dump(include={"data", "rewards", "evaluation"})
+    for key, value in vars(options).items():
+        section, _, name = key.partition(".")
+        if name and value is not None:
+            values[section][name] = value
+    config = resolve({**values, "rollout": {"decoding": recipe.rollout.decoding}}).config
     if not config.evaluation.suites and not options.lm_eval_tasks:
         remedy = "give --suites, a recipe with evaluation.suites, or --lm-eval-tasks"
         raise UsageError(f"nothing to evaluate: {remedy}")
@@ -210,7 +188,7 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _put_on_device(model: Any) -> None:
-    """The machine's accelerator, in bf16 where it has that; Apple's GPUs lack the sampler's fp64."""
+    """Move the model to the accelerator, in bf16 if supported. Apple's GPUs lack the sampler's float64."""
     device = torch.accelerator.current_accelerator()
     if device is not None and device.type != "mps":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -218,12 +196,12 @@ def _put_on_device(model: Any) -> None:
 
 
 def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
-    """Another evaluation's results.json, if it can be compared with the suites that are wanted."""
+    """The results.json of another evaluation, which must have one of the wanted suites."""
     file = path / "results.json" if path.is_dir() else path
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not {"model", "settings", "suites"} <= found.keys():
-            raise ValueError("it is no results.json of uniapl evaluate")
+            raise ValueError("it is not a results.json of uniapl evaluate")
     except (OSError, ValueError) as error:
         raise UsageError(f"--against '{path}' cannot be read: {error}") from error
     if not {parse_suite(text)[0] for text in wanted} & found["suites"].keys():
@@ -231,15 +209,15 @@ def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _differences(summary: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
-    ours, theirs = summary["settings"], against["settings"]
+def _differences(results: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+    ours, theirs = results["settings"], against["settings"]
     changed = [key for key in ours if key not in ("suites", "limit") and ours[key] != theirs.get(key)]
     return {
         "model": against["model"],
-        "notes": [f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in changed],
+        "notes": [f"{key} is {ours[key]} here and was {theirs.get(key)} there" for key in changed],
         "suites": {
             name: paired(result, against["suites"][name])
-            for name, result in summary["suites"].items()
+            for name, result in results["suites"].items()
             if name in against["suites"]
         },
     }
@@ -249,76 +227,74 @@ def _make_directory(directory: Path, *, overwrite: bool) -> None:
     if any((directory / name).exists() for name in ("config.yaml", "checkpoints")):
         raise UsageError(f"--output-dir '{directory}' is the directory of a run: choose another")
     if (directory / "results.json").exists() and not overwrite:
-        remedy = "replace them by --overwrite, or choose another --output-dir"
+        remedy = "replace them with --overwrite, or choose another --output-dir"
         raise UsageError(f"'{directory}' already holds results: {remedy}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--output-dir '{directory}' cannot be made: {error}") from error
+        raise UsageError(f"cannot create --output-dir '{directory}': {error}") from error
 
 
-def _write(directory: Path, summary: dict[str, Any], found: dict[str, SuiteResult]) -> None:
+def _write(directory: Path, results: dict[str, Any], found: dict[str, SuiteResult]) -> None:
     lines = [json.dumps(one) for result in found.values() for one in result.completions]
     try:
         write_text(directory / "completions.jsonl", "".join(f"{line}\n" for line in lines))
-        write_text(directory / "results.json", json.dumps(summary, indent=1))
+        write_text(directory / "results.json", json.dumps(results, indent=1))
     except OSError as error:
-        raise UniAPLError(f"--output-dir '{directory}' cannot be written: {error}") from error
+        raise UniAPLError(f"cannot write to --output-dir '{directory}': {error}") from error
 
 
-def _show(summary: dict[str, Any], suites: Sequence[Suite], directory: Path, console: Console) -> None:
-    for suite in suites:
-        console.print(_table(suite, summary))
-        for note in notes(summary["suites"][suite.name], summary["settings"]["max_completion_length"]):
+def _show(results: dict[str, Any], directory: Path, console: Console) -> None:
+    minus = results.get("minus", {"suites": {}, "notes": []})
+    for name, result in results["suites"].items():
+        console.print(_table(name, result, minus))
+        for note in notes(result, results["settings"]["max_completion_length"]):
             console.print(f"note: {note}", markup=False, soft_wrap=True)
-    for note in summary.get("minus", {}).get("notes", []):
-        console.print(f"note: not alike: {note}", markup=False, soft_wrap=True)
-    for task, metrics in summary.get("lm_eval", {}).items():
+    for note in minus["notes"]:
+        console.print(f"note: the settings differ: {note}", markup=False, soft_wrap=True)
+    for task, metrics in results.get("lm_eval", {}).items():
         shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "stderr" not in name)
         console.print(f"lm-eval {task}: {shown}", markup=False)
-    console.print(f"{directory / 'results.json'}  {directory / 'completions.jsonl'}", markup=False)
+    console.print(f"results: {directory / 'results.json'}, {directory / 'completions.jsonl'}", markup=False)
 
 
-def _table(suite: Suite, summary: dict[str, Any]) -> Table:
-    result = summary["suites"][suite.name]
-    minus = summary.get("minus", {"suites": {}})
-    differences = minus["suites"].get(suite.name, {})
+def _table(name: str, result: dict[str, Any], minus: dict[str, Any]) -> Table:
+    differences = minus["suites"].get(name, {})
     title = (
-        f"{suite.name}: {result['prompts']} prompts, {result['samples']} answers each, "
-        f"{result['mean_length']:.0f} tokens on average, {result['truncated']:.1%} cut short"
+        f"{name}: {result['prompts']} prompts, completions per prompt: {result['samples']}, mean length: "
+        f"{result['mean_length']:.0f} tokens, truncated: {result['truncated']:.1%}"
     )
-    headers = ["score", "mean", "95 %", *result["floors"]]
-    table = Table(*headers, *([f"minus {minus['model']}"] if differences else []), title=title)
-    for name, value in result["scores"].items():
-        row = [name, _number(value["mean"]), _range(value)]
-        row += [_number(floor.get(name)) for floor in result["floors"].values()]
-        if differences:
-            difference = differences.get(name)
-            row.append(f"{_number(difference['mean'], '+')} {_range(difference, '+')}" if difference else "")
+    compared = [f"difference from {minus['model']} (95% interval)"] if differences else []
+    table = Table("score", "mean", "95% interval", *result["floors"], *compared, title=title)
+    for score, value in result["scores"].items():
+        row = [score, _number(value["mean"]), _range(value)]
+        row += [_number(floor.get(score)) for floor in result["floors"].values()]
+        if difference := differences.get(score):
+            row.append(f"{_number(difference['mean'], '+')} {_range(difference, '+')}")
         table.add_row(*row)
     return table
 
 
 def notes(result: dict[str, Any], limit: int) -> list[str]:
-    """What a reader of the scores must know not to be misled by them."""
-    said: list[str] = list(result["notes"])
+    """Warnings without which the scores of a suite could mislead.
+
+    Args:
+        limit: Maximum number of new tokens per completion.
+    """
+    found: list[str] = list(result["notes"])
     for reason, rows in result["left_out"].items():
-        said.append(f"{len(rows)} prompts are left out, {reason}")
+        found.append(f"{len(rows)} prompts are left out: {reason}")
     if result["truncated"] > TRUNCATED:
-        share = f"{result['truncated']:.0%} of the answers were cut at {limit} tokens"
-        said.append(f"{share} and are judged as they stand: raise --max-completion-length")
+        truncated = f"{result['truncated']:.0%} of the completions were truncated at {limit} tokens"
+        found.append(f"{truncated} and scored as they are: raise --max-completion-length to avoid this")
     if result["unscored"]:
-        said.append(f"{result['unscored']:.1%} of the answers could not be scored and count nowhere")
+        found.append(f"{result['unscored']:.1%} of the completions could not be scored and are not counted")
     headline = result["headline"]
     mean = result["scores"][headline]["mean"]
-    reached = [
-        name
-        for name, floor in result["floors"].items()
-        if mean is not None and (floor[headline] or 0) >= mean
-    ]
-    if reached:
-        said.append(f"{headline} is no better than answers that took no model: {', '.join(reached)}")
-    return said
+    reached = [name for name, floor in result["floors"].items() if (floor[headline] or 0) >= (mean or 0)]
+    if mean is not None and reached:
+        found.append(f"{headline} is not above these completions without a model: {', '.join(reached)}")
+    return found
 
 
 def _number(value: float | None, sign: str = "") -> str:

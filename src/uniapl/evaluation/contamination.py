@@ -1,6 +1,6 @@
-"""Which prompts of one set stand in another: whole, or with thirteen words in a row.
+"""Overlap between two sets of prompts: equal texts, or thirteen words in a row in common.
 
-The width of 13 is GPT-3's (arXiv 2005.14165, appendix C), which most reports on contamination have kept.
+The width of 13 is GPT-3's (arXiv 2005.14165, appendix C) and the one that most contamination reports use.
 """
 
 import re
@@ -13,11 +13,11 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """What of some texts stands in others, by position.
+    """Index of one of our texts -> index of a text of theirs that it overlaps with.
 
     Example:
-        Overlap(exact={0: 4}, ngram={0: 4, 2: 7}): our text 0 is their text 4; our text 2 has thirteen words
-        in a row of their text 7. What is exact is an n-gram too, however short.
+        Overlap(exact={0: 4}, ngram={0: 4, 2: 7}): our text 0 equals their text 4, and our text 2 has thirteen
+        words in a row in common with their text 7. An exact match of any length is an n-gram match too.
     """
 
     exact: dict[int, int]
@@ -25,25 +25,22 @@ class Overlap:
 
 
 def overlap(ours: Sequence[str], theirs: Sequence[str], *, width: int = WIDTH) -> Overlap:
-    """Our texts that stand in theirs; case, punctuation and white space do not count."""
-    whole: dict[tuple[str, ...], int] = {}
+    """Find our texts that occur in theirs, ignoring case, punctuation and white space."""
+    texts: dict[tuple[str, ...], int] = {}
     grams: dict[int, int] = {}
-    for place, text in enumerate(theirs):
-        words = _words(text)
-        if words:
-            whole.setdefault(words, place)
+    for index, text in enumerate(theirs):
+        if words := _words(text):
+            texts.setdefault(words, index)
         for gram in _grams(words, width):
-            grams.setdefault(gram, place)
+            grams.setdefault(gram, index)
     exact: dict[int, int] = {}
     ngram: dict[int, int] = {}
-    for place, text in enumerate(ours):
+    for index, text in enumerate(ours):
         words = _words(text)
-        if words in whole:
-            exact[place] = ngram[place] = whole[words]
-            continue
-        hit = next((grams[gram] for gram in _grams(words, width) if gram in grams), None)
-        if hit is not None:
-            ngram[place] = hit
+        if words in texts:
+            exact[index] = ngram[index] = texts[words]
+        elif hits := [grams[gram] for gram in _grams(words, width) if gram in grams]:
+            ngram[index] = hits[0]
     return Overlap(exact=exact, ngram=ngram)
 
 
@@ -52,5 +49,5 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _grams(words: tuple[str, ...], width: int) -> list[int]:
-    """Hashes of all runs of `width` words: the words themselves would take many times the memory."""
+    """Hashes of all runs of `width` words, which need a fraction of the memory of the words."""
     return [hash(words[i : i + width]) for i in range(len(words) - width + 1)]

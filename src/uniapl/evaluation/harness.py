@@ -1,4 +1,4 @@
-"""Every benchmark that lm-eval knows, on a model that is loaded already: what else training changed."""
+"""Benchmarks of lm-eval on a model that is already loaded, to see what else training changed."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from uniapl.errors import UniAPLError, UsageError
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
-    """lm-eval's task manager, which knows all these tasks.
+    """lm-eval's task manager, after a check that it knows all tasks.
 
     Args:
         tasks: Names of lm-eval's tasks or groups, e.g. gsm8k.
-        include_path: A folder with further task files.
+        include_path: A directory with further task files.
 
     Raises:
         UsageError: lm-eval is not installed, or does not know a task.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("lm-eval's tasks need lm-eval: pip install 'uniapl[eval]'")
+        raise UsageError("lm-eval is not installed: pip install 'uniapl[eval]'")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path)
@@ -39,13 +39,13 @@ def run_lm_eval(
     batch_size: int = 16,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value, as lm-eval reports them (standard errors included).
+    """Task -> metric -> value, as reported by lm-eval (standard errors included).
 
     Args:
-        manager: What :func:`find_tasks` has found.
+        manager: The result of :func:`find_tasks`.
 
     Raises:
-        UniAPLError: lm-eval cannot get a task's data, or fails.
+        UniAPLError: lm-eval cannot load a task's data, or fails.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -62,15 +62,13 @@ def run_lm_eval(
             bootstrap_iters=0,
             log_samples=False,
         )
-    except Exception as error:  # of data sets that cannot be had, and of the tasks' own code
+    except Exception as error:  # data sets may be unavailable, and tasks run their own code
         raise UniAPLError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     return {
         task: {
-            name.removesuffix(",none"): float(value) for name, value in metrics.items() if _is_number(value)
+            name.removesuffix(",none"): float(value)
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         for task, metrics in found["results"].items()
     }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,30 +1,30 @@
-"""One suite and one model: sample, decode, score, and what the scores are worth."""
+"""Evaluation of one model on one suite: sampling, scoring and statistics."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.evaluation import scores
-from uniapl.evaluation.suites import AT_ONCE, Suite
+from uniapl.evaluation.suites import BATCH_SIZE, Suite
 from uniapl.rollout import Sampler, SampleRequest
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
-"""One answer to every prompt that satisfies many formal constraints, and says nothing."""
+"""A text without content that satisfies many formal constraints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """What a model did on a suite."""
+    """The result of a model on a suite."""
 
     summary: dict[str, Any]
-    """As it stands in results.json."""
+    """The suite's entry in results.json."""
     completions: list[dict[str, Any]]
-    """Every answer with its scores."""
+    """Every completion with its scores: the lines of completions.jsonl."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -44,42 +44,44 @@ def evaluate_suite(
     with_floors: bool = True,
     advance: Callable[[float], None] = lambda prompts: None,
 ) -> SuiteResult:
-    """Answers to every prompt of a suite, and their scores.
+    """Sample completions of every prompt of a suite, and score them.
 
     Args:
-        sampler: The model's; greedy or not is its own matter.
-        num_samples: Answers per prompt, k in pass@k.
-        with_floors: Score answers that took no model, too.
-        advance: Told how many more prompts have been answered.
+        sampler: Samples from the model; its own settings determine whether it is greedy.
+        num_samples: Completions per prompt, k in pass@k.
+        with_floors: Also score baselines that use no model.
+        advance: Called with the number of prompts of each finished batch.
     """
-    examples = suite.examples
-    groups = _answers(suite, sampler, num_samples, seed, advance)
-    texts = [[_decode(tokenizer, rollout) for rollout in group] for group in groups]
-    flat, failure = suite.score(
-        [example for example in examples for _ in range(num_samples)],
-        [text for group in texts for text in group],
-        [rollout.completion_ids for group in groups for rollout in group],
-    )
-    scored = [flat[i * num_samples : (i + 1) * num_samples] for i in range(len(examples))]
-    rollouts = [rollout for group in groups for rollout in group]
+    examples = [example for example in suite.examples for _ in range(num_samples)]
+    rollouts = _sample(suite, sampler, num_samples, seed, advance)
+    texts = [str(tokenizer.decode(list(r.completion_ids), skip_special_tokens=True)) for r in rollouts]
+    flat, failure = suite.score(examples, texts, [rollout.completion_ids for rollout in rollouts])
+    scored = [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
+    sums = {name: scores.sums_of(scored, name) for name in flat[0]}
     summary: dict[str, Any] = {
-        "prompts": len(examples),
+        "prompts": len(suite.examples),
         "left_out": {reason: list(numbers) for reason, numbers in suite.left_out.items()},
         "samples": num_samples,
         "headline": suite.headline,
-        "scores": {name: scores.interval(scores.sums_of(scored, name)) for name in flat[0]},
+        "scores": {name: scores.interval(values) for name, values in sums.items()},
         "mean_length": sum(len(r.completion_ids) for r in rollouts) / len(rollouts),
-        "mean_words": sum(len(text.split()) for group in texts for text in group) / len(rollouts),
+        "mean_words": sum(len(text.split()) for text in texts) / len(rollouts),
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "unscored": sum(not answer[suite.headline] for answer in flat) / len(rollouts),
-        "per_prompt": {name: scores.sums_of(scored, name).tolist() for name in flat[0]},
-        "prompts_digest": [_digest(example) for example in examples],
-        "notes": [*suite.notes, *_remarks(suite, texts, failure)],
+        "unscored": sum(not values[suite.headline] for values in flat) / len(rollouts),
+        "per_prompt": {name: values.tolist() for name, values in sums.items()},
+        "prompts_digest": [_digest(example) for example in suite.examples],
+        "notes": [*suite.notes, *([f"scoring failed: {failure}"] if failure else [])],
     }
+    unmarked = sum(suite.answer_after not in text for text in texts) if suite.answer_after else 0
+    if unmarked:
+        summary["notes"].append(
+            f"{unmarked / len(texts):.0%} of the completions do not contain '{suite.answer_after}' and count "
+            "as empty"
+        )
     if num_samples > 1:
-        best = scores.pass_at_all(scored, suite.headline)
         kind = "best" if suite.headline == "reward" else "pass"
-        summary["scores"][f"{suite.headline}_{kind}@{num_samples}"] = scores.interval(best)
+        best = scores.interval(scores.pass_at_all(scored, suite.headline))
+        summary["scores"][f"{suite.headline}_{kind}@{num_samples}"] = best
     if with_floors:
         summary["floors"] = floors(suite, tokenizer)
     completions = [
@@ -89,86 +91,64 @@ def evaluate_suite(
             "prompt": example.prompt,
             "completion": text,
             "finish_reason": rollout.finish_reason,
-            **{name: list(values) for name, values in answer.items()},
+            **{name: list(one) for name, one in values.items()},
         }
-        for example, group, answers, rolled in zip(examples, texts, scored, groups, strict=True)
-        for text, answer, rollout in zip(group, answers, rolled, strict=True)
+        for example, text, rollout, values in zip(examples, texts, rollouts, flat, strict=True)
     ]
     return SuiteResult(summary=summary, completions=completions)
 
 
-def _answers(
+def _sample(
     suite: Suite, sampler: Sampler, num_samples: int, seed: int, advance: Callable[[float], None]
-) -> list[tuple[Rollout, ...]]:
-    """Some prompts at a time, of like length, so that it can be seen how far it is."""
+) -> list[Rollout]:
+    """`num_samples` rollouts per prompt, sampled in batches of prompts of similar length."""
     examples = suite.examples
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].prompt_ids))
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt_ids))
     found: dict[int, tuple[Rollout, ...]] = {}
-    for start in range(0, len(order), AT_ONCE):
-        chosen = order[start : start + AT_ONCE]
+    for start in range(0, len(order), BATCH_SIZE):
+        batch = order[start : start + BATCH_SIZE]
         groups = sampler.sample(
             SampleRequest(
-                prompts=[examples[place].prompt_ids for place in chosen],
-                seeds=[derive_seed(seed, "evaluate", suite.name, examples[place].row) for place in chosen],
+                prompts=[examples[index].prompt_ids for index in batch],
+                seeds=[derive_seed(seed, "evaluate", suite.name, examples[index].row) for index in batch],
                 num_generations=num_samples,
             )
         )
-        found |= dict(zip(chosen, groups, strict=True))
-        advance(len(chosen))
-    return [found[place] for place in range(len(examples))]
+        found |= zip(batch, groups, strict=True)
+        advance(len(batch))
+    return [rollout for index in range(len(examples)) for rollout in found[index]]
 
 
 def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | None]]:
-    """What answers score that no model wrote: nothing, the prompt itself, and one constant text."""
+    """Mean scores of completions that use no model: an empty one, the prompt itself, and a constant text."""
     prompts = [prompt_text(example.prompt) for example in suite.examples]
-    # Where only what stands behind a mark is judged, they stand behind it.
-    mark = suite.answer_after or ""
-    answers = {
-        name: [mark + text for text in texts]
-        for name, texts in (
-            ("empty", [""] * len(prompts)),
-            ("echo", prompts),
-            ("constant", [CONSTANT] * len(prompts)),
-        )
-    }
+    size = len(prompts)
     found: dict[str, dict[str, float | None]] = {}
-    for name, texts in answers.items():
+    for name, texts in {"empty": [""] * size, "echo": prompts, "constant": [CONSTANT] * size}.items():
+        # If only the text after a mark is scored, the text is put after it.
+        texts = [(suite.answer_after or "") + text for text in texts]
         ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-        scored, _ = suite.score(suite.examples, texts, ids)
+        flat, _ = suite.score(suite.examples, texts, ids)
         found[name] = {
-            score: scores.mean_of(scores.sums_of([[one] for one in scored], score)) for score in scored[0]
+            score: scores.mean_of(scores.sums_of([[one] for one in flat], score)) for score in flat[0]
         }
     return found
 
 
-def _remarks(suite: Suite, texts: Sequence[Sequence[str]], failure: str | None) -> list[str]:
-    said = [f"scoring failed: {failure}"] if failure else []
-    if suite.answer_after is not None:
-        without = [text for group in texts for text in group if suite.answer_after not in text]
-        if without:
-            share = len(without) / sum(len(group) for group in texts)
-            said.append(f"{share:.0%} of the answers never came to '{suite.answer_after}' and count as empty")
-    return said
-
-
 def _digest(example: Example) -> str:
-    """What a prompt is known by in another run's results."""
+    """Identifies a prompt in the results of another evaluation."""
     text = json.dumps(example.prompt, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
-    return str(tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True))
-
-
-def paired(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Score -> our mean minus theirs with its interval, over the prompts that both summaries have."""
-    places: dict[str, list[int]] = {}
-    for place, digest in enumerate(theirs["prompts_digest"]):
-        places.setdefault(digest, []).append(place)
-    # A prompt may stand there twice: the first belongs to the first.
-    common = [(i, places[d].pop(0)) for i, d in enumerate(ours["prompts_digest"]) if places.get(d)]
-    found: dict[str, dict[str, float | None]] = {}
+def paired(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, scores.Interval]:
+    """Score -> our mean minus theirs with its 95 % interval, over the prompts that both summaries have."""
+    indices: dict[str, list[int]] = {}
+    for index, digest in enumerate(theirs["prompts_digest"]):
+        indices.setdefault(digest, []).append(index)
+    # If a prompt occurs twice, its first occurrences form one pair.
+    common = [(i, indices[d].pop(0)) for i, d in enumerate(ours["prompts_digest"]) if indices.get(d)]
+    found: dict[str, scores.Interval] = {}
     for name, sums in ours["per_prompt"].items():
         if common and name in theirs["per_prompt"]:
             a = scores.as_sums([sums[i] for i, _ in common])

@@ -1,4 +1,4 @@
-"""From the scores of single answers to means with intervals, pass@k, and differences of two models."""
+"""Statistics of scores: means with confidence intervals, pass@k, and differences between two models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,17 +8,18 @@ from jaxtyping import Float64
 
 RESAMPLES = 2000
 Sums = Float64[np.ndarray, "prompts 2"]
-"""The sum of a score's values over a prompt's answers, and how many there are."""
-Means = Float64[np.ndarray, " resamples"]
+"""For each prompt, the sum of a score's values over the completions, and the number of values."""
+Interval = dict[str, float | None]
+"""`mean`, `low` and `high`; all None if no value is known."""
 
 
-def sums_of(answers: Sequence[Sequence[Mapping[str, Sequence[float]]]], score: str) -> Sums:
-    """One score over the answers of every prompt, added up.
+def sums_of(completions: Sequence[Sequence[Mapping[str, Sequence[float]]]], score: str) -> Sums:
+    """The sums of one score.
 
     Args:
-        answers: For each prompt, the scores of each of its answers.
+        completions: For each prompt, the scores of each of its completions.
     """
-    values = [[value for answer in prompt for value in answer[score]] for prompt in answers]
+    values = [[value for one in prompt for value in one[score]] for prompt in completions]
     return as_sums([[sum(one), len(one)] for one in values])
 
 
@@ -28,45 +29,39 @@ def as_sums(rows: Sequence[Sequence[float | int]]) -> Sums:
 
 
 def mean_of(sums: Sums) -> float | None:
-    """The mean over all values; None where there is none."""
+    """The mean over all values; None if there are none."""
     total, count = sums.sum(0)
     return float(total / count) if count else None
 
 
-def interval(sums: Sums) -> dict[str, float | None]:
-    """The mean with its 95 % interval over prompts: percentile bootstrap (Efron, 1979), from a fixed seed."""
-    known = sums[sums[:, 1] > 0]
-    if not len(known):
-        return {"mean": None, "low": None, "high": None}
-    return {"mean": mean_of(known), **_bounds(_resampled(known))}
+def interval(sums: Sums) -> Interval:
+    """The mean with its 95 % interval over prompts: percentile bootstrap (Efron, 1979) with a fixed seed."""
+    return _interval(sums[sums[:, 1] > 0])
 
 
-def difference(ours: Sums, theirs: Sums) -> dict[str, float | None]:
-    """Our mean minus theirs with its interval, over prompts that both have values of, resampled together."""
+def difference(ours: Sums, theirs: Sums) -> Interval:
+    """Our mean minus theirs with its 95 % interval, over prompts with values in both, resampled as pairs."""
     both = (ours[:, 1] > 0) & (theirs[:, 1] > 0)
-    ours, theirs = ours[both], theirs[both]
-    a, b = mean_of(ours), mean_of(theirs)
-    if a is None or b is None:
-        return {"mean": None, "low": None, "high": None}
-    return {"mean": a - b, **_bounds(_resampled(ours) - _resampled(theirs))}
+    return _interval(ours[both], theirs[both])
 
 
-def pass_at_all(answers: Sequence[Sequence[Mapping[str, Sequence[float]]]], score: str) -> Sums:
-    """The best of a prompt's k answers: of a score that is 0 or 1, pass@k (arXiv 2107.03374) with n = k."""
-    best = [max((v for answer in prompt for v in answer[score]), default=None) for prompt in answers]
+def pass_at_all(completions: Sequence[Sequence[Mapping[str, Sequence[float]]]], score: str) -> Sums:
+    """The best of each prompt's k completions: pass@k (arXiv 2107.03374) with n = k for a score of 0 or 1."""
+    best = [max((v for one in prompt for v in one[score]), default=None) for prompt in completions]
     return as_sums([[one or 0.0, one is not None] for one in best])
 
 
-def _resampled(sums: Sums) -> Means:
-    """Means of resampled prompts; the same prompts for every array of one length."""
+def _interval(*models: Sums) -> Interval:
+    """The mean of one model, or of the first minus the second; all are resampled at the same prompts."""
+
+    def statistic(prompts: Any) -> float:
+        means = [total / count for total, count in (sums[prompts].sum(0) for sums in models)]
+        return float(means[0] - sum(means[1:]))
+
+    size = len(models[0])
+    if not size:
+        return {"mean": None, "low": None, "high": None}
     rng = np.random.default_rng(0)
-    means = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        total, count = sums[rng.integers(0, len(sums), size=len(sums))].sum(0)
-        means[index] = total / count
-    return means
-
-
-def _bounds(means: Means) -> dict[str, Any]:
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"low": float(low), "high": float(high)}
+    resampled = [statistic(rng.integers(0, size, size=size)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return {"mean": statistic(slice(None)), "low": float(low), "high": float(high)}

@@ -1,4 +1,4 @@
-"""What can be evaluated: IFEval, IFBench, or any file of rows with any reward."""
+"""Suites of prompts with their scoring: IFEval, IFBench, or any file of rows with reward functions."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,27 +12,25 @@ from uniapl.data import rows as data
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
-from uniapl.rewards.checkers import Instruction
 from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
 from uniapl.types import Example
 
 BENCHMARKS = {"ifeval": "google/IFEval", "ifbench": "allenai/IFBench_test"}
-"""Name -> where its prompts are on the Hub. IFEval: arXiv 2311.07911; IFBench: arXiv 2507.02833."""
-
-KINDS = ("strict", "loose")
+"""Name -> Hub id of the prompts. IFEval: arXiv 2311.07911; IFBench: arXiv 2507.02833."""
+INSTRUCTION_SCORES = ("prompt_strict", "inst_strict", "prompt_loose", "inst_loose")
 
 Scores = Mapping[str, Sequence[float]]
-"""Score -> its values for one answer: one value, or one per instruction; none where it is not known."""
+"""Score -> its values for one completion: one, or one per instruction; none if the score is unknown."""
 Ids = Sequence[Sequence[int]]
 Score = Callable[[Sequence[Example], Sequence[str], Ids], tuple[list[Scores], str | None]]
-"""(examples, answers, their token ids) -> the scores of each, and the scoring's first failure, if any."""
-AT_ONCE = 64
-"""Answers in one call of a reward function, whose time is limited; and prompts sampled at a time."""
+"""(examples, completions, their token ids) -> the scores of each completion, and the first failure."""
+BATCH_SIZE = 64
+"""Completions in one call of a reward function, which has a time limit; also prompts sampled at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Prompts, and how an answer to one of them is scored.
+    """Prompts, and the function that scores completions of them.
 
     Examples:
         Suite(name="ifeval", examples=(...), score=f, headline="prompt_strict")
@@ -44,20 +42,20 @@ class Suite:
     examples: tuple[Example, ...]
     score: Score
     headline: str
-    """The score that the suite is known by; pass@k is of this one."""
+    """The main score, of which pass@k is computed."""
     left_out: Mapping[str, Sequence[int]]
-    """Why prompts were left out -> their row numbers."""
+    """Reason -> row numbers of the prompts left out."""
     notes: Sequence[str] = ()
-    """What the reward functions say of the rows."""
+    """Notes of the reward functions on the rows."""
     answer_after: str | None = None
-    """The mark behind which an answer begins, where only what follows it is judged."""
+    """If not None, only the text after this mark is scored."""
 
 
 def parse_suite(text: str) -> tuple[str, str]:
     """`ifeval`, `NAME=PATH` or `PATH` -> (name, path or Hub id).
 
     Raises:
-        UsageError: It is none of the three.
+        UsageError: The text has none of these forms.
     """
     name, equals, path = text.partition("=")
     if equals and name and path and "/" not in name:
@@ -67,7 +65,7 @@ def parse_suite(text: str) -> tuple[str, str]:
     if "=" not in Path(text).name and Path(text).suffix in (".jsonl", ".json", ".csv", ".parquet"):
         return Path(text).stem, text
     raise UsageError(
-        f"no suite '{text}': give {', '.join(BENCHMARKS)}, a file of rows, or NAME=PATH (a file or a Hub id)"
+        f"unknown suite '{text}': use {', '.join(BENCHMARKS)}, a file, or NAME=PATH (a file or Hub id)"
     )
 
 
@@ -79,82 +77,66 @@ def load_suites(
     stop_ids: Collection[int] = (),
     context_length: int | None = None,
 ) -> tuple[Suite, ...]:
-    """All suites of `evaluation.suites`; see `load_suite`.
-
-    Raises:
-        UsageError: Two have the same name; or what load_suite raises.
-    """
-    names = [parse_suite(text)[0] for text in config.evaluation.suites]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"two suites are called '{twice[0]}': give one another name, by NAME=PATH")
-    return tuple(
-        load_suite(
-            text, config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
-        )
-        for text in config.evaluation.suites
-    )
-
-
-def load_suite(
-    text: str,
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    functions: Sequence[Callable[..., Any]] = (),
-    stop_ids: Collection[int] = (),
-    context_length: int | None = None,
-) -> Suite:
-    """A suite with its prompts tokenised and its scoring tried.
+    """The suites of `evaluation.suites`, with their prompts tokenised and their scoring tried.
 
     Args:
-        text: As `parse_suite` reads it.
-        config: `data` says how prompts are read, `rewards` what scores a file's answers (benchmarks, and
-            files of their form where there are no rewards, have IFEval's scores), `evaluation` the rest.
-        functions: More reward functions, as callables.
+        config: `data` determines how prompts are read, and `rewards` how a file's completions are scored.
+            Benchmarks, and files in their format without reward functions, are scored as by IFEval.
+        functions: Further reward functions, as callables.
+        stop_ids: Tokens at which the sampler ends a completion.
+        context_length: The model's context length in tokens; longer prompts are left out.
 
     Raises:
-        UsageError: No such suite or file, rows that cannot be used, nothing that could score them.
+        UsageError: A suite does not exist, two have the same name, its rows are invalid or cannot be scored.
     """
-    name, path = parse_suite(text)
-    whole = {"path": path, "split": "train", "max_prompt_length": None, "max_demonstration_length": None}
-    read, rewards = config.data.model_copy(update=whole), config.rewards
-    try:
-        with data.named_source(path):
-            dataset = data.tokenize_rows(
-                data.read_rows(read)[: config.evaluation.limit],
-                tokenizer,
-                read,
-                stop_ids=stop_ids,
-                context_length=context_length,
-                max_completion_length=config.evaluation.max_completion_length,
+    sources = [parse_suite(text) for text in config.evaluation.suites]
+    names = [name for name, _ in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two suites are called '{name}': rename one with NAME=PATH")
+    suites: list[Suite] = []
+    unlimited = {"split": "train", "max_prompt_length": None, "max_demonstration_length": None}
+    for name, path in sources:
+        settings = config.data.model_copy(update={"path": path, **unlimited})
+        try:
+            with data.named_source(path):
+                dataset = data.tokenize_rows(
+                    data.read_rows(settings)[: config.evaluation.limit],
+                    tokenizer,
+                    settings,
+                    stop_ids=stop_ids,
+                    context_length=context_length,
+                    max_completion_length=config.evaluation.max_completion_length,
+                )
+            examples, notes, mark = dataset.examples, [], None
+            if name in BENCHMARKS or not (config.rewards.functions or functions):
+                mark = config.evaluation.answer_after
+                score, headline = _instruction_scores(examples, mark), "prompt_strict"
+            else:
+                rewarder = build_rewarder(config.rewards, functions)
+                rewarder.check_columns(examples)
+                notes = rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
+                rewarder.try_out(examples)
+                score, headline = _reward_scores(rewarder), "reward"
+        except UsageError as error:
+            key = "evaluation." if str(error).startswith("max_completion_length") else ""
+            raise UsageError(f"suite '{name}': {key}{error}") from error
+        suites.append(
+            Suite(
+                name=name,
+                examples=examples,
+                score=score,
+                headline=headline,
+                left_out=dataset.left_out,
+                notes=tuple(notes),
+                answer_after=mark,
             )
-        examples, notes = dataset.examples, []
-        if name in BENCHMARKS or (not rewards.functions and not functions):
-            score = _instruction_scores(examples, config.evaluation.answer_after)
-            headline = "prompt_strict"
-        else:
-            rewarder = build_rewarder(rewards, functions)
-            rewarder.check_columns(examples)
-            notes = rewarder.check_rows(examples, allow_code=rewards.allow_code_verifiers)
-            rewarder.try_out(examples)
-            score, headline = _reward_scores(rewarder), "reward"
-    except UsageError as error:
-        key = "evaluation." if str(error).startswith("max_completion_length") else ""
-        raise UsageError(f"suite '{name}': {key}{error}") from error
-    return Suite(
-        name=name,
-        examples=examples,
-        score=score,
-        headline=headline,
-        left_out=dataset.left_out,
-        notes=tuple(notes),
-        answer_after=config.evaluation.answer_after if headline == "prompt_strict" else None,
-    )
+        )
+    return tuple(suites)
 
 
 def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -> Score:
-    """IFEval's four scores, by the rows' own instructions."""
+    """IFEval's four scores, from the instructions in the rows."""
     bare = next((e.row for e in examples if e.columns.get("instruction_id_list") is None), None)
     if bare is not None:
         raise UsageError(
@@ -164,47 +146,43 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -
     given = instructions_of_rows(examples)
 
     def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
-        judged: list[Scores] = []
+        found: list[Scores] = []
         failure: str | None = None
         for example, text in zip(examples, texts, strict=True):
-            answer = text_after(text, answer_after)
+            values: dict[str, list[float]] = {name: [] for name in INSTRUCTION_SCORES}
             try:
-                judged.append(_judged(given[example.row], answer))
-            except Exception as error:  # a checker that raises has not judged: counted as unknown
+                answer = text_after(text, answer_after)
+                strict, loose = (
+                    check_instructions(given[example.row], answer, loose=loose) for loose in (False, True)
+                )
+                values["prompt_strict"], values["inst_strict"] = [float(all(strict))], [*map(float, strict)]
+                values["prompt_loose"], values["inst_loose"] = [float(all(loose))], [*map(float, loose)]
+            except Exception as error:  # a checker that raises gives no score
                 failure = failure or f"{type(error).__name__}: {error}"
-                judged.append({f"{level}_{kind}": [] for kind in KINDS for level in ("prompt", "inst")})
-        return judged, failure
+            found.append(values)
+        return found, failure
 
     return score
 
 
-def _judged(given: Sequence[Instruction], text: str) -> Scores:
-    scores: dict[str, list[float]] = {}
-    for kind in KINDS:
-        followed = check_instructions(given, text, loose=kind == "loose")
-        scores[f"prompt_{kind}"] = [float(all(followed))]
-        scores[f"inst_{kind}"] = [float(one) for one in followed]
-    return scores
-
-
 def _reward_scores(rewarder: Rewarder) -> Score:
-    """The reward, and each function's own value where there are several."""
+    """The reward, and the value of each function if there are several."""
 
     def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
         found: list[Scores] = []
         failure: str | None = None
-        for start in range(0, len(texts), AT_ONCE):
-            some = slice(start, start + AT_ONCE)
-            outcomes = rewarder.score(examples[some], texts[some], ids[some])
-            columns = {"reward": rewarder.combine(outcomes, len(texts[some]))}
-            if len(outcomes) > 1:
-                columns |= {f"rewards/{name}": outcome.values for name, outcome in outcomes.items()}
+        for start in range(0, len(texts), BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
+            outcomes = rewarder.score(examples[batch], texts[batch], ids[batch])
+            columns = {"reward": rewarder.combine(outcomes, len(texts[batch]))}
             for name, outcome in outcomes.items():
+                if len(outcomes) > 1:
+                    columns[f"rewards/{name}"] = outcome.values
                 if outcome.message is not None:
                     failure = failure or f"reward '{name}': {outcome.message}"
-            for place in range(len(texts[some])):
-                values = {key: column[place] for key, column in columns.items()}
-                found.append({key: [] if value is None else [float(value)] for key, value in values.items()})
+            for row in zip(*columns.values(), strict=True):
+                values = zip(columns, row, strict=True)
+                found.append({name: [] if value is None else [float(value)] for name, value in values})
         return found, failure
 
     return score

@@ -7,6 +7,7 @@ are AutoIF's (arXiv 2406.13542); the majority vote is our choice.
 """
 
 import ast
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +31,6 @@ class CodeVerifiers:
     runs_code_from_data = True
 
     def __init__(self) -> None:
-        self._sandbox: Sandbox | None = None
         self._problems: dict[tuple[Any, ...], dict[str, str | None]] = {}
 
     def __call__(
@@ -54,17 +54,13 @@ class CodeVerifiers:
             [Job(source, text) for source in self.reliable(sources, known, min_agreement)]
             for sources, known, text in zip(eval_func, cases or [None] * len(texts), texts, strict=True)
         ]
-        verdicts = iter(self.sandbox().run([job for row in jobs for job in row]))
+        verdicts = iter(self.sandbox.run([job for row in jobs for job in row]))
         return [_vote([next(verdicts) for _ in row]) for row in jobs]
 
+    @functools.cached_property
     def sandbox(self) -> Sandbox:
-        """The pool of workers.
-
-        Raises:
-            UsageError: No jail can be set up on this machine.
-        """
-        self._sandbox = self._sandbox or Sandbox()
-        return self._sandbox
+        """The pool of workers; a UsageError if no jail can be set up on this machine."""
+        return Sandbox()
 
     def reliable(self, functions: Any, cases: Any, min_agreement: float) -> list[str]:
         """Sources of the functions that agree with enough of their cases."""
@@ -79,7 +75,7 @@ class CodeVerifiers:
             jobs = [Job(source, text) for source in sources for text, _ in known]
             verdicts: dict[Job, Verdict] = {}
             for _ in range(ATTEMPTS):
-                verdicts |= zip(jobs, self.sandbox().run(jobs), strict=True)
+                verdicts |= zip(jobs, self.sandbox.run(jobs), strict=True)
                 jobs = [job for job in jobs if isinstance(verdicts[job], SandboxTimeoutError)]
             self._problems[key] = {
                 source: _problem([verdicts[Job(source, text)] for text, _ in known], known, min_agreement)
@@ -109,7 +105,7 @@ class CodeVerifiers:
             ]
             if None not in found.values():
                 unusable[example.row] = "which have no reliable function"
-        notes = [f"sandbox: {', '.join(self.sandbox().layers)}"]
+        notes = [f"sandbox: {', '.join(self.sandbox.layers)}"]
         if dropped:
             rest = len(dropped) - LISTED
             more = f"; and {rest} more (uniapl check --json lists them)" if rest > 0 else ""
@@ -141,8 +137,9 @@ def _sources(value: Any) -> list[str]:
     """The sources in `eval_func`: one, a list, or AutoIF's list of [source, score]; or JSON of these."""
     parsed = _parsed(value)
     parsed = parsed if isinstance(parsed, list | tuple) else [parsed]
-    sources = [item[0] if isinstance(item, list | tuple) and item else item for item in parsed]
-    if sources and all(isinstance(source, str) for source in sources):
+    items = [item[0] if isinstance(item, list | tuple) and item else item for item in parsed]
+    sources = [item for item in items if isinstance(item, str)]
+    if sources and len(sources) == len(items):
         return list(dict.fromkeys(sources))
     raise ValueError(f"'eval_func' must be Python source, or a list of sources, not {value!r:.80}")
 

@@ -163,7 +163,12 @@ class Sandbox:
                 verdict.set_result(SandboxError("the call was abandoned"))
                 continue
             try:
-                worker = worker or self._new_worker()
+                if worker is None:
+                    worker = _Worker(self._layers, self._seconds)
+                    with self._lock:
+                        self._workers.add(worker)
+                        if self._closed:
+                            worker.close()
                 verdict.set_result(worker.run(job))
             except Exception as error:  # any failure must reach the waiting caller
                 # The worker has ended or is silent; the next job starts another one.
@@ -173,14 +178,6 @@ class Sandbox:
                         self._workers.discard(worker)
                 worker = None
                 verdict.set_result(error if isinstance(error, SandboxError) else SandboxError(repr(error)))
-
-    def _new_worker(self) -> "_Worker":
-        worker = _Worker(self._layers, self._seconds)
-        with self._lock:
-            self._workers.add(worker)
-            if self._closed:
-                worker.close()
-        return worker
 
 
 class _Worker:
