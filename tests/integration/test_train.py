@@ -270,7 +270,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             "row 2: the demonstration is",
         ),
         ({"method": "sft"}, [{"prompt": "a"}], "no row has a 'completion'"),
-        ({"rewards": {}}, None, "name at least one in rewards.functions"),
+        ({"rewards": {}}, None, "set rewards.functions"),
         (
             {"rewards": {"functions": ["{tmp}/reward.py:f"]}, "_file": NEEDS_COLUMN},
             None,
