@@ -40,7 +40,7 @@ DOCUMENTS = [
 
 # Blocks that nobody runs: first line -> what they are.
 SHOWN = {
-    "examples/minimal_loop.py  the whole method on one flat page: read it first": "the repository's tree",
+    "examples/minimal_loop.py  the complete method in one file; start here": "the repository's tree",
     "runs/primes/": "a run's files",
     "checkpoints/step-000050/": "a checkpoint's files",
     "data[(rows)] --> prompts & demonstrations": "the picture of a step",
