@@ -130,9 +130,9 @@ def test_recipes_of_any_text(content: str | bytes, folder: Path) -> None:
     [
         ("stages: &a [*a]", "found unconstructable recursive node"),
         ("a: " + "[" * 1000, "nested too deeply"),
-        ("seed: " + "9" * 5000, "holds a value that cannot be read"),
-        ("seed: 0x_", "holds a value that cannot be read"),
-        ("seed: 2020-13-45", "holds a value that cannot be read"),
+        ("seed: " + "9" * 5000, "contains a value that cannot be read"),
+        ("seed: 0x_", "contains a value that cannot be read"),
+        ("seed: 2020-13-45", "contains a value that cannot be read"),
         ("optim: {1: 2}", "the key '1' is not text; put it in quotes"),
         ("seed: 1\n---\nseed: 2", "expected a single document"),
         ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     lora_alpha: int | None = Field(default=None, ge=1)
     """Scale the adapter's output by lora_alpha / lora_r; null scales it by 2."""
     lora_target_modules: Names = Field(default=("all-linear",), min_length=1)
-    """Layers that get an adapter, by the ends of their names; all-linear is all but the head."""
+    """Layers that get an adapter, by the ends of their names; all-linear selects all except the head."""
 
     @model_validator(mode="after")
     def _adapter_keys_need_a_rank(self) -> "ModelConfig":
@@ -48,20 +48,20 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default={})
     """Columns to rename, as {old name: new name}, such as {problem: prompt}."""
     prompt_format: Literal["text", "chat"] = "text"
-    """How string prompts are used; text as they are, chat as a user message in the chat template."""
+    """How string prompts are used; text keeps them verbatim, chat makes each one a user message."""
     system_prompt: str | None = None
     """System message for chat prompts that have none; null adds none."""
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default={})
     """Arguments of the chat template, such as {enable_thinking: false} for Qwen3."""
     max_prompt_length: int | None = Field(default=None, gt=0)
-    """Leave out rows whose prompt has more tokens; null keeps all that fit the context window."""
+    """Leave out rows whose prompt has more tokens than this; null keeps all that fit the context window."""
     max_demonstration_length: int | None = Field(default=None, gt=1)
-    """Leave out rows whose demonstration has more tokens; null keeps all that fit the context window. (A
-    truncated demonstration would train the policy not to stop.)"""
+    """Leave out rows whose demonstration has more tokens than this; null keeps all that fit the context
+    window. (A truncated demonstration would train the policy not to stop.)"""
 
 
 class RolloutConfig(Section):
-    """How completions are sampled."""
+    """Sampling of completions."""
 
     num_generations: int = Field(default=8, ge=2)
     """Rollouts per prompt (TRL's default)."""
@@ -77,7 +77,7 @@ class RolloutConfig(Section):
     """Maximum number of rollouts that are decoded at the same time."""
     decoding: Literal["fused", "plain"] = "fused"
     """fused runs fewer operations per token for models like Llama, Mistral, Qwen2 and Qwen3; plain runs the
-    model's own forward, which is the reference and what all other models use."""
+    model's own forward pass, which is the reference and is used for all other models."""
     sampler: Literal["local", "vllm"] = "local"
     """Sampler of the rollouts; local uses transformers in the training process, vllm uses vLLM."""
     vllm_mode: Literal["colocate", "server"] = "colocate"
@@ -85,17 +85,18 @@ class RolloutConfig(Section):
     vllm_server_base_url: str = "http://localhost:8000"
     """URL of the vLLM server (vllm_mode: server)."""
     vllm_timeout: float = Field(default=600.0, gt=0)
-    """Timeout of one call of vLLM, and of waiting for a server to start or restart, in seconds."""
+    """Timeout of one call to vLLM, and of waiting for a server to start or restart, in seconds."""
     vllm_gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
     """Fraction of the GPU's memory that a colocated vLLM uses (TRL's default)."""
     vllm_importance_sampling_clip_max: float = Field(default=2.0, ge=1)
     """Upper bound of the importance weights, which correct for the difference between vLLM and trainer."""
     vllm_max_logp_difference: float = Field(default=0.05, gt=0)
     """Stop the run when, with the same weights, the log-probabilities of vLLM and the trainer differ by more
-    nats per token in the mean of a completion."""
+    than this over a completion, in nats per token on average."""
     max_off_policy_steps: int = Field(default=0, ge=0, le=1)
     """Policy updates between sampling a rollout and training on it. With 1, a vLLM server samples the next
-    step's rollouts while this step trains, and importance weights correct for it; 0 samples first."""
+    step's rollouts while this step trains, and importance weights correct for the difference. With 0, every
+    step samples before it trains."""
 
     @model_validator(mode="after")
     def _off_policy_needs_a_server(self) -> "RolloutConfig":
@@ -108,12 +109,12 @@ class RolloutConfig(Section):
 
     @property
     def behind_server(self) -> bool:
-        """Whether a vLLM server samples, on a device of its own."""
+        """Whether a vLLM server samples, on its own device."""
         return self.sampler == "vllm" and self.vllm_mode == "server"
 
     @property
     def importance_cap(self) -> float | None:
-        """Upper bound of the importance weights; None where the trainer itself samples."""
+        """Upper bound of the importance weights; None if the trainer itself samples."""
         return self.vllm_importance_sampling_clip_max if self.sampler == "vllm" else None
 
 
@@ -123,20 +124,20 @@ class RewardFunctionConfig(Section):
     name: str
     """Name of a registered function, `module:function` or `path.py:function`."""
     weight: float = 1.0
-    """Factor in the sum over functions."""
+    """Weight in the sum over all functions."""
     args: dict[str, bool | int | float | str] = Field(default={})
-    """Keyword arguments that every call gets."""
+    """Keyword arguments of every call."""
 
 
 class RewardsConfig(Section):
-    """How completions are scored."""
+    """Scoring of completions."""
 
     functions: tuple[RewardFunctionConfig, ...] = ()
     """Reward functions, by name or as {name, weight, args}."""
     timeout: float | None = Field(default=60.0, gt=0)
-    """Timeout of one call of a function, in seconds; null calls it in the main thread without a limit."""
+    """Timeout of one call to a function, in seconds; null calls it in the main thread without a limit."""
     allow_code_verifiers: bool = False
-    """Run verifier functions that the data holds as Python source, in a sandbox (Linux only)."""
+    """Run verifier functions that the data contains as Python source, in a sandbox (Linux only)."""
 
     @field_validator("functions", mode="before")
     @classmethod
@@ -161,18 +162,18 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the gradient to this norm."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or a linear or cosine decay to 0 at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up of the learning rate; 0 starts at the full rate."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the update's backward pass: less memory, a third more work. Sampling keeps its
-    cache."""
+    """Recompute activations in the update's backward pass, which saves memory and costs a third more compute.
+    Sampling keeps its cache."""
     bf16: bool | None = None
     """Use bf16 autocast; null uses it on GPUs and not on CPUs."""
 
 
 class BatchingConfig(Section):
-    """What one step holds and how it is split into micro-batches, which does not change the loss."""
+    """Contents of one step, and its split into micro-batches, which does not change the loss."""
 
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts for which each step samples rollouts."""
@@ -181,68 +182,70 @@ class BatchingConfig(Section):
     per_device_train_batch_size: int | None = Field(default=None, ge=1)
     """Maximum number of rows of a micro-batch; null limits only its tokens."""
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Maximum number of tokens of a micro-batch, which holds at least one row. A shared prompt counts once,
-    and padding counts where rows are not packed."""
+    """Maximum number of tokens of a micro-batch, which has at least one row. A shared prompt counts once, and
+    padding counts if rows are not packed."""
     packing: bool = True
-    """Pack rows without padding, each prompt once, without rows whose gradient is zero, if the model's
-    attention allows it; false pads rows, which is the reference."""
+    """Pack rows without padding, with each prompt once and without rows whose gradient is zero, if the
+    model's attention supports it; false pads rows, which is the reference."""
 
 
 class HealthConfig(Section):
-    """When a run warns, and when it stops (exit code 3)."""
+    """Thresholds at which a run prints a warning or stops (exit code 3)."""
 
     max_skipped_steps: int = Field(default=5, ge=1)
     """Stop after this many consecutive steps with a non-finite gradient or only failed reward calls."""
     window: int = Field(default=10, ge=2)
-    """Steps whose metrics each warning reads; some warnings compare them with as many steps before."""
+    """Steps over which each warning is evaluated; some warnings compare them with as many earlier steps."""
     max_frac_reward_zero_std: float = Field(default=0.9, ge=0, le=1)
-    """Warn when at least this fraction of the groups has equal rewards throughout."""
+    """Warn when all rewards are equal in at least this fraction of the groups."""
     max_clipped_ratio: float = Field(default=0.5, ge=0, le=1)
-    """Warn when more than this fraction of the completions is cut off at the length limit."""
+    """Warn when more than this fraction of the completions is truncated at the length limit."""
     min_entropy: float = Field(default=0.02, ge=0)
     """Warn when the policy's entropy is below this, in nats per token."""
     max_kl_growth: float = Field(default=10.0, gt=1)
-    """Warn when the KL of a step is more than this many times its usual value."""
+    """Warn when the KL of a step is more than this many times the median of the steps before."""
     max_length_growth: float = Field(default=2.0, gt=1)
-    """Warn when the length exceeds this many times that of the window before, or of the demonstrations."""
+    """Warn when the mean length exceeds this many times the previous window's or the demonstrations'."""
     max_length_advantage: float = Field(default=0.1, ge=0)
-    """Warn when a classifier by length alone beats the discriminator's accuracy by more than this."""
+    """Warn when a classifier that uses only the length is more accurate than the discriminator by more than
+    this."""
     max_discriminator_accuracy: float = Field(default=0.99, ge=0, le=1)
     """Warn when the discriminator's accuracy on new pairs is at least this."""
     max_sampling_difference: float = Field(default=0.05, ge=0)
-    """Warn when sampler and trainer differ by more than this, in nats per token averaged over a step."""
+    """Warn when log-probabilities of sampler and trainer differ by more than this, in nats per token averaged
+    over a step."""
 
 
 class EarlyStoppingConfig(Section):
-    """When a stage ends before its last step; metrics hold the reason as `early_stopping/reason`."""
+    """Rules that end a stage before its last step; `early_stopping/reason` in metrics.jsonl is the reason."""
 
     metric: str = "reward"
-    """Metric that `target` and `patience` watch: any number in metrics.jsonl except times."""
+    """Metric to which `target` and `patience` apply: any number in metrics.jsonl except times."""
     greater_is_better: bool = True
     """Whether a greater value of the metric is better."""
     target: float | None = None
     """End the stage when the metric reaches this value; null sets no target."""
     patience: int | None = Field(default=None, ge=1)
-    """End the stage after this many consecutive values that do not improve on the best; null never does."""
+    """End the stage when the metric has not improved for this many values; null disables this rule."""
     max_tokens: int | None = Field(default=None, ge=1)
     """End the stage after training on this many completion tokens; null sets no limit."""
 
 
 class EvaluationConfig(Section):
-    """The evaluation on other prompts, every `eval_steps` and by `uniapl evaluate`."""
+    """Evaluation on held-out prompts, every `eval_steps` steps and by `uniapl evaluate`."""
 
     suites: Names = ()
-    """Files of rows (PATH or NAME=PATH), ifeval or ifbench; the run's rewards score completions."""
+    """ifeval, ifbench, or files of rows (PATH or NAME=PATH); the run's rewards score the rows of files."""
     max_completion_length: int = Field(default=1280, ge=1)
     """Maximum number of new tokens per completion (lm-eval's limit)."""
     num_samples: int = Field(default=1, ge=1)
     """Completions per prompt: the k of pass@k."""
     temperature: float | None = Field(default=None, ge=0)
-    """Sampling temperature; 0 takes the most likely token, null is 0 for one sample and 1 for several."""
+    """Sampling temperature; 0 takes the most likely token, null uses 0 for one sample and 1 for several."""
     limit: int | None = Field(default=None, ge=1)
     """Evaluate only this many prompts from the start of each suite; null evaluates all."""
     answer_after: str | None = None
-    """Score only the text after this mark, such as </think>, in benchmarks; null scores all text."""
+    """In benchmarks, score only the text after this marker, such as </think>; null scores all text."""
 
     @property
     def sampling_temperature(self) -> float:
@@ -252,7 +255,9 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _samples_differ(self) -> "EvaluationConfig":
         if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(f"num_samples {self.num_samples} at temperature 0 would be equal completions")
+            raise ValueError(
+                f"num_samples {self.num_samples} at temperature 0 would give identical completions"
+            )
         return self
 
 
@@ -260,7 +265,7 @@ class Config(Section):
     """The configuration of a run."""
 
     method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"] = "uniapl"
-    """Training method; it fixes or proposes values of `objective`."""
+    """Training method; it sets some values of `objective` and provides defaults for others."""
     output_dir: str = "runs/uniapl"
     """Directory of the run."""
     overwrite: bool = False
@@ -276,11 +281,11 @@ class Config(Section):
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints to keep."""
     logging_steps: int = Field(default=1, ge=1)
-    """Steps between lines on the console; the files get every step."""
+    """Steps between lines on the console; the files contain every step."""
     log_completions_steps: int = Field(default=20, ge=0)
-    """Steps between printing two sampled completions next to their demonstration; 0 never prints any."""
+    """Steps between printing two sampled completions next to their demonstration; 0 prints none."""
     report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
-    """Trackers that get the metrics in addition to metrics.jsonl."""
+    """Trackers that receive the metrics in addition to metrics.jsonl."""
     log_gradients_steps: int = Field(default=0, ge=0)
     """Steps between measurements of each loss component's own gradient, each of which costs a forward and a
     backward pass per component; 0 never measures."""

@@ -19,22 +19,22 @@ class ObjectiveConfig(Section):
     mu_decay_steps: int = Field(default=50, ge=0)
     """Steps of the cosine decay from mu_peak to mu_valley; 0 drops to mu_valley without a decay."""
     mu_controller: Literal["schedule", "reward", "gate"] = "schedule"
-    """How mu is set: schedule by the step; reward as mu_threshold minus the mean reward, between mu_valley
-    and mu_peak (CHORD, appendix B.1); gate per prompt: a prompt whose rollouts all fail is trained on its
-    demonstration in that step (HPT), and mu is the fraction of such prompts."""
+    """schedule sets mu by the step; reward sets it to mu_threshold minus the mean reward, between mu_valley
+    and mu_peak (CHORD, appendix B.1); gate applies per prompt: a prompt whose rollouts all fail is trained on
+    its demonstration in that step (HPT), and mu is the fraction of such prompts."""
     mu_threshold: float = 0.5
-    """mu is this threshold minus the mean reward (mu_controller: reward)."""
+    """Threshold from which the mean reward is subtracted to get mu (mu_controller: reward)."""
     gate_threshold: float = 0.0
-    """Reward that a rollout must exceed so that it does not fail (mu_controller: gate)."""
+    """A rollout fails if its reward does not exceed this value (mu_controller: gate)."""
     reward_weight: float = Field(default=1.0, ge=0)
-    """Factor of the rewards' loss component, next to 1 - mu; 0 only logs rewards."""
+    """Factor of the rewards' loss component in addition to 1 - mu; 0 only logs the rewards."""
     lambda_adv: float = Field(default=2.0, ge=0)
     """Weight of the adversarial loss; the initial weight if lambda_controller adapts it. 0 disables it."""
     lambda_controller: Literal["fixed", "dual", "pid"] = "fixed"
     """fixed keeps lambda_adv; dual and pid adapt it so that the expert gap stays below max_expert_gap, by
     dual ascent on log lambda (Safe RLHF) or with a PID controller (arXiv 2007.03964)."""
     max_expert_gap: float = Field(default=0.1, gt=0, lt=0.5)
-    """How far the win rate may stay below 0.5, at which policy and expert cannot be distinguished."""
+    """Maximum distance of the win rate below 0.5, at which policy and expert cannot be distinguished."""
     lambda_learning_rate: float = Field(default=0.5, gt=0)
     """Learning rate of the dual ascent on log lambda."""
     lambda_gains: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (10.0, 0.5, 0.0)
@@ -44,7 +44,7 @@ class ObjectiveConfig(Section):
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL to a reference model; 0 disables it and keeps no reference in memory."""
     reference_step: int = Field(default=0, ge=0)
-    """Step of the stage whose policy is the KL's reference, without a KL before; 0 is the initial policy."""
+    """Step of the stage whose policy is the reference; no KL applies before it. 0 uses the initial policy."""
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clip width of the ratio, and the upper one if epsilon_high is null."""
     epsilon_high: float | None = Field(default=None, gt=0)
@@ -52,9 +52,9 @@ class ObjectiveConfig(Section):
     num_iterations: int = Field(default=1, ge=1)
     """Policy updates per sampled batch."""
     scale_rewards: Literal["none", "group"] = "group"
-    """Divide advantages by the standard deviation of the group (TRL's default); none does not (Dr. GRPO)."""
+    """group divides advantages by the group's standard deviation, as TRL does; none does not (Dr. GRPO)."""
     sft_token_weight: Literal["none", "is", "phi", "luffy"] = "none"
-    """Weight of a demonstration token with probability p: none 1, is p, phi p(1-p), luffy p/(p+0.1)."""
+    """Weight of a demonstration token with probability p: none is 1, is p, phi p(1-p), luffy p/(p+0.1)."""
     adversarial_credit: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = "win_probability"
     """Function of the discriminator's logit that is the adversarial credit of a rollout."""
     adversarial_placement: Literal["loss", "reward"] = "loss"
@@ -121,7 +121,7 @@ class DiscriminatorConfig(Section):
     timeout: float = Field(default=60.0, gt=0)
     """Timeout of one request to the discriminator server, in seconds (kind: remote)."""
     max_retries: int = Field(default=3, ge=0)
-    """How often a failed request is repeated before the run ends; 0 never repeats it (kind: remote)."""
+    """Retries of a failed request before the run ends; 0 never retries (kind: remote)."""
     density_ratio_reference: Literal["start", "policy"] = "start"
     """Denominator of the ratio: the stage's initial policy, or the current one (kind: density-ratio)."""
     learning_rate: float = Field(default=1e-5, gt=0)
@@ -131,9 +131,9 @@ class DiscriminatorConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the discriminator's gradient to this norm."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Fraction of pairs that the loss assumes to be labelled the wrong way round."""
+    """Fraction of pairs that the loss assumes to be labeled incorrectly."""
     warmup_steps: int = Field(default=10, ge=0)
-    """Steps at the start of the stage with lambda 0, so that the discriminator is trained before it acts."""
+    """Steps at the start of the stage in which the discriminator is trained and lambda is 0."""
     updates_per_step: int = Field(default=2, ge=1)
     """Discriminator updates per policy step."""
     replay_fraction: float = Field(default=0.5, ge=0, lt=1)
@@ -141,10 +141,11 @@ class DiscriminatorConfig(Section):
     replay_size: int = Field(default=256, ge=0)
     """Groups that are kept for replay; 0 keeps none."""
     held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Fraction of demonstrations kept from the discriminator to measure generalization; 0 uses all."""
+    """Fraction of demonstrations reserved to measure the discriminator's generalization; 0 trains on all."""
     freeze_after_steps: int | None = Field(default=None, ge=1)
     """Stop training the discriminator after this many steps of the stage; null trains it throughout."""
     min_accuracy: float = Field(default=0.55, ge=0, le=1)
     """Set lambda to 0 while the discriminator's accuracy on new pairs is below this."""
     accuracy_band: FractionInterval = (0.85, 0.95)
-    """Pause the discriminator's training above the upper accuracy on new pairs, until below the lower."""
+    """Pause the discriminator's training when its accuracy on new pairs exceeds the upper bound, until it is
+    below the lower bound."""

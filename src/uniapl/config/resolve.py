@@ -38,7 +38,7 @@ class Resolved:
     sources: dict[str, str]
     """Dotted key -> "default", "method", "recipe" or "flag"."""
     notes: tuple[str, ...]
-    """What the user should know about the merge."""
+    """Notes on the merge for the user."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -79,7 +79,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     except RecursionError as error:
         raise UsageError(f"the recipe '{path}' is not valid YAML: it is nested too deeply") from error
     except Exception as error:  # PyYAML lets errors of int() and date() through.
-        raise UsageError(f"the recipe '{path}' holds a value that cannot be read: {error!r}") from error
+        raise UsageError(f"the recipe '{path}' contains a value that cannot be read: {error!r}") from error
     if not isinstance(content, dict):
         raise UsageError(f"the recipe '{path}' must be a mapping of keys to values")
     return content
@@ -202,7 +202,7 @@ def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inactive_components(config: Config) -> list[str]:
-    """Notes on loss components that are enabled and begin only after the last step."""
+    """Notes on loss components that are enabled but would begin only after the last step."""
     if config.stages:
         return []
     objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"

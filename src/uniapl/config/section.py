@@ -29,7 +29,7 @@ def _as_tuple(value: Any) -> Any:
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
-        raise ValueError("must be two numbers low <= high")
+        raise ValueError("must be two numbers with low <= high")
     return bounds
 
 

@@ -39,7 +39,7 @@ OTHER_NAMES = {
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
-    """The end of the error for an unknown key: the key that was probably meant, or where all are listed."""
+    """The end of the error for an unknown key: the key that was probably meant, or how to list all keys."""
     leaf = key.rsplit(".", 1)[-1]
     # Of keys with the same leaf the first is meant, and of the two optimizers the policy's.
     ordered = sorted(known, key=lambda name: name.startswith("discriminator."))
