@@ -426,7 +426,7 @@ def test_a_key_that_is_invalid_in_a_header(
     with serving() as endpoint:
         assert collect(endpoint, tmp_path, "--api-key-variable", "MY_KEY") == 2
     said = capsys.readouterr().err
-    assert "the environment variable MY_KEY holds characters that no API key contains" in said
+    assert "the environment variable MY_KEY contains characters that no API key has" in said
     assert "sk-one" not in said
 
 
@@ -501,7 +501,7 @@ def test_replies_of_another_model_are_reported_once(
     with serving(reply) as endpoint:
         assert collect(endpoint, tmp_path) == 0
     said = capsys.readouterr().out
-    assert said.count("4 replies name another model than 'expert': cheaper") == 1
+    assert said.count("4 replies name a model other than 'expert': cheaper") == 1
     assert [row["source"]["model"] for row in lines(tmp_path / "out.jsonl")] == ["expert"] + ["cheaper"] * 4
 
 
@@ -659,7 +659,7 @@ def test_an_unusable_row_is_named(
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
         (["--timeout", "0"], "--timeout must be more than 0"),
         (["--best-of-n"], "--min-reward and --best-of-n need --rewards"),
-        (["--num-samples", "2", "--temperature", "0"], "samples equal completions"),
+        (["--num-samples", "2", "--temperature", "0"], "gives equal completions"),
     ],
 )
 def test_invalid_options(

@@ -64,7 +64,7 @@ def test_completions_are_those_of_the_server(
     command = ["collect", str(path), "-o", str(output), "--model", model, *flags, "--concurrency", "1"]
     assert cli.run(command) == 0
     # The server appends the revision to the model's name.
-    assert f"name another model than '{model}': {model}@main" in capsys.readouterr().out
+    assert f"name a model other than '{model}': {model}@main" in capsys.readouterr().out
     cached = lines(tmp_path / "out.jsonl.cache.jsonl")
     expected = [ask(url, model, prompt, 1 + k) for prompt in "abc" for k in range(3)]
     assert [(one["content"], one["finish_reason"]) for one in cached] == expected

@@ -29,34 +29,34 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("[--key value ...]", "train on a small task that is part of the package, in minutes"),
+    "demo": Verb("[--key value ...]", "train on a small bundled task, in minutes"),
     "compare": Verb(
         "[--methods a,b] [--seeds 5]",
         "compare methods on the demo task at equal budget, with intervals",
         "interrupted; finished cells are kept, and the same command continues with the others",
     ),
-    "train": Verb("RECIPE.yaml [--key value ...]", "run a recipe (--quiet; --json for scripts)"),
+    "train": Verb("RECIPE.yaml [--key value ...]", "train with a recipe (--quiet; --json for scripts)"),
     "check": Verb("RECIPE.yaml [--key value ...]", "check a recipe without training (--json for scripts)"),
     "evaluate": Verb(
         "MODEL --suites ifeval ...",
         "score a model on IFEval, IFBench or your own files",
         "interrupted; nothing was written",
     ),
-    "report": Verb("RUN ... [-o FILE]", "write an HTML page for one or several runs"),
+    "report": Verb("RUN ... [-o FILE]", "write an HTML report of one or several runs"),
     "chat": Verb("MODEL", "chat with a model, line by line"),
     "export": Verb("RUN -o DIRECTORY", "write a run's model, with an adapter merged into its base"),
     "compose": Verb("PROMPTS -o TRAIN.jsonl", "combine prompts with checkable instructions"),
     "collect": Verb(
         "PROMPTS -o TRAIN.jsonl",
-        "collect demonstrations from an OpenAI-compatible endpoint",
+        "generate demonstrations with an OpenAI-compatible endpoint",
         "interrupted; completions received so far are kept, and the same command continues with the others",
     ),
-    "pretrain-discriminator": Verb("DATA ...", "train a frozen discriminator (POLAR) from several policies"),
+    "pretrain-discriminator": Verb("DATA ...", "train a POLAR discriminator on completions of policies"),
 }
 
 HELP_FLAGS = ("-h", "--help", "--help-all")
 EXIT_CODES = """\
-exit codes: 0 ok, 1 failed, 2 usage, configuration or data,
+exit codes: 0 ok, 1 failed, 2 usage, configuration or data error,
             3 stopped by a health rule, 130 or 143 interrupted
 """
 HELP = f"""\
@@ -67,7 +67,7 @@ One-stage post-training of language models: demonstrations, rewards and an adver
 
 verbs:
 {"".join(f"  {f'{name} {verb.usage}':<37} {verb.summary}{chr(10)}" for name, verb in VERBS.items())}
-Every key of the recipe is a flag: --max-steps 60 --objective.lambda-adv 0.1
+Every key of the recipe is also a flag: --max-steps 60 --objective.lambda-adv 0.1
 `uniapl train --help` lists the most important keys, `uniapl train --help-all` lists every key.
 
 {EXIT_CODES}"""

@@ -1,4 +1,4 @@
-"""`uniapl chat`: talk to a model in the terminal."""
+"""`uniapl chat`: chat with a model in the terminal."""
 
 import argparse
 import contextlib
@@ -49,7 +49,7 @@ def chat(arguments: Sequence[str]) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """The non-empty lines of the input, which Ctrl-D or the end of a pipe ends."""
+    """The non-empty lines of the input, until Ctrl-D or the end of a pipe."""
     with contextlib.suppress(EOFError):
         while True:
             if line := input("> " if sys.stdin.isatty() else "").strip():
@@ -63,6 +63,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--system", help="system message")
     add("--temperature", type=float, default=0.7, help="sampling temperature; 0 takes the most likely token")
     add("--max-new-tokens", type=int, default=512, help="maximum number of tokens per completion")
-    add("--seed", type=int, default=0, help="seed of sampling")
+    add("--seed", type=int, default=0, help="seed of the sampling")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     return parser.parse_args(arguments)

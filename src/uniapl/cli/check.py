@@ -31,7 +31,7 @@ def check(arguments: Sequence[str]) -> None:
         UsageError: Training would stop with the same error.
     """
     resolved = resolve_arguments("check", [a for a in arguments if a != "--json"])
-    # Reward functions may print, and standard output must hold only the report.
+    # Reward functions may print, and standard output must contain only the report.
     with contextlib.redirect_stdout(sys.stderr):
         report = check_run(resolved)
     if "--json" in arguments:
@@ -99,13 +99,13 @@ def print_report(report: dict[str, Any]) -> None:
         lines.append(
             f"{'warning: ' if pairs else ''}suite '{name}': {len(found['exact'])} of {report['examples']} "
             f"training prompts are also in the suite, {len(found['ngram'])} more share {WIDTH} consecutive "
-            f"words with a prompt of it{f' ({_listed(pairs, 5)})' if pairs else ''}"
+            f"words with one of its prompts{f' ({_listed(pairs, 5)})' if pairs else ''}"
         )
     for number, (stage, memory) in enumerate(zip(report["stages"], report["memory"], strict=True), start=1):
         lines.append(f"stage {number}: {', '.join(f'{key} {value}' for key, value in stage.items())}")
         lines.append(f"stage {number}: {memory['text']}")
     preview = report["preview"]
-    lines.append(f"row {preview['row']} as the model receives it, with the tokens in the loss in [[ ]]:")
+    lines.append(f"row {preview['row']} as the model receives it (the tokens in the loss are in [[ ]]):")
     for line in (*lines, preview["text"], "ok"):
         console.print(line, markup=False)
 
@@ -140,7 +140,7 @@ def _memory(config: Config, inputs: RunInputs) -> dict[str, Any]:
 
 
 def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
-    """How many rows a step of a stage has, and how often the stage passes over the data."""
+    """The number of rows in a step of a stage, and of passes over the data."""
     prompts, demonstrations = streams(config, inputs.dataset, inputs.rewarder)
     objective, batching = config.objective, config.batching
     report: dict[str, Any] = {"method": config.method, "steps": config.max_steps}

@@ -34,7 +34,7 @@ def collect(arguments: Sequence[str]) -> dict[str, Any]:
     if not options.json:
         summary = _collect(options, Console(highlight=False))
     else:
-        # Reward functions and their libraries may print to stdout, which holds only the summary.
+        # Reward functions and their libraries may print, and standard output must contain only the summary.
         with contextlib.redirect_stdout(sys.stderr):
             summary = _collect(options, Console(highlight=False, quiet=True))
         print(json.dumps(summary, indent=1))
@@ -124,7 +124,7 @@ def _request(
     options: argparse.Namespace,
     console: Console,
 ) -> tuple[Progress, dict[int, str]]:
-    """Send the requests that the cache has no reply to; their counts, and the reasons of failures by row."""
+    """Send the requests without a cached reply; return their counts, and the reasons of failures by row."""
     from uniapl.collect.client import request_all
 
     missing = {key: request for key, request in requests.items() if key not in cache.replies}
@@ -155,7 +155,7 @@ def _other_models(replies: Sequence[Reply], model: str) -> list[str]:
     others = [reply.model for reply in replies if reply.model not in (None, model)]
     if not others:
         return []
-    return [f"{len(others)} replies name another model than '{model}': {', '.join(sorted(set(others))):.200}"]
+    return [f"{len(others)} replies name a model other than '{model}': {', '.join(sorted(set(others))):.200}"]
 
 
 def _lines(summary: dict[str, Any], progress: Progress) -> list[str]:
@@ -183,7 +183,7 @@ def _key(variable: str) -> str | None:
     """The API key, if one is set. An invalid one would be printed in an error of the HTTP library."""
     key = os.environ.get(variable, "").strip()
     if key and not (key.isascii() and key.isprintable()):
-        raise UsageError(f"the environment variable {variable} holds characters that no API key contains")
+        raise UsageError(f"the environment variable {variable} contains characters that no API key has")
     return key or None
 
 
@@ -206,13 +206,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     help_ = """more keys of the request, as JSON: '{"chat_template_kwargs": {"enable_thinking": false}}'"""
     add("--extra-body", type=_extra_body, default={}, metavar="JSON", help=help_)
     add("--system-prompt", help="system prompt for prompts that have none")
-    add("--keep-thinking", action="store_true", help="keep <think>...</think> (default: cut it off)")
-    add("--rewards", nargs="+", metavar="NAME", help="score with reward functions: names, or FILE:FUNCTION")
+    add("--keep-thinking", action="store_true", help="keep <think>...</think> (default: remove it)")
+    add(
+        "--rewards",
+        nargs="+",
+        metavar="NAME",
+        help="reward functions that score completions: names, or FILE:FUNCTION",
+    )
     add("--min-reward", type=float, help="drop completions with a lower reward")
     add("--best-of-n", action="store_true", help="keep only the best completion of each prompt")
-    add("--allow-code-verifiers", action="store_true", help="as the key rewards.allow_code_verifiers")
+    add("--allow-code-verifiers", action="store_true", help="same as rewards.allow_code_verifiers")
     add("--concurrency", type=int, default=32, help="simultaneous requests (default: 32)")
-    add("--timeout", type=float, default=120.0, help="seconds for one try of a request (default: 120)")
+    add("--timeout", type=float, default=120.0, help="timeout of one request, in seconds (default: 120)")
     add("--max-retries", type=int, default=6, help="retries of a failed request (default: 6)")
     help_ = "environment variable with the API key, which is never written to a file (default: %(default)s)"
     add("--api-key-variable", default="OPENAI_API_KEY", metavar="NAME", help=help_)
@@ -241,7 +246,7 @@ def _check(options: argparse.Namespace) -> None:
     if (options.min_reward is not None or options.best_of_n) and not options.rewards:
         raise UsageError("--min-reward and --best-of-n need --rewards")
     if options.num_samples > 1 and options.temperature == 0:
-        raise UsageError("--num-samples with --temperature 0 samples equal completions: raise --temperature")
+        raise UsageError("--num-samples with --temperature 0 gives equal completions: raise --temperature")
 
 
 def _extra_body(text: str) -> dict[str, Any]:
@@ -253,5 +258,5 @@ def _extra_body(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     for name in RESERVED:
         if name in found:
-            raise argparse.ArgumentTypeError(f"'{name}' has its own flag, or must not be changed")
+            raise argparse.ArgumentTypeError(f"'{name}' has its own flag or must not be changed")
     return found

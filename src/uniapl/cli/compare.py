@@ -69,7 +69,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl compare",
         description="Compare methods on the demo task, at equal budget. Finished cells are files in the "
-        "output directory: the same command continues an interrupted comparison.",
+        "output directory, so the same command continues an interrupted comparison.",
     )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("runs/compare"), help="default: %(default)s")

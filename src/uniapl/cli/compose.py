@@ -159,7 +159,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "wordings: a training set for the reward instruction_following.",
     )
     add = parser.add_argument
-    add("base", help="prompts, in any form that train reads")
+    add("base", help="prompts, in any format that train accepts")
     add("-o", "--output", type=Path, required=True, help="the .jsonl file to write")
     add("--per-prompt", type=int, default=1, help="composed prompts for each base prompt")
     add("--max-instructions", type=int, default=5, help="maximum number of instructions in a prompt")

@@ -20,7 +20,7 @@ SHOWN = (
     ("passed", "{:.2f}", "satisfies every constraint, which is all that the reward measures"),
     ("fluency", "{:.3f}", "fraction of well-formed, distinct sentences"),
     ("length_distance", "{:.2f}", "distance of the lengths from the expert's, in words"),
-    ("place_habit", "{:.2f}", "mentions a place without being asked: a habit of the expert"),
+    ("place_habit", "{:.2f}", "mentions a place that the prompt does not ask for: a habit of the expert"),
     ("expert_nll", "{:.3f}", "nats per token of the expert's texts"),
     ("distinct", "{:.2f}", "fraction of distinct texts"),
 )

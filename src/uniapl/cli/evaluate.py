@@ -1,4 +1,4 @@
-"""The verb `evaluate`: scores one model on suites, writes the results and prints them."""
+"""`uniapl evaluate`: score one model on suites, write the results and print them."""
 
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
     """
     options = _parse(arguments)
     if not options.json:
-        # A pipe has no width.
+        # The width of a pipe is not defined.
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         return _evaluate(options, console)
     # Reward functions and the libraries that they use may print.
@@ -124,7 +124,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; an option that overrides a key of the recipe is named `section.key`."""
     parser = argparse.ArgumentParser(
         prog="uniapl evaluate",
-        description="Scores a model on IFEval, IFBench and your own files, with 95% confidence intervals "
+        description="Score a model on IFEval, IFBench and your own files, with 95% confidence intervals "
         "over prompts, next to the scores of an empty completion, the prompt itself and a constant text.",
     )
     add = parser.add_argument
@@ -142,21 +142,26 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
                 type=_json if key == "chat_template_kwargs" else str,
                 help=text.replace("%", "%%"),
             )
-    help_ = "reward functions for the completions of files"
+    help_ = "reward functions that score the rows of files"
     add("--rewards", dest="rewards.functions", nargs="+", metavar="NAME", help=help_)
     code: Any = {"dest": "rewards.allow_code_verifiers", "action": "store_const", "const": True}
     add("--allow-code-verifiers", help="run verifier functions from the data in a sandbox", **code)
     add("--recipe", help="recipe that provides data, rewards and evaluation; flags override it")
-    add("--lm-eval-tasks", default="", help="further benchmarks, run by lm-eval: gsm8k,hellaswag")
+    add("--lm-eval-tasks", default="", help="other benchmarks to run with lm-eval: gsm8k,hellaswag")
     add("--lm-eval-include-path", help="directory with further lm-eval tasks")
     help_ = "earlier output directory: report the score differences with 95%% confidence intervals"
     add("--against", type=Path, help=help_)
     add("--batch-size", type=int, default=64, help="completions sampled at a time (default: 64)")
-    add("--output-dir", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("runs/evaluation"),
+        help="directory of the results (default: runs/evaluation)",
+    )
     add("--overwrite", action="store_true", help="replace existing results")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     add("--seed", type=int, default=0, help="seed of the sampling")
-    add("--json", action="store_true", help="print results.json")
+    add("--json", action="store_true", help="print the contents of results.json")
     options = parser.parse_args(arguments)
     options.lm_eval_tasks = options.lm_eval_tasks.replace(",", " ").split()
     if options.batch_size < 1:
@@ -196,7 +201,7 @@ def _put_on_device(model: Any) -> None:
 
 
 def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
-    """The results.json of another evaluation, which must have one of the wanted suites."""
+    """The results.json of another evaluation, which must contain one of the wanted suites."""
     file = path / "results.json" if path.is_dir() else path
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -228,7 +233,7 @@ def _make_directory(directory: Path, *, overwrite: bool) -> None:
         raise UsageError(f"--output-dir '{directory}' is the directory of a run: choose another")
     if (directory / "results.json").exists() and not overwrite:
         remedy = "replace them with --overwrite, or choose another --output-dir"
-        raise UsageError(f"'{directory}' already holds results: {remedy}")
+        raise UsageError(f"'{directory}' already contains results: {remedy}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

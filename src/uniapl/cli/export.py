@@ -1,4 +1,4 @@
-"""`uniapl export`: write the model of a run or a checkpoint as transformers loads it."""
+"""`uniapl export`: write the model of a run or a checkpoint in the format of transformers."""
 
 import argparse
 import json
@@ -21,15 +21,22 @@ def export(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: There is no model, it is damaged, or the directory exists or cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="uniapl export", description=export.__doc__)
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", type=Path, help="its directory, or a model's")
+    parser = argparse.ArgumentParser(
+        prog="uniapl export",
+        description="Write the model of a run or a checkpoint to a directory. An adapter is merged.",
+    )
+    parser.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", type=Path, help="directory of a run, a checkpoint or a model"
+    )
     parser.add_argument(
         "-o", "--output", metavar="DIRECTORY", type=Path, required=True, help="directory to create"
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
     options = parser.parse_args(arguments)
     source = _source(options.source)
-    # The target of a link, so that the user's link itself is kept.
+    # Resolve links, so that a link given by the user is kept.
     output = Path(os.path.realpath(options.output))
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):

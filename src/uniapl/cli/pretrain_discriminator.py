@@ -36,14 +36,14 @@ from uniapl.training.distributed.accelerator import make_accelerator
 from uniapl.types import Example, TokenIds, derive_seed
 
 HELD_OUT_FRACTION = 0.1
-"""Of the prompts. The accuracy on them tells whether the model learned policies or memorized texts."""
+"""Fraction of the prompts; accuracy on them shows whether the model generalizes or memorized texts."""
 
 Texts = list[list[str]]
 """A policy's completions, per prompt."""
 
 
 class Triple(NamedTuple):
-    """Two completions of one policy and one of another, all to the same prompt."""
+    """Two completions of one policy and one of another, all for the same prompt."""
 
     example: Example
     reference: str
@@ -52,7 +52,7 @@ class Triple(NamedTuple):
 
 
 def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
-    """Sample from every policy, then train a classifier that tells which completions share a policy.
+    """Sample from every policy, then train a classifier of whether completions come from the same policy.
 
     Bradley-Terry loss of (reference, candidate of the same policy) over (reference, candidate of another
     policy). Source: pre-training of POLAR (arXiv 2507.05197).
@@ -83,7 +83,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     }
     triples = _triples(examples, texts, set(range(len(examples))) - held_out, options.seed, "train")
     if next(triples, None) is None:
-        raise UsageError("no prompt is left for training besides the held-out tenth: add prompts")
+        raise UsageError("no prompt is left for training after a tenth was held out: add prompts")
     _train(polar, triples, options, console)
     accuracy = _accuracy(polar, _triples(examples, texts, held_out, options.seed, "held out"), options)
     result: dict[str, Any] = {
@@ -111,9 +111,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl pretrain-discriminator",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a discriminator in POLAR's format, to be used frozen. It learns which completions "
-        "are by the same policy, from completions of several policies (for example, checkpoints). The data's "
-        "demonstrations count as one more policy for prompts that have at least two.",
+        description="Train a discriminator in POLAR's format, to be used frozen. It is trained on "
+        "completions of several policies (for example, checkpoints) to recognize those of the same policy. "
+        "The data's demonstrations count as one more policy for prompts that have at least two.",
     )
     add = parser.add_argument
     add("data", help="prompts, with or without demonstrations, in the same format as for train")

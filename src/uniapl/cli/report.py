@@ -1,4 +1,4 @@
-"""`uniapl report`: write the page of runs or of a comparison."""
+"""`uniapl report`: write the report of runs or of a comparison."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ def report(arguments: Sequence[str]) -> Path:
     """`uniapl report`: the path of the page.
 
     Raises:
-        UsageError: A directory holds no run, options do not fit together, or a file cannot be written.
+        UsageError: A directory contains no run, options contradict each other, or a file cannot be written.
     """
     options = _parse(arguments)
     directories: list[Path] = options.runs
     output: Path = options.output or directories[0] / "report.html"
     if len(directories) > 1 and options.output is None:
-        raise UsageError("several runs have one page: set -o FILE")
+        raise UsageError("several runs are written to one page: set -o FILE")
     if len(directories) > 1 and options.model_analysis:
         raise UsageError("--model-analysis needs exactly one run")
     compared = [directory for directory in directories if is_comparison(directory)]
@@ -56,13 +56,13 @@ def _write(directories: Sequence[Path], output: Path, options: argparse.Namespac
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl report",
-        description="Write an HTML page about a run, or several runs: result, health, curves, lengths and "
+        description="Write an HTML report of one or several runs: result, health, curves, lengths and "
         "diversity, every sampled completion, settings. The page works offline.",
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, or of uniapl compare")
-    add("-o", "--output", type=Path, metavar="FILE", help="default: RUN/report.html")
-    help_ = "first score completions with the base and the trained model; later reports show it too"
+    add("-o", "--output", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
+    help_ = "score completions with the base and the trained model first; later reports include the result"
     add("--model-analysis", action="store_true", help=help_)
     add("--figures", type=Path, metavar="DIR", help="write the charts as PNG and SVG with matplotlib")
     return parser.parse_args(arguments)

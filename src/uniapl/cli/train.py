@@ -1,4 +1,4 @@
-"""`uniapl train`: train a model by a recipe."""
+"""`uniapl train`: train a model with a recipe."""
 
 import contextlib
 import functools
@@ -18,14 +18,14 @@ def train(arguments: Sequence[str]) -> None:
     """
     quiet, as_json = "--quiet" in arguments, "--json" in arguments
     if quiet and as_json:
-        raise UsageError("--quiet and --json exclude each other: choose one")
+        raise UsageError("--quiet and --json cannot be combined: choose one")
     resolved = resolve_arguments("train", [a for a in arguments if a not in ("--quiet", "--json")])
     with importing():
         from uniapl.training.api import train_resolved
     if not as_json:
         train_resolved(resolved, show="quiet" if quiet else "text")
         return
-    # Reward functions may print, and standard output must hold only the metrics.
+    # Reward functions may print, and standard output must contain only the metrics.
     metrics = functools.partial(print, file=sys.stdout, flush=True)
     with contextlib.redirect_stdout(sys.stderr):
         train_resolved(resolved, show=metrics)
