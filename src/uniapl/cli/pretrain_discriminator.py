@@ -149,7 +149,7 @@ def _sample_all(
     everything: tuple[Example, ...] = ()
     texts: list[Texts] = []
     for name in options.policies:
-        # The first policy decides which prompts are distinct: another tokenizer may see no difference.
+        # The first policy decides which prompts are distinct: another tokenizer may map two to the same ids.
         wanted = {example.row for example in _distinct(everything)}
         examples, completions = _sample(name, rows, wanted, config, options, device)
         everything = everything or examples

@@ -10,14 +10,14 @@ from uniapl.errors import UniAPLError, UsageError
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
-    """lm-eval's task manager, after a check that it knows all tasks.
+    """lm-eval's task manager, after a check that all tasks exist.
 
     Args:
         tasks: Names of lm-eval's tasks or groups, e.g. gsm8k.
         include_path: A directory with further task files.
 
     Raises:
-        UsageError: lm-eval is not installed, or does not know a task.
+        UsageError: lm-eval is not installed, or a task does not exist.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("lm-eval is not installed: pip install 'uniapl[eval]'")
