@@ -31,11 +31,6 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 Usage = namedtuple("Usage", "free")
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 def with_little_memory(
     monkeypatch: pytest.MonkeyPatch, module: type[torch.nn.Module], limit: int
 ) -> list[int]:

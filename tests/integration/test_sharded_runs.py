@@ -15,11 +15,6 @@ from uniapl.training.checkpoint import directory as checkpoint
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def sharded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of uniapl, and its ten steps: on one process, "one"; shared out to two, "two"."""
     folder = tmp_path_factory.mktemp("uniapl")

@@ -25,11 +25,6 @@ from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import derive_seed
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_only_its_forces_act(method: str, model_dir: Path, tmp_path: Path) -> None:
     result = train(recipe(model_dir, tmp_path / "run", method=method))

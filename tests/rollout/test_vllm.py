@@ -28,11 +28,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "SEEDS", 2**63)
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeServer]:
     """A server that starts with another model than the trained one."""
