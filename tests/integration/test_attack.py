@@ -9,6 +9,8 @@ import pytest
 from support.runs import lines, recipe, train
 from support.tiny import letter_rows
 
+pytestmark = pytest.mark.slow
+
 EXPERT_LENGTH = 4
 """Three letters and the end token."""
 

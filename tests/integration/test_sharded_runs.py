@@ -13,6 +13,8 @@ from support.tiny import save_model
 from uniapl import cli
 from uniapl.training.checkpoint import directory as checkpoint
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def sharded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -411,6 +411,7 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "adapters",
     [{}, {"model.lora_r": 4, "discriminator.lora_r": 2, "optim.gradient_checkpointing": True}],

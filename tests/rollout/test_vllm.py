@@ -247,6 +247,7 @@ def test_a_killed_run_resumes_to_the_same_result(model_dir: Path, tmp_path: Path
     )
 
 
+@pytest.mark.distributed
 def test_two_processes_speak_through_one(
     model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
