@@ -152,11 +152,6 @@ def test_density_ratio_of_a_model_with_itself_is_zero() -> None:
     assert subject.score(CANDIDATES) == [0.0] * 4
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("polar", {}), ("density-ratio", {}), ("density-ratio", {"density_ratio_reference": "policy"})],

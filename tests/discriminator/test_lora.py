@@ -15,7 +15,7 @@ import uniapl
 from support.comparisons import COMPARISONS, sequences
 from support.lora_trunk import on
 from support.runs import lines, recipe, run_until, timeless, train
-from support.tiny import make_model, save_model
+from support.tiny import make_model
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, ScoreModel
 from uniapl.discriminator.lora import SCALE, LoraTrunk
 from uniapl.training.checkpoint import directory as checkpoint
@@ -78,11 +78,6 @@ def test_every_adapter_learns() -> None:
     assert all(
         parameter.grad is not None and bool(parameter.grad.any()) for parameter in subject.module.parameters()
     )
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def test_a_run_with_adapters_resumes_exactly(model_dir: Path, tmp_path: Path) -> None:

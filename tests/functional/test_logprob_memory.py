@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NEEDED = 6 * 2**30
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "logprob_memory.py"
 

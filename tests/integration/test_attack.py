@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from support.runs import lines, recipe, train
-from support.tiny import letter_rows, save_model
+from support.tiny import letter_rows
+
+pytestmark = pytest.mark.slow
 
 EXPERT_LENGTH = 4
 """Three letters and the end token."""
@@ -62,8 +64,3 @@ def test_the_constraint_keeps_the_expert_s_length_where_the_reward_pays_for_more
     assert final_length(model_dir, tmp_path / "fixed", "a-grpo", lambda_adv=2.0) > 3 * EXPERT_LENGTH
     held = final_length(model_dir, tmp_path / "held", "a-grpo", lambda_adv=2.0, **learned)
     assert held <= 1.5 * EXPERT_LENGTH
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))

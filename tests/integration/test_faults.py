@@ -31,11 +31,6 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 Usage = namedtuple("Usage", "free")
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 def with_little_memory(
     monkeypatch: pytest.MonkeyPatch, module: type[torch.nn.Module], limit: int
 ) -> list[int]:
@@ -354,6 +349,7 @@ def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("profile", ["multi_gpu", "fsdp2"])
 def test_a_signal_stops_all_processes_at_the_same_step(profile: str, model_dir: Path, tmp_path: Path) -> None:
     """Two processes: the checkpoint is that of the last step written, and the run goes on."""

@@ -15,6 +15,8 @@ from support.runs import lines, recipe, timeless, train
 from support.tiny import save_model
 from uniapl.training.checkpoint import directory as checkpoint
 
+pytestmark = pytest.mark.distributed
+
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` tells the processes of an FSDP2 configuration."""
 METHODS = ("uniapl", "grpo")

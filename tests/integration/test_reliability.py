@@ -13,17 +13,11 @@ import safetensors
 from transformers import PreTrainedTokenizerBase
 
 from support.runs import Killed, lines, recipe, timeless, train, write_recipe
-from support.tiny import save_model
 from uniapl import cli, files
 from uniapl.files import JsonlLog
 from uniapl.training.checkpoint import directory as checkpoint
 
 FULL = "No space left on device (os error 28)"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def failing(original: Callable[..., Any], error: BaseException, number: int) -> Callable[..., Any]:

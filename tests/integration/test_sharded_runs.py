@@ -13,10 +13,7 @@ from support.tiny import save_model
 from uniapl import cli
 from uniapl.training.checkpoint import directory as checkpoint
 
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

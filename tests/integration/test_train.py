@@ -25,11 +25,6 @@ from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import derive_seed
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_only_its_forces_act(method: str, model_dir: Path, tmp_path: Path) -> None:
     result = train(recipe(model_dir, tmp_path / "run", method=method))
@@ -416,6 +411,7 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "adapters",
     [{}, {"model.lora_r": 4, "discriminator.lora_r": 2, "optim.gradient_checkpointing": True}],

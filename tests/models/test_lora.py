@@ -38,11 +38,6 @@ from uniapl.models.reference import reference_at_start, trained_weights
 from uniapl.training.update.activation_checkpointing import recomputed
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 def adapted(config: ModelConfig, *, scale: float = 0.3) -> PreTrainedModel:
     """A policy whose adapter changes the output."""
     model = policy_model(config, seed=0).eval()

@@ -20,11 +20,6 @@ from uniapl.models.lora import save_weights
 from uniapl.models.reference import trained_weights
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 def of_peft(model_dir: Path, path: Path, **changes: Any) -> Tensor:
     """Save an adapter with changed weights by PEFT only; return its logits."""
     kind: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -158,11 +158,6 @@ def test_tokens_count_a_prompt_once() -> None:
     assert collate(rows, pad_id=0).tokens == len(rows) * max(row.length for row in rows)
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 SEQUENCES = st.lists(
     st.tuples(st.integers(0, 3).map(lambda n: (n,) * (n + 1)), st.integers(0, 6).map(lambda n: (5,) * n)),
     min_size=1,

@@ -361,6 +361,7 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
         torch.save(results, folder / "result.pt")
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("world", "small_one", "sharded"), [(2, 1, False), (4, None, False), (2, None, True), (4, None, True)]
 )

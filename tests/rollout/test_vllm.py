@@ -28,11 +28,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "SEEDS", 2**63)
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeServer]:
     """A server that starts with another model than the trained one."""
@@ -252,6 +247,7 @@ def test_a_killed_run_resumes_to_the_same_result(model_dir: Path, tmp_path: Path
     )
 
 
+@pytest.mark.distributed
 def test_two_processes_speak_through_one(
     model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

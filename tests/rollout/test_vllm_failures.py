@@ -30,11 +30,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "PAUSE", 0.02)
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeServer]:
     with serving(FakeServer(save_model(tmp_path / "theirs", seed=9))) as fake:

@@ -34,11 +34,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "PAUSE", 0.02)
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FakeServer]:
     """A server that starts with another model than the trained one."""
@@ -221,6 +216,7 @@ def test_a_stage_that_ends_early_skips_no_prompts(
     assert len(set(rows)) == 9, "none of the twelve prompts came twice"
 
 
+@pytest.mark.distributed
 def test_two_processes(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
     """Two ranks sample the completions of one, and continue from a checkpoint of one."""
     server_values = ahead(model_dir, tmp_path, server)["rollout"]

@@ -47,11 +47,6 @@ METRICS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 def on_a_terminal(width: int, warnings: dict[str, str]) -> str:
     """The table below the lines."""
     view = RunView(100, visible=True)

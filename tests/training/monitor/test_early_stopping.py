@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from support.runs import lines, recipe, run_until, timeless, train
-from support.tiny import save_model
 from uniapl.config import EarlyStoppingConfig
 from uniapl.training.monitor.early_stopping import Stopping
 
@@ -31,11 +30,6 @@ def test_by_hand() -> None:
     assert ends_at([0.5, None, None, float("nan"), 0.4, 0.4], patience=2) == (6, "patience")
     assert ends_at([None, None, None], max_tokens=30) == (3, "budget")
     assert ends_at([None, None, None], max_tokens=31) is None
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def test_an_early_end_starts_the_next_stage_and_resumes(model_dir: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 from pydantic import BaseModel
 
 from support.runs import lines, recipe, run_until, timeless, train
-from support.tiny import save_model
 from uniapl.config import Config, HealthConfig
 from uniapl.training.monitor.health import warnings
 
@@ -158,11 +157,6 @@ def test_every_warning_has_a_remedy() -> None:
         sections = [section for section in vars(Config()).values() if isinstance(section, BaseModel)]
         assert keys <= {name for section in sections for name in vars(section)}
         assert keys or "completions" in message
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def test_a_run_reports_a_rule_once_also_when_resumed(

@@ -53,6 +53,7 @@ def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
     assert estimate["passes"]["rollout"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
