@@ -35,7 +35,7 @@ from uniapl.models.lora import (
 )
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start, trained_weights
-from uniapl.training.update.activation_checkpointing import recomputed
+from uniapl.training.update.activation_checkpointing import activation_checkpointing
 
 
 def adapted(config: ModelConfig, *, scale: float = 0.3) -> PreTrainedModel:
@@ -277,7 +277,7 @@ def test_the_reference_is_the_policy_as_it_was(lora_r: int | None, model_dir: Pa
     assert torch.equal(reference_at_start(policy, source)(*inputs)[0], at_start), "as at a resume"
     assert not reference(*inputs)[0].requires_grad
     reference.save(tmp_path / "reference.safetensors")
-    reference.follow()
+    reference.copy_policy()
     assert torch.equal(reference(*inputs)[0], moved)
     reference.load(tmp_path / "reference.safetensors")
     assert torch.equal(reference(*inputs)[0], at_start)
@@ -316,7 +316,7 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient(
             return tensor
 
         policy.zero_grad()
-        with recomputed(policy.model, enabled):
+        with activation_checkpointing(policy.model, enabled):
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 loss = policy(*inputs)[0].sum()
             forward = kept
@@ -337,10 +337,10 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient(
 def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
     with (
         pytest.raises(UsageError, match=r"optim.gradient_checkpointing: Linear has no layers"),
-        recomputed(nn.Linear(2, 2), True),
+        activation_checkpointing(nn.Linear(2, 2), True),
     ):
         pass
-    with recomputed(make_model("qwen3"), True) as nothing:
+    with activation_checkpointing(make_model("qwen3"), True) as nothing:
         assert nothing is None
 
 
