@@ -87,7 +87,7 @@ def our_rows(work: Work, stage: Stage) -> list[Row]:
     credits = assign_credit(
         groups,
         scale_rewards=objective.scale_rewards,
-        assignment=objective.adversarial_credit,
+        adversarial_credit=objective.adversarial_credit,
         expert_mean=None,
     )
     return rollout_rows(groups, credits, temperature=stage.config.rollout.temperature)

@@ -77,7 +77,7 @@ class RolloutGroup:
     reward_parts: dict[str, tuple[float | None, ...]]
     """Reward function -> its value for each rollout."""
     policy_logits: tuple[float, ...] | None = None
-    """The discriminator's logit of each rollout; None without a discriminator."""
+    """Not the language model's logits: the discriminator's logit of each rollout; None if they have none."""
     expert_logit: float | None = None
     """The discriminator's logit of the demonstration; None without a demonstration."""
 

@@ -165,13 +165,13 @@ def test_a_run_against_a_frozen_discriminator_resumes_exactly(
     train(recipe(model_dir, tmp_path / "whole", **values))
     records = lines(tmp_path / "whole" / "metrics.jsonl")
     assert [record["weight/lambda_adv"] for record in records] == [2.0] * 4, "it needs no warm-up"
-    judged = [
+    win_rates = [
         (line["demonstration"] is not None, answer["win_rate"])
         for line in lines(tmp_path / "whole" / "completions.jsonl")
         for answer in line["completions"]
     ]
-    assert all((u is not None) == (demonstrated or kind != "polar") for demonstrated, u in judged[12:])
-    assert len({u for _, u in judged if u is not None}) > 4
+    assert all((u is not None) == (demonstrated or kind != "polar") for demonstrated, u in win_rates[12:])
+    assert len({u for _, u in win_rates if u is not None}) > 4
     assert not (tmp_path / "whole" / "checkpoints" / "step-000004" / "discriminator.safetensors").exists()
     run_until(3, recipe(model_dir, tmp_path / "broken", **values))
     train(recipe(model_dir, tmp_path / "broken", resume="auto", **values))

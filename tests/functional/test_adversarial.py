@@ -65,7 +65,7 @@ def test_win_probability_by_hand() -> None:
     assert win_probability(EXPERT.unsqueeze(-1), EXPERT).tolist() == [[0.5], [0.5]]
 
 
-def test_assignments_by_hand() -> None:
+def test_adversarial_credits_by_hand() -> None:
     u = [reference.sigmoid(x - 1.0) for x in (0.0, 2.0, -1.0)]
     logs = [math.log(p) for p in u]
     std = math.sqrt(sum((x - 1 / 3) ** 2 for x in (0, 2, -1)) / 2) + 1e-4
@@ -75,8 +75,8 @@ def test_assignments_by_hand() -> None:
         "logit": [x - 1 / 3 for x in (0.0, 2.0, -1.0)],
         "standardized": [(x - 1 / 3) / std for x in (0.0, 2.0, -1.0)],
     }
-    for assignment, row in expected.items():
-        got = adversarial_advantages(POLICY, EXPERT, KNOWN, assignment=assignment)  # type: ignore[arg-type]
+    for credit, row in expected.items():
+        got = adversarial_advantages(POLICY, EXPERT, KNOWN, adversarial_credit=credit)  # type: ignore[arg-type]
         assert_close(got[0], torch.tensor(row, dtype=torch.float64))
         assert torch.equal(got[1], torch.zeros(3, dtype=torch.float64)), "equal answers deserve equal credit"
 
@@ -87,7 +87,7 @@ def test_the_default_is_bounded_and_fades() -> None:
     assert huge.abs().max() <= 1
     close = POLICY * 1e-3
     assert adversarial_advantages(close, EXPERT * 1e-3, KNOWN).abs().max() < 1e-3
-    assert adversarial_advantages(close, EXPERT, KNOWN, assignment="standardized").abs().max() > 0.5
+    assert adversarial_advantages(close, EXPERT, KNOWN, adversarial_credit="standardized").abs().max() > 0.5
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
@@ -95,8 +95,8 @@ def test_unknown_logits_are_never_read(poison: float) -> None:
     known = torch.tensor([[True, True, False], [False, False, False]])
     clean = torch.where(known, POLICY, 0.0)
     poisoned = torch.where(known, POLICY, poison)
-    for assignment in ("win_probability", "log_sigmoid", "logit", "standardized"):
-        got = adversarial_advantages(poisoned, EXPERT, known, assignment=assignment)  # type: ignore[arg-type]
-        expected = adversarial_advantages(clean, EXPERT, known, assignment=assignment)  # type: ignore[arg-type]
+    for credit in ("win_probability", "log_sigmoid", "logit", "standardized"):
+        got = adversarial_advantages(poisoned, EXPERT, known, adversarial_credit=credit)  # type: ignore[arg-type]
+        expected = adversarial_advantages(clean, EXPERT, known, adversarial_credit=credit)  # type: ignore[arg-type]
         assert torch.equal(got, expected)
         assert got[0, 2] == 0

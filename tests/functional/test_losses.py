@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from support import reference
 from uniapl.functional import (
-    clip_fractions,
+    clip_counts,
     clipped_surrogate,
     importance_weights,
     k3_kl,
@@ -162,11 +162,11 @@ def test_on_policy_gradient_is_reinforce(x: dict[str, torch.Tensor]) -> None:
     assert_close(got, expected)
 
 
-def test_clip_fractions_count_the_tokens_without_gradient(x: dict[str, torch.Tensor]) -> None:
+def test_clip_counts_are_the_tokens_without_gradient(x: dict[str, torch.Tensor]) -> None:
     logprobs = x["logprobs"].requires_grad_()
     loss = compute("surrogate", x, logprobs)
     (gradient,) = torch.autograd.grad(loss, logprobs)
-    low, high = clip_fractions(logprobs, x["old"], x["advantages"], x["mask"], **CLIP)
+    low, high = clip_counts(logprobs, x["old"], x["advantages"], x["mask"], **CLIP)
     assert float(low) > 0
     assert float(high) > 0
     assert float(low + high) == float((x["mask"] & (gradient == 0)).sum())

@@ -25,7 +25,7 @@ def example() -> ModuleType:
     return module
 
 
-def test_learns_from_all_three_forces(example: ModuleType) -> None:
+def test_learns_from_all_three_components(example: ModuleType) -> None:
     history = example.main(steps=100)
     quarter = len(history) // 4
 

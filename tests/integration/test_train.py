@@ -26,7 +26,7 @@ from uniapl.types import derive_seed
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_and_only_its_forces_act(method: str, model_dir: Path, tmp_path: Path) -> None:
+def test_every_method_runs_and_only_its_components_act(method: str, model_dir: Path, tmp_path: Path) -> None:
     result = train(recipe(model_dir, tmp_path / "run", method=method))
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
@@ -574,16 +574,18 @@ def test_mu_answers_to_the_rewards(model_dir: Path, tmp_path: Path) -> None:
         assert len(set(mus)) > 1, "or the rewards moved nothing"
 
 
-def test_looking_at_the_forces_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
-    train(recipe(model_dir, tmp_path / "looked", log_gradients_steps=2))
-    train(recipe(model_dir, tmp_path / "blind"))
-    looked, blind = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("looked", "blind"))
-    forces = [{k: r.pop(k) for k in list(r) if k.startswith(("grad_norm/", "grad_cosine/"))} for r in looked]
-    assert looked == blind
-    norms = [{k for k in found if k.startswith("grad_norm")} for found in forces]
+def test_measuring_the_gradients_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
+    train(recipe(model_dir, tmp_path / "measured", log_gradients_steps=2))
+    train(recipe(model_dir, tmp_path / "plain"))
+    measured, plain = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("measured", "plain"))
+    gradients = [
+        {k: r.pop(k) for k in list(r) if k.startswith(("grad_norm/", "grad_cosine/"))} for r in measured
+    ]
+    assert measured == plain
+    norms = [{k for k in found if k.startswith("grad_norm")} for found in gradients]
     both, all_three = {"grad_norm/sft", "grad_norm/rl"}, {"grad_norm/sft", "grad_norm/rl", "grad_norm/adv"}
     assert norms == [both, set(), all_three, set()], "the adversary is warm from the second step on"
-    assert -1 < forces[0]["grad_cosine/sft_rl"] < 1
+    assert -1 < gradients[0]["grad_cosine/sft_rl"] < 1
 
 
 @pytest.mark.parametrize(("controller", "expected"), [("fixed", 4.0), ("dual", 2.0)])

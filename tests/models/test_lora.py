@@ -35,7 +35,7 @@ from uniapl.models.lora import (
 )
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start, trained_weights
-from uniapl.training.update.activation_checkpointing import recomputed
+from uniapl.training.update.activation_checkpointing import activation_checkpointing
 
 
 def adapted(config: ModelConfig, *, scale: float = 0.3) -> PreTrainedModel:
@@ -201,7 +201,7 @@ def test_an_adapter_of_peft_s_own_making_is_merged(model_dir: Path, tmp_path: Pa
 def test_modules_that_are_not_there_and_a_missing_rank_are_refused(model_dir: Path) -> None:
     with pytest.raises(UsageError, match="lora_target_modules: Qwen3ForCausalLM has no module 'wq', 'wk'"):
         policy_model(settings(model_dir, lora_target_modules=["wq", "wk"]), seed=0)
-    with pytest.raises(ValueError, match="give lora_r"):
+    with pytest.raises(ValueError, match="need lora_r, the rank"):
         settings(model_dir, lora_r=None, lora_alpha=8)
 
 
@@ -277,7 +277,7 @@ def test_the_reference_is_the_policy_as_it_was(lora_r: int | None, model_dir: Pa
     assert torch.equal(reference_at_start(policy, source)(*inputs)[0], at_start), "as at a resume"
     assert not reference(*inputs)[0].requires_grad
     reference.save(tmp_path / "reference.safetensors")
-    reference.follow()
+    reference.copy_policy()
     assert torch.equal(reference(*inputs)[0], moved)
     reference.load(tmp_path / "reference.safetensors")
     assert torch.equal(reference(*inputs)[0], at_start)
@@ -316,7 +316,7 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient(
             return tensor
 
         policy.zero_grad()
-        with recomputed(policy.model, enabled):
+        with activation_checkpointing(policy.model, enabled):
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 loss = policy(*inputs)[0].sum()
             forward = kept
@@ -336,11 +336,11 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient(
 
 def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
     with (
-        pytest.raises(UsageError, match=r"optim.gradient_checkpointing: Linear has no layers"),
-        recomputed(nn.Linear(2, 2), True),
+        pytest.raises(UsageError, match=r"optim.gradient_checkpointing: Linear does not support it"),
+        activation_checkpointing(nn.Linear(2, 2), True),
     ):
         pass
-    with recomputed(make_model("qwen3"), True) as nothing:
+    with activation_checkpointing(make_model("qwen3"), True) as nothing:
         assert nothing is None
 
 

@@ -201,7 +201,7 @@ def test_shards_keep_prompts_together_and_balance_the_load(number: int, seed: in
     assert max(loads) - min(loads) <= largest
 
 
-def test_rows_that_teach_nothing() -> None:
+def test_rows_without_a_gradient() -> None:
     rows = group_rows()
     silent = replace(rows[0], advantage=0.0, adversarial_advantage=0.0)
     assert [row.has_gradient(WEIGHTS) for row in (rows[0], silent, rows[4])] == [True, False, True]
@@ -244,7 +244,7 @@ def test_means_of_the_rollouts_that_were_read() -> None:
             "rl": 20.0,
             "adv": 0.0,
             "sft": 0.0,
-            "measured": 8.0,
+            "rollout_tokens": 8.0,
             "entropy": 12.0,
             "sampling_difference_max": 0.0,
         },

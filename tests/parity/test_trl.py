@@ -31,7 +31,7 @@ from uniapl.config import DataConfig
 from uniapl.data.batching import Row, component_counts, demonstration_row, micro_batches
 from uniapl.data.rows import tokenize_row
 from uniapl.functional import (
-    clip_fractions,
+    clip_counts,
     clipped_surrogate,
     group_advantages,
     importance_weights,
@@ -311,7 +311,7 @@ def our_grpo_step(
         micro_loss = objective(sums, {"rl": 1.0, "kl": beta}, counts)
         micro_loss.backward()
         loss += micro_loss.detach()
-        clipped += torch.stack(clip_fractions(*ratio_inputs, **CLIP))
+        clipped += torch.stack(clip_counts(*ratio_inputs, **CLIP))
     return Result(loss=loss, grads=gradients(model), clipped=(float(clipped[0]), float(clipped[1])))
 
 

@@ -79,7 +79,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in range(1, 11)
     ]
     path = tmp_path_factory.mktemp("small") / "run"
-    write_run(path, metric_rows(10), rows, ending={"state": "finished", "message": ""}, max_steps=10)
+    write_run(path, metric_rows(10), rows, end_state={"state": "finished", "message": ""}, max_steps=10)
     write_report([path], path / "report.html")
     return path / "report.html"
 
@@ -194,7 +194,7 @@ def test_data_is_never_markup(tmp_path: Path, open_page: Open, width: int) -> No
     metrics = [
         {"step": 1, "stage": 0, f"eval/{nasty}": 1.0, f"health/{nasty}": 1, "early_stopping/reason": nasty}
     ]
-    path = write_run(tmp_path / "<b>run", metrics, rows, ending={"state": "stopped", "message": nasty})
+    path = write_run(tmp_path / "<b>run", metrics, rows, end_state={"state": "stopped", "message": nasty})
     write_report([path], tmp_path / "report.html")
     page = open_page(tmp_path / "report.html", width)
     assert page.locator(".entry .prompt").inner_text() == nasty

@@ -195,9 +195,9 @@ def test_stopped_and_interrupted_runs_have_an_end_state_and_a_page(tmp_path: Pat
     values = recipe(model, tmp_path / "stopped", health={"max_skipped_steps": 2})
     with pytest.raises(HealthStop):
         train(values, reward_functions=[broken])
-    ending = json.loads((tmp_path / "stopped" / "ending.json").read_text())
-    assert ending["state"] == "stopped"
-    assert "it broke" in ending["message"]
+    end_state = json.loads((tmp_path / "stopped" / "ending.json").read_text())
+    assert end_state["state"] == "stopped"
+    assert "it broke" in end_state["message"]
     page = (tmp_path / "stopped" / "report.html").read_text()
     assert "stopped by a health rule, step 2 of 4" in page
     assert "it broke" in page
@@ -272,7 +272,7 @@ def test_data_is_escaped(tmp_path: Path) -> None:
     nasty = "</script><img src=x onerror=alert(1)>"
     metrics = [{"step": 1, "reward": 1.0, f"health/{nasty}": 1, f"eval/{nasty}/reward": 1.0, "stage": 0}]
     rows = [prompt_row(1, [answer(nasty)], prompt=nasty, demonstration=nasty)]
-    path = write_run(tmp_path / "<img>", metrics, rows, ending={"state": "stopped", "message": nasty})
+    path = write_run(tmp_path / "<img>", metrics, rows, end_state={"state": "stopped", "message": nasty})
     write_lines(path / "health.jsonl", [{"step": 1, "rule": nasty, "message": nasty}])
     write_report([path], path / "report.html")
     page = (path / "report.html").read_text()

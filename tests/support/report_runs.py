@@ -17,7 +17,7 @@ def write_run(
     metrics: list[dict[str, Any]],
     completions: list[dict[str, Any]] | None = None,
     *,
-    ending: dict[str, str] | None = None,
+    end_state: dict[str, str] | None = None,
     **recipe: Any,
 ) -> Path:
     """A run directory with these records."""
@@ -29,8 +29,8 @@ def write_run(
     (path / "manifest.json").write_text(json.dumps(manifest))
     write_lines(path / "metrics.jsonl", metrics)
     write_lines(path / "completions.jsonl", completions or [])
-    if ending is not None:
-        (path / "ending.json").write_text(json.dumps(ending))
+    if end_state is not None:
+        (path / "ending.json").write_text(json.dumps(end_state))
     return path
 
 
@@ -39,7 +39,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def metric_rows(steps: int) -> list[dict[str, Any]]:
-    """Steps of a run with all forces: the reward rises to 0.9, nll falls."""
+    """Steps of a run with all loss components: the reward rises to 0.9, nll falls."""
     rng = random.Random(0)
     return [
         {
@@ -128,6 +128,6 @@ def many_completions(steps: int, prompts: int, generations: int, words: int) -> 
 
 def large_run(path: Path, *, words: int = 60) -> Path:
     """1,000 steps with 20,000 answers."""
-    ending = {"state": "finished", "message": ""}
+    end_state = {"state": "finished", "message": ""}
     rows = many_completions(1000, 4, 5, words)
-    return write_run(path, metric_rows(1000), rows, ending=ending, max_steps=1000)
+    return write_run(path, metric_rows(1000), rows, end_state=end_state, max_steps=1000)

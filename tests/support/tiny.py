@@ -83,7 +83,7 @@ def save_model(path: Path, *, family: str = "qwen3", chat_template: str | None =
 
 
 def random_rows(seed: int = 0, count: int = 9) -> list[Row]:
-    """Demonstrations and rollouts of many lengths; some rollouts without a known reward, some unjudged."""
+    """Demonstrations and rollouts of many lengths; some rollouts without a known reward or logit."""
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low: int, high: int) -> int:

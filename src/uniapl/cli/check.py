@@ -18,7 +18,7 @@ from uniapl.config.resolve import Resolved, flatten, stages_of
 from uniapl.data.streams import is_held_out
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
-from uniapl.training.inputs import RunInputs, streams
+from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.preflight import load as setup
 from uniapl.training.preflight.memory import estimate_memory
 from uniapl.types import prompt_text
@@ -141,7 +141,7 @@ def _memory(config: Config, inputs: RunInputs) -> dict[str, Any]:
 
 def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """The number of rows in a step of a stage, and of passes over the data."""
-    prompts, demonstrations = streams(config, inputs.dataset, inputs.rewarder)
+    prompts, demonstrations = stream_examples(config, inputs.dataset, inputs.rewarder)
     objective, batching = config.objective, config.batching
     report: dict[str, Any] = {"method": config.method, "steps": config.max_steps}
     if objective.uses_rollouts:

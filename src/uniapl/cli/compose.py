@@ -12,7 +12,7 @@ from rich.console import Console
 from uniapl.collect.rows import prompt_of
 from uniapl.compose.wordings import FURTHER_CONFLICTS, KINDS, say
 from uniapl.config import DataConfig
-from uniapl.data import rows as data
+from uniapl.data.rows import named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.suites import BENCHMARKS, parse_suite
@@ -31,7 +31,7 @@ def compose(arguments: Sequence[str]) -> int:
     """
     options = _parse(arguments)
     console = Console(highlight=False)
-    rows = data.read_rows(DataConfig(path=options.base))
+    rows = read_rows(DataConfig(path=options.base))
     composed = _composed(rows, options)
     written = _without_overlap(composed, options, console)
     if not written:
@@ -55,7 +55,7 @@ def _composed(rows: Sequence[tuple[int, Any]], options: argparse.Namespace) -> l
     forbidden = all_conflicts()
     composed: dict[str, dict[str, Any]] = {}
     for number, row in rows:
-        with data.named_source(options.base):
+        with named_source(options.base):
             base, before = _base_of(number, row)
         for copy in range(options.per_prompt):
             rng = random.Random(derive_seed(options.seed, "compose", number, copy))
@@ -124,7 +124,7 @@ def _without_overlap(
     hits: dict[int, str] = {}
     for name, path in (BENCHMARKS | dict(map(parse_suite, options.benchmarks))).items():
         try:
-            rows = data.read_rows(DataConfig(path=path))
+            rows = read_rows(DataConfig(path=path))
         except UsageError as error:
             raise UsageError(
                 f"cannot read the prompts of {name} to check for overlap ({error}); set "

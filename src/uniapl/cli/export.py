@@ -11,8 +11,8 @@ from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
 from uniapl.models.loading import ModelSource, load_model, load_tokenizer
 from uniapl.models.lora import is_adapter
-from uniapl.report.reading import ENDING
-from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.report.reading import END_STATE
+from uniapl.training.checkpoint import directory as checkpoint_directory
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def export(arguments: Sequence[str]) -> None:
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
 
-        checkpoint.write_directory(output, fill)
+        checkpoint_directory.write_directory(output, fill)
     except OSError as error:
         raise UsageError(f"'{options.output}' cannot be written: {error}") from error
     merged = ", with its adapter merged" if is_adapter(source) else ""
@@ -61,7 +61,7 @@ def export(arguments: Sequence[str]) -> None:
 
 def _source(path: Path) -> Path:
     """The directory with the weights that `path`, a run, a checkpoint or a model, refers to."""
-    saved = checkpoint.checkpoints(path)
+    saved = checkpoint_directory.checkpoints(path)
     found = path / "final" if saved or (path / "final").is_dir() else path
     if saved and not found.is_dir():
         raise UsageError(f"the run '{path}' has no final model yet; its newest checkpoint is {saved[-1]}")
@@ -70,7 +70,7 @@ def _source(path: Path) -> Path:
             f"the run '{path}' was continued after its final model was written and has not finished: export "
             f"{found} or {saved[-1]}"
         )
-    if (found / checkpoint.MANIFEST).is_file() and (defects := checkpoint.defects(found)):
+    if (found / checkpoint_directory.MANIFEST).is_file() and (defects := checkpoint_directory.defects(found)):
         raise UsageError(f"'{found}' is damaged: {'; '.join(defects)}")
     if not (is_adapter(found) or (found / "config.json").is_file()):
         raise UsageError(f"'{path}' is not the directory of a run, a checkpoint or a model")
@@ -79,6 +79,6 @@ def _source(path: Path) -> Path:
 
 def _is_finished(run: Path) -> bool:
     try:
-        return json.loads((run / ENDING).read_text(encoding="utf-8"))["state"] == "finished"
+        return json.loads((run / END_STATE).read_text(encoding="utf-8"))["state"] == "finished"
     except (OSError, ValueError, LookupError, TypeError):
         return False

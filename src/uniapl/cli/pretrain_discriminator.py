@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification
 
 from uniapl.config import Config, DataConfig, ModelConfig
-from uniapl.data import rows as data
+from uniapl.data.rows import named_source, read_rows, tokenize_rows
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss
@@ -145,7 +145,7 @@ def _sample_all(
 ) -> tuple[list[Example], list[Texts]]:
     """The distinct prompts, and every policy's completions; the last policy is the demonstrations."""
     config = DataConfig(path=options.data, prompt_format=options.prompt_format)
-    rows = data.read_rows(config)
+    rows = read_rows(config)
     everything: tuple[Example, ...] = ()
     texts: list[Texts] = []
     for name in options.policies:
@@ -183,8 +183,8 @@ def _sample(
     model: Any = load_model(source)
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(source, model.config, tokenizer)
-    with data.named_source(config.path):
-        examples = data.tokenize_rows(
+    with named_source(config.path):
+        examples = tokenize_rows(
             rows,
             tokenizer,
             config,

@@ -8,7 +8,7 @@ from typing import Any
 
 from uniapl.collect.cache import Reply
 from uniapl.config import DataConfig
-from uniapl.data import rows as data
+from uniapl.data.rows import checked_messages, named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.types import Prompt
 
@@ -68,8 +68,8 @@ def read_prompts(path: str, limit: int | None) -> list[PromptRow]:
     Raises:
         UsageError: The file or a row cannot be used.
     """
-    rows = data.read_rows(DataConfig(path=path))[:limit]
-    with data.named_source(path):
+    rows = read_rows(DataConfig(path=path))[:limit]
+    with named_source(path):
         return [_prompt_row(number, row) for number, row in rows]
 
 
@@ -86,7 +86,7 @@ def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
     if prompt is None:
         raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
     if column == "messages" or not isinstance(prompt, str):
-        return column, data.checked_messages(f"row {number}: '{column}'", prompt)
+        return column, checked_messages(f"row {number}: '{column}'", prompt)
     if not prompt.strip():
         raise UsageError(f"row {number}: the prompt is empty")
     return column, prompt

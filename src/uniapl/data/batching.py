@@ -32,12 +32,12 @@ class Row:
 
     def has_gradient(self, weights: Mapping[str, float]) -> bool:
         """Whether a component with a weight gives the row a gradient; an advantage of 0 gives none."""
-        credit = {"rl": self.advantage, "adv": self.adversarial_advantage}
-        return any(weights[name] and credit.get(name, 1.0) for name in self.components)
+        advantages = {"rl": self.advantage, "adv": self.adversarial_advantage}
+        return any(weights[name] and advantages.get(name, 1.0) for name in self.components)
 
 
 def demonstration_row(example: Example) -> Row:
-    """The row of an example's demonstration."""
+    """The row of an example's demonstration. Rows of rollouts: `training.update.credit.rollout_rows`."""
     assert example.demonstration_ids is not None
     return Row(
         prompt_ids=example.prompt_ids,

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import Config
-from uniapl.data import rows as data
+from uniapl.data.rows import named_source, read_rows, tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder
@@ -99,9 +99,9 @@ def load_suites(
     for name, path in sources:
         settings = config.data.model_copy(update={"path": path, **unlimited})
         try:
-            with data.named_source(path):
-                dataset = data.tokenize_rows(
-                    data.read_rows(settings)[: config.evaluation.limit],
+            with named_source(path):
+                dataset = tokenize_rows(
+                    read_rows(settings)[: config.evaluation.limit],
                     tokenizer,
                     settings,
                     stop_ids=stop_ids,

@@ -11,7 +11,7 @@ from uniapl.functional.adversarial import adversarial_advantages, bradley_terry_
 from uniapl.functional.controllers import Multiplier, dual_ascent, expert_gap, pid
 from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
 from uniapl.functional.losses import (
-    clip_fractions,
+    clip_counts,
     clipped_surrogate,
     importance_weights,
     k3_kl,
@@ -24,7 +24,7 @@ __all__ = [
     "Multiplier",
     "adversarial_advantages",
     "bradley_terry_loss",
-    "clip_fractions",
+    "clip_counts",
     "clipped_surrogate",
     "dual_ascent",
     "expert_gap",

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from uniapl.functional.advantages import group_advantages
 
-Assignment = Literal["win_probability", "logit", "log_sigmoid", "standardized"]
+AdversarialCredit = Literal["win_probability", "logit", "log_sigmoid", "standardized"]
 
 
 def bradley_terry_loss(
@@ -53,7 +53,7 @@ def adversarial_advantages(
     expert_logits: Float[Tensor, " P"],
     known: Bool[Tensor, "P G"],
     *,
-    assignment: Assignment = "win_probability",
+    adversarial_credit: AdversarialCredit = "win_probability",
 ) -> Float[Tensor, "P G"]:
     """The adversarial advantage B_i of each rollout: its credit minus the mean of its group.
 
@@ -61,16 +61,16 @@ def adversarial_advantages(
         policy_logits: d(x, y_i). Values where `known` is False have no effect.
         expert_logits: d(x, y*), or the running mean of demonstrations for a prompt without one.
         known: False where the discriminator returned no usable logit.
-        assignment: The credit. "win_probability": u_i (default, our choice: bounded, and its differences
-            vanish as the policy becomes indistinguishable); "logit": d(x, y_i) (GAD, arXiv 2511.10643);
+        adversarial_credit: "win_probability": u_i (default, our choice: bounded, and its differences vanish
+            as the policy becomes indistinguishable); "logit": d(x, y_i) (GAD, arXiv 2511.10643);
             "log_sigmoid": log u_i (GAIL's -log(1 - D) family, arXiv 1606.03476); "standardized": d(x, y_i)
             divided by its group's standard deviation.
     """
-    match assignment:
+    match adversarial_credit:
         case "win_probability":
             credit = win_probability(policy_logits, expert_logits)
         case "log_sigmoid":
             credit = logsigmoid(policy_logits - expert_logits.unsqueeze(-1))
         case "logit" | "standardized":
             credit = policy_logits
-    return group_advantages(credit, known, scale="group" if assignment == "standardized" else "none")
+    return group_advantages(credit, known, scale="group" if adversarial_credit == "standardized" else "none")

@@ -1,10 +1,10 @@
 """The token losses, and `objective`, which combines them.
 
-    L = mu S_sft / N_sft + (1 - mu) S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl
+    L = mu S_sft / N_sft + (1 - mu) w_r S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl
 
 Each S is a sum over the tokens of one component in the optimizer step (all micro-batches, all processes), and
 N is the number of those tokens. Masks are applied with `torch.where`: values outside the mask, even NaN,
-affect neither the loss nor a gradient.
+affect neither the loss nor a gradient. w_r is `reward_weight`.
 """
 
 from collections.abc import Mapping
@@ -62,9 +62,9 @@ def clipped_surrogate(
     """Sum of `-min(rho_t A, clip(rho_t, 1-epsilon_low, 1+epsilon_high) A)`.
 
     Source: PPO (arXiv 1707.06347, eq. 7) per token with a group-relative advantage (GRPO, arXiv 2402.03300,
-    eq. 3) and two clip widths (DAPO, arXiv 2503.14476). The RL and the adversarial term both are this
-    function, with different advantages and masks. On-policy (`old_logprobs = logprobs.detach()`) its gradient
-    is REINFORCE's.
+    eq. 3) and two clip widths (DAPO, arXiv 2503.14476). Both the RL and the adversarial term use this
+    function, with different advantages and masks. On-policy (`old_logprobs = logprobs.detach()`), its
+    gradient equals REINFORCE's.
 
     Args:
         logprobs: Current policy, nats. Carries the gradient.
@@ -93,8 +93,8 @@ def importance_weights(
 ) -> Float[Tensor, "B T"]:
     """`min(p_old / p_sampling, cap)` for each token under the mask, 1 elsewhere; without gradient.
 
-    A separate sampler has slightly different probabilities, or weights that are one step old. With these
-    weights the surrogate estimates the trainer's policy; the cap limits the variance. Source: truncated
+    A separate sampler computes slightly different probabilities, or uses parameters that are one step old.
+    These importance weights correct for the difference; the cap limits their variance. Source: truncated
     importance sampling (Ionides 2008), per token as in TRL's "token_truncate".
 
     Args:
@@ -106,7 +106,7 @@ def importance_weights(
     return torch.where(mask, old_logprobs - sampling_logprobs, 0.0).detach().exp().clamp(max=cap)
 
 
-def clip_fractions(
+def clip_counts(
     logprobs: Float[Tensor, "B T"],
     old_logprobs: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -115,7 +115,7 @@ def clip_fractions(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Numbers of tokens whose gradient the lower and the upper clip remove (metrics, as sums)."""
+    """Count the tokens whose gradient is zeroed by the lower and by the upper clip."""
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).detach().exp()
     row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
     low = (ratio < 1 - clip_low) & (row_advantages < 0)
@@ -146,14 +146,15 @@ def objective(
     weights: Mapping[str, float],
     counts: Mapping[str, int],
 ) -> Tensor:
-    """The loss: for each component its weight times its sum, divided by its global token count.
+    """A micro-batch's part of the step's loss: the sum over components of weight * sum / global token count.
 
-    This is the only division in the loss, so data of one component never rescales another. A component
-    without tokens or with weight 0 is a differentiable zero, so that every process runs a backward pass.
+    This is the only division in the loss, so the amount of data in one component never rescales another.
+    Components without tokens or with weight 0 are left out. If none is left, the result is a differentiable
+    zero, so that every process still runs a backward pass.
 
     Args:
         sums: A scalar per component, summed over this micro-batch.
-        weights: mu, 1 - mu, lambda_adv and beta, by the keys of `sums`.
+        weights: mu, (1 - mu) * reward_weight, lambda_adv and beta, by the keys of `sums`.
         counts: Tokens per component in the optimizer step, over all micro-batches and processes.
 
     Returns:

@@ -29,7 +29,7 @@ class Reference(nn.Module):
         """As :meth:`Policy.forward`, without gradient."""
         return functional_call(self._policy[0], self.weights, args, kwargs)
 
-    def follow(self) -> None:
+    def copy_policy(self) -> None:
         """Copy the current weights of the policy."""
         self._set(trained_weights(self._policy[0]))
 

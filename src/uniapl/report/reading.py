@@ -16,7 +16,7 @@ Record = dict[str, Any]
 MAX_BYTES = 50_000_000
 """Bytes of completions.jsonl that are read: the file may exceed the memory, and a page shows less."""
 MODEL_ANALYSIS = "analysis.json"
-ENDING = "ending.json"
+END_STATE = "ending.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class RunData:
     stride: int = 1
     warnings: list[Record] = field(default_factory=list)
     """health.jsonl: {"step", "rule", "message"}, one whenever a rule starts to fire."""
-    ending: Record | None = None
+    end_state: Record | None = None
     """{"state": "finished" | "stopped" | "interrupted", "message"}; None while it runs, and after a kill."""
     models: Record | None = None
     """analysis.json, written by `uniapl report --model-analysis`."""
@@ -110,7 +110,7 @@ def read_run(directory: Path, *, max_bytes: int = MAX_BYTES) -> RunData:
         completions=completions,
         stride=stride,
         warnings=_records(directory / "health.jsonl"),
-        ending=_read_json(directory / ENDING),
+        end_state=_read_json(directory / END_STATE),
         models=_read_json(directory / MODEL_ANALYSIS),
     )
 

@@ -25,15 +25,19 @@ SKIPPED = {
 
 def state(run: RunData) -> dict[str, str]:
     """The state of the run: {"kind": "good" | "bad" | "open", "text", "message"}."""
-    ending = run.ending or {}
-    kind, words = STATES.get(ending.get("state"), STATES[None])
+    end_state = run.end_state or {}
+    kind, words = STATES.get(end_state.get("state"), STATES[None])
     reasons = [
         f"Stage {record['stage'] + 1} ended at step {record['step']}: {record['early_stopping/reason']}."
         for record in run.metrics
         if record.get("early_stopping/reason")
     ]
     text = f"{words}, step {run.steps[-1]:,} of {run.planned_steps:,}"
-    return {"kind": kind, "text": text, "message": " ".join([*reasons, ending.get("message") or ""]).strip()}
+    return {
+        "kind": kind,
+        "text": text,
+        "message": " ".join([*reasons, end_state.get("message") or ""]).strip(),
+    }
 
 
 def tiles(run: RunData) -> list[dict[str, str]]:

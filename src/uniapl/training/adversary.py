@@ -35,15 +35,15 @@ from uniapl.models.loading import ModelSource, check_vocabulary, from_pretrained
 from uniapl.models.packing import can_pack
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start
-from uniapl.training.checkpoint import directory as checkpoint
-from uniapl.training.distributed import fsdp as sharding
+from uniapl.training.checkpoint.directory import load_module, load_optimizer, save_module
+from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
 
 DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
-"""Files of a checkpoint, without their suffixes."""
+"""Name of the optimizer's checkpoint files, without suffix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,12 @@ class DiscriminatorTrainer:
     """A discriminator that is trained together with the policy."""
 
     discriminator: BradleyTerryDiscriminator
-    module: nn.Module
-    """The discriminator's module, wrapped for DDP, or its sharded copy."""
+    wrapped: nn.Module
+    """`discriminator.module`, wrapped for DDP if needed; with FSDP2 a sharded copy."""
     optimizer: Optimizer
     replay: Replay
     state: AdversaryState
+    """The same object as `Adversary.state`: an out-of-memory error in an update lowers its `max_tokens`."""
 
     def update(
         self, accelerator: Accelerator, comparisons: Sequence[Comparison], config: Config
@@ -69,7 +70,7 @@ class DiscriminatorTrainer:
                 return discriminator_step(
                     accelerator,
                     self.discriminator,
-                    self.module,
+                    self.wrapped,
                     self.optimizer,
                     comparisons,
                     max_grad_norm=config.discriminator.max_grad_norm,
@@ -168,13 +169,13 @@ class Adversary:
         """The discriminator with its weights; all processes enter and leave together."""
         if self.trainer is None:
             return nullcontext()
-        return sharding.gathered(self.trainer.discriminator.module, self.trainer.module)
+        return fsdp.gathered(self.trainer.discriminator.module, self.trainer.wrapped)
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write the weights of a trained discriminator; return the rest as JSON values."""
         state: dict[str, Any] = {"adversary": asdict(self.state)}
         if self.trainer is not None:
-            checkpoint.save_module(self.trainer.discriminator.module, directory / "discriminator.safetensors")
+            save_module(self.trainer.discriminator.module, directory / "discriminator.safetensors")
             state["replay"] = self.trainer.replay.state()
         return state
 
@@ -186,10 +187,10 @@ class Adversary:
             return
         module = trainer.discriminator.module
         with self.gathered():
-            checkpoint.load_module(module, directory / "discriminator.safetensors")
-            sharding.scatter(module, trainer.module)
+            load_module(module, directory / "discriminator.safetensors")
+            fsdp.scatter(module, trainer.wrapped)
             vocabulary_size = _vocabulary_size(module)
-        checkpoint.load_optimizer(trainer.optimizer, directory / DISCRIMINATOR_OPTIMIZER)
+        load_optimizer(trainer.optimizer, directory / DISCRIMINATOR_OPTIMIZER)
         trainer.replay.load(state["replay"])
         sequences = [ids for item in trainer.replay.items for pair in item.sequences for ids in pair]
         if any(max(ids, default=0) >= vocabulary_size for ids in sequences):
@@ -293,8 +294,8 @@ def _build_trainer(
     adamw = functools.partial(
         AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    wrapped, optimizer = sharding.distribute(accelerator, module, adamw)
-    sharding.release(module, wrapped)
+    wrapped, optimizer = fsdp.distribute(accelerator, module, adamw)
+    fsdp.release(module, wrapped)
     return DiscriminatorTrainer(
         discriminator=BradleyTerryDiscriminator(
             module=module,
@@ -305,7 +306,7 @@ def _build_trainer(
             packed=config.batching.packing and packs,
             autocast=accelerator.autocast,
         ),
-        module=wrapped,
+        wrapped=wrapped,
         optimizer=optimizer,
         replay=Replay(settings.replay_size),
         state=state,

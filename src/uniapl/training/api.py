@@ -14,7 +14,7 @@ from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.loading import check_vocabulary, load_policy
 from uniapl.training.build_sampler import check_processes
 from uniapl.training.checkpoint import disk
-from uniapl.training.distributed import fsdp as sharding
+from uniapl.training.distributed import fsdp
 from uniapl.training.distributed.accelerator import make_accelerator
 from uniapl.training.evaluation import make_evaluate
 from uniapl.training.inputs import RunInputs
@@ -105,8 +105,8 @@ def train_resolved(
     accelerator = make_accelerator(config)
     for stage in stages:
         check_processes(stage.config, accelerator.num_processes)
-        if sharding.shards_weights():
-            sharding.check_sharding(stage.config)
+        if fsdp.shards_weights():
+            fsdp.check_sharding(stage.config)
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
     if train_dataset is not None and config.data.path is not None:
@@ -129,7 +129,7 @@ def train_resolved(
             for index in range(stage.index + 1, len(stages)):
                 save_model(run, stage, directory / "stages" / str(index))
                 # Free the old stage's optimizer and discriminator before the next ones are built.
-                sharding.gather(stage.model, stage.policy)
+                fsdp.gather(stage.model, stage.policy)
                 del stage
                 accelerator.free_memory()
                 stage = build(index)
@@ -199,7 +199,7 @@ def _notes(
         for reason, rows in inputs.dataset.left_out.items()
     ]
     notes += inputs.notes
-    if sharding.shards_weights():
+    if fsdp.shards_weights():
         processes = accelerator.num_processes
         notes.append(f"FSDP2 shards parameters, gradients and optimizer state over {processes} processes")
     return notes

@@ -41,8 +41,10 @@ class RunInputs:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def streams(config: Config, dataset: Dataset, rewarder: Rewarder) -> tuple[list[Example], list[Example]]:
-    """(prompts to sample for, demonstrations to train on)."""
+def stream_examples(
+    config: Config, dataset: Dataset, rewarder: Rewarder
+) -> tuple[list[Example], list[Example]]:
+    """Return the examples of the prompt stream and of the demonstration stream."""
     return split_streams(
         dataset, can_be_rewarded=rewarder.applies_to, uses_adversary=config.objective.lambda_adv > 0
     )

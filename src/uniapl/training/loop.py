@@ -1,7 +1,7 @@
-"""The method: sample, score, mix, update the policy, update the discriminator.
+"""The training loop of a stage: sample, reward, score with the discriminator, mix, update the policy, update
+the discriminator.
 
-`run_stage` is the complete training loop. Weights and data decide which loss components have a gradient and
-how large it is; no branch depends on a method's name.
+A method is only a set of weights; no branch depends on its name.
 """
 
 import itertools
@@ -23,10 +23,10 @@ from uniapl.training.oom_retry import split_micro_batches
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
 from uniapl.training.update.accumulate import OutOfMemoryError
-from uniapl.training.update.activation_checkpointing import recomputed
+from uniapl.training.update.activation_checkpointing import activation_checkpointing
 from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.component_gradients import component_gradient_norms
-from uniapl.training.update.credit import assign_credit, failed_prompts, rollout_rows
+from uniapl.training.update.credit import assign_credit, failed_groups, rollout_rows
 from uniapl.training.update.policy_step import PolicyStep, policy_step
 from uniapl.types import Example, RolloutGroup, derive_seed
 
@@ -49,29 +49,37 @@ def run_stage(run: Run, stage: Stage) -> None:
             groups, outcomes = reward(run, groups)
         with phase("score"):
             groups = score_with_discriminator(run, stage, groups)
-            pairs = stage.adapt(groups)
+            pair_metrics = stage.update_controllers(groups)
         with phase("update"):
             batch = mix(run, stage, groups, demonstrations)
-            gradients = measure_gradients(run, stage, batch)
+            gradient_metrics = measure_gradients(run, stage, batch)
             update = update_policy(run, stage, batch)
         with phase("discriminator"):
-            discriminator = update_discriminator(run, stage, groups)
-        result = StepResult(groups, outcomes, pairs, batch, gradients, update, discriminator)
+            discriminator_metrics = update_discriminator(run, stage, groups)
+        result = StepResult(
+            groups=groups,
+            outcomes=outcomes,
+            pair_metrics=pair_metrics,
+            batch=batch,
+            gradient_metrics=gradient_metrics,
+            update=update,
+            discriminator_metrics=discriminator_metrics,
+        )
         run.finish_step(stage, result)
 
 
 def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
-    """Sample rollouts for this process's part of the step's prompts, if a loss component uses rollouts."""
+    """Sample rollouts for this process's prompts of the step; return [] if no component uses rollouts."""
     if not stage.config.objective.uses_rollouts:
         return []
     process, processes = run.accelerator.process_index, run.accelerator.num_processes
 
-    def request(prompts: Sequence[Example], step: int) -> SampleRequest:
+    def request(examples: Sequence[Example], step: int) -> SampleRequest:
         return SampleRequest(
-            prompts=[prompt.prompt_ids for prompt in prompts[process::processes]],
+            prompts=[example.prompt_ids for example in examples[process::processes]],
             seeds=[
                 derive_seed(run.config.seed, "rollout", step, slot)
-                for slot in range(process, len(prompts), processes)
+                for slot in range(process, len(examples), processes)
             ],
             num_generations=stage.config.rollout.num_generations,
             policy_version=run.step,
@@ -81,8 +89,8 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
     prompts = stream.take(count)
     with stage.gathered_policy():
         rollouts = stage.sampler.sample(request(prompts, run.step))
-        if stage.ahead is not None and stage.schedule.step + 1 < stage.config.max_steps:
-            stage.ahead.begin(request(stream.peek(count), run.step + 1))
+        if stage.one_step_off is not None and stage.schedule.step + 1 < stage.config.max_steps:
+            stage.one_step_off.begin(request(stream.peek(count), run.step + 1))
     decode = run.inputs.decode
     return [
         RolloutGroup(
@@ -98,7 +106,8 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
 def reward(
     run: Run, groups: Sequence[RolloutGroup]
 ) -> tuple[list[RolloutGroup], dict[str, list[RewardOutcome]]]:
-    """(groups of all processes with their rewards; outcomes of each reward function, one per process)."""
+    """Score the rollouts. Return the groups of all processes with their rewards, and each reward function's
+    outcomes, one per process."""
     rewarder = run.inputs.rewarder
     outcomes = rewarder.score(
         [group.example for group in groups for _ in group.rollouts],
@@ -120,11 +129,15 @@ def reward(
 
 
 def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The groups with the discriminator's logits; each process scores its part of them."""
+    """Add the discriminator's logits to the groups; each process scores its part.
+
+    The logits are plain floats: no gradient flows from the discriminator to the policy. They act on the
+    policy only through the advantages (`assign_credit`) and through lambda_adv.
+    """
     if stage.adversary is None:
         return list(groups)
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
-    # A frozen discriminator may use the policy's weights.
+    # The frozen density-ratio discriminator can run the policy itself, so it needs the gathered parameters.
     with stage.adversary.gathered() if stage.adversary.trainer else stage.gathered_policy():
         logits = _gather(run.accelerator, stage.adversary.score(local))
     return [
@@ -134,18 +147,18 @@ def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGro
 
 
 def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) -> MixedBatch:
-    """Combine rollouts and demonstrations, and make this process's micro-batches of them."""
+    """Build the step's mixed batch, and collate this process's micro-batches."""
     config, accelerator, lambda_adv = stage.config, run.accelerator, stage.schedule.lambda_adv
     credits = assign_credit(
         groups,
         scale_rewards=config.objective.scale_rewards,
-        assignment=config.objective.adversarial_credit,
+        adversarial_credit=config.objective.adversarial_credit,
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
-        bonus=lambda_adv if config.objective.adversarial_placement == "reward" else 0.0,
+        adversarial_weight=lambda_adv if config.objective.adversarial_placement == "reward" else 0.0,
     )
     demonstrated: list[Example] = []
     if config.objective.mu_controller == "gate":
-        failed = failed_prompts(groups, config.objective.gate_threshold)
+        failed = failed_groups(groups, config.objective.gate_threshold)
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [group.example for group in failed]
     elif config.objective.learns_from_demonstrations:
@@ -153,6 +166,8 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
     rows += map(demonstration_row, demonstrated)
     weights = stage.schedule.weights(groups)
+    # Packed batches leave out rows whose gradient is 0; `MixedBatch.counts` still includes them. Padded
+    # batches, the reference that packing is compared with, compute every row.
     trained = [row for row in rows if row.has_gradient(weights)] if stage.packing else rows
     batches = micro_batches(
         shards(trained, accelerator.num_processes)[accelerator.process_index],
@@ -170,11 +185,14 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
 
 
 def measure_gradients(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float]:
-    """Norms and cosines of the loss components' gradients, every `log_gradients_steps`."""
+    """Measure norms and cosines of the components' gradients every `log_gradients_steps` steps.
+
+    Other steps return {}.
+    """
     every = stage.config.log_gradients_steps
     if not every or stage.schedule.step % every:
         return {}
-    with recomputed(stage.policy, stage.config.optim.gradient_checkpointing):
+    with activation_checkpointing(stage.policy, stage.config.optim.gradient_checkpointing):
         while True:
             try:
                 return component_gradient_norms(run.accelerator, stage.policy, batch, stage.loss_settings)
@@ -183,14 +201,14 @@ def measure_gradients(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, fl
 
 
 def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
-    """Make `num_iterations` updates on the batch, all with the first one's old log-probabilities.
+    """Take `num_iterations` optimizer steps on the batch, all with the old log-probabilities of the first.
 
     Returns:
-        The last update, applied only if all of them were.
+        The last step's result; `applied` is True only if every step was applied.
     """
     old_logprobs: Sequence[Tensor] | None = None
     updates: list[PolicyStep] = []
-    with recomputed(stage.policy, stage.config.optim.gradient_checkpointing):
+    with activation_checkpointing(stage.policy, stage.config.optim.gradient_checkpointing):
         while len(updates) < stage.config.objective.num_iterations:
             try:
                 update = policy_step(
@@ -205,14 +223,17 @@ def update_policy(run: Run, stage: Stage, batch: MixedBatch) -> PolicyStep:
 
 
 def update_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-    """Update the discriminator; return what to log."""
+    """Update the discriminator; return its metrics.
+
+    It computes the logits again, with gradient; the floats in `groups` are not used.
+    """
     if stage.adversary is None:
         return {}
     return stage.adversary.update(run.accelerator, groups, stage.config, run.step, stage.schedule.step)
 
 
 def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
-    """The items of all processes, in the order from which `[rank::world]` selected each process's."""
+    """Gather items from all processes, and undo the `[rank::world_size]` split."""
     if accelerator.num_processes == 1:
         return items
     everywhere = gather_object(

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate.utils.memory import should_reduce_batch_size
 
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.monitor.console import RunView
 
 OUT_OF_MEMORY = {
@@ -35,7 +35,9 @@ def disk_errors_explained(directory: Path, *, started: bool) -> Iterator[None]:
         if not started:
             raise UsageError(f"output_dir '{directory}' cannot be written: {error}") from error
         complete = (
-            path for path in reversed(checkpoint.checkpoints(directory)) if not checkpoint.defects(path)
+            path
+            for path in reversed(checkpoint_directory.checkpoints(directory))
+            if not checkpoint_directory.defects(path)
         )
         last = next(complete, None)
         remedy = (

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from uniapl.config.resolve import Resolved
 from uniapl.errors import UsageError
 from uniapl.models.lora import is_adapter
-from uniapl.training.checkpoint import directory as checkpoints
+from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.checkpoint.run_directory import RUN_DIRECTORIES, changed_values, check_run_directory
 from uniapl.training.checkpoint.state import read_state
 from uniapl.training.inputs import RunInputs
@@ -71,7 +71,7 @@ def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs
     """
     config = resolved.config
     directory = Path(config.output_dir)
-    found = checkpoints.find_checkpoint(directory, config.resume, view.say)
+    found = checkpoint_directory.find_checkpoint(directory, config.resume, view.say)
     check_run_directory(config, found)
     if found is None:
         if config.resume == "auto":

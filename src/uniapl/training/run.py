@@ -1,4 +1,4 @@
-"""State that all stages of a run share, and what follows each step: logs, health, evaluation, checkpoint."""
+"""The state shared by all stages, and the end of each step: logs, health checks, evaluation, checkpoints."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from uniapl.errors import HealthStop, Interrupted, UniAPLError
 from uniapl.files import JsonlLog, write_text
 from uniapl.models.lora import save_weights
 from uniapl.report import write_report
-from uniapl.report.reading import ENDING
-from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.report.reading import END_STATE
+from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.checkpoint import disk
 from uniapl.training.checkpoint.model_card import model_card
 from uniapl.training.checkpoint.run_directory import prepare_run_directory
-from uniapl.training.inputs import RunInputs, streams
+from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.machine_errors import disk_errors_explained
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.metrics import completion_records
@@ -47,18 +47,18 @@ class Progress:
     num_tokens: int = 0
     """Completion tokens that the run has trained on, demonstrations included."""
     token_limit: int | None = None
-    """Upper bound of a micro-batch's padded tokens, after a larger one did not fit in memory."""
+    """Token limit per micro-batch, set after an out-of-memory error; None uses the configured limit."""
     streams: dict[str, Stream] = field(default_factory=dict)
-    """The streams of "prompts" and "demonstrations"."""
+    """The streams by name: "prompts" and "demonstrations"."""
 
 
 @dataclass(kw_only=True)
 class Run:
-    """State that all stages of a run share."""
+    """The state shared by all stages of a run."""
 
     config: Config
     methods: list[str]
-    """Methods of all stages."""
+    """The method of each stage."""
     accelerator: Accelerator
     inputs: RunInputs
     view: RunView
@@ -81,22 +81,23 @@ class Run:
         return Path(self.config.output_dir)
 
     def max_tokens(self, stage: Stage) -> int:
-        """Upper bound of a micro-batch's padded tokens: configured, or lower if that did not fit."""
+        """Token limit per micro-batch: the configured one, or a lower one after an out-of-memory error."""
         configured = stage.config.batching.max_tokens_per_micro_batch
         return min(configured, self.progress.token_limit or configured)
 
     def open_streams(self, stage: Stage) -> tuple[Stream, Stream]:
-        """The stage's prompts and demonstrations, at the run's positions in them."""
-        pools = streams(stage.config, self.inputs.dataset, self.inputs.rewarder)
+        """Open the stage's prompt and demonstration streams at the positions that the run has reached."""
+        pools = stream_examples(stage.config, self.inputs.dataset, self.inputs.rewarder)
         opened = self.progress.streams
         for name, pool in zip(("prompts", "demonstrations"), pools, strict=True):
             opened[name] = Stream(pool, seed=self.config.seed, name=name, position=opened[name].position)
         return opened["prompts"], opened["demonstrations"]
 
     def finish_step(self, stage: Stage, result: StepResult) -> None:
-        """Count a step, check its health, evaluate, log, and save a checkpoint if it is due or the last one.
+        """End a step: update counters, check health, evaluate, log and save.
 
-        A run that is killed while it saves continues from the checkpoint before and drops these log lines.
+        A checkpoint is saved if one is due, or if the stage or the run ends. If the run is killed during the
+        save, it resumes from the previous checkpoint, and later log lines are removed.
         """
         progress, schedule = self.progress, stage.schedule
         for counters in (progress, schedule):
@@ -114,7 +115,7 @@ class Run:
         if not result.update.applied:
             self.health.save_skipped(self.step, result, self.inputs)
         problem = self.health.check(self.step, result, stage.config.health.max_skipped_steps)
-        # Checked once: a signal that arrives during the save ends the next step.
+        # Read once: a signal that arrives during the save stops the run after the next step.
         interrupted = self.signal.received()
         self._evaluate(stage, record)
         self._stop_early(stage, record)
@@ -124,13 +125,13 @@ class Run:
             with self.view.phase("save"):
                 failure = stage.wait_for_rollouts()
                 save_checkpoint(self, stage)
-            # No step uses the rollouts after the last one.
+            # After the last step no rollouts are needed, so the failure is ignored.
             if failure is not None and not last:
                 raise failure
         if problem:
             raise HealthStop(problem)
         if interrupted:
-            path = checkpoint.checkpoint_path(self.directory, self.step)
+            path = checkpoint_directory.checkpoint_path(self.directory, self.step)
             raise Interrupted(f"interrupted; continue from {path} with --resume auto", self.signal.number)
 
     def _evaluate(self, stage: Stage, record: dict[str, Any]) -> None:
@@ -138,7 +139,7 @@ class Run:
             return
         with self.view.phase("evaluate"), stage.gathered_policy():
             found = self.evaluate(self.step, stage.model) if self.accelerator.is_main_process else {}
-            # Health rules and JSON need Python's numbers, not NumPy's or torch's.
+            # Health rules and JSON require Python numbers, not NumPy or torch scalars.
             found = {name: v.item() if hasattr(v, "item") else v for name, v in found.items()}
         record |= {f"eval/{name}": value for name, value in found.items()}
         shown = [f"{k} {v:.3f}" for k, v in found.items() if k.endswith(("/reward", "/prompt_strict"))]
@@ -148,14 +149,14 @@ class Run:
     def _stop_early(self, stage: Stage, record: dict[str, Any]) -> None:
         rule, schedule = stage.config.early_stopping, stage.schedule
         watching = rule.target is not None or rule.patience is not None
-        # Evaluation metrics may come in later steps; a stage has all other metrics from its first step.
+        # Evaluation metrics may first appear later; all other metrics exist from the first step.
         known = rule.metric in record or rule.metric.startswith("eval/")
         if watching and schedule.step == 1 and not known:
             self.view.say(
                 f"warning: early_stopping.metric '{rule.metric}' is not a metric of the stage's first step"
             )
-        schedule.stopping.look(rule, record, schedule.num_tokens)
-        # Only the main process evaluates, so its decision holds for all.
+        schedule.stopping.update(rule, record, schedule.num_tokens)
+        # Only the main process has evaluation metrics, so its decision is broadcast.
         (schedule.stopping,) = broadcast_object_list([schedule.stopping])
         if schedule.stopping.reason is not None:
             record["early_stopping/reason"] = schedule.stopping.reason
@@ -170,7 +171,7 @@ class Run:
         track(self.accelerator, record)
         view.step_done(self.step, record, line=self.step % config.logging_steps == 0 or stage.schedule.ended)
         if completions and config.log_completions_steps and self.step % config.log_completions_steps == 0:
-            view.answers(completions)
+            view.completions(completions)
 
 
 def start_run(
@@ -181,19 +182,19 @@ def start_run(
     view: RunView,
     state: dict[str, Any],
 ) -> Run:
-    """A run at its beginning or at the state of a checkpoint; files of later steps are deleted."""
+    """Create the run at step 0 or from a checkpoint's state, and delete the files of later steps."""
     config = resolved.config
     directory, step = Path(config.output_dir), state["step"]
     main = accelerator.is_main_process
     with disk_errors_explained(directory, started=False):
         if main:
-            checkpoint.sweep(directory)
-            # A finished run keeps its config.yaml, which says how it was made.
+            checkpoint_directory.sweep(directory)
+            # Keep the config.yaml of a finished run: it records how the model was trained.
             if not state.get("finished"):
                 prepare_run_directory(resolved, stages, inputs)
-            checkpoint.forget_after(directory, step)
-            # A run that was killed after its last save may not have pruned.
-            checkpoint.prune(directory, config.save_total_limit)
+            checkpoint_directory.forget_after(directory, step)
+            # A run that was killed right after a save may have left too many checkpoints.
+            checkpoint_directory.prune(directory, config.save_total_limit)
             for path in (directory / SKIPPED).glob("step-*.json"):
                 if int(path.stem.removeprefix("step-")) > step:
                     path.unlink()
@@ -233,7 +234,7 @@ def start_run(
 
 @contextmanager
 def end_state_recorded(run: Run) -> Iterator[None]:
-    """Write how the run ended, and its report; nothing is written after an unexpected exception."""
+    """Record how the run ended and write its report; write nothing if the exception is no UniAPLError."""
     end: UniAPLError | None = None
     try:
         yield
@@ -244,7 +245,7 @@ def end_state_recorded(run: Run) -> Iterator[None]:
         state = {"state": stopped if end else "finished", "message": str(end or "")}
         page = run.directory / "report.html"
         try:
-            write_text(run.directory / ENDING, json.dumps(state))
+            write_text(run.directory / END_STATE, json.dumps(state))
             write_report([run.directory], page)
         except Exception as error:  # The model is trained and saved: a failed report does not fail the run.
             run.view.say(f"note: no report was written: {error!r}"[:200])
@@ -273,17 +274,19 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             "kind": discriminator_kind(stage.config),
             **saved.save(directory, optimizers),
         }
-        (directory / checkpoint.STATE).write_text(json.dumps(state), encoding="utf-8")
+        (directory / checkpoint_directory.STATE).write_text(json.dumps(state), encoding="utf-8")
 
     optimizers = saved.optimizer_states(keep=run.accelerator.is_main_process)
     with stage.gathered_policy(), stage.adversary.gathered() if stage.adversary else nullcontext():
         if run.accelerator.is_main_process:
             if not disk.has_space(run.directory, saved.num_bytes):
-                # The newest checkpoint is complete: it was read back.
-                checkpoint.prune(run.directory, 1)
+                # Free space: keep only the newest checkpoint, which was verified after writing.
+                checkpoint_directory.prune(run.directory, 1)
             disk.require_space(run.directory, saved.num_bytes)
-            checkpoint.write_directory(checkpoint.checkpoint_path(run.directory, run.step), fill)
-            checkpoint.prune(run.directory, run.config.save_total_limit)
+            checkpoint_directory.write_directory(
+                checkpoint_directory.checkpoint_path(run.directory, run.step), fill
+            )
+            checkpoint_directory.prune(run.directory, run.config.save_total_limit)
     run.accelerator.wait_for_everyone()
 
 
@@ -298,7 +301,7 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
 
     with stage.gathered_policy():
         if run.accelerator.is_main_process:
-            checkpoint.write_directory(path, fill)
+            checkpoint_directory.write_directory(path, fill)
     run.accelerator.wait_for_everyone()
 
 

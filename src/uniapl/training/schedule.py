@@ -15,7 +15,7 @@ from uniapl.functional import (
 )
 from uniapl.training.adversary import Adversary
 from uniapl.training.monitor.early_stopping import Stopping
-from uniapl.training.update.credit import failed_prompts
+from uniapl.training.update.credit import failed_groups
 from uniapl.types import RolloutGroup
 
 
@@ -66,7 +66,7 @@ class Schedule:
         """The demonstrations' weight, which may depend on the rewards of the step's rollouts."""
         objective = self.config.objective
         if objective.mu_controller == "gate":
-            return len(failed_prompts(groups, objective.gate_threshold)) / len(groups)
+            return len(failed_groups(groups, objective.gate_threshold)) / len(groups)
         if objective.mu_controller == "reward":
             rewards = [reward for group in groups for reward in group.rewards if reward is not None]
             if not rewards:

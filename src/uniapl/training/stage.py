@@ -20,7 +20,7 @@ from uniapl.models.reference import Reference, reference_at_start
 from uniapl.rollout import Sampler
 from uniapl.training.adversary import Adversary, build_adversary
 from uniapl.training.build_sampler import build_sampler
-from uniapl.training.distributed import fsdp as sharding
+from uniapl.training.distributed import fsdp
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor.metrics import pair_metrics
@@ -35,21 +35,22 @@ class Stage:
     """One stage of a run."""
 
     index: int
-    """Counted from 0."""
+    """Index of the stage, from 0."""
     model: PreTrainedModel
-    """The language model that is sampled from and saved; with FSDP2 it has weights only inside
-    :meth:`gathered_policy`."""
+    """The language model used for sampling, evaluation and saving. With FSDP2 its parameters exist only
+    inside :meth:`gathered_policy`."""
     policy: nn.Module
-    """The module that is trained: `model` as a :class:`Policy`, wrapped for DDP, or its sharded copy."""
+    """The module to train: a :class:`Policy` around `model`, wrapped for DDP if needed; with FSDP2 a sharded
+    copy."""
     optimizer: Optimizer
     reference: Reference | None
-    """Reference of the KL term. It exists before `reference_step`, so that memory does not grow there."""
+    """Reference of the KL term, allocated at the start so that memory does not grow at `reference_step`."""
     loss_settings: LossSettings
     adversary: Adversary | None
     sampler: Sampler
     schedule: Schedule
     packing: bool = False
-    """Micro-batches are packed: the recipe asks for it and the model supports it."""
+    """Whether micro-batches are packed: `batching.packing` is set and the model supports it."""
 
     @property
     def config(self) -> Config:
@@ -57,12 +58,12 @@ class Stage:
         return self.schedule.config
 
     @property
-    def ahead(self) -> OneStepOffSampler | None:
-        """The sampler, if it can begin the next step's rollouts."""
+    def one_step_off(self) -> OneStepOffSampler | None:
+        """The sampler if it samples one step ahead, else None."""
         return self.sampler if isinstance(self.sampler, OneStepOffSampler) else None
 
     def check_sampler(self) -> None:
-        """Try the sampler, if steps of the stage remain that use it.
+        """Sample once to report errors early, unless no remaining step uses rollouts.
 
         Raises:
             UsageError: It cannot sample from this model or on this machine.
@@ -72,27 +73,33 @@ class Stage:
                 self.sampler.check()
 
     def wait_for_rollouts(self) -> UniAPLError | None:
-        """Wait for the next step's rollouts, which a checkpoint contains; return the error if they failed."""
+        """Wait for the next step's rollouts, because checkpoints include them; return its error."""
         try:
-            if self.ahead is not None:
-                self.ahead.wait()
+            if self.one_step_off is not None:
+                self.one_step_off.wait()
         except UniAPLError as error:
             return error
         return None
 
     def start_step(self) -> None:
-        """Set the learning rate and, at `reference_step`, the reference."""
+        """Set the learning rate; at `reference_step`, copy the policy to the reference."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate
         if self.reference is None or self.schedule.uses_reference:
             return
         if self.schedule.step >= self.config.objective.reference_step:
             with self.gathered_policy():
-                self.reference.follow()
+                self.reference.copy_policy()
             self.schedule.uses_reference = True
 
-    def adapt(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Adapt the discriminator's cadence and lambda_adv to the step's pairs; return their metrics."""
+    def update_controllers(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Update the discriminator's moving averages and pause flag, and lambda_adv, from the step's pairs.
+
+        `mix` and `update_discriminator` use the updated values in this step.
+
+        Returns:
+            The metrics of the pairs and of the controller of lambda_adv.
+        """
         held_out = pair_metrics([group for group in groups if is_held_out(group.example, self.config)])
         pairs = pair_metrics(groups) | {k.replace("/", "/held_out_"): v for k, v in held_out.items()}
         if self.adversary is not None:
@@ -100,8 +107,11 @@ class Stage:
         return pairs | self.schedule.control_lambda(pairs.get("discriminator/pair_win_rate"))
 
     def gathered_policy(self) -> AbstractContextManager[None]:
-        """`model` with its weights; all processes enter and leave together."""
-        return sharding.gathered(self.model, self.policy)
+        """Gather the full parameters into `model` (no-op without FSDP2).
+
+        All processes enter and leave together.
+        """
+        return fsdp.gathered(self.model, self.policy)
 
 
 def build_stage(
@@ -116,7 +126,7 @@ def build_stage(
     """Build a stage at its first step.
 
     Args:
-        model: The policy's current weights, on the device.
+        model: The policy's language model with its current weights, on the device.
         start: Directory with the weights that the stage started from; None for the run's initial model.
     """
     objective, optim = config.objective, config.optim
@@ -133,9 +143,9 @@ def build_stage(
         weight_decay=optim.weight_decay,
         fused=True,
     )
-    policy, optimizer = sharding.distribute(accelerator, inner, adamw)
+    policy, optimizer = fsdp.distribute(accelerator, inner, adamw)
     sampler = build_sampler(config, model, inputs, accelerator)
-    sharding.release(model, policy)
+    fsdp.release(model, policy)
     return Stage(
         index=index,
         model=model,

@@ -10,13 +10,13 @@ from uniapl.config import Config
 from uniapl.functional import Multiplier
 from uniapl.models.reference import trained_weights
 from uniapl.training.adversary import DISCRIMINATOR_OPTIMIZER
-from uniapl.training.checkpoint import directory as checkpoint
-from uniapl.training.distributed import fsdp as sharding
+from uniapl.training.checkpoint.directory import load_optimizer, save_optimizer
+from uniapl.training.distributed import fsdp
 from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.training.stage import Stage
 
 POLICY_OPTIMIZER = "policy_optimizer"
-"""Files of a checkpoint, without their suffixes."""
+"""Name of the optimizer's checkpoint files, without suffix."""
 REFERENCE = "reference.safetensors"
 """File of a checkpoint: the reference's weights, unless they are those that the stage started from."""
 TENSORS_PER_WEIGHT = 3
@@ -47,13 +47,13 @@ class StageCheckpoint:
         """Size of a checkpoint on the disk, except for small files."""
         stage, rollout = self.stage, self.stage.config.rollout
         total = self.model_bytes * TENSORS_PER_WEIGHT
-        if stage.ahead is not None:
+        if stage.one_step_off is not None:
             rows = stage.config.batching.prompts_per_step * rollout.num_generations
             total += rows * rollout.max_completion_length * BYTES_PER_TOKEN
         if stage.reference is not None and stage.config.objective.reference_step > 0:
             total += self.model_bytes
         if stage.adversary is not None and stage.adversary.trainer is not None:
-            total += _trained_bytes(stage.adversary.trainer.module) * TENSORS_PER_WEIGHT
+            total += _trained_bytes(stage.adversary.trainer.wrapped) * TENSORS_PER_WEIGHT
         return total
 
     def optimizer_states(self, *, keep: bool) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class StageCheckpoint:
         optimizers = {POLICY_OPTIMIZER: self.stage.optimizer}
         if self.stage.adversary is not None and self.stage.adversary.trainer is not None:
             optimizers[DISCRIMINATOR_OPTIMIZER] = self.stage.adversary.trainer.optimizer
-        return {name: sharding.optimizer_state(o, keep=keep) for name, o in optimizers.items()}
+        return {name: fsdp.optimizer_state(o, keep=keep) for name, o in optimizers.items()}
 
     def save(self, directory: Path, optimizers: dict[str, Any]) -> dict[str, Any]:
         """Write the tensors of the stage, except the policy's weights; return the rest as JSON values.
@@ -74,7 +74,7 @@ class StageCheckpoint:
             optimizers: The result of :meth:`optimizer_states`.
         """
         for name, optimizer in optimizers.items():
-            checkpoint.save_optimizer(optimizer, directory / name)
+            save_optimizer(optimizer, directory / name)
         stage, schedule = self.stage, self.stage.schedule
         state: dict[str, Any] = {
             "stage": stage.index,
@@ -88,8 +88,8 @@ class StageCheckpoint:
         if stage.adversary is not None:
             state |= stage.adversary.save(directory)
             state["multiplier"] = asdict(schedule.multiplier)
-        if stage.ahead is not None:
-            state["ahead"] = stage.ahead.state()
+        if stage.one_step_off is not None:
+            state["ahead"] = stage.one_step_off.state()
         return state
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class StageCheckpoint:
         # A stage that an early-stopping rule ended continues if the rule has changed.
         if state["stop_rule"] == stage.config.early_stopping.model_dump():
             schedule.stopping = Stopping(**state["stopping"])
-        checkpoint.load_optimizer(stage.optimizer, directory / POLICY_OPTIMIZER)
+        load_optimizer(stage.optimizer, directory / POLICY_OPTIMIZER)
         if stage.reference is not None and not schedule.uses_reference and (directory / REFERENCE).exists():
             stage.reference.load(directory / REFERENCE)
             schedule.uses_reference = True
@@ -109,8 +109,8 @@ class StageCheckpoint:
             # A fixed lambda_adv is the recipe's, which may have changed.
             if stage.config.objective.lambda_controller != "fixed":
                 schedule.multiplier = Multiplier(**state["multiplier"])
-        if stage.ahead is not None:
-            stage.ahead.load(state.get("ahead", ()))
+        if stage.one_step_off is not None:
+            stage.one_step_off.load(state.get("ahead", ()))
 
 
 def discriminator_kind(config: Config) -> str:

@@ -36,7 +36,8 @@ class RunHealth:
     history: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of the last steps, oldest first."""
     bad_steps: dict[str, int] = field(default_factory=dict)
-    """Consecutive bad steps of "update", "discriminator", "judgement" and each "rewards/<name>"."""
+    """Consecutive bad steps of "update" (the policy's), "discriminator" (its update), "judgement" (its
+    logits) and each "rewards/<name>"; state.json contains these names."""
 
     def __post_init__(self) -> None:
         last = self.history[-1] if self.history else {}
@@ -70,7 +71,7 @@ class RunHealth:
         problems = {
             "update": self._of_update(step, result.update, say),
             **_of_rewards(result.outcomes, say),
-            **_of_discriminator(result.groups, result.discriminator),
+            **_of_discriminator(result.groups, result.discriminator_metrics),
         }
         values = [value for parts in result.outcomes.values() for part in parts for value in part.values]
         if values and all(value is None for value in values) and not any(problems.values()):

@@ -101,7 +101,7 @@ def test_completions_are_shown_as_plain_text(capsys: pytest.CaptureFixture[str])
         "demonstration": None,
         "completions": [completion],
     }
-    RunView(1, visible=True).answers([record])
+    RunView(1, visible=True).completions([record])
     shown = capsys.readouterr().out
     assert "[red]a [31mb cx" in re.sub(r"\s+", " ", shown)
     assert "\x1b" not in shown

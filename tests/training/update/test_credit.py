@@ -8,7 +8,7 @@ import pytest
 from support import reference
 from uniapl.data.batching import component_counts
 from uniapl.training.monitor.metrics import length_metrics, pair_metrics
-from uniapl.training.update.credit import assign_credit, failed_prompts, rollout_rows
+from uniapl.training.update.credit import assign_credit, failed_groups, rollout_rows
 from uniapl.types import Example, Rollout, RolloutGroup
 
 
@@ -41,9 +41,9 @@ def group(
 
 
 def credit(item: RolloutGroup, expert_mean: float | None = None):
-    return assign_credit([item], scale_rewards="none", assignment="win_probability", expert_mean=expert_mean)[
-        0
-    ]
+    return assign_credit(
+        [item], scale_rewards="none", adversarial_credit="win_probability", expert_mean=expert_mean
+    )[0]
 
 
 def test_by_hand() -> None:
@@ -58,7 +58,11 @@ def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() ->
     item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
     apart = credit(item)
     (inside,) = assign_credit(
-        [item], scale_rewards="none", assignment="win_probability", expert_mean=None, bonus=0.25
+        [item],
+        scale_rewards="none",
+        adversarial_credit="win_probability",
+        expert_mean=None,
+        adversarial_weight=0.25,
     )
     # The group's mean of u is over all three, also over the one whose reward is not known.
     wins = [reference.sigmoid(x - 1.0) for x in (0.0, 1.0, 2.0)]
@@ -67,9 +71,13 @@ def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() ->
     assert inside.advantages[1] == pytest.approx(-0.5 + 0.25 * (wins[1] - mean))
     assert inside.advantages[2] is None
     assert inside.adversarial_advantages == apart.adversarial_advantages
-    unjudged = group((1.0, 0.0))
+    without_logits = group((1.0, 0.0))
     (inside,) = assign_credit(
-        [unjudged], scale_rewards="none", assignment="win_probability", expert_mean=None, bonus=0.25
+        [without_logits],
+        scale_rewards="none",
+        adversarial_credit="win_probability",
+        expert_mean=None,
+        adversarial_weight=0.25,
     )
     assert inside.advantages == (0.5, -0.5)
 
@@ -161,5 +169,5 @@ def test_a_prompt_fails_when_no_known_reward_is_above_the_threshold() -> None:
         of((None, None)),
         of((0.0, 0.0), demonstration=False),
     ]
-    assert failed_prompts(groups, 0.0) == [groups[0], groups[2]]
-    assert failed_prompts(groups, 0.5) == [groups[0], groups[1], groups[2]]
+    assert failed_groups(groups, 0.0) == [groups[0], groups[2]]
+    assert failed_groups(groups, 0.5) == [groups[0], groups[1], groups[2]]

@@ -15,11 +15,11 @@ from uniapl.config import Config
 from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
 from uniapl.errors import UsageError
 from uniapl.files import write_text
-from uniapl.report.reading import ENDING, MODEL_ANALYSIS
-from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.report.reading import END_STATE, MODEL_ANALYSIS
+from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.inputs import RunInputs
 
-END_FILES = (ENDING, MODEL_ANALYSIS, "report.html")
+END_FILES = (END_STATE, MODEL_ANALYSIS, "report.html")
 """Files that only a run that has ended has."""
 LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
 RUN_FILES = ("config.yaml", "manifest.json", *LOGS, *END_FILES)
@@ -69,7 +69,7 @@ def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], inputs
         # Checkpoints first: if the run is killed here, it must not resume from the run that it replaces.
         for path in (run_dir / name for name in (*RUN_DIRECTORIES, *RUN_FILES)):
             if path.is_dir():
-                checkpoint.remove(path)
+                checkpoint_directory.remove(path)
             else:
                 path.unlink(missing_ok=True)
     for name in END_FILES:

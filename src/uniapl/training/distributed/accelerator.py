@@ -14,7 +14,7 @@ from accelerate.utils import (
 
 from uniapl.config import Config
 from uniapl.errors import UsageError
-from uniapl.training.distributed import fsdp as sharding
+from uniapl.training.distributed import fsdp
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
@@ -32,7 +32,7 @@ def make_accelerator(config: Config) -> Accelerator:
     # accelerate would keep the precision of an earlier run in this process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    sharding.check_launch()
+    fsdp.check_launch()
     accelerator = Accelerator(
         # The sampler needs fp64, which Apple's GPUs do not support.
         cpu=device is None or device.type == "mps",

@@ -106,7 +106,7 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         elif line:
             self.say(f"{step:>{len(str(self._total))}}/{self._total} {' '.join(_filled(LINE, metrics))}")
 
-    def answers(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def completions(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Print two sampled completions (see `metrics.completion_records`) with their demonstrations."""
         shown = [record for record in records if record["demonstration"] is not None] or records
         table = Table.grid(padding=(0, 1))

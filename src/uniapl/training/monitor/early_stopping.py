@@ -19,7 +19,7 @@ class Stopping:
     reason: str | None = None
     """Why the stage ended; None while it runs."""
 
-    def look(self, rule: EarlyStoppingConfig, record: Mapping[str, Any], stage_tokens: int) -> None:
+    def update(self, rule: EarlyStoppingConfig, record: Mapping[str, Any], stage_tokens: int) -> None:
         """Read a step's metrics and set `reason` if the stage ends with this step.
 
         Args:

@@ -19,7 +19,7 @@ def update_metrics(
 
     A component without weight has no value: the batch may leave out rows that only it would use.
     """
-    sums, measured = step.sums, step.sums["measured"]
+    sums, rollout_tokens = step.sums, step.sums["rollout_tokens"]
 
     def per(component: str, name: str | None = None) -> float | None:
         value = sums.get(name or component)
@@ -27,7 +27,7 @@ def update_metrics(
         return value / counts[component] if value is not None and has_gradient else None
 
     def of_rollouts(name: str) -> float | None:
-        return sums[name] / measured if measured and name in sums else None
+        return sums[name] / rollout_tokens if rollout_tokens and name in sums else None
 
     return {
         "loss": sums["loss"],
@@ -49,7 +49,7 @@ def update_metrics(
         "clip_ratio/low_mean": per("rl", "clip_low"),
         "clip_ratio/high_mean": per("rl", "clip_high"),
         "sampling/sampling_logp_difference/mean": of_rollouts("sampling_difference"),
-        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if measured else None,
+        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if rollout_tokens else None,
         "sampling/importance_sampling_ratio/mean": of_rollouts("importance"),
     }
 

@@ -11,20 +11,20 @@ from uniapl.training.update.policy_step import PolicyStep
 from uniapl.types import RolloutGroup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """Results of the parts of a step."""
 
     groups: Sequence[RolloutGroup]
     outcomes: Mapping[str, Sequence[RewardOutcome]]
     """Outcomes of each reward function, one per process."""
-    pairs: Mapping[str, float]
+    pair_metrics: Mapping[str, float]
     """Metrics of the step's pairs of rollout and demonstration, and of the controller of lambda_adv."""
     batch: MixedBatch
-    gradients: Mapping[str, float]
+    gradient_metrics: Mapping[str, float]
     """Norms and cosines of the loss components' gradients."""
     update: PolicyStep
-    discriminator: Mapping[str, Any]
+    discriminator_metrics: Mapping[str, Any]
     """Metrics of the discriminator's updates."""
 
 
@@ -38,11 +38,11 @@ def step_record(
         "stage": stage,
         **metrics.update_metrics(update, batch.counts, batch.weights),
         "weight/lambda_adv": batch.lambda_adv,
-        **result.gradients,
+        **result.gradient_metrics,
         **metrics.rollout_metrics(result.groups, batch.credits, step=step - 1),
         **metrics.length_metrics(result.groups),
-        **result.pairs,
-        **result.discriminator,
+        **result.pair_metrics,
+        **result.discriminator_metrics,
         **metrics.reward_health(result.outcomes),
         "learning_rate": learning_rate,
         "epoch": epoch,

@@ -12,7 +12,7 @@ from uniapl.models.loading import ModelSource, load_model_config, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
-from uniapl.training.inputs import streams
+from uniapl.training.inputs import stream_examples
 from uniapl.types import Example
 
 
@@ -38,7 +38,7 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
         UsageError: The first requirement that is not met.
     """
     objective, method = config.objective, f"method '{config.method}'"
-    prompts, demonstrations = streams(config, dataset, rewarder)
+    prompts, demonstrations = stream_examples(config, dataset, rewarder)
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
     if rewarded and not rewarder.rewards:
         raise UsageError(f"{method} needs rewards: set rewards.functions, or choose sft, a-sft or gad")

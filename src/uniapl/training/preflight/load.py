@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from uniapl.config.resolve import Resolved
-from uniapl.data import rows as data
+from uniapl.data.rows import named_source, read_rows, tokenize_rows
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
 from uniapl.rewards.base import build_rewarder
@@ -32,13 +32,13 @@ def load_inputs(
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
-    rows = data.read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
+    rows = read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    source = config.data.path if train_dataset is None else None
+    data_source = config.data.path if train_dataset is None else None
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
-    with data.named_source(source):
-        dataset = data.tokenize_rows(
+    with named_source(data_source):
+        dataset = tokenize_rows(
             rows,
             tokenizer,
             config.data,
@@ -51,7 +51,7 @@ def load_inputs(
     notes: list[str] = []
     if longest:
         rewarder.check_columns(dataset.examples)
-        with data.named_source(source):
+        with named_source(data_source):
             notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)

@@ -12,7 +12,7 @@ from uniapl.errors import UsageError
 
 
 @contextlib.contextmanager
-def recomputed(model: nn.Module, enabled: bool) -> Iterator[None]:
+def activation_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Within this context the model's layers keep only their inputs for the backward pass.
 
     transformers' own gradient checkpointing needs training mode, which would enable dropout.

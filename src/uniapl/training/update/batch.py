@@ -15,7 +15,8 @@ class MixedBatch:
 
     rows: Sequence[Row]
     micro_batches: Sequence[MicroBatch]
-    """At least one; with several processes the last one is empty."""
+    """At least one. With DDP on several processes the last one is empty; with FSDP2 empty ones make the count
+    equal on all processes."""
     weights: dict[str, float]
     """One weight per component: "sft", "rl", "adv", "kl"."""
     credits: Sequence[Credit] = ()

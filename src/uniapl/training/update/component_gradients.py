@@ -11,7 +11,7 @@ from uniapl.functional import objective
 from uniapl.training.distributed.fsdp import is_sharded, local
 from uniapl.training.update.accumulate import accumulate_gradients, reduce_sums
 from uniapl.training.update.batch import MixedBatch
-from uniapl.training.update.policy_step import LossSettings, component_sums, forward
+from uniapl.training.update.policy_step import LossSettings, component_sums, policy_logprobs
 from uniapl.types import MicroBatch
 
 
@@ -34,7 +34,7 @@ def component_gradient_norms(
     for name in [name for name in ("sft", "rl", "adv") if batch.weights[name] and batch.counts[name]]:
 
         def loss_of(micro_batch: MicroBatch, name: str = name) -> Tensor:
-            logprobs, _ = forward(policy, micro_batch)
+            logprobs, _ = policy_logprobs(policy, micro_batch)
             sums = component_sums(logprobs, logprobs.detach(), micro_batch, settings)
             return objective({name: sums[name]}, batch.weights, batch.counts)
 

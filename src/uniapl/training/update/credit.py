@@ -9,7 +9,7 @@ import torch
 
 from uniapl.data.batching import Row
 from uniapl.functional import adversarial_advantages, group_advantages, win_probability
-from uniapl.functional.adversarial import Assignment
+from uniapl.functional.adversarial import AdversarialCredit
 from uniapl.types import RolloutGroup
 
 
@@ -31,16 +31,17 @@ def assign_credit(
     groups: Sequence[RolloutGroup],
     *,
     scale_rewards: Literal["none", "group"],
-    assignment: Assignment,
+    adversarial_credit: AdversarialCredit,
     expert_mean: float | None,
-    bonus: float = 0.0,
+    adversarial_weight: float = 0.0,
 ) -> list[Credit]:
     """Group-relative advantages of the rewards and of the adversary.
 
     Args:
         expert_mean: Used as the expert's logit if a prompt has no demonstration; None gives such a group no
             adversarial advantages.
-        bonus: The adversarial advantage, times this factor, is added to the reward's where both are known.
+        adversarial_weight: The adversarial advantage, times this weight, is added to the reward's where both
+            are known.
     """
     credits: list[Credit] = []
     for group in groups:
@@ -53,10 +54,12 @@ def assign_credit(
             policy_logits = [x if math.isfinite(x) else None for x in group.policy_logits or ()] or unknown
         logits, usable = _with_mask(policy_logits)
         expert_logits = torch.tensor([expert], dtype=torch.float64)
-        adversarial = adversarial_advantages(logits, expert_logits, usable, assignment=assignment)
+        adversarial = adversarial_advantages(
+            logits, expert_logits, usable, adversarial_credit=adversarial_credit
+        )
         wins = win_probability(logits, expert_logits)
         # Unknown advantages are 0.
-        advantages = group_advantages(rewards, known, scale=scale_rewards) + bonus * adversarial
+        advantages = group_advantages(rewards, known, scale=scale_rewards) + adversarial_weight * adversarial
         credits.append(
             Credit(
                 advantages=_where_known(advantages, known),
@@ -67,7 +70,7 @@ def assign_credit(
     return credits
 
 
-def failed_prompts(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
+def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
     """Groups with a demonstration and known rewards, all of them at most `threshold`.
 
     Source: the gate of HPT (arXiv 2509.04419), which trains on the demonstrations of these prompts.

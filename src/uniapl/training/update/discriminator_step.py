@@ -44,10 +44,10 @@ def discriminator_step(
         return loss
 
     optimizer.zero_grad()
-    computations = [*discriminator.losses(local, module, max_tokens=max_tokens)]
-    for _ in range(num_empty_micro_batches(accelerator, len(computations))):
-        computations += discriminator.losses([], module)
-    accumulate_gradients(accelerator, module, loss_of, computations)
+    batch_losses = [*discriminator.losses(local, module, max_tokens=max_tokens)]
+    for _ in range(num_empty_micro_batches(accelerator, len(batch_losses))):
+        batch_losses += discriminator.losses([], module)
+    accumulate_gradients(accelerator, module, loss_of, batch_losses)
     grad_norm = clip_gradient(accelerator, module, max_grad_norm)
     loss = reduce_sums(accelerator, measured)["loss"]
     applied = math.isfinite(loss) and math.isfinite(grad_norm)

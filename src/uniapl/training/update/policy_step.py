@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uniapl.functional import (
-    clip_fractions,
+    clip_counts,
     clipped_surrogate,
     importance_weights,
     k3_kl,
@@ -75,7 +75,7 @@ def policy_step(
 
     def loss_of(number: int) -> Tensor:
         micro_batch = batch.micro_batches[number]
-        logprobs, entropy = forward(policy, micro_batch)
+        logprobs, entropy = policy_logprobs(policy, micro_batch)
         old = logprobs.detach() if old_logprobs is None else old_logprobs[number]
         kept.append(old)
         sums = component_sums(logprobs, old, micro_batch, settings)
@@ -105,8 +105,8 @@ def policy_step(
     return PolicyStep(applied=applied, grad_norm=grad_norm, sums=sums, old_logprobs=kept)
 
 
-def forward(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [B, T] of the tokens that enter a loss term."""
+def policy_logprobs(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Run the policy: log-probabilities and entropies [B, T] of the tokens that enter a loss component."""
     return policy(*inputs_of(batch, batch.sft_mask | batch.rollout_mask))
 
 
@@ -135,7 +135,7 @@ def _measure(
 ) -> dict[str, Tensor]:
     """Sums over a micro-batch that are logged only; the metrics divide them by the component's count."""
     rollout_mask = batch.rollout_mask
-    low, high = clip_fractions(
+    low, high = clip_counts(
         logprobs,
         old,
         batch.advantages,
@@ -146,7 +146,7 @@ def _measure(
     difference = torch.where(rollout_mask, (old - batch.sampling_logprobs).abs(), 0.0)
     sums = {
         "nll": sft_loss(logprobs, batch.sft_mask),
-        "measured": rollout_mask.sum(),
+        "rollout_tokens": rollout_mask.sum(),
         "entropy": torch.where(rollout_mask, entropy.detach(), 0.0).sum(),
         "clip_low": low,
         "clip_high": high,
