@@ -557,7 +557,7 @@ def test_rewards_get_chats_as_in_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("length", "needs a column 'wanted', which no row fills"),
+        ("length", "needs a column 'wanted', but no row has a value for it"),
         ("ids", "needs completion_ids"),
         ("nothing", "has no function 'nothing'"),
         ("by_message", "fails on rows 1, 2"),

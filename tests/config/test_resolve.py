@@ -334,3 +334,14 @@ def test_shipped_recipes_resolve() -> None:
     for path in recipes:
         assert stages_of(resolve(load_recipe(path)))
         assert set(flatten(yaml.safe_load(path.read_text())))
+
+
+def test_aliases_of_aliases_give_a_short_error(tmp_path: Path) -> None:
+    """Written out, the value would have 10 ** 12 items."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    (tmp_path / "recipe.yaml").write_text("\n".join([*lines, "max_steps: *a11"]))
+    with pytest.raises(UsageError) as raised:
+        resolve(load_recipe(tmp_path / "recipe.yaml"))
+    assert "max_steps" in str(raised.value)
+    assert len(str(raised.value)) < 3000

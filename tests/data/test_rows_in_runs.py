@@ -46,7 +46,7 @@ def test_demonstrations_end_where_rollouts_end(tmp_path: Path) -> None:
         ({"prompt": "a\ud800b"}, "row 1: tokenisation failed"),
         (
             {"prompt": "a", "question": "b"},
-            "row 1: data.columns renames 'question' to 'prompt', which is there",
+            "row 1: data.columns renames 'question' to 'prompt', which is also a column",
         ),
     ],
 )

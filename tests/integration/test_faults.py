@@ -223,7 +223,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_not_begun(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=2**20 + 1000))
-    with pytest.raises(uniapl.UsageError, match=r"has 1\.0 MiB free, the run needs about .* KiB"):
+    with pytest.raises(uniapl.UsageError, match=r"has 1\.0 MiB free, but the run needs about .* KiB"):
         train(recipe(model_dir, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

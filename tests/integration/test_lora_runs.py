@@ -359,10 +359,21 @@ def test_check_counts_the_adapter_alone_and_refuses_what_training_would(
     # A copy of the base learns as a whole, whatever the policy is.
     copied = stays("--model.lora-r", "4")["discriminator"]
     assert copied == whole["discriminator"]
-    assert update("--optim.gradient-checkpointing", "True") < 0.6 * update()
+    deep = Qwen3Config(**SMALL | {"num_hidden_layers": 6})
+    AutoModelForCausalLM.from_config(deep).save_pretrained(tmp_path / "deep")
+    make_tokenizer().save_pretrained(tmp_path / "deep")
+    model = ("--model.model-name-or-path", str(tmp_path / "deep"))
+    assert update("--optim.gradient-checkpointing", "True", *model) < 0.6 * update(*model)
     flags = ["--model.lora-r", "4", "--model.lora-target-modules", "wq"]
     assert cli.run(["check", str(path), *flags]) == 2
     assert "lora_target_modules: Qwen3ForCausalLM has no module 'wq'" in capsys.readouterr().err
+
+
+def test_check_accepts_a_density_ratio_expert_that_is_an_adapter(
+    learnt: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    adversary = {"kind": "density-ratio", "model_name_or_path": str(learnt / "final")}
+    assert cli.run(["check", str(write_recipe(tmp_path, model_dir, discriminator=adversary))]) == 0
 
 
 def test_space_is_asked_for_what_is_saved(

@@ -91,7 +91,7 @@ def test_a_disk_that_fails_before_the_first_save_or_the_first_step(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing(os.fsync, full, 1))
         assert cli.run(["train", str(path)]) == 1
-    assert "--resume auto starts it anew: no checkpoint was saved yet" in capsys.readouterr().err
+    assert "Fix the cause and start again; no checkpoint was saved" in capsys.readouterr().err
     assert cli.run(["train", str(path), "--resume", "auto"]) == 0
     # A finished run writes no config.yaml, but looks its logs through.
     with monkeypatch.context() as patch:

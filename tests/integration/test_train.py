@@ -258,7 +258,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
     [
         ({"max_stepz": 3}, None, "unknown key 'max_stepz'; did you mean 'max_steps'?"),
         ({}, [], "no rows"),
-        ({}, [{"question": "a"}], "row 1 has no 'prompt'"),
+        ({}, [{"question": "a"}], "row 1: no 'prompt' and no 'messages'"),
         (
             {},
             [{"prompt": "a", "completion": "x"}, {"prompt": "a", "completion": ""}],

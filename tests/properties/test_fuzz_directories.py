@@ -90,7 +90,7 @@ def test_damaged_model_directories(position: int, folder: Path, tmp_path: Path) 
     shutil.copytree(folder / "model", model)
     damage(model / name)
     said = run("train", folder, model, "--output-dir", str(tmp_path / "run"))
-    assert_clear(said, str(model), "tokenizer", "window of -1 tokens", "BertLMHeadModel")
+    assert_clear(said, str(model), "tokenizer", "context of -1 tokens", "BertLMHeadModel")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ UNKNOWN = {"prompt_ids": [4], "demonstration_ids": [5, 10**6], "completions": [[
         ({"step": -1}, "step: Input should be greater than or equal to 0"),
         ({"stage": 1}, "stage 2 of 1"),
         ({"replay": MISSING}, "does not fit the recipe: KeyError: 'replay'"),
-        ({"replay": [UNKNOWN]}, "its replay has unknown token ids"),
+        ({"replay": [UNKNOWN]}, "its replay contains unknown token ids"),
         ({"stopping": {"best": None, "waited": 0, "reason": None, "more": 1}}, "does not fit the recipe"),
     ],
 )

@@ -214,14 +214,14 @@ def test_odd_tables_as_parquet(columns: dict[str, list[Any]], folder: Path) -> N
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b"3\n", "row 1 is not a mapping of columns to values: 3"),
-        ("x.json", b"[null]", "row 1 is not a mapping of columns to values: None"),
+        ("x.jsonl", b"3\n", "row 1: expected a mapping of columns to values, got 3"),
+        ("x.json", b"[null]", "row 1: expected a mapping of columns to values, got None"),
         ("x.jsonl", b'{"prompt": "\\ud800"}', "row 1: tokenisation failed"),
-        ("x.jsonl", b"\n" + b"[" * 9000, "line 2 is not valid JSON"),
-        ("x.json", b"[" * 9000, "not valid JSON"),
-        ("x.jsonl", b"9" * 5000, "line 1 is not valid JSON"),
-        ("x.json", b"9" * 5000, "not valid JSON"),
-        ("x.jsonl", b'{"' + b"x" * 10_000 + b'": 1}', "row 1 has no 'prompt'"),
+        ("x.jsonl", b"\n" + b"[" * 9000, "line 2: invalid JSON"),
+        ("x.json", b"[" * 9000, ": invalid JSON"),
+        ("x.jsonl", b"9" * 5000, "line 1: invalid JSON"),
+        ("x.json", b"9" * 5000, ": invalid JSON"),
+        ("x.jsonl", b'{"' + b"x" * 10_000 + b'": 1}', "row 1: no 'prompt' and no 'messages'"),
         ("x.csv", b"prompt\na\nb,c,d\n", "Expected 1 fields in line 3, saw 3"),
     ],
 )
@@ -254,7 +254,7 @@ def test_data_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch)
         Path, "read_text", lambda path, **kw: (refuse if path == data else original)(path, **kw)
     )
     said = run("check", folder, data)
-    assert_clear(said, f"'{data}' cannot be read: [Errno 13] Permission denied")
+    assert_clear(said, f"data.path: cannot read '{data}': [Errno 13] Permission denied")
     assert said.code == 2
 
 

@@ -81,6 +81,13 @@ def test_histogram_counts_every_value_once(values: list[float], bins: int) -> No
         assert fraction == pytest.approx(inside / len(values))
 
 
+def test_histogram_keeps_the_largest_value_when_the_last_edge_rounds_below_it() -> None:
+    values = [0.1 + 0.8805166506472687 * place / 7 for place in range(8)]
+    for bins in range(1, 60):
+        fractions = analysis.histogram(values, analysis.bin_edges([values], bins))
+        assert math.fsum(fractions) == pytest.approx(1.0), bins
+
+
 def test_histogram_by_hand() -> None:
     assert analysis.histogram([0.0, 0.5, 1.0, 2.0], [0.0, 1.0, 2.0]) == [0.5, 0.5]
     assert analysis.bin_edges([[1, 2], [9]], 3) == [1.0, 4.0, 7.0, 10.0]

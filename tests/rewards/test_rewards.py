@@ -174,6 +174,16 @@ def test_function_that_exits_does_not_end_the_run() -> None:
     assert "SystemExit" in outcome.message
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit, BaseException])
+def test_function_that_raises_a_base_exception_does_not_end_the_run(error: type[BaseException]) -> None:
+    def reward(completions: list[str]) -> list[float]:
+        raise error
+
+    outcome, combined = score(reward)
+    assert combined == [None] * 3
+    assert error.__name__ in outcome.message
+
+
 def test_functions_are_found_by_registry_module_and_file(tmp_path: Path) -> None:
     assert find_function("no_comma")(["a,b", "ab", " "]) == [0.0, 1.0, 0.0]
     assert find_function("os.path:basename")("a/b") == "b"

@@ -35,7 +35,7 @@ def test_a_dead_reward_stops_the_run_though_it_does_not_apply_to_every_row(
 
 def test_rewards_that_apply_to_no_row_are_refused(model_dir: Path, tmp_path: Path) -> None:
     rows = [row | {"letter": None} for row in letter_rows()]
-    with pytest.raises(uniapl.UsageError, match="needs a column 'letter', which no row fills"):
+    with pytest.raises(uniapl.UsageError, match="needs a column 'letter', but no row has a value for it"):
         train(recipe(model_dir, tmp_path / "run"), train_dataset=rows)
 
 

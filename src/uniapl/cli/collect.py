@@ -252,6 +252,7 @@ def _check(options: argparse.Namespace) -> None:
 def _extra_body(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
+        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
     if not isinstance(found, dict):

@@ -105,12 +105,11 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     if against is not None:
         results["minus"] = _differences(results, against)
-    try:
-        if tasks is not None:
-            sizes = {"batch_size": options.batch_size, "limit": evaluation.limit}
-            results["lm_eval"] = run_lm_eval(model, tokenizer, options.lm_eval_tasks, tasks, **sizes)
-    finally:
-        # A failure of lm-eval does not cost the results of the suites.
+    # Before lm-eval runs: the results of the suites are kept if it fails or is killed.
+    _write(options.output_dir, results, found)
+    if tasks is not None:
+        sizes = {"batch_size": options.batch_size, "limit": evaluation.limit}
+        results["lm_eval"] = run_lm_eval(model, tokenizer, options.lm_eval_tasks, tasks, **sizes)
         _write(options.output_dir, results, found)
     _show(results, options.output_dir, console)
     for name, result in results["suites"].items():

@@ -232,8 +232,8 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
 
 def _new_classifier(backbone: str, max_tokens: int, device: torch.device) -> Polar:
     """The backbone with a new head, and its tokenizer with POLAR's two special tokens."""
-    tokenizer: Any = load_tokenizer(ModelSource(base=backbone))
     refuse_adapter("backbone", backbone)
+    tokenizer: Any = load_tokenizer(ModelSource(base=backbone))
     special = {"additional_special_tokens": [SEPARATOR, END]}
     tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
     model = from_pretrained(

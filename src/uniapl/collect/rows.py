@@ -106,8 +106,9 @@ def _prompt_row(number: int, row: Any) -> PromptRow:
     columns = {name: value for name, value in row.items() if name not in ("prompt", "messages")}
     try:
         json.dumps([prompt, columns])
-    except TypeError as error:
-        raise UsageError(f"row {number} has a value that cannot be written as JSON: {error}") from error
+        json.dumps(prompt, ensure_ascii=False).encode()  # half of a surrogate pair cannot be sent
+    except (TypeError, UnicodeEncodeError) as error:
+        raise UsageError(f"row {number} has a value that cannot be written as UTF-8 JSON: {error}") from error
     return PromptRow(number=number, prompt=prompt, columns=columns)
 
 

@@ -3,6 +3,7 @@
 Precedence, weakest first: defaults, the method's proposals, the recipe, the flags, what the method fixes.
 """
 
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ PLAIN_MESSAGES = {
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of keys to values",
 }
+
+# Bounded, unlike repr() of YAML's aliases of aliases.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 200, 200
 
 # Keys that a stage may change; model, data and rewards belong to the whole run.
 STAGE_KEYS = "method max_steps rollout objective discriminator optim batching health early_stopping".split()
@@ -166,7 +171,7 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
                 lines.append(_unknown(key))
             else:
                 message = PLAIN_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-                lines.append(f"{key}: {message} (got {problem['input']!r:.80})")
+                lines.append(f"{key}: {message} (got {_REPR.repr(problem['input']):.80})")
         raise UsageError("\n".join(lines)) from None
 
 
@@ -231,7 +236,7 @@ def _method_of(recipe: dict[str, Any], flags: Sequence[str]) -> str:
         elif flag.startswith("--method="):
             method = flag.split("=", 1)[1]
     if not isinstance(method, str) or method not in METHODS:
-        raise UsageError(f"unknown method {method!r:.80}: choose one of {', '.join(METHODS)}")
+        raise UsageError(f"unknown method {_REPR.repr(method):.80}: choose one of {', '.join(METHODS)}")
     return method
 
 

@@ -77,7 +77,7 @@ def read_rows(config: DataConfig) -> list[tuple[int, Any]]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: invalid JSON ({error})") from error
     if not rows:
-        raise UsageError(f"{path}: no rows")
+        raise UsageError(f"{path}: the file has no rows")
     return rows
 
 

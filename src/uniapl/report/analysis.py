@@ -72,7 +72,8 @@ def bin_edges(samples: Iterable[Numbers], bins: int) -> list[float]:
 
 def histogram(values: Numbers, edges: Sequence[float]) -> list[float]:
     """The fraction of the values in each bin; bins are half open, except that the last has both edges."""
-    return (np.histogram(values, edges)[0] / len(values)).tolist()
+    # Rounding may put the last edge below the largest value.
+    return (np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)).tolist()
 
 
 def smoothed(values: Sequence[float | int | None], weight: float) -> list[float | None]:

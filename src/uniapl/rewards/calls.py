@@ -71,12 +71,21 @@ def call(
             result = asyncio.run(_awaited(result))
         return _checked(result, count)
 
+    # With a limit the call has its own thread, which Ctrl-C never reaches: every exception is the function's.
+    foreign = (SystemExit, asyncio.CancelledError) if timeout is None else BaseException
+
+    def guarded() -> list[Value]:
+        try:
+            return run()
+        except Exception:
+            raise
+        except foreign as error:
+            raise RuntimeError(repr(error)) from error
+
     try:
-        return call_with_deadline(run, timeout)
+        return call_with_deadline(guarded, timeout)
     except DeadlineError:
-        raise RewardTimeoutError(f"no answer within {timeout} s") from None
-    except (SystemExit, asyncio.CancelledError) as error:
-        raise RuntimeError(repr(error)) from error
+        raise RewardTimeoutError(f"timed out after {timeout} s") from None
 
 
 def error_location(error: Exception) -> str:

@@ -80,7 +80,8 @@ def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs
     state = read_state(found)
     _check_recipe(found, state, resolved, stages)
     stage = stages[state["stage"]].config
-    reason = state["stopping"]["reason"] if state["stop_rule"] == stage.early_stopping.model_dump() else None
+    same_rule = state["stop_rule"] == stage.early_stopping.model_dump()
+    reason = state["stopping"].get("reason") if same_rule else None
     complete = state["stage_step"] >= stage.max_steps
     state["finished"] = state["stage"] + 1 == len(stages) and (complete or reason is not None)
     if state["finished"]:

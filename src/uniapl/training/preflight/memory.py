@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from uniapl.config import BatchingConfig, Config
+from uniapl.config import BatchingConfig, Config, ModelConfig
 from uniapl.data.batching import Row, batch_sequences
 from uniapl.functional.logprobs import CHUNK_LOGITS
 from uniapl.models.loading import ModelSource, load_model_config
@@ -193,7 +193,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
     if objective.lambda_adv > 0 and settings.kind != "remote":
         trunk, pairwise = model.base_model, settings.kind == "bradley-terry"
         if settings.model_name_or_path is not None:
-            trunk = _model(AutoModel, ModelSource(base=settings.model_name_or_path))
+            trunk = _model(AutoModel, ModelSource.resolve(_discriminator_model(config)))
         learns = pairwise and settings.lora_r is None
         # With lora_r it is adapters on the policy itself; else a model, or a copy with the adapter merged.
         separate = learns or settings.model_name_or_path is not None
@@ -206,6 +206,13 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
             most = max(2, batching.max_tokens_per_micro_batch // max(row.length for row in rows))
             passes["discriminator"] = discriminator.discriminate(_batch(rows[:most], packed=packed))
     return MemoryEstimate(device=device.type, available=_available(device), stays=stays, passes=passes)
+
+
+def _discriminator_model(config: Config) -> ModelConfig:
+    settings = config.discriminator
+    return ModelConfig(
+        model_name_or_path=settings.model_name_or_path, trust_remote_code=settings.trust_remote_code
+    )
 
 
 def _model(load: Any, source: ModelSource) -> Any:
