@@ -1,6 +1,6 @@
 """Micro-batches of demonstrations and rollouts, with one mask and one token count per loss component."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -61,12 +61,14 @@ def batch_by_length(
 
     A batch has at most `max_tokens` tokens, padding included (or one sequence), and at most `max_rows` rows.
     """
-    limit = max_rows or len(lengths)
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
-    return _join(
-        ([index] for index in order),
-        lambda batch: len(batch) <= limit and len(batch) * lengths[batch[0]] <= max_tokens,
-    )
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
+        rows = len(batches[-1]) + 1 if batches else 0
+        if rows and rows <= (max_rows or rows) and rows * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 def batch_sequences(
@@ -88,25 +90,32 @@ def batch_sequences(
     for index, span in enumerate(spans):
         groups.setdefault(span.prompt, []).append(index)
 
+    limits = {"max_tokens": max_tokens, "max_rows": max_rows or len(spans)}
+
     def tokens(batch: list[int]) -> int:
         return packed_tokens([spans[index] for index in batch])
 
-    def fits(batch: list[int]) -> bool:
-        return tokens(batch) <= max_tokens and len(batch) <= (max_rows or len(spans))
+    parts: list[tuple[list[int], int]] = []
+    for group in sorted(groups.values(), key=tokens, reverse=True):
+        prompt_length = spans[group[0]].prompt_length
+        completions = [([index], spans[index].length - prompt_length) for index in group]
+        parts += [(part, tokens(part)) for part in _join(completions, shared=prompt_length, **limits)]
+    return _join(parts, shared=0, **limits)
 
-    ordered = sorted(groups.values(), key=tokens, reverse=True)
-    parts = [part for group in ordered for part in _join(([index] for index in group), fits)]
-    return _join(parts, fits)
 
-
-def _join(parts: Iterable[list[int]], fits: Callable[[list[int]], bool]) -> list[list[int]]:
-    """Concatenate consecutive parts as long as the result fits."""
+def _join(
+    parts: Iterable[tuple[list[int], int]], *, shared: int, max_tokens: int, max_rows: int
+) -> list[list[int]]:
+    """Concatenate consecutive (indices, tokens) while they fit; `shared` tokens count once per result."""
     joined: list[list[int]] = []
-    for part in parts:
-        if joined and fits(joined[-1] + part):
+    taken = 0
+    for part, tokens in parts:
+        if joined and taken + tokens <= max_tokens and len(joined[-1]) + len(part) <= max_rows:
             joined[-1] += part
+            taken += tokens
         else:
-            joined.append(part)
+            joined.append([*part])
+            taken = shared + tokens
     return joined
 
 

@@ -99,3 +99,23 @@ def test_the_estimate_is_near_what_a_run_takes(
     taken = int(said("train").rsplit("RSS", 1)[1])
     assert estimate["peak"] == pytest.approx(taken, rel=0.2), estimate["text"]
     assert taken > 2.5 * estimate["stays"]["process"], "otherwise the process would dominate"
+
+
+def test_a_step_of_any_size_is_estimated(tmp_path: Path) -> None:
+    """Only the rows of one micro-batch are listed, however many a step has."""
+    save_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in letter_rows()))
+
+    def update(**batching: int) -> int:
+        recipe = {
+            "model": {"model_name_or_path": str(tmp_path / "model")},
+            "data": {"path": str(tmp_path / "rows.jsonl")},
+            "rollout": {"max_completion_length": 32},
+            "batching": {"max_tokens_per_micro_batch": 400, **batching},
+            "method": "grpo",
+            "rewards": {"functions": ["no_comma"]},
+        }
+        (estimate,) = check_run(resolve(recipe))["memory"]
+        return estimate["passes"]["update"]
+
+    assert update(prompts_per_step=2_000_000_000, demonstrations_per_step=2_000_000_000) == update()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -16,7 +16,10 @@ from uniapl.models.lora import add_adapter
 from uniapl.rollout.fused import supports_fused
 from uniapl.training.checkpoint.disk import format_bytes
 from uniapl.training.inputs import RunInputs
+from uniapl.types import TokenIds
 
+MOST_ROWS = 100_000
+"""Rows of each kind that the largest micro-batch is searched among."""
 MOMENTS = 2
 """AdamW's moments, each as large as the trained weights."""
 CPU_SLACK = 0.15
@@ -227,21 +230,29 @@ def _longest_prompt(inputs: RunInputs) -> int:
 
 
 def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
-    """The rows of a step in which every text has its maximum length; equal numbers share a prompt."""
-    batching = config.batching
-    sizes: list[tuple[int, int, int]] = []
+    """The rows of a step in which every text has its maximum length; equal numbers share a prompt.
+
+    Of each kind only as many as one micro-batch can hold: a recipe may ask for more than any memory lists.
+    """
+    batching, generations = config.batching, config.rollout.num_generations
+    most = min(batching.max_tokens_per_micro_batch, MOST_ROWS)
+    rows: list[Row] = []
     if config.objective.uses_rollouts:
+        count = min(batching.prompts_per_step * generations, most)
         size = (_longest_prompt(inputs), config.rollout.max_completion_length)
-        for number in range(batching.prompts_per_step):
-            sizes += [(number, *size)] * config.rollout.num_generations
+        rows += [_row(number // generations, *size) for number in range(count)]
     if config.objective.learns_from_demonstrations:
         demonstrated = (e for e in inputs.dataset.examples if e.demonstration_ids is not None)
         size = max(((len(e.prompt_ids), len(e.demonstration_ids or ())) for e in demonstrated), key=sum)
-        sizes += [(-1 - number, *size) for number in range(batching.demonstrations_per_step)]
-    return [
-        Row(prompt_ids=(number,) * prompt, completion_ids=(0,) * completion, components=frozenset())
-        for number, prompt, completion in sizes
-    ]
+        count = min(batching.demonstrations_per_step, most)
+        rows += [_row(-1 - number, *size) for number in range(count)]
+    return rows
+
+
+def _row(number: int, prompt: int, completion: int) -> Row:
+    # A range has a length without taking memory.
+    completion_ids = cast(TokenIds, range(completion))
+    return Row(prompt_ids=(number,) * prompt, completion_ids=completion_ids, components=frozenset())
 
 
 def _largest(rows: Sequence[Row], batching: BatchingConfig, *, packed: bool) -> list[Row]:
