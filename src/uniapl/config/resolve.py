@@ -80,7 +80,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise UsageError(f"the recipe '{path}' is not valid YAML: {error}") from error
+        explained = str(error).replace("<unicode string>", str(path))
+        raise UsageError(f"the recipe '{path}' is not valid YAML: {explained}") from error
     except RecursionError as error:
         raise UsageError(f"the recipe '{path}' is not valid YAML: it is nested too deeply") from error
     except Exception as error:  # PyYAML lets errors of int() and date() through.

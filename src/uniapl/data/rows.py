@@ -142,8 +142,8 @@ def tokenize_rows(
     longest_prompt = min(config.max_prompt_length or math.inf, window - max_completion_length)
     if longest_prompt < 1:
         raise UsageError(
-            f"max_completion_length {max_completion_length} leaves no room for a prompt in the model's "
-            f"context of {context_length} tokens; lower it"
+            f"rollout.max_completion_length {max_completion_length} leaves no room for a prompt in the "
+            f"model's context of {context_length} tokens; lower it"
         )
     examples: list[Example] = []
     left_out: dict[str, tuple[int, ...]] = {}

@@ -87,9 +87,11 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
     try:
         return load(name, **arguments)
     except Exception as error:  # transformers and the Hub client raise many types
+        if os.path.isdir(final := Path(name) / "final"):
+            raise UsageError(
+                f"cannot load the {what} '{name}': it is a run directory; did you mean {final}?"
+            ) from error
         hint = "" if exists else " (not a local directory)"
-        if os.path.isdir(Path(name) / "final"):
-            hint = f" (it is a run directory; did you mean {Path(name) / 'final'}?)"
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 

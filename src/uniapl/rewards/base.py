@@ -139,10 +139,11 @@ class Rewarder:
         for reward in self.rewards:
             for column in reward.required_columns:
                 if column not in known:
+                    others = ", ".join(sorted(known)) or "none"
                     raise UsageError(
                         f"reward function '{reward.name}' needs a column '{column}', but no row has a value "
-                        f"for it (columns: {', '.join(sorted(known)) or 'none':.200}); rename yours with "
-                        "data.columns, or give the argument a default or a value in rewards.functions"
+                        f"for it (columns besides prompt and completion: {others:.200}); add it, rename one "
+                        "with data.columns, or give the argument a default or a value in rewards.functions"
                     )
 
     def check_rows(self, examples: Sequence[Example], *, allow_code: bool = False) -> list[str]:

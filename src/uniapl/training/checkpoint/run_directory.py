@@ -41,7 +41,7 @@ def check_run_directory(config: Config, resumed_from: Path | None) -> None:
     if occupied and config.resume == "never" and not config.overwrite:
         raise UsageError(
             f"output_dir '{run_dir}' already holds a run ({listed}): continue it with --resume auto, "
-            "replace it with --overwrite True, or choose another --output-dir"
+            "replace it with --overwrite, or choose another --output-dir"
         )
     if occupied and resumed_from and run_dir.resolve() not in resumed_from.resolve().parents:
         raise UsageError(
