@@ -232,7 +232,7 @@ def test_column_without_values_is_refused() -> None:
         return [0.0] * len(completions)
 
     rewarder = Rewarder([named_reward("f", f)])
-    with pytest.raises(UsageError, match=r"'f' needs a column 'answer'.*columns besides .*: solution.*data.columns"):
+    with pytest.raises(UsageError, match=r"'f' needs a column 'answer'.*besides .*: solution.*data.columns"):
         rewarder.check_columns([example(1, solution="x")])
 
 
