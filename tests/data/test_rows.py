@@ -8,7 +8,8 @@ import pytest
 
 from support.tiny import make_tokenizer
 from uniapl.config import DataConfig
-from uniapl.data.rows import Dataset, read_rows, tokenize_rows
+from uniapl.data.reading import read_rows
+from uniapl.data.rows import Dataset, tokenize_rows
 from uniapl.data.streams import Stream, split_streams
 from uniapl.errors import UsageError
 from uniapl.types import Example

@@ -10,7 +10,7 @@ import uniapl
 from support.runs import recipe, train
 from support.tiny import make_tokenizer, save_model
 from uniapl.config import DataConfig
-from uniapl.data.rows import read_rows
+from uniapl.data.reading import read_rows
 
 
 def test_demonstrations_end_where_rollouts_end(tmp_path: Path) -> None:

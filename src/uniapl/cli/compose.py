@@ -12,7 +12,7 @@ from rich.console import Console
 from uniapl.collect.rows import prompt_of
 from uniapl.compose.wordings import FURTHER_CONFLICTS, KINDS, say
 from uniapl.config import DataConfig
-from uniapl.data.rows import named_source, read_rows
+from uniapl.data.reading import named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.suites import BENCHMARKS, parse_suite

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification
 
 from uniapl.config import Config, DataConfig, ModelConfig
-from uniapl.data.rows import named_source, read_rows, tokenize_rows
+from uniapl.data.reading import named_source, read_rows
+from uniapl.data.rows import tokenize_rows
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss

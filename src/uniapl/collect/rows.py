@@ -8,7 +8,8 @@ from typing import Any
 
 from uniapl.collect.cache import Reply
 from uniapl.config import DataConfig
-from uniapl.data.rows import checked_messages, named_source, read_rows
+from uniapl.data.conversations import checked_messages
+from uniapl.data.reading import named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.types import Prompt
 

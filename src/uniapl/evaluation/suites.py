@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import Config
-from uniapl.data.rows import named_source, read_rows, tokenize_rows
+from uniapl.data.reading import named_source, read_rows
+from uniapl.data.rows import tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import build_rewarder

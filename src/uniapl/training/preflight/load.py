@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from uniapl.config.resolve import Resolved
-from uniapl.data.rows import named_source, read_rows, tokenize_rows
+from uniapl.data.reading import named_source, read_rows
+from uniapl.data.rows import tokenize_rows
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
 from uniapl.rewards.base import build_rewarder
