@@ -141,8 +141,8 @@ class Footprint:
         """The KV cache at its full length, and the larger of reading the prompts and the last step.
 
         Args:
-            fused: Sampling copies the weights and allocates the cache once. Else the cache is fp32, and
-                every token copies one layer's keys.
+            fused: Sampling copies the weights and allocates the cache once. Else every token copies one
+                layer's keys.
         """
         layers, n = self.config.num_hidden_layers, self.number
         cache = rows * (prompt + completion) * self.keys
@@ -151,7 +151,7 @@ class Footprint:
         if fused:
             copies = (self.matrices + self.embedding) * n // 4
             return copies + 2 * n * layers * cache + max(read, (8 + n) * logits)
-        return max(read, 4 * (2 * layers + 1) * cache + 8 * logits)
+        return max(read, n * (2 * layers + 1) * cache + 8 * logits)
 
 
 def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> MemoryEstimate:
