@@ -25,7 +25,8 @@ class AutocastCache(DynamicCache):
         super().__init__()
         self.dtype, self.layers = dtype, [*layers]
         for layer in layers:
-            assert layer.keys is not None and layer.values is not None
+            assert layer.keys is not None
+            assert layer.values is not None
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
 
     def update(
