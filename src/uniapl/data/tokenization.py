@@ -75,6 +75,11 @@ def encode_completion(
     return ids[: end + 1]
 
 
+def without_end(ids: TokenIds, stop_ids: Collection[int]) -> TokenIds:
+    """The completion without the stop token that closes it; a truncated completion has none."""
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+
+
 def ordinary_tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that stand for ordinary text: tokens that are neither special nor added to the vocabulary."""
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
