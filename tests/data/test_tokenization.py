@@ -171,7 +171,7 @@ def test_a_completion_has_no_word_mark_after_a_line_break() -> None:
 def test_an_end_token_of_ordinary_text_cuts_nothing() -> None:
     """Llama's class has the end token 2 by default, which is a quotation mark here."""
     tokenizer = make_tokenizer()
-    comma = tokenizer.convert_tokens_to_ids(",")
+    comma = id_of(",", tokenizer)
     rows = [{"prompt": "a", "completion": text} for text in ("he, she", "he she", "he,", "a,, \n")]
     rows += [{"prompt": "a", "chosen": "b", "rejected": "x, y"}]
     found = tokenize_rows(enumerate(rows, start=1), tokenizer, DataConfig(), stop_ids=[comma])
@@ -243,6 +243,10 @@ def test_a_template_that_changes_the_answer_is_judged_by_its_special_tokens() ->
     assert [example.row for example in found.examples] == [1]
 
 
+def id_of(token: str, tokenizer: Any) -> int:
+    return tokenizer.convert_tokens_to_ids(token)
+
+
 def write_llama(path: Path, **config: Any) -> Path:
     """A model directory whose configuration has these values and no `eos_token_id` of its own."""
     save_model(path, family="llama")
@@ -264,7 +268,7 @@ def test_a_default_end_token_of_ordinary_text_is_refused(
     # <unk> is token 2 and special: no demonstration holds it.
     config = AutoConfig.from_pretrained(path)
     assert load_stop_ids(source, config, tokenizer) == {1, 2}
-    config.eos_token_id = [1, tokenizer.convert_tokens_to_ids("t")]
+    config.eos_token_id = [1, id_of("t", tokenizer)]
     with pytest.raises(uniapl.UsageError, match=r"end token 23 \('t'\).*eos_token_id in its config.json"):
         load_stop_ids(source, config, tokenizer)
     config.eos_token_id = [1, 60, 100_000]
@@ -281,7 +285,7 @@ def test_an_end_token_of_ordinary_text_in_the_generation_configuration_is_noted(
 ) -> None:
     """It may be deliberate: a base model that is to write one line."""
     path = save_model(tmp_path / "model")
-    newline = make_tokenizer().convert_tokens_to_ids("\n")
+    newline = id_of("\n", make_tokenizer())
     GenerationConfig(eos_token_id=[1, newline]).save_pretrained(path)
     resolved = resolve(recipe(path, tmp_path / "run", method="sft"))
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b\nc"}]
@@ -296,7 +300,7 @@ def test_an_end_token_of_ordinary_text_in_the_generation_configuration_is_noted(
 def test_added_and_special_tokens_are_not_ordinary() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<end>"])
-    end = tokenizer.convert_tokens_to_ids("<end>")
+    end = id_of("<end>", tokenizer)
     assert ordinary_tokens([end, 0, 1, 3, 9, end + 1], tokenizer) == [9]
 
 

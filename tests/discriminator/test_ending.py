@@ -118,7 +118,7 @@ def density_ratio() -> DensityRatio:
 
 def polar() -> Polar:
     torch.manual_seed(5)
-    config = Qwen3Config(**{**SMALL, "vocab_size": 70}, num_labels=1)
+    config = Qwen3Config(**{**SMALL, "vocab_size": 70, "num_labels": 1})
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -166,6 +166,7 @@ def test_identical_text_has_the_identical_logit(kind: str, expert: TokenIds) -> 
     subject = adversary(KINDS[kind]())
     ((policy, demonstration),) = subject.score([group(expert, *SAME, *OTHER)])
     assert policy is not None
+    assert demonstration is not None
     assert policy[: len(SAME)] == pytest.approx([demonstration] * len(SAME), abs=1e-6)
     cab, abc, cut, *rest = policy[len(SAME) :]
     assert abc == pytest.approx(cut, abs=1e-6)

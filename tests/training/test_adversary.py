@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import GenerationConfig
 
-from support.tiny import make_model, make_tokenizer
+from support.runs import recipe, train
+from support.tiny import make_model, make_tokenizer, save_model
 from uniapl import UniAPLError
 from uniapl.config import Config
 from uniapl.data.streams import is_held_out
@@ -19,6 +22,7 @@ from uniapl.discriminator.bradley_terry import (
     Comparison,
     Replay,
     ScoreModel,
+    another_example,
     no_context,
 )
 from uniapl.discriminator.ending import UniformEnding
@@ -289,3 +293,39 @@ def test_batches_that_do_not_fit_are_halved_down_to_one_pair(monkeypatch: pytest
     fits = 0
     with pytest.raises(UniAPLError, match="a pair of 20 tokens does not fit"):
         trainer.update(Accelerator(cpu=True), given, config)
+
+
+def test_a_run_s_contexts_and_comparisons_have_one_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with two end tokens, both in demonstrations."""
+    path = save_model(tmp_path / "model")
+    GenerationConfig(eos_token_id=[1, 3]).save_pretrained(path)
+    shown: list[Example] = []
+    compared: list[Comparison] = []
+
+    def recorded_context(examples: Sequence[Example], seed: int) -> Any:
+        shown.extend(examples)
+        return another_example(examples, seed)
+
+    def recorded_update(self: Any, accelerator: Any, comparisons: Sequence[Comparison], config: Any) -> Any:
+        compared.extend(comparisons)
+        return 0.5, True
+
+    monkeypatch.setattr(adversary_module, "another_example", recorded_context)
+    monkeypatch.setattr(DiscriminatorTrainer, "update", recorded_update)
+    rows = [
+        {"prompt": f"say {letter}", "letter": letter, "completion": letter + end}
+        for letter, end in zip("abcdefgh", ["", "<turn>", "", "", "<turn>", "", "", ""], strict=True)
+    ]
+    train(
+        recipe(path, tmp_path / "run", max_steps=2, discriminator={"in_context_demonstration": True}),
+        train_dataset=rows,
+    )
+    assert [ids and (len(ids), ids[-1]) for ids in (e.demonstration_ids for e in shown)] == [(2, 1)] * 8
+    assert len(compared) >= 6
+    for comparison in compared:
+        assert 3 not in comparison.prompt_ids
+        for _, ids in comparison.sequences:
+            assert ids[-1] == 1
+            assert not {1, 3} & set(ids[:-1])

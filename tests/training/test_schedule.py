@@ -94,6 +94,19 @@ def test_lambda_acts_after_the_warm_up_from_the_minimum_accuracy_on(
     assert subject.lambda_adv == 2.0, "a frozen discriminator has no warm-up"
 
 
+def test_an_adversary_that_is_the_only_component_needs_no_accuracy() -> None:
+    alone: dict[str, Any] = {"mu_peak": 0.0, "mu_valley": 0.0, "reward_weight": 0.0}
+    settings: dict[str, Any] = {"warmup_steps": 5, "min_accuracy": 0.55}
+    for objective, weight in (
+        (alone, 2.0),
+        ({**alone, "reward_weight": 1.0}, 0.0),
+        ({**alone, "mu_peak": 0.1}, 0.0),
+    ):
+        subject = at(5, objective=objective, discriminator=settings)
+        vars(subject)["adversary"] = trained_adversary(0.1)
+        assert subject.lambda_adv == weight
+
+
 def rewarded(*rewards: float | None, demonstration: bool = True) -> RolloutGroup:
     example = Example(
         row=1,

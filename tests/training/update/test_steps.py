@@ -89,6 +89,43 @@ def test_the_discriminator_s_step_is_the_gradient_of_the_mean_over_pairs(clipped
     assert head.grad is None or not head.grad.any(), "no gradient is left for the next update"
 
 
+@pytest.mark.parametrize("max_tokens", [1, 12, 25, 40, 41, 42, 1000])
+def test_a_comparison_is_split_into_parts_that_fit(max_tokens: int) -> None:
+    whole = Comparison(prompt_ids=(5,), demonstration_ids=(6, 1), completions=((7, 8, 9),) * 9)
+    parts = whole.split(max_tokens)
+    assert [ids for part in parts for ids in part.completions] == list(whole.completions)
+    assert {part.demonstration_ids for part in parts} == {(6, 1)}
+    for part in parts:
+        assert len(part.completions) == 1 or len(part.sequences) * part.width <= max_tokens
+    assert len(parts) == (9 if max_tokens < 8 + 4 else math.ceil(9 / (max_tokens // 4 - 1)))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_not_applied() -> None:
+    subject = discriminator()
+    head = subject.module.head.weight
+    head.register_hook(lambda gradient: gradient * math.inf)
+    before = head.detach().clone()
+    optimizer: Any = torch.optim.SGD(subject.module.parameters(), lr=1.0)
+    loss, applied = discriminator_step(
+        ACCELERATOR, subject, subject.module, optimizer, COMPARISONS, max_grad_norm=1.0
+    )
+    assert (math.isfinite(loss), applied) == (True, False)
+    assert torch.equal(head, before)
+    policy = Policy(make_model())
+    parameter = next(policy.parameters())
+    parameter.register_hook(lambda gradient: gradient * math.inf)
+    optimizer = Kept(policy.parameters(), lr=1.0)
+    rows = random_rows()
+    result = policy_step(
+        ACCELERATOR,
+        policy,
+        optimizer,
+        MixedBatch(rows=rows, micro_batches=[collate(rows, pad_id=0)], weights={**WEIGHTS, "kl": 0.0}),
+        LossSettings(**SETTINGS),
+    )
+    assert (math.isfinite(result.sums["loss"]), result.applied, optimizer.steps) == (True, False, 0)
+
+
 def test_one_process_s_gradient_is_not_scaled_and_its_sums_and_maxima_are_kept() -> None:
     module = nn.Linear(2, 1, bias=False)
     inputs = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])]
@@ -175,7 +212,7 @@ def test_every_sum_of_a_step_by_hand() -> None:
         "sampling_difference",
         "importance",
     )
-    expected = dict.fromkeys(names, 0.0)
+    expected: dict[str, float] = dict.fromkeys(names, 0.0)
     largest = 0.0
     for row in rows:
         ours, entropies = logprobs_of(policy, row, row.temperature)
@@ -209,7 +246,7 @@ def test_every_sum_of_a_step_by_hand() -> None:
 
 
 def test_off_policy_ratios_are_clipped_at_their_own_bounds() -> None:
-    """Old log-probabilities 0.4 below and above: ratios of 1.49 and 0.67 outside [0.8, 1.3]."""
+    """The bounds are [0.8, 1.3]; ratios of 1.28 and 0.78 would be treated otherwise by [0.7, 1.2]."""
     row: dict[str, Any] = {
         "prompt_ids": (5, 6),
         "completion_ids": (7, 8, 9),
@@ -220,7 +257,9 @@ def test_off_policy_ratios_are_clipped_at_their_own_bounds() -> None:
     (current,) = updated(rows)[0].old_logprobs
     for shift, rl, adv, low, high in (
         (-0.4, -2.0 * 1.3 * 3, math.exp(0.4) * 3, 0, 3),
+        (-0.25, -2.0 * math.exp(0.25) * 3, math.exp(0.25) * 3, 0, 0),
         (0.4, -2.0 * math.exp(-0.4) * 3, 0.8 * 3, 0, 0),
+        (0.25, -2.0 * math.exp(-0.25) * 3, 0.8 * 3, 0, 0),
     ):
         result, _ = updated(rows, old=[current + shift])
         assert result.sums["rl"] == pytest.approx(rl, rel=1e-4)
@@ -228,9 +267,10 @@ def test_off_policy_ratios_are_clipped_at_their_own_bounds() -> None:
         assert (result.sums["clip_low"], result.sums["clip_high"]) == (low, high)
         assert_close(result.old_logprobs[0], current + shift)
     negative = [Row(**row, advantage=-2.0)]
-    result, _ = updated(negative, old=[current + 0.4])
-    assert result.sums["rl"] == pytest.approx(2.0 * 0.8 * 3, rel=1e-4)
-    assert (result.sums["clip_low"], result.sums["clip_high"]) == (3, 0)
+    for shift in (0.4, 0.25):
+        result, _ = updated(negative, old=[current + shift])
+        assert result.sums["rl"] == pytest.approx(2.0 * 0.8 * 3, rel=1e-4)
+        assert (result.sums["clip_low"], result.sums["clip_high"]) == (3, 0)
 
 
 def test_the_gradient_is_clipped_and_its_norm_is_from_before() -> None:
