@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from uniapl.config import Config, DataConfig, ModelConfig
 from uniapl.data.reading import named_source, read_rows
 from uniapl.data.rows import tokenize_rows
+from uniapl.data.tokenization import without_end
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss
@@ -165,7 +166,8 @@ def _sample_all(
     demonstrations: dict[TokenIds, list[str]] = {example.prompt_ids: [] for example in everything}
     for example in everything:
         if example.demonstration is not None:
-            text = decode(list(example.demonstration_ids or ()), skip_special_tokens=True)
+            # Without the end token, which differs between policies and need not be a special token.
+            text = decode(list(example.demonstration_ids or ())[:-1], skip_special_tokens=True)
             demonstrations[example.prompt_ids].append(text)
     return _distinct(everything), [*texts, list(demonstrations.values())]
 
@@ -213,10 +215,11 @@ def _sample(
             num_generations=options.samples,
         )
     )
-    return examples, [
-        [tokenizer.decode(list(r.completion_ids), skip_special_tokens=True) for r in group]
-        for group in groups
-    ]
+
+    def text(ids: TokenIds) -> str:
+        return tokenizer.decode(list(without_end(ids, stop_ids)), skip_special_tokens=True)
+
+    return examples, [[text(rollout.completion_ids) for rollout in group] for group in groups]
 
 
 def _source(name: str) -> ModelSource:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import DataConfig
 from uniapl.data.conversations import completion_of, plain_text, prompt_and_completion, render_chat
-from uniapl.data.tokenization import encode_completion, encode_prompt
+from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt
 from uniapl.errors import UsageError
 from uniapl.types import Example
 
@@ -32,7 +32,9 @@ def tokenize_rows(
     context_length: int | None = None,
     max_completion_length: int = 0,
 ) -> Dataset:
-    """Check the columns of rows, tokenise prompts and completions, and leave out rows that are too long.
+    """Check the columns of rows, tokenise them, and leave out rows that cannot be used whole.
+
+    These are rows that are too long, and rows with an end token inside a completion.
 
     Args:
         rows: (number, row) pairs; error messages contain the number.
@@ -59,7 +61,12 @@ def tokenize_rows(
     examples: list[Example] = []
     left_out: dict[str, tuple[int, ...]] = {}
     for number, row in rows:
-        example = tokenize_row(number, row, tokenizer, config, stop_ids)
+        try:
+            example = tokenize_row(number, row, tokenizer, config, stop_ids)
+        except EndsEarlyError as error:
+            reason = str(error).removeprefix(f"row {number}: ")
+            left_out[reason] = (*left_out.get(reason, ()), number)
+            continue
         longest = min(config.max_demonstration_length or math.inf, window - len(example.prompt_ids))
         reason = None
         if len(example.prompt_ids) > longest_prompt:
@@ -89,7 +96,7 @@ def tokenize_row(
     try:
         return _example(number, row, tokenizer, config, stop_ids)
     except UsageError as error:
-        raise UsageError(f"row {number}: {error}") from error
+        raise type(error)(f"row {number}: {error}") from error
     except Exception as error:  # tokenizers raise many types, for example on lone surrogates
         raise UsageError(
             f"row {number}: tokenisation failed: {error!r:.200}; check that its text is valid Unicode"
@@ -118,7 +125,7 @@ def _example(
                 "data.system_prompt does not apply to a plain text prompt; remove it or set "
                 "data.prompt_format: chat"
             )
-        demonstration, rejected_text = plain, plain_text(rejected)
+        text, demonstration, rejected_text = prompt, plain, plain_text(rejected)
         prompt_ids = encode_prompt(prompt, tokenizer)
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -133,8 +140,13 @@ def _example(
     eos_id: Any = tokenizer.eos_token_id
     stop_ids = {*stop_ids, eos_id}
     demonstration_ids, rejected_ids = (
-        None if text is None else encode_completion(text, tokenizer, stop_ids)
-        for text in (demonstration, rejected_text)
+        None
+        if completed is None
+        else encode_completion(completed, tokenizer, stop_ids, prompt=text, answer=answer, name=name)
+        for completed, answer, name in (
+            (demonstration, plain, "demonstration"),
+            (rejected_text, plain_text(rejected), "rejected completion"),
+        )
     )
     if demonstration_ids is None and rejected_ids is not None:
         raise UsageError("'rejected' needs 'chosen' or 'completion' in the same row")

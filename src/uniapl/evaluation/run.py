@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from uniapl.data.tokenization import encode_continuation
 from uniapl.evaluation import scores
 from uniapl.evaluation.suites import BATCH_SIZE, Suite
 from uniapl.rollout import Sampler, SampleRequest
@@ -127,7 +128,7 @@ def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[s
     for name, texts in {"empty": [""] * size, "echo": prompts, "constant": [CONSTANT] * size}.items():
         # If only the text after a mark is scored, the text is put after it.
         texts = [(suite.answer_after or "") + text for text in texts]
-        ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        ids = [encode_continuation(text, tokenizer) for text in texts]
         flat, _ = suite.score(suite.examples, texts, ids)
         found[name] = {
             score: scores.mean_of(scores.sums_of([[one] for one in flat], score)) for score in flat[0]

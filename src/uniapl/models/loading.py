@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from uniapl.config import ModelConfig
+from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
 from uniapl.models.lora import add_adapter, base_of_adapter, is_adapter, merge_adapter, read_adapter
 
@@ -154,7 +155,12 @@ def load_policy(source: ModelSource, config: ModelConfig, *, seed: int) -> PreTr
 def load_stop_ids(
     source: ModelSource, model_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """The end tokens of the tokenizer, of the model's configuration and of its generation configuration."""
+    """The end tokens of the tokenizer, of the model's configuration and of its generation configuration.
+
+    Raises:
+        UsageError: The generation configuration is invalid, or an end token of the model's configuration is
+            ordinary text, like the class's default in a file without `eos_token_id`.
+    """
     try:
         generation = GenerationConfig.from_pretrained(source.base, revision=source.revision or "main")
         configured = generation.eos_token_id
@@ -166,10 +172,20 @@ def load_stop_ids(
                 "delete its generation_config.json"
             ) from error
         configured = None
-    found: list[Any] = [tokenizer.eos_token_id]
-    for ids in (configured, getattr(model_config.get_text_config(), "eos_token_id", None)):
-        found += ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in found if isinstance(token, int))
+
+    def known(ids: Any) -> list[int]:
+        return [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+
+    of_model = known(getattr(model_config.get_text_config(), "eos_token_id", None))
+    if ordinary := ordinary_tokens(of_model, tokenizer):
+        tokens = ", ".join(f"{token} ({tokenizer.decode(token)!r})" for token in ordinary)
+        raise UsageError(
+            f"the configuration of the model '{source.base}' has the end token {tokens}, which is ordinary "
+            "text, so every completion would end there; set eos_token_id in its config.json, which otherwise "
+            f"has its class's default, for example to the tokenizer's {tokenizer.eos_token_id} "
+            f"({tokenizer.eos_token!r})"
+        )
+    return frozenset(known(tokenizer.eos_token_id) + known(configured) + of_model)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

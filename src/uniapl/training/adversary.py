@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from uniapl.discriminator.bradley_terry import (
     no_context,
 )
 from uniapl.discriminator.density_ratio import DensityRatio
+from uniapl.discriminator.ending import UniformEnding
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
@@ -40,7 +41,7 @@ from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.discriminator_step import discriminator_step
-from uniapl.types import RolloutGroup, TokenIds, derive_seed
+from uniapl.types import RolloutGroup, derive_seed
 
 DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
 """Name of the optimizer's checkpoint files, without suffix."""
@@ -95,17 +96,23 @@ class Adversary:
     trainer: DiscriminatorTrainer | None
     """None for a frozen discriminator."""
     state: AdversaryState
-    decode: Callable[[TokenIds], str]
-    """Decodes demonstrations as rollouts are decoded."""
+    ending: UniformEnding
+    """Gives demonstrations and rollouts the form in which the discriminator reads them."""
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
-        """(logits of the rollouts, logit of the demonstration) per group; None if it has none."""
-        parts = [candidates_of(group, self.decode) for group in groups]
+        """(logits of the rollouts, logit of the demonstration) per group; None if it has none.
+
+        Equal completions of a prompt are scored once: another batch would round their logits differently.
+        """
+        parts = [candidates_of(self.ending.group(group), self.ending.text) for group in groups]
         if self.discriminator.needs_reference:
             parts = [(rollouts if expert else [], expert) for rollouts, expert in parts]
         candidates = [candidate for rollouts, _ in parts for candidate in rollouts]
         candidates += [expert for _, expert in parts if expert]
-        logits = iter(self.discriminator.score(candidates))
+        keys = [(c.example.prompt_ids, c.completion_ids, c.text, c.reference) for c in candidates]
+        distinct = dict(zip(keys, candidates, strict=True))
+        scored = dict(zip(distinct, self.discriminator.score([*distinct.values()]), strict=True))
+        logits = iter([scored[key] for key in keys])
         policy = [tuple(next(logits) for _ in rollouts) or None for rollouts, _ in parts]
         return [
             (scores, next(logits) if expert else None)
@@ -144,7 +151,7 @@ class Adversary:
         if trainer is None:
             return {}
         fresh = [
-            Comparison.of(group, trainer.discriminator.context)
+            Comparison.of(self.ending.group(group), trainer.discriminator.context)
             for group in groups
             if group.example.demonstration_ids is not None and not is_held_out(group.example, config)
         ]
@@ -209,12 +216,18 @@ def build_adversary(
         source: The weights that the stage started from.
     """
     state, trainer = AdversaryState(), None
+    ending = UniformEnding.of(
+        inputs.dataset.examples,
+        inputs.tokenizer,
+        inputs.stop_ids,
+        getattr(policy.model.config.get_text_config(), "max_position_embeddings", None),
+    )
     if config.discriminator.kind == "bradley-terry":
-        trainer = _build_trainer(config, policy.model, inputs, accelerator, state)
+        trainer = _build_trainer(config, policy.model, inputs, accelerator, state, ending)
         discriminator: Discriminator = trainer.discriminator
     else:
         discriminator = _frozen_discriminator(config, policy, inputs, accelerator, source)
-    return Adversary(discriminator=discriminator, trainer=trainer, state=state, decode=inputs.decode)
+    return Adversary(discriminator=discriminator, trainer=trainer, state=state, ending=ending)
 
 
 def _frozen_discriminator(
@@ -262,6 +275,7 @@ def _build_trainer(
     inputs: RunInputs,
     accelerator: Accelerator,
     state: AdversaryState,
+    ending: UniformEnding,
 ) -> DiscriminatorTrainer:
     settings = config.discriminator
     if settings.lora_r is not None:
@@ -286,7 +300,7 @@ def _build_trainer(
         )
     context = no_context
     if settings.in_context_demonstration:
-        known = [example for example in inputs.dataset.examples if not is_held_out(example, config)]
+        known = [ending.example(e) for e in inputs.dataset.examples if not is_held_out(e, config)]
         context = another_example(known, config.seed)
     module.eval()
     with accelerator.autocast():

@@ -54,6 +54,16 @@ def test_by_hand() -> None:
     assert got.adversarial_advantages == pytest.approx([u - sum(wins) / 3 for u in wins])
 
 
+def test_rewards_are_scaled_and_credit_is_chosen_as_configured() -> None:
+    item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
+    (scaled,) = assign_credit([item], scale_rewards="group", adversarial_credit="logit", expert_mean=None)
+    assert scaled.advantages == (
+        *(pytest.approx(sign * 0.5 / (math.sqrt(0.5) + 1e-4)) for sign in (1, -1)),
+        None,
+    )
+    assert scaled.adversarial_advantages == pytest.approx((-1.0, 0.0, 1.0))
+
+
 def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() -> None:
     item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
     apart = credit(item)
@@ -86,6 +96,8 @@ def test_a_prompt_without_demonstration_uses_the_running_mean() -> None:
     assert credit(group((None, None), (0.0, 0.0)), expert_mean=2.0).win_rates == pytest.approx(
         [reference.sigmoid(-2.0)] * 2
     )
+    own = credit(group((None, None), (0.0, 0.0), 1.0), expert_mean=2.0)
+    assert own.win_rates == pytest.approx([reference.sigmoid(-1.0)] * 2), "its own demonstration comes first"
     nothing = credit(group((None, None), (0.0, 0.0)))
     assert nothing.win_rates == nothing.adversarial_advantages == (None, None)
 

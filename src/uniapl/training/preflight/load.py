@@ -8,6 +8,7 @@ from typing import Any
 from uniapl.config.resolve import Resolved
 from uniapl.data.reading import named_source, read_rows
 from uniapl.data.rows import tokenize_rows
+from uniapl.data.tokenization import ordinary_tokens
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
 from uniapl.rewards.base import build_rewarder
@@ -49,11 +50,15 @@ def load_inputs(
         )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     rewarder = build_rewarder(config.rewards, functions)
-    notes: list[str] = []
+    notes = [
+        f"the end token {token} ({tokenizer.decode(token)!r}) in generation_config.json is ordinary text: "
+        "every completion ends there"
+        for token in ordinary_tokens(stop_ids, tokenizer)
+    ]
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(data_source):
-            notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
+            notes += rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
     if longest:
