@@ -1,5 +1,6 @@
 """Overlap of prompts in scripts without spaces between words, and in other forms of the same text."""
 
+# ruff: noqa: RUF001
 import unicodedata
 
 import pytest

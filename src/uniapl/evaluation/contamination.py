@@ -32,7 +32,7 @@ class Overlap:
 
 
 def overlap(ours: Sequence[str], theirs: Sequence[str], *, width: int = WIDTH) -> Overlap:
-    """Find our texts that occur in theirs, ignoring case, punctuation, white space and the width of characters."""
+    """Find our texts that occur in theirs, ignoring case, punctuation, white space and full or half width."""
     texts: dict[tuple[str, ...], int] = {}
     grams: dict[int, int] = {}
     for index, text in enumerate(theirs):
