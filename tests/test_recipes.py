@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -93,7 +94,7 @@ def byte_model(path: Path) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.chat_template = TEMPLATE.replace("<|im_end|>", "<eos>")
     fast.save_pretrained(path)
-    small = SMALL | {"vocab_size": len(vocabulary), "max_position_embeddings": 4096}
+    small: dict[str, Any] = SMALL | {"vocab_size": len(vocabulary), "max_position_embeddings": 4096}
     AutoModelForCausalLM.from_config(Qwen3Config(**small, tie_word_embeddings=True)).save_pretrained(path)
     return path
 

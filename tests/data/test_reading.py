@@ -260,6 +260,10 @@ def test_json_of_a_dataset_is_not_converted(tmp_path: Path) -> None:
     rows += [{"prompt": "b", "n": 1, "date": "2024-01-03T00:00:00Z", "s": {"b": 1}}]
     write(tmp_path / "data" / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert read(tmp_path) == rows
+    rows = [{"prompt": "a", "n": 2**70 + n} for n in range(10)]
+    write(tmp_path / "data" / "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert read(tmp_path, split="test[2:5]") == rows[2:5]
+    assert read(tmp_path, split="test[-20%:]") == rows[8:]
 
 
 def test_saved_datasets(tmp_path: Path) -> None:

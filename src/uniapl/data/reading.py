@@ -180,7 +180,11 @@ def _load_dataset(path: str, config: DataConfig) -> Rows:
             if loaded.info.builder_name in ("csv", "json") and (files := _text_files(path, config)):
                 local: Any = datasets.DownloadManager().download(files)
                 pairs = zip(files, local, strict=True)
-                return Rows((name, _read_file(file, name, config)) for name, file in pairs)
+                rows = Rows((name, _read_file(file, name, config)) for name, file in pairs)
+                split = {config.split.partition("[")[0]: len(rows)}
+                [part] = datasets.ReadInstruction.from_spec(config.split).to_absolute(split)
+                rows[:] = rows[part.from_ : part.to]
+                return rows
     except UsageError:
         raise
     except Exception as error:  # the readers and the Hub client raise many types
@@ -202,12 +206,12 @@ _REMEDIES = {
 def _text_files(path: str, config: DataConfig) -> list[str]:
     """The files of a dataset of CSV or JSON files, which `datasets` would not read as they are written.
 
-    None if they can only be read with the dataset's own options, or if the split is a part of a split.
+    None if they can only be read with the dataset's own options, or if several splits are named.
     """
     import datasets
 
     options: Any = datasets.load_dataset_builder(path, config.name, revision=config.revision).config
-    files: Sequence[str] = (options.data_files or {}).get(config.split, ())
+    files: Sequence[str] = (options.data_files or {}).get(config.split.partition("[")[0], ())
     keys = ("name", "version", "data_dir", "data_files", "description")
     default = type(options)(**{key: getattr(options, key) for key in keys})
     readable = vars(options) == vars(default) and all(str(file).endswith(TEXT_TYPES) for file in files)
