@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from uniapl.errors import UniAPLError, UsageError
+from uniapl.files import expand_home
 
 # Libraries read these when they are first imported. A link to pydantic's documentation does not explain an
 # error in a recipe, and progress bars for loaded files would break the display of a run.
@@ -113,11 +114,11 @@ def run(arguments: list[str]) -> int:
         if name in ("demo", "train", "check") and set(HELP_FLAGS) & set(rest):
             from uniapl.cli.help import recipe_help
 
-            recipe_help(name, rest)
+            recipe_help(name, _with_home(rest))
             return 0
         with importing():
             module = import_module(f"uniapl.cli.{function}")
-        getattr(module, function)(rest)
+        getattr(module, function)(_with_home(rest))
         return 0
     except UniAPLError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -125,6 +126,14 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(VERBS[name].on_interrupt, file=sys.stderr)
         return 130
+
+
+def _with_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `~` expanded, which shells do not do in `--output-dir=~/run` and in quotes."""
+    try:
+        return [expand_home(argument) for argument in arguments]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def _sample(
     model: Any = load_model(source)
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(source, model.config, tokenizer)
-    with named_source(config.path):
+    with named_source(rows):
         examples = tokenize_rows(
             rows,
             tokenizer,

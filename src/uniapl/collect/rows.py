@@ -9,6 +9,7 @@ from typing import Any
 from uniapl.collect.cache import Reply
 from uniapl.config import DataConfig
 from uniapl.data.conversations import checked_messages
+from uniapl.data.formats import standard_columns
 from uniapl.data.reading import named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.types import Prompt
@@ -69,9 +70,9 @@ def read_prompts(path: str, limit: int | None) -> list[PromptRow]:
     Raises:
         UsageError: The file or a row cannot be used.
     """
-    rows = read_rows(DataConfig(path=path))[:limit]
-    with named_source(path):
-        return [_prompt_row(number, row) for number, row in rows]
+    rows = read_rows(DataConfig(path=path))
+    with named_source(rows):
+        return [_prompt_row(number, row) for number, row in rows[:limit]]
 
 
 def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
@@ -82,6 +83,10 @@ def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
     """
     if not isinstance(row, Mapping):
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
+    try:
+        row = standard_columns({name: value for name, value in row.items() if value is not None}, row)
+    except UsageError as error:
+        raise UsageError(f"row {number}: {error}") from error
     column = "prompt" if row.get("messages") is None else "messages"
     prompt = row.get(column)
     if prompt is None:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
-from uniapl.config.section import Names, Section
+from uniapl.config.section import Names, Paths, PathText, Section
 
 
 class ModelConfig(Section):
     """The model that is trained."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: PathText | None = None
     """Directory or Hub id of a causal language model."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model; null uses the default branch."""
@@ -41,12 +41,18 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Rows with `prompt` and optionally `completion`, or with `messages`; rewards get the other columns."""
 
-    path: str | None = None
-    """Hub dataset id or file (.jsonl, .json, .csv, .parquet)."""
+    path: PathText | tuple[PathText, ...] | None = None
+    """Hub dataset id, or a file (.jsonl, .json, .csv, .tsv, .parquet, or .gz of a text file), a pattern such
+    as data/*.jsonl, or a list of files."""
+    name: str | None = None
+    """Configuration of a Hub dataset, such as main for openai/gsm8k; null uses its default one."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset; null uses the default branch."""
     split: str = "train"
     """Split of a Hub dataset."""
     columns: dict[str, str] = Field(default={})
-    """Columns to rename, as {old name: new name}, such as {problem: prompt}."""
+    """Columns to rename, as {old name: new name}, such as {problem: prompt}. Reward functions get a renamed
+    column under both names."""
     prompt_format: Literal["text", "chat"] = "text"
     """How string prompts are used; text keeps them verbatim, chat makes each one a user message."""
     system_prompt: str | None = None
@@ -121,7 +127,7 @@ class RolloutConfig(Section):
 class RewardFunctionConfig(Section):
     """One reward function."""
 
-    name: str
+    name: PathText
     """Name of a registered function, `module:function` or `path.py:function`."""
     weight: float = 1.0
     """Weight in the sum over all functions."""
@@ -234,7 +240,7 @@ class EarlyStoppingConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation on held-out prompts, every `eval_steps` steps and by `uniapl evaluate`."""
 
-    suites: Names = ()
+    suites: Paths = ()
     """ifeval, ifbench, or files of rows (PATH or NAME=PATH); the run's rewards score the rows of files."""
     max_completion_length: int = Field(default=1280, ge=1)
     """Maximum number of new tokens per completion (lm-eval's limit)."""
@@ -266,11 +272,11 @@ class Config(Section):
 
     method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"] = "uniapl"
     """Training method; it sets some values of `objective` and provides defaults for others."""
-    output_dir: str = "runs/uniapl"
+    output_dir: PathText = "runs/uniapl"
     """Directory of the run."""
     overwrite: bool = False
     """Replace a run that already exists in output_dir."""
-    resume: str = "never"
+    resume: PathText = "never"
     """Checkpoint to resume from; a path, auto for the newest complete one, or never."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of every random draw."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from uniapl.config.section import FractionInterval, PositiveInterval, Section
+from uniapl.config.section import FractionInterval, PathText, PositiveInterval, Section
 
 
 class ObjectiveConfig(Section):
@@ -104,7 +104,7 @@ class DiscriminatorConfig(Section):
     kind: Literal["bradley-terry", "polar", "remote", "density-ratio"] = "bradley-terry"
     """Kind of discriminator; bradley-terry is trained during the run. The others are frozen: polar is a POLAR
     reward model, remote is one on a server, density-ratio is the likelihood ratio of a fine-tuned model."""
-    model_name_or_path: str | None = None
+    model_name_or_path: PathText | None = None
     """Model: a backbone with the policy's vocabulary (bradley-terry; null copies the initial policy), the
     reward model (polar, remote), or the model fine-tuned on the demonstrations (density-ratio)."""
     lora_r: int | None = Field(default=None, ge=1)

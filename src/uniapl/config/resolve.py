@@ -17,6 +17,7 @@ from uniapl.config import Config
 from uniapl.config.methods import METHODS
 from uniapl.config.suggestions import suggestion
 from uniapl.errors import UsageError
+from uniapl.files import expand_home
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -74,7 +75,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         UsageError: The file is missing, is not valid YAML, or does not contain a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(expand_home(str(path))).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the recipe '{path}': {error}") from error
     try:

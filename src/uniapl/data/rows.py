@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import DataConfig
 from uniapl.data.conversations import completion_of, plain_text, prompt_and_completion, render_chat
+from uniapl.data.formats import standard_columns
 from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt
 from uniapl.errors import UsageError
 from uniapl.types import Example
@@ -85,6 +86,12 @@ def tokenize_rows(
     return Dataset(examples=tuple(examples), left_out=left_out)
 
 
+def unused_columns(rows: Iterable[tuple[int, Any]], config: DataConfig) -> list[str]:
+    """Notes on names in `data.columns` that are a column of no row."""
+    known = {name for _, row in rows if isinstance(row, Mapping) for name in row}
+    return [f"data.columns: no row has a column '{name}'" for name in config.columns if name not in known]
+
+
 def tokenize_row(
     number: int,
     row: Any,
@@ -112,10 +119,9 @@ def _example(
 ) -> Example:
     if not isinstance(row, Mapping):
         raise UsageError(f"expected a mapping of columns to values, got {row!r:.80}")
-    for name, new in config.columns.items():
-        if row.get(name) is not None and row.get(new) is not None:
-            raise UsageError(f"data.columns renames '{name}' to '{new}', which is also a column")
-    row = {config.columns.get(column, column): value for column, value in row.items() if value is not None}
+    original = {column: value for column, value in row.items() if value is not None}
+    renamed = _renamed(original, config.columns)
+    row = standard_columns(renamed, original)
     prompt, completion = prompt_and_completion(row)
     rejected = completion_of(row, "rejected", prompt)
     plain = plain_text(completion)
@@ -159,5 +165,23 @@ def _example(
         demonstration=plain,
         demonstration_ids=demonstration_ids,
         rejected_ids=rejected_ids,
-        columns={key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")},
+        # Reward functions get a renamed column under both names.
+        columns={
+            key: value
+            for key, value in {**original, **renamed}.items()
+            if key not in ("prompt", "completion", "messages")
+        },
     )
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row with the column names of `data.columns`."""
+    names: dict[str, str] = {}
+    for column in row:
+        new = columns.get(column, column)
+        if new in names:
+            old, other = (column, names[new]) if column in columns else (names[new], column)
+            also = "which is also a column" if other == new else f"and '{other}' too"
+            raise UsageError(f"data.columns renames '{old}' to '{new}', {also}; rename one to another name")
+        names[new] = column
+    return {new: row[column] for new, column in names.items()}

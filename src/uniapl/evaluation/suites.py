@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import Config
-from uniapl.data.reading import named_source, read_rows
+from uniapl.data.reading import FILE_TYPES, named_source, read_rows
 from uniapl.data.rows import tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
@@ -63,8 +63,8 @@ def parse_suite(text: str) -> tuple[str, str]:
         return name, path
     if not equals and text in BENCHMARKS:
         return text, BENCHMARKS[text]
-    if "=" not in Path(text).name and Path(text).suffix in (".jsonl", ".json", ".csv", ".parquet"):
-        return Path(text).stem, text
+    if "=" not in Path(text).name and text.endswith(FILE_TYPES):
+        return Path(text.removesuffix(".gz")).stem, text
     raise UsageError(
         f"unknown suite '{text}': use {', '.join(BENCHMARKS)}, a file, or NAME=PATH (a file or Hub id)"
     )
@@ -96,13 +96,14 @@ def load_suites(
         if names.count(name) > 1:
             raise UsageError(f"two suites are called '{name}': rename one with NAME=PATH")
     suites: list[Suite] = []
-    unlimited = {"split": "train", "max_prompt_length": None, "max_demonstration_length": None}
+    unset = ("name", "revision", "max_prompt_length", "max_demonstration_length")
     for name, path in sources:
-        settings = config.data.model_copy(update={"path": path, **unlimited})
+        settings = config.data.model_copy(update={"path": path, "split": "train", **dict.fromkeys(unset)})
         try:
-            with named_source(path):
+            rows = read_rows(settings)
+            with named_source(rows):
                 dataset = tokenize_rows(
-                    read_rows(settings)[: config.evaluation.limit],
+                    rows[: config.evaluation.limit],
                     tokenizer,
                     settings,
                     stop_ids=stop_ids,

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from uniapl.errors import UsageError
+from uniapl.files import expand_home
 from uniapl.models.loading import from_pretrained
 from uniapl.rewards.finding import register
 
@@ -36,7 +37,7 @@ def reward_model(
 
     if prompt_format not in ("text", "chat"):
         raise UsageError(f"reward_model: prompt_format must be 'text' or 'chat', not '{prompt_format}'")
-    classifier, tokenizer = _load(model)
+    classifier, tokenizer = _load(expand_home(model))
 
     def text(prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from uniapl.config.resolve import Resolved
-from uniapl.data.reading import named_source, read_rows
-from uniapl.data.rows import tokenize_rows
+from uniapl.data.reading import Rows, named_source, number_rows, read_rows
+from uniapl.data.rows import tokenize_rows, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
@@ -34,12 +34,11 @@ def load_inputs(
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
-    rows = read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
+    rows = read_rows(config.data) if train_dataset is None else number_rows(train_dataset, config.data)
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    data_source = config.data.path if train_dataset is None else None
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
-    with named_source(data_source):
+    with named_source(rows):
         dataset = tokenize_rows(
             rows,
             tokenizer,
@@ -55,9 +54,10 @@ def load_inputs(
         "every completion ends there"
         for token in ordinary_tokens(stop_ids, tokenizer)
     ]
+    notes += [*unused_columns(rows, config.data), *(rows.notes if isinstance(rows, Rows) else [])]
     if longest:
         rewarder.check_columns(dataset.examples)
-        with named_source(data_source):
+        with named_source(rows):
             notes += rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
