@@ -5,6 +5,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from transformers import TrainerState
+
+from uniapl.config import Config
 from uniapl.config.resolve import Resolved
 from uniapl.data.reading import named_source, read_rows
 from uniapl.data.rows import tokenize_rows
@@ -35,7 +38,7 @@ def load_inputs(
     model_config = load_model_config(model_source)
     rows = read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
-    context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     data_source = config.data.path if train_dataset is None else None
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(data_source):
@@ -44,11 +47,12 @@ def load_inputs(
             tokenizer,
             config.data,
             stop_ids=stop_ids,
-            context_length=context_length,
+            context_length=window,
             max_completion_length=max(longest, default=0),
         )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
-    rewarder = build_rewarder(config.rewards, functions)
+    state = _trainer_state(config, stages)
+    rewarder = build_rewarder(config.rewards, functions, state)
     notes: list[str] = []
     if longest:
         rewarder.check_columns(dataset.examples)
@@ -62,7 +66,12 @@ def load_inputs(
     suites: tuple[Suite, ...] = ()
     if with_suites:
         suites = load_suites(
-            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
+            config,
+            tokenizer,
+            functions=functions,
+            stop_ids=stop_ids,
+            context_length=window,
+            trainer_state=state,
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
@@ -74,4 +83,14 @@ def load_inputs(
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         notes=tuple(notes),
         suites=suites,
+    )
+
+
+def _trainer_state(config: Config, stages: Sequence[Resolved]) -> TrainerState:
+    """What reward functions read from `trainer_state`, before the first step."""
+    return TrainerState(
+        max_steps=sum(stage.config.max_steps for stage in stages),
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
     )
