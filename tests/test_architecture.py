@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
-    {"functional"},
+    {"functional", "tolerance"},
     {"types", "files", "http", "threads"},
     {"config"},
     {"data", "models"},

@@ -546,6 +546,23 @@ def test_best_of_n_and_min_reward(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert len(endpoint.asked) == 12
 
 
+def test_min_reward_and_the_best_ignore_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ "a" has the reward 0.9999999999999999 and "b" 1.0: the first is kept, as among equal rewards."""
+
+    def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
+        send(handler, completion("ab"[body["seed"]]))
+
+    (tmp_path / "task.py").write_text(
+        "def f(completions):\n    return [.6 + .3 + .1 if c == 'a' else 1.0 for c in completions]\n"
+    )
+    command = ["--num-samples", "2", "--seed", "0", "--rewards", f"{tmp_path}/task.py:f", "--min-reward", "1"]
+    with serving(reply) as endpoint:
+        assert collect(endpoint, tmp_path, *command, prompts=["p"]) == 0
+        assert completions(tmp_path) == ["a", "b"]
+        assert collect(endpoint, tmp_path, *command, "--best-of-n", prompts=["p"]) == 0
+        assert completions(tmp_path) == ["a"]
+
+
 def test_rewards_get_chats_as_in_training(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(REWARD)
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bbb")]

@@ -382,6 +382,14 @@ def test_tiles_by_hand(tmp_path: Path) -> None:
     assert "Win rate" not in found
 
 
+def test_a_reward_of_1_up_to_rounding_counts_as_1(tmp_path: Path) -> None:
+    rounded = (0.6 + 0.3 + 0.1, 0.1 + 0.3 + 0.6, 1.0000000000000002, 0.1 + 0.2 - 0.3)
+    rows = [prompt_row(step, [answer(reward=value) for value in rounded]) for step in range(1, 11)]
+    path = write_run(tmp_path / "run", metric_rows(10), rows)
+    found = {tile["label"]: tile["value"] for tile in summary.tiles(read_run(path))}
+    assert found["Completions with reward 1"] == "75.0% → 75.0%"
+
+
 def test_durations() -> None:
     said = [summary.duration(seconds) for seconds in (1.26, 59.94, 61.0, 3725.0)]
     assert said == ["1.3 s", "59.9 s", "1 min 1 s", "1 h 2 min"]

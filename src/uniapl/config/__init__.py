@@ -141,7 +141,7 @@ class RewardsConfig(Section):
     functions: tuple[RewardFunctionConfig, ...] = ()
     """Reward functions, by name or as {name, weight, args}."""
     timeout: float | None = Field(default=60.0, gt=0)
-    """Timeout of one call to a function, in seconds; null calls it in the main thread without a limit."""
+    """Timeout of a call to a function, in seconds; null sets no limit (main thread, unless async)."""
     allow_code_verifiers: bool = False
     """Run verifier functions that the data contains as Python source, in a sandbox (Linux only)."""
 

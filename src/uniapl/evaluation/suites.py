@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from uniapl.config import Config
 from uniapl.data.reading import FILE_TYPES, named_source, read_rows
@@ -77,6 +77,7 @@ def load_suites(
     functions: Sequence[Callable[..., Any]] = (),
     stop_ids: Collection[int] = (),
     context_length: int | None = None,
+    trainer_state: TrainerState | None = None,
 ) -> tuple[Suite, ...]:
     """The suites of `evaluation.suites`, with their prompts tokenised and their scoring tried.
 
@@ -86,6 +87,7 @@ def load_suites(
         functions: Further reward functions, as callables.
         stop_ids: Tokens at which the sampler ends a completion.
         context_length: The model's context length in tokens; longer prompts are left out.
+        trainer_state: Passed to reward functions that take it; None: the state at the end of a run.
 
     Raises:
         UsageError: A suite does not exist, two have the same name, its rows are invalid or cannot be scored.
@@ -95,6 +97,7 @@ def load_suites(
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two suites are called '{name}': rename one with NAME=PATH")
+    trainer_state = trainer_state or TrainerState(global_step=config.max_steps, max_steps=config.max_steps)
     suites: list[Suite] = []
     unset = ("name", "revision", "max_prompt_length", "max_demonstration_length")
     for name, path in sources:
@@ -115,7 +118,7 @@ def load_suites(
                 mark = config.evaluation.answer_after
                 score, headline = _instruction_scores(examples, mark), "prompt_strict"
             else:
-                rewarder = build_rewarder(config.rewards, functions)
+                rewarder = build_rewarder(config.rewards, functions, trainer_state)
                 rewarder.check_columns(examples)
                 notes = rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
                 rewarder.try_out(examples)

@@ -8,6 +8,7 @@ from uniapl.config import Config
 from uniapl.config.resolve import flatten
 from uniapl.report.analysis import ends, mean, number, step_ranges
 from uniapl.report.reading import RunData, step_phases
+from uniapl.tolerance import at_least, same
 
 ARROW = " → "
 TENTHS = "first and last tenth of the steps"
@@ -79,9 +80,9 @@ def _solved(run: RunData) -> str | None:
         for completion in record["completions"]
         if (reward := number(completion["reward"])) is not None
     ]
-    if not all(0 <= reward <= 1 for _, reward in rewards):
+    if not all(at_least(reward, 0) and at_least(1, reward) for _, reward in rewards):
         return None
-    parts = [[reward == 1 for step, reward in rewards if step in set(part)] for part in ends(run.steps)]
+    parts = [[same(reward, 1) for step, reward in rewards if step in set(part)] for part in ends(run.steps)]
     return ARROW.join(f"{sum(part) / len(part):.1%}" for part in parts) if all(parts) else None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
-from uniapl.rewards import RewardOutcome
+from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
@@ -109,6 +109,7 @@ def reward(
     """Score the rollouts. Return the groups of all processes with their rewards, and each reward function's
     outcomes, one per process."""
     rewarder = run.inputs.rewarder
+    update_trainer_state(run)
     outcomes = rewarder.score(
         [group.example for group in groups for _ in group.rollouts],
         [text for group in groups for text in group.texts],
@@ -121,11 +122,21 @@ def reward(
             group,
             rewards=tuple(combined[start:end]),
             reward_parts={name: tuple(outcome.values[start:end]) for name, outcome in outcomes.items()},
+            extra={column: tuple(values[start:end]) for column, values in extra_columns(outcomes).items()},
         )
         for group, (start, end) in zip(groups, itertools.pairwise(ends), strict=True)
     ]
     everywhere = _gather(run.accelerator, [outcomes])
     return _gather(run.accelerator, rewarded), {name: [o[name] for o in everywhere] for name in outcomes}
+
+
+def update_trainer_state(run: Run) -> None:
+    """Set what reward functions read from `trainer_state` to the run's current step, as TRL does."""
+    state = run.inputs.rewarder.trainer_state
+    state.global_step, state.epoch = run.step, run.progress.streams["prompts"].epoch
+    state.log_history = run.health.history
+    state.is_world_process_zero = run.accelerator.is_main_process
+    state.is_local_process_zero = run.accelerator.is_local_main_process
 
 
 def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

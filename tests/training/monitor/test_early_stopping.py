@@ -32,6 +32,15 @@ def test_by_hand() -> None:
     assert ends_at([None, None, None], max_tokens=31) is None
 
 
+def test_rounding_neither_misses_a_target_nor_is_an_improvement() -> None:
+    below = 0.6 + 0.3 + 0.1
+    assert below < 1.0
+    assert ends_at([0.9, below], target=1.0) == (2, "target")
+    assert ends_at([0.9, 0.1 + 0.2], target=0.3, greater_is_better=False) == (2, "target")
+    assert ends_at([below, 1.0, below, 1.0], patience=2) == (3, "patience")
+    assert ends_at([0.9, 0.91, 0.90001, 0.91001], patience=2) is None
+
+
 def test_an_early_end_starts_the_next_stage_and_resumes(model_dir: Path, tmp_path: Path) -> None:
     """The first stage ends by patience (its metric never moves), the second one by its budget."""
     values = {

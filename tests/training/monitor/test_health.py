@@ -75,6 +75,8 @@ def test_rewards_without_a_gradient() -> None:
     assert fired(steps(**constant, frac_reward_zero_std=1.0)) == {"constant_rewards", "zero_advantage"}
     assert fired([*steps(**constant)[:4], {"reward": 0.1, "reward_std": 0.0}]) == set(), "they differ"
     assert fired([*steps(**constant)[:4], {"reward": 0.0, "reward_std": 0.1}]) == set(), "within a group"
+    rounded = [{"reward": value, "reward_std": 5e-17} for value in (1.0, 0.6 + 0.3 + 0.1) * 3][:5]
+    assert fired(rounded) == {"constant_rewards"}
     assert fired(steps(**constant)[:4]) == set(), "too early"
     assert fired(steps(reward=None, reward_std=None)) == set(), "unknown"
     assert fired(steps(frac_reward_zero_std=0.9)) == {"zero_advantage"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uniapl.config import EarlyStoppingConfig
+from uniapl.tolerance import at_least, same
 
 
 @dataclass(kw_only=True)
@@ -28,10 +29,10 @@ class Stopping:
         value = record.get(rule.metric)
         if isinstance(value, (int, float)) and math.isfinite(value):
             sign = 1 if rule.greater_is_better else -1
-            better = self.best is None or sign * (value - self.best) > 0
+            better = self.best is None or (sign * (value - self.best) > 0 and not same(value, self.best))
             self.best = float(value) if better else self.best
             self.waited = 0 if better else self.waited + 1
-            if rule.target is not None and sign * (value - rule.target) >= 0:
+            if rule.target is not None and at_least(sign * value, sign * rule.target):
                 self.reason = f"target: {rule.metric} is {value:.4g}, the target {rule.target:g}"
             elif rule.patience is not None and self.waited >= rule.patience:
                 unchanged = f"did not improve on {self.best:.4g}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from uniapl.config import HealthConfig
+from uniapl.tolerance import all_same
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -77,7 +78,7 @@ def is_number(value: int | float | None) -> TypeGuard[float]:
 
 def _constant_rewards(last: Records) -> str | None:
     means, spreads = _values(last, "reward"), _values(last, "reward_std")
-    if len(means) < len(last) or max(means) > min(means) or max(spreads) > 0:
+    if len(means) < len(last) or not all_same([*means, *(means[0] + s for s in spreads)]):
         return None
     return (
         f"every reward of the last {len(last)} steps was {means[0]:g}, so rewards have no gradient. Check "

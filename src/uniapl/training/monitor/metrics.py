@@ -7,6 +7,7 @@ from typing import Any
 
 from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
+from uniapl.tolerance import all_same, at_least, same
 from uniapl.training.update.credit import Credit
 from uniapl.training.update.policy_step import PolicyStep
 from uniapl.types import RolloutGroup
@@ -68,22 +69,23 @@ def rollout_metrics(
     known = [[r for r in group.rewards if r is not None] for group in groups]
     rewarded = [rewards for rewards in known if rewards]
     every = [reward for rewards in rewarded for reward in rewards]
-    constant = [rewards for rewards in rewarded if max(rewards) == min(rewards)]
+    constant = [rewards for rewards in rewarded if all_same(rewards)]
     zero_std = len(constant) / len(rewarded) if rewarded else None
     highest, lowest = max(every, default=0.0), min(every, default=0.0)
+    in_range, varied = at_least(lowest, 0) and at_least(1, highest), not same(lowest, highest)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
     wins = [u for credit in credits for u in credit.win_rates if u is not None]
     metrics = {
         "reward": _mean(every),
         # Rewards outside [0, 1] have no known value that passes.
-        "pass_rate": _mean([float(r == 1) for r in every]) if every and 0 <= lowest <= highest <= 1 else None,
+        "pass_rate": _mean([float(same(r, 1)) for r in every]) if every and in_range else None,
         "reward_std": _mean([statistics.pstdev(rewards) for rewards in rewarded]),
         "frac_reward_zero_std": zero_std,
         "groups/mixed": None if zero_std is None else 1 - zero_std,
         # Good and bad are the step's best and worst reward; if all rewards are equal, neither is known.
-        "groups/all_good": _fraction(constant, highest, rewarded) if highest > lowest else None,
-        "groups/all_bad": _fraction(constant, lowest, rewarded) if highest > lowest else None,
+        "groups/all_good": _fraction(constant, highest, rewarded) if varied else None,
+        "groups/all_bad": _fraction(constant, lowest, rewarded) if varied else None,
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -107,7 +109,7 @@ def reward_health(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, 
     for name, parts in outcomes.items():
         total = sum(len(part.values) for part in parts)
         failed = sum(sum(part.failed) for part in parts)
-        late = sum(sum(part.failed) for part in parts if part.timed_out)
+        late = sum(sum(part.timed_out) for part in parts)
         unscored = sum(value is None for part in parts for value in part.values) - failed
         metrics[f"rewards/{name}/error_rate"] = (failed - late) / total if total else None
         metrics[f"rewards/{name}/timeout_rate"] = late / total if total else None
@@ -175,6 +177,7 @@ def completion_records(
                     "finish_reason": rollout.finish_reason,
                     "reward": reward,
                     "rewards": {name: values[i] for name, values in group.reward_parts.items()},
+                    **({"extra": {k: values[i] for k, values in group.extra.items()}} if group.extra else {}),
                     "advantage": credit.advantages[i],
                     "win_rate": credit.win_rates[i],
                 }
@@ -192,4 +195,4 @@ def _mean(values: Sequence[float] | Sequence[int]) -> float | None:
 
 
 def _fraction(constant: Sequence[list[float]], value: float, groups: Sequence[list[float]]) -> float:
-    return sum(rewards[0] == value for rewards in constant) / len(groups)
+    return sum(same(rewards[0], value) for rewards in constant) / len(groups)

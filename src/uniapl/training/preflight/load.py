@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from uniapl.config import Config
 from uniapl.config.resolve import Resolved
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
 from uniapl.data.rows import tokenize_rows, unused_columns
@@ -36,7 +39,7 @@ def load_inputs(
     model_config = load_model_config(model_source)
     rows = read_rows(config.data) if train_dataset is None else number_rows(train_dataset, config.data)
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
-    context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
         dataset = tokenize_rows(
@@ -44,17 +47,13 @@ def load_inputs(
             tokenizer,
             config.data,
             stop_ids=stop_ids,
-            context_length=context_length,
+            context_length=window,
             max_completion_length=max(longest, default=0),
         )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
-    rewarder = build_rewarder(config.rewards, functions)
-    notes = [
-        f"the end token {token} ({tokenizer.decode(token)!r}) in generation_config.json is ordinary text: "
-        "every completion ends there"
-        for token in ordinary_tokens(stop_ids, tokenizer)
-    ]
-    notes += [*unused_columns(rows, config.data), *(rows.notes if isinstance(rows, Rows) else [])]
+    state = _trainer_state(config, stages)
+    rewarder = build_rewarder(config.rewards, functions, state)
+    notes = _data_notes(rows, config, stop_ids, tokenizer)
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(rows):
@@ -67,7 +66,12 @@ def load_inputs(
     suites: tuple[Suite, ...] = ()
     if with_suites:
         suites = load_suites(
-            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
+            config,
+            tokenizer,
+            functions=functions,
+            stop_ids=stop_ids,
+            context_length=window,
+            trainer_state=state,
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
@@ -79,4 +83,28 @@ def load_inputs(
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         notes=tuple(notes),
         suites=suites,
+    )
+
+
+def _data_notes(
+    rows: Sequence[tuple[int, Any]],
+    config: Config,
+    stop_ids: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    notes = [
+        f"the end token {token} ({tokenizer.decode(token)!r}) in generation_config.json is ordinary text: "
+        "every completion ends there"
+        for token in ordinary_tokens(stop_ids, tokenizer)
+    ]
+    return notes + unused_columns(rows, config.data) + list(rows.notes if isinstance(rows, Rows) else ())
+
+
+def _trainer_state(config: Config, stages: Sequence[Resolved]) -> TrainerState:
+    """What reward functions read from `trainer_state`, before the first step."""
+    return TrainerState(
+        max_steps=sum(stage.config.max_steps for stage in stages),
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
     )
