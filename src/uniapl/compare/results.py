@@ -12,7 +12,7 @@ from uniapl.compare.statistics import (
     good_at_equal_closeness,
     paired_difference,
 )
-from uniapl.functional import Interval, student_interval
+from uniapl.intervals import Interval, student_interval
 from uniapl.report.analysis import interval_text
 
 Outcome = dict[str, Any]

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from uniapl.functional import Interval, student_interval
+from uniapl.intervals import Interval, student_interval
 
 LEVELS = 50
 """Points at which two fronts are compared."""

@@ -58,20 +58,20 @@ def evaluate_suite(
     flat, failure = suite.score(examples, texts, [rollout.completion_ids for rollout in rollouts])
     scored = [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
     sums = {name: scores.sums_of(scored, name) for name in flat[0]}
-    headline = suite.headline
-    best = f"{headline}_{'best' if headline == 'reward' else 'pass'}@{num_samples}"
+    kind = "best" if suite.headline == "reward" else "pass"
+    best = f"{suite.headline}_{kind}@{num_samples}"
     if num_samples > 1:
-        sums[best] = scores.pass_at_all(scored, headline)
+        sums[best] = scores.pass_at_all(scored, suite.headline)
     summary: dict[str, Any] = {
         "prompts": len(suite.examples),
         "left_out": {reason: list(numbers) for reason, numbers in suite.left_out.items()},
         "samples": num_samples,
-        "headline": headline,
+        "headline": suite.headline,
         "scores": {name: scores.interval(values) for name, values in sums.items()},
         "mean_length": sum(len(r.completion_ids) for r in rollouts) / len(rollouts),
         "mean_words": sum(len(text.split()) for text in texts) / len(rollouts),
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "unscored": sum(not values[headline] for values in flat) / len(rollouts),
+        "unscored": sum(not values[suite.headline] for values in flat) / len(rollouts),
         "per_prompt": {name: values.tolist() for name, values in sums.items()},
         "prompts_digest": [_digest(example) for example in suite.examples],
         "notes": [*suite.notes, *([f"scoring failed: {failure}"] if failure else [])],
@@ -82,13 +82,9 @@ def evaluate_suite(
             f"{unmarked:,} of {len(texts):,} completions do not contain '{suite.answer_after}' and count as "
             "empty"
         )
-    if num_samples > 1 and (bounds := scores.pass_bounds(scored, headline)):
-        low, high = summary["scores"][best]["bounds"] = list(bounds)
-        summary["notes"].append(
-            f"{best} is the mean over the {int(sums[best][:, 1].sum()):,} of {len(scored):,} prompts whose "
-            f"completions all have a score; over all prompts with a score it is from {low:.3f}, if the "
-            f"completions without a score all fail, to {high:.3f}, if they all pass"
-        )
+    if num_samples > 1 and (bounds := scores.pass_bounds(scored, suite.headline)):
+        summary["scores"][best]["bounds"] = list(bounds)
+        summary["notes"].append(_unknown_note(best, sums[best], bounds))
     if with_floors:
         summary["floors"] = floors(suite, tokenizer)
     completions = [
@@ -140,6 +136,14 @@ def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[s
             score: scores.mean_of(scores.sums_of([[one] for one in flat], score)) for score in flat[0]
         }
     return found
+
+
+def _unknown_note(name: str, sums: scores.Sums, bounds: tuple[float, float]) -> str:
+    return (
+        f"{name} is the mean over the {int(sums[:, 1].sum()):,} of {len(sums):,} prompts whose completions "
+        f"all have a score; over all prompts with a score it is from {bounds[0]:.3f}, if the completions without "
+        f"a score all fail, to {bounds[1]:.3f}, if they all pass"
+    )
 
 
 def _digest(example: Example) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from uniapl.functional import Interval, student_interval, student_quantile, wilson_bounds
-from uniapl.functional.intervals import NORMAL
+from uniapl.intervals import NORMAL, Interval, student_interval, student_quantile, wilson_bounds
 
 Sums = Float64[np.ndarray, "prompts 2"]
 """For each prompt, the sum of a score's values over the completions, and the number of values."""

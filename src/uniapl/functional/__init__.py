@@ -1,5 +1,4 @@
-"""The mathematics of the method and of confidence intervals: pure functions without configuration, model,
-process rank or randomness.
+"""The mathematics of the method: pure functions without configuration, model, process rank or randomness.
 
 Every loss is a SUM over the tokens that its mask selects; only `objective` divides.
 
@@ -10,7 +9,6 @@ D hidden size, V vocabulary size.
 from uniapl.functional.advantages import group_advantages
 from uniapl.functional.adversarial import adversarial_advantages, bradley_terry_loss, win_probability
 from uniapl.functional.controllers import Multiplier, dual_ascent, expert_gap, pid
-from uniapl.functional.intervals import Interval, student_interval, student_quantile, wilson_bounds
 from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
 from uniapl.functional.losses import (
     clip_counts,
@@ -23,7 +21,6 @@ from uniapl.functional.losses import (
 from uniapl.functional.schedules import learning_rate_factor, reward_threshold, warmup_cosine
 
 __all__ = [
-    "Interval",
     "Multiplier",
     "adversarial_advantages",
     "bradley_terry_loss",
@@ -41,9 +38,6 @@ __all__ = [
     "reward_threshold",
     "selected_logprobs",
     "sft_loss",
-    "student_interval",
-    "student_quantile",
     "warmup_cosine",
-    "wilson_bounds",
     "win_probability",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from uniapl.functional import student_interval
+from uniapl.intervals import student_interval
 from uniapl.report.analysis import bin_edges, histogram, mean, rounded
 from uniapl.report.reading import RunData, step_phases
 

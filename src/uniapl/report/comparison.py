@@ -100,7 +100,7 @@ def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
     rows: list[list[str]] = []
     for method, row in table["methods"].items():
         here, there, cost = row["held_out"], row["held_out_combinations"], row["cost"]
-        differences = row.get("minus_best_baseline", {})
+        differences = {} if method == best else row.get("minus_best_baseline", {})
         measures = ("passed", "fluency", "expert_nll", "length_distance", "reference_nll", "distinct_2")
         rows.append(
             [
