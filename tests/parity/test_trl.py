@@ -461,7 +461,9 @@ def test_metrics_with_trls_names_have_trls_values(
     )
     policy = Policy(ours)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    settings = LossSettings(**CLIP, reference=Policy(reference))
+    settings = LossSettings(
+        clip_low=CLIP["clip_low"], clip_high=CLIP["clip_high"], reference=Policy(reference)
+    )
     update = policy_step(Accelerator(cpu=True), policy, optimizer, batch, settings)
     found = rollout_metrics(groups, credits, step=0) | update_metrics(update, batch.counts, batch.weights)
 

@@ -139,10 +139,11 @@ def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[s
 
 
 def _unknown_note(name: str, sums: scores.Sums, bounds: tuple[float, float]) -> str:
+    low, high = bounds
     return (
         f"{name} is the mean over the {int(sums[:, 1].sum()):,} of {len(sums):,} prompts whose completions "
-        f"all have a score; over all prompts with a score it is from {bounds[0]:.3f}, if the completions without "
-        f"a score all fail, to {bounds[1]:.3f}, if they all pass"
+        f"all have a score; over all prompts with a score it is from {low:.3f}, if the completions without a "
+        f"score all fail, to {high:.3f}, if they all pass"
     )
 
 
