@@ -51,7 +51,7 @@ def test_every_method_runs_and_only_its_components_act(method: str, model_dir: P
         assert record["loss"] == pytest.approx(mixed, abs=1e-5), "the objective, term by term"
         assert record["skipped"] == 0
         if rollouts:
-            assert record["sampling/sampling_logp_difference/max"] < 1e-4
+            assert record["trained/sampling_logp_difference/max"] < 1e-4
     model = AutoModelForCausalLM.from_pretrained(result.final_dir)
     AutoTokenizer.from_pretrained(result.final_dir)
     start = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -406,7 +406,7 @@ def test_bf16_autocast(model_dir: Path, tmp_path: Path) -> None:
     assert len(records) == 4
     for record in records:
         assert record["skipped"] == 0
-        assert 0 < record["sampling/sampling_logp_difference/mean"] < 0.02
+        assert 0 < record["trained/sampling_logp_difference/mean"] < 0.02
     saved = load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 

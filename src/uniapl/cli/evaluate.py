@@ -29,6 +29,7 @@ from uniapl.models.loading import (
     load_stop_ids,
     load_tokenizer,
 )
+from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
 
 OVERRIDES = {
@@ -124,7 +125,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="uniapl evaluate",
         description="Score a model on IFEval, IFBench and your own files, with 95% confidence intervals "
-        "over prompts, next to the scores of an empty completion, the prompt itself and a constant text.",
+        "over prompts (Wilson's for scores from 0 to 1, else Student's t), next to the scores of an empty "
+        "completion, the prompt itself and a constant text.",
     )
     add = parser.add_argument
     add("model", help="directory or Hub id")
@@ -266,7 +268,7 @@ def _table(name: str, result: dict[str, Any], minus: dict[str, Any]) -> Table:
     differences = minus["suites"].get(name, {})
     title = (
         f"{name}: {result['prompts']} prompts, completions per prompt: {result['samples']}, mean length: "
-        f"{result['mean_length']:.0f} tokens, truncated: {result['truncated']:.1%}"
+        f"{result['mean_length']:.0f} tokens, truncated: {_count(result, 'truncated')}"
     )
     compared = [f"difference from {minus['model']} (95% interval)"] if differences else []
     table = Table("score", "mean", "95% interval", *result["floors"], *compared, title=title)
@@ -289,10 +291,10 @@ def notes(result: dict[str, Any], limit: int) -> list[str]:
     for reason, rows in result["left_out"].items():
         found.append(f"{len(rows)} prompts are left out: {reason}")
     if result["truncated"] > TRUNCATED:
-        truncated = f"{result['truncated']:.0%} of the completions were truncated at {limit} tokens"
+        truncated = f"{_count(result, 'truncated')} completions were truncated at {limit} tokens"
         found.append(f"{truncated} and scored as they are: raise --max-completion-length to avoid this")
     if result["unscored"]:
-        found.append(f"{result['unscored']:.1%} of the completions could not be scored and are not counted")
+        found.append(f"{_count(result, 'unscored')} completions could not be scored and are not counted")
     headline = result["headline"]
     mean = result["scores"][headline]["mean"]
     reached = [name for name, floor in result["floors"].items() if (floor[headline] or 0) >= (mean or 0)]
@@ -302,8 +304,15 @@ def notes(result: dict[str, Any], limit: int) -> list[str]:
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.3f}"
+    return "-" if value is None else decimal(value, sign=sign)
 
 
 def _range(value: dict[str, Any], sign: str = "") -> str:
-    return "" if value["low"] is None else f"[{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+    low, high = value["low"], value["high"]
+    return "" if low is None or high is None else f"[{decimal(low, sign=sign)}, {decimal(high, sign=sign)}]"
+
+
+def _count(result: dict[str, Any], key: str) -> str:
+    """A fraction of the completions as a count, which rounding cannot turn into none or all."""
+    total = result["prompts"] * result["samples"]
+    return f"{round(result[key] * total):,} of {total:,}"

@@ -191,8 +191,8 @@ class BatchingConfig(Section):
     """Maximum number of tokens of a micro-batch, which has at least one row. A shared prompt counts once, and
     padding counts if rows are not packed."""
     packing: bool = True
-    """Pack rows without padding, with each prompt once and without rows whose gradient is zero, if the
-    model's attention supports it; false pads rows, which is the reference."""
+    """Pack rows without padding and with each prompt once, if the model's attention supports it; false pads
+    rows, which is the reference."""
 
 
 class HealthConfig(Section):
@@ -207,7 +207,8 @@ class HealthConfig(Section):
     max_clipped_ratio: float = Field(default=0.5, ge=0, le=1)
     """Warn when more than this fraction of the completions is truncated at the length limit."""
     min_entropy: float = Field(default=0.02, ge=0)
-    """Warn when the policy's entropy is below this, in nats per token."""
+    """Warn when the policy's entropy, as estimated by `rollout/entropy_estimate`, is below this, in nats per
+    token."""
     max_kl_growth: float = Field(default=10.0, gt=1)
     """Warn when the KL of a step is more than this many times the median of the steps before."""
     max_length_growth: float = Field(default=2.0, gt=1)

@@ -177,9 +177,8 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
     rows += map(demonstration_row, demonstrated)
     weights = stage.schedule.weights(groups)
-    # Packed batches leave out rows whose gradient is 0; `MixedBatch.counts` still includes them. Padded
-    # batches, the reference that packing is compared with, compute every row.
-    trained = [row for row in rows if row.has_gradient(weights)] if stage.packing else rows
+    # Rows whose gradient is 0 are left out; `MixedBatch.counts` still includes them.
+    trained = [row for row in rows if row.has_gradient(weights)]
     batches = micro_batches(
         shards(trained, accelerator.num_processes)[accelerator.process_index],
         pad_id=run.inputs.pad_id,

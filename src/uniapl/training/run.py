@@ -45,7 +45,7 @@ class Progress:
     step: int = 0
     """Finished steps."""
     num_tokens: int = 0
-    """Completion tokens that the run has trained on, demonstrations included."""
+    """Tokens of all steps' rollouts and demonstrations, with the prompt of each."""
     token_limit: int | None = None
     """Token limit per micro-batch, set after an out-of-memory error; None uses the configured limit."""
     streams: dict[str, Stream] = field(default_factory=dict)
@@ -100,9 +100,10 @@ class Run:
         save, it resumes from the previous checkpoint, and later log lines are removed.
         """
         progress, schedule = self.progress, stage.schedule
-        for counters in (progress, schedule):
-            counters.step += 1
-            counters.num_tokens += result.batch.num_tokens
+        progress.step += 1
+        progress.num_tokens += result.batch.num_tokens
+        schedule.step += 1
+        schedule.completion_tokens += result.batch.completion_tokens
         record = step_record(
             result,
             step=self.step,
@@ -155,7 +156,7 @@ class Run:
             self.view.say(
                 f"warning: early_stopping.metric '{rule.metric}' is not a metric of the stage's first step"
             )
-        schedule.stopping.update(rule, record, schedule.num_tokens)
+        schedule.stopping.update(rule, record, schedule.completion_tokens)
         # Only the main process has evaluation metrics, so its decision is broadcast.
         (schedule.stopping,) = broadcast_object_list([schedule.stopping])
         if schedule.stopping.reason is not None:
@@ -165,7 +166,8 @@ class Run:
     def _log(self, stage: Stage, record: dict[str, Any], completions: list[dict[str, Any]]) -> None:
         config, view = self.config, self.view
         record |= {f"time/{name}": seconds for name, seconds in view.times.items()}
-        record["step_time"] = view.step_seconds
+        # TRL's step_time is that of the training step, without the evaluation.
+        record["step_time"] = view.step_seconds - view.times.get("evaluate", 0.0)
         self.logs["metrics"].write([record])
         self.logs["completions"].write(completions)
         track(self.accelerator, record)

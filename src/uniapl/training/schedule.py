@@ -29,7 +29,7 @@ class Schedule:
     """lambda_adv, fixed or learned."""
     step: int = 0
     """Finished steps of the stage."""
-    num_tokens: int = 0
+    completion_tokens: int = 0
     """Completion tokens that the stage has trained on."""
     uses_reference: bool = False
     """The KL term has its reference: `reference_step` is reached."""

@@ -79,7 +79,7 @@ class StageCheckpoint:
         state: dict[str, Any] = {
             "stage": stage.index,
             "stage_step": schedule.step,
-            "stage_tokens": schedule.num_tokens,
+            "stage_tokens": schedule.completion_tokens,
             "stopping": asdict(schedule.stopping),
             "stop_rule": stage.config.early_stopping.model_dump(),
         }
@@ -96,7 +96,7 @@ class StageCheckpoint:
         """The inverse of :meth:`save`."""
         stage, schedule = self.stage, self.stage.schedule
         schedule.step = state["stage_step"]
-        schedule.num_tokens = state["stage_tokens"]
+        schedule.completion_tokens = state["stage_tokens"]
         # A stage that an early-stopping rule ended continues if the rule has changed.
         if state["stop_rule"] == stage.config.early_stopping.model_dump():
             schedule.stopping = Stopping(**state["stopping"])

@@ -89,8 +89,8 @@ def test_completions_that_never_end() -> None:
 
 
 def test_a_policy_that_stops_exploring() -> None:
-    assert fired(steps(entropy=0.019)) == {"entropy_collapse"}
-    assert fired(steps(entropy=0.021)) == set()
+    assert fired(steps(rollout__entropy_estimate=0.019)) == {"entropy_collapse"}
+    assert fired(steps(rollout__entropy_estimate=0.021)) == set()
 
 
 def test_a_jump_away_from_the_reference() -> None:
@@ -128,7 +128,7 @@ def test_discriminator_dead_or_saturated() -> None:
 
 
 def test_sampler_mismatch() -> None:
-    key = "sampling/sampling_logp_difference/mean"
+    key = "trained/sampling_logp_difference/mean"
     assert fired([*steps()[1:], {key: 0.06}]) == {"sampler_mismatch"}
     assert fired([*steps()[1:], {key: 0.04}]) == set()
     assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 0.0}]) == {"sampler_mismatch"}
@@ -147,7 +147,7 @@ def test_every_warning_has_a_remedy() -> None:
         reward_std=0.0,
         frac_reward_zero_std=1.0,
         completions__clipped_ratio=1.0,
-        entropy=0.0,
+        rollout__entropy_estimate=0.0,
         discriminator__accuracy=1.0,
         weight__mu=1.0,
         tokens__sft=0,

@@ -32,7 +32,7 @@ LIMITS = (
         "with the end token",
     ),
     (
-        *("entropy_collapse", "entropy", operator.lt, "min_entropy"),
+        *("entropy_collapse", "rollout/entropy_estimate", operator.lt, "min_entropy"),
         "the entropy fell to {:.2g} nats per token (limit {:g}): the completions of a group are nearly "
         "identical. Lower optim.learning_rate, or raise objective.epsilon_high or objective.mu_peak",
     ),
@@ -169,7 +169,7 @@ def _multiplier_pinned(before: Records, last: Records, highest: float) -> str | 
 
 def _sampler_mismatch(newest: Mapping[str, Any], highest: float) -> str | None:
     """One step is enough. Rollouts of older weights differ by an update, so they are not checked."""
-    difference = newest.get("sampling/sampling_logp_difference/mean")
+    difference = newest.get("trained/sampling_logp_difference/mean")
     if newest.get("rollout/staleness") or not is_number(difference) or difference <= highest:
         return None
     return (
