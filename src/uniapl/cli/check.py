@@ -18,6 +18,7 @@ from uniapl.config.resolve import Resolved, flatten, stages_of
 from uniapl.data.streams import is_held_out
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
+from uniapl.models.loading import check_policy
 from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.preflight import load as setup
 from uniapl.training.preflight.memory import estimate_memory
@@ -48,6 +49,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     """
     stages = stages_of(resolved)
     inputs = setup.load_inputs(resolved, stages)
+    check_policy(inputs.source, resolved.config.model)
     examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
     prompt, demonstration = (

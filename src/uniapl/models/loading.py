@@ -19,7 +19,16 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
-from uniapl.models.lora import add_adapter, base_of_adapter, is_adapter, merge_adapter, read_adapter
+from uniapl.models.lora import (
+    add_adapter,
+    attach_adapter,
+    base_of_adapter,
+    is_adapter,
+    merge_adapter,
+    read_adapter,
+    require_peft,
+)
+from uniapl.models.tensors import refuse_other_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +104,39 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 
+def load_weights(
+    family: Any, what: str, name: str, *, new_head: bool = False, headers_only: bool = False, **arguments: Any
+) -> Any:
+    """Load a model in fp32, and require that every tensor comes from its files.
+
+    Args:
+        family: A class of transformers such as AutoModelForCausalLM.
+        what: The name of the model in error messages.
+        name: A directory or a Hub id.
+        new_head: Whether the tensors outside the trunk may be new.
+        headers_only: Read only the names and shapes of the tensors. The result has no data; use it to check.
+        arguments: Further arguments of `from_pretrained`.
+
+    Raises:
+        UsageError: The files cannot be read, or their tensors are not the model's.
+    """
+    if headers_only:
+        arguments["device_map"] = "meta"
+    model, info = from_pretrained(
+        family.from_pretrained,
+        what,
+        name,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        # They are refused below, with their names.
+        ignore_mismatched_sizes=True,
+        **arguments,
+    )
+    refuse_other_tensors(model, info, f"cannot load the {what} '{name}'", new_head=new_head)
+    return model
+
+
 def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
     """Require a complete model: from an adapter, transformers would load the base model and freeze it.
 
@@ -151,6 +193,23 @@ def load_policy(source: ModelSource, config: ModelConfig, *, seed: int) -> PreTr
     return model
 
 
+def check_policy(source: ModelSource, config: ModelConfig) -> None:
+    """Check that :func:`load_policy` finds its tensors, from the headers of the weight files alone.
+
+    Raises:
+        UsageError: A tensor is missing, or has another name or shape.
+    """
+    model = _load_base(source, headers_only=True)
+    if source.adapter is None:
+        return
+    if config.lora_r is None:
+        require_peft()
+        attach_adapter(model, source.adapter)
+    else:
+        add_adapter(model, config, seed=0)
+        read_adapter(model, source.adapter)
+
+
 def load_stop_ids(
     source: ModelSource, model_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
@@ -183,13 +242,23 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def _load_base(source: ModelSource) -> PreTrainedModel:
-    arguments: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+def _load_base(source: ModelSource, *, headers_only: bool = False) -> PreTrainedModel:
+    arguments: dict[str, Any] = {
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+    }
     if source.attn_implementation:
         arguments["attn_implementation"] = source.attn_implementation
-    return _load(AutoModelForCausalLM, source.what, source, **arguments)
+    model = load_weights(
+        AutoModelForCausalLM, source.what, source.base, headers_only=headers_only, **arguments
+    )
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not table.weight:
+        # transformers ties two different tensors of a file only in the configuration, which is saved.
+        model.config.tie_word_embeddings = False
+    return model
 
 
-def _load(family: Any, what: str, source: ModelSource, **arguments: Any) -> Any:
-    arguments |= {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+def _load(family: Any, what: str, source: ModelSource) -> Any:
+    arguments = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     return from_pretrained(family.from_pretrained, what, source.base, **arguments)

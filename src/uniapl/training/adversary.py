@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -31,7 +30,7 @@ from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.models.loading import ModelSource, check_vocabulary, from_pretrained, load_model
+from uniapl.models.loading import ModelSource, check_vocabulary, load_model, load_weights
 from uniapl.models.packing import can_pack
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start
@@ -269,13 +268,9 @@ def _build_trainer(
     elif settings.model_name_or_path is None:
         module = ScoreModel.copy_of(model)
     else:
-        trunk = from_pretrained(
-            AutoModel.from_pretrained,
-            "discriminator",
-            settings.model_name_or_path,
-            trust_remote_code=settings.trust_remote_code,
-            dtype=torch.float32,
-            use_safetensors=True,
+        trusted = settings.trust_remote_code
+        trunk = load_weights(
+            AutoModel, "discriminator", settings.model_name_or_path, trust_remote_code=trusted
         )
         module = ScoreModel(trunk).to(accelerator.device)
     vocabulary_size = _vocabulary_size(module)

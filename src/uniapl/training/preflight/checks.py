@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+from transformers import AutoModel
+
 from uniapl.config import Config, ModelConfig
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import is_held_out
-from uniapl.discriminator.polar import PolarFormat
+from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.errors import UsageError
 from uniapl.http import check_url
-from uniapl.models.loading import ModelSource, load_model_config, refuse_adapter
+from uniapl.models.loading import ModelSource, check_policy, load_weights, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
@@ -106,12 +108,19 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         raise UsageError("discriminator.kind 'remote' needs discriminator.url")
     if kind == "remote":
         check_url("discriminator.url", str(settings.url))
-    if model is not None and pairwise:
-        refuse_adapter("discriminator", model)
-    elif model is not None and kind == "density-ratio":
-        trusted = settings.trust_remote_code
-        load_model_config(
-            ModelSource.resolve(ModelConfig(model_name_or_path=model, trust_remote_code=trusted))
-        )
-    elif model is not None:
-        PolarFormat.load(model, trust_remote_code=settings.trust_remote_code)
+    if model is not None:
+        _check_discriminator_model(model, kind, settings.trust_remote_code)
+
+
+def _check_discriminator_model(name: str, kind: str, trusted: bool) -> None:
+    """Check the files of a discriminator without reading its weights."""
+    if kind == "bradley-terry":
+        refuse_adapter("discriminator", name)
+        load_weights(AutoModel, "discriminator", name, headers_only=True, trust_remote_code=trusted)
+    elif kind == "density-ratio":
+        model = ModelConfig(model_name_or_path=name, trust_remote_code=trusted)
+        check_policy(ModelSource.resolve(model), model)
+    else:
+        PolarFormat.load(name, trust_remote_code=trusted)
+        if kind == "polar":
+            Polar.load_classifier(name, trust_remote_code=trusted, headers_only=True)
