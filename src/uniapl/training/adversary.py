@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import AutoModel, PreTrainedModel
 
 from uniapl.config import Config, DiscriminatorConfig, ModelConfig
@@ -37,6 +37,7 @@ from uniapl.models.reference import reference_at_start
 from uniapl.training.checkpoint.directory import load_module, load_optimizer, save_module
 from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
+from uniapl.training.optimizer import adamw
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
@@ -286,10 +287,8 @@ def _build_trainer(
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    adamw = functools.partial(
-        AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    wrapped, optimizer = fsdp.distribute(accelerator, module, adamw)
+    make_optimizer = functools.partial(adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
     fsdp.release(module, wrapped)
     return DiscriminatorTrainer(
         discriminator=BradleyTerryDiscriminator(

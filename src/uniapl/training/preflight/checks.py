@@ -15,6 +15,7 @@ from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
 from uniapl.training.inputs import stream_examples
+from uniapl.training.optimizer import check_schedule
 from uniapl.types import Example
 
 
@@ -39,6 +40,7 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
     Raises:
         UsageError: The first requirement that is not met.
     """
+    check_schedule(config.optim, config.max_steps)
     objective, method = config.objective, f"method '{config.method}'"
     prompts, demonstrations = stream_examples(config, dataset, rewarder)
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
