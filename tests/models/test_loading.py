@@ -9,20 +9,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 import uniapl
 from support.candidates import polar_tokenizer
 from support.runs import recipe, train, write_recipe
-from support.tiny import SMALL, save_model
+from support.tiny import SMALL, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.cli.check import check_run
 from uniapl.config import ModelConfig
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.discriminator.polar import Polar
-from uniapl.models.loading import ModelSource, check_policy, load_model
+from uniapl.models.loading import ModelSource, check_policy, load_model, pad_id_of
 from uniapl.models.tensors import refuse_other_tensors
 from uniapl.rewards.model import reward_model
+from uniapl.training.checkpoint import directory as checkpoint
 
 Tensors = dict[str, Tensor]
 
@@ -266,3 +273,63 @@ def test_headers_do_not_read_the_tensors(tmp_path: Path) -> None:
     header = 8 + int.from_bytes(content[:8], "little")
     file.write_bytes(content[:header] + bytes(len(content) - header))
     check_policy(source_of(tmp_path), ModelConfig())
+
+
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_a_result_has_the_files_of_the_model_it_started_from(pad: str | None, tmp_path: Path) -> None:
+    """Also with a tokenizer without pad token: with the end token as its pad token, the next program that
+    masks pad tokens would not train the model to stop."""
+    model = save_model(tmp_path / "model", chat_template="{{ messages[0]['content'] }}")
+    tokenizer = make_tokenizer(chat_template="{{ messages[0]['content'] }}")
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(model)
+    generation = {"eos_token_id": [1, 3], "do_sample": True, "temperature": 0.7, "top_k": 20}
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    result = train(recipe(model, tmp_path / "run", max_steps=1))
+    folders = [result.final_dir, checkpoint.checkpoint_path(tmp_path / "run", 1)]
+    output = tmp_path / "exported"
+    assert cli.run(["export", str(tmp_path / "run"), "-o", str(output)]) == 0
+    for folder in (*folders, output):
+        again = AutoTokenizer.from_pretrained(folder)
+        assert again.pad_token == pad
+        assert again.special_tokens_map == tokenizer.special_tokens_map
+        assert again.chat_template == tokenizer.chat_template
+        assert again.encode("say a.") == tokenizer.encode("say a.")
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert {key: saved[key] for key in generation} == generation
+        config, before = (json.loads((path / "config.json").read_text()) for path in (folder, model))
+        assert config == before
+
+
+def test_a_tokenizer_without_pad_and_end_token_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    assert pad_id_of(tokenizer) == 0
+    tokenizer.pad_token = None
+    assert pad_id_of(tokenizer) == 1
+    tokenizer.eos_token = None
+    with pytest.raises(uniapl.UsageError, match="neither a pad token nor an end token"):
+        pad_id_of(tokenizer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_export_has_the_precision_that_was_asked_for(dtype: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    assert cli.run(["export", str(model), "-o", str(tmp_path / "out"), "--dtype", dtype]) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == getattr(torch, dtype)
+        assert torch.equal(after[name], tensor.to(getattr(torch, dtype)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == getattr(torch, dtype)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+
+
+def test_an_export_that_would_overflow_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = edit(save_model(tmp_path / "model"), lambda t: t | {"model.norm.weight": torch.full((32,), 1e6)})
+    words = ["export", str(model), "-o", str(tmp_path / "out"), "--dtype"]
+    assert cli.run([*words, "float16"]) == 2
+    assert "model.norm.weight has values beyond its range" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.run([*words, "bfloat16"]) == 0

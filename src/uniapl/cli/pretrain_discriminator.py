@@ -29,6 +29,7 @@ from uniapl.models.loading import (
     load_stop_ids,
     load_tokenizer,
     load_weights,
+    pad_id_of,
     refuse_adapter,
 )
 from uniapl.rollout import SampleRequest
@@ -204,7 +205,7 @@ def _sample(
     sampler = LocalSampler(
         model=model.to(device),
         stop_ids=stop_ids,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id_of(tokenizer),
         max_completion_length=options.max_completion_length,
     )
     prompts = [example for example in examples if example.row in wanted] or _distinct(examples)
@@ -244,6 +245,8 @@ def _new_classifier(backbone: str, max_tokens: int, device: torch.device) -> Pol
     )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     form = PolarFormat.within(tokenizer, model.config)
     return Polar(model=model.eval().to(device), format=form, max_tokens=max_tokens)

@@ -152,17 +152,28 @@ def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right with its pad token, or with its end token if it has none.
+    """The tokenizer, unchanged, so that it is saved as it was.
 
     An adapter without a tokenizer, as PEFT saves it, uses that of its base model.
     """
     name = source.base
     if source.adapter is not None and any(source.adapter.glob("tokenizer*")):
         name = str(source.adapter)
-    tokenizer = _load(AutoTokenizer, "tokenizer", replace(source, base=name))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return _load(AutoTokenizer, "tokenizer", replace(source, base=name))
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that pads rows of a batch: the pad token, or the end token of a tokenizer without one.
+
+    Masks depend on lengths, so that no result depends on this token.
+
+    Raises:
+        UsageError: The tokenizer has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise UsageError("the tokenizer has neither a pad token nor an end token: set eos_token in its files")
 
 
 def load_model_config(source: ModelSource) -> Any:
