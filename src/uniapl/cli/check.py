@@ -21,6 +21,7 @@ from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.models.loading import check_policy
 from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.preflight import load as setup
+from uniapl.training.preflight.checks import check_evaluation
 from uniapl.training.preflight.memory import estimate_memory
 from uniapl.types import prompt_text
 
@@ -48,6 +49,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         UsageError: Training would stop with the same error.
     """
     stages = stages_of(resolved)
+    check_evaluation(stages[-1].config, has_function=False)
     inputs = setup.load_inputs(resolved, stages)
     check_policy(inputs.source, resolved.config.model)
     examples = inputs.dataset.examples

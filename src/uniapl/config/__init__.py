@@ -248,7 +248,8 @@ class EarlyStoppingConfig(Section):
     """Rules that end a stage before its last step; `early_stopping/reason` in metrics.jsonl is the reason."""
 
     metric: str = "reward"
-    """Metric to which `target` and `patience` apply: any number in metrics.jsonl except times."""
+    """Metric to which `target`, `patience` and `load_best_model_at_end` apply: any number in metrics.jsonl
+    except times."""
     greater_is_better: bool = True
     """Whether a greater value of the metric is better."""
     target: float | None = None
@@ -307,7 +308,7 @@ class Config(Section):
     save_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints to keep."""
+    """Checkpoints to keep, in addition to the best one (load_best_model_at_end)."""
     logging_steps: int = Field(default=1, ge=1)
     """Steps between lines on the console; the files contain every step."""
     log_completions_steps: int = Field(default=20, ge=0)
@@ -319,6 +320,11 @@ class Config(Section):
     backward pass per component; 0 never measures."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; evaluation.suites are also evaluated at the end. 0 never evaluates."""
+    eval_on_start: bool = False
+    """Evaluate before the first step also; the scores are logged as step 0."""
+    load_best_model_at_end: bool = False
+    """Make the checkpoint with the best early_stopping.metric of the last stage the result, and keep it. An
+    eval/ metric that improves saves a checkpoint; other metrics are compared every save_steps."""
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of a pipeline: each has a `method`, and optionally `max_steps` and changes to any section."""
     model: ModelConfig = ModelConfig()

@@ -24,6 +24,8 @@ from uniapl.training.distributed.fsdp import like
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+BEST = "best.json"
+"""File of a run that names its best checkpoint."""
 TEMPORARY_PREFIX = ".incomplete-"
 
 
@@ -174,9 +176,19 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    best = best_step(run_dir)
     for path in checkpoints(run_dir)[:-keep]:
-        remove(path)
+        if step_of(path) != best:
+            remove(path)
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step of the run's best checkpoint; None if the run names none."""
+    try:
+        return int(json.loads((run_dir / BEST).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def save_module(module: nn.Module, path: Path) -> None:

@@ -31,6 +31,26 @@ def check_recipe(config: Config) -> None:
         require_peft()
 
 
+def check_evaluation(config: Config, *, has_function: bool) -> None:
+    """Check that what depends on evaluation has one.
+
+    Args:
+        config: The last stage's.
+        has_function: Whether `uniapl.train` was given a function that evaluates.
+
+    Raises:
+        UsageError: A key has no effect.
+    """
+    metric = config.early_stopping.metric
+    if config.eval_steps or has_function:
+        return
+    remedy = "set eval_steps and evaluation.suites"
+    if config.eval_on_start:
+        raise UsageError(f"eval_on_start: there is nothing to evaluate; {remedy}")
+    if config.load_best_model_at_end and metric.startswith("eval/"):
+        raise UsageError(f"load_best_model_at_end: nothing measures '{metric}'; {remedy}")
+
+
 def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Sequence[str] = ()) -> None:
     """Check that data, rewards and discriminator provide what the method needs.
 
