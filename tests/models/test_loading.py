@@ -26,7 +26,7 @@ from uniapl.cli.check import check_run
 from uniapl.config import ModelConfig
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.discriminator.polar import Polar
-from uniapl.models.loading import ModelSource, check_policy, load_model, pad_id_of
+from uniapl.models.loading import ModelSource, check_policy, has_local_weights, load_model, pad_id_of
 from uniapl.models.tensors import refuse_other_tensors
 from uniapl.rewards.model import reward_model
 from uniapl.training.checkpoint import directory as checkpoint
@@ -61,7 +61,7 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 
 def classifier(path: Path, labels: int = 1) -> Path:
     torch.manual_seed(5)
-    config = Qwen3Config(**{**SMALL, "vocab_size": 70}, num_labels=labels)
+    config = Qwen3Config.from_dict({**SMALL, "vocab_size": 70, "num_labels": labels})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
     polar_tokenizer().save_pretrained(path)
     return path
@@ -108,7 +108,7 @@ def test_a_head_that_is_not_tied_must_be_in_the_files(tmp_path: Path) -> None:
     tied = save_model(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
     check_policy(source_of(tied), ModelConfig())
-    model = load_model(source_of(tied))
+    model: Any = load_model(source_of(tied))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     untied = edit(save_model(tmp_path / "untied", family="llama"), without("lm_head"))
     assert_refused(untied, r"1 tensor is \(lm_head.weight\).*set tie_word_embeddings to true")
@@ -162,7 +162,7 @@ def test_a_head_that_differs_from_its_embedding_is_saved_as_untied(tmp_path: Pat
     model = load_model(source_of(tmp_path / "both"))
     model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     head, table = again.get_output_embeddings().weight, again.get_input_embeddings().weight
     assert torch.equal(head, 2 * table)
 
@@ -256,7 +256,7 @@ def test_a_discriminator_s_backbone_is_checked_before_the_first_stage(
 
 
 def test_a_new_head_may_be_missing_but_not_the_trunk() -> None:
-    model = AutoModelForSequenceClassification.from_config(LlamaConfig(**SMALL, num_labels=1))
+    model = AutoModelForSequenceClassification.from_config(LlamaConfig.from_dict({**SMALL, "num_labels": 1}))
     info: dict[str, Any] = {"unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     refuse_other_tensors(model, info | {"missing_keys": {"score.weight"}}, "x", new_head=True)
     with pytest.raises(uniapl.UsageError, match=r"model\.norm\.weight"):
@@ -321,7 +321,7 @@ def test_an_export_has_the_precision_that_was_asked_for(dtype: str, tmp_path: Pa
         assert after[name].dtype == getattr(torch, dtype)
         assert torch.equal(after[name], tensor.to(getattr(torch, dtype)))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == getattr(torch, dtype)
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
 
@@ -333,3 +333,20 @@ def test_an_export_that_would_overflow_is_refused(tmp_path: Path, capsys: pytest
     assert "model.norm.weight has values beyond its range" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.run([*words, "bfloat16"]) == 0
+
+
+def test_check_downloads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub model is checked if all its files are in the cache."""
+    cache: dict[str, str] = {}
+    monkeypatch.setattr("uniapl.models.loading.try_to_load_from_cache", lambda _, file, **__: cache.get(file))
+    assert check_policy(ModelSource(base="an/id"), ModelConfig()) is False
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    cache |= {index.name: str(index), "one.safetensors": "there"}
+    assert not has_local_weights("an/id")
+    cache["two.safetensors"] = "there"
+    assert has_local_weights("an/id")
+    cache.clear()
+    cache["model.safetensors"] = "there"
+    assert has_local_weights("an/id")
+    assert has_local_weights(str(tmp_path))

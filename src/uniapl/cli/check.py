@@ -51,7 +51,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     stages = stages_of(resolved)
     check_evaluation(stages[-1].config, has_function=False)
     inputs = setup.load_inputs(resolved, stages)
-    check_policy(inputs.source, resolved.config.model)
+    checked = check_policy(inputs.source, resolved.config.model)
     examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
     prompt, demonstration = (
@@ -59,14 +59,16 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     )
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]
-    servers = [
+    skipped = [
         f"the vLLM server {stage.config.rollout.vllm_server_base_url} was not contacted"
         for stage in stages
         if stage.config.objective.uses_rollouts and stage.config.rollout.behind_server
     ]
+    if not checked:
+        skipped.append(f"the tensors of '{inputs.source.base}' were not checked: they are not downloaded yet")
     return {
         "values": {key: [values[key], source] for key, source in resolved.sources.items()},
-        "notes": [*dict.fromkeys(notes), *inputs.notes, *dict.fromkeys(servers)],
+        "notes": [*dict.fromkeys(notes), *inputs.notes, *dict.fromkeys(skipped)],
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
         "left_out": {reason: list(rows) for reason, rows in inputs.dataset.left_out.items()},

@@ -1,5 +1,6 @@
 """Load models and tokenizers from a directory or the Hub."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from uniapl.config import ModelConfig
@@ -204,21 +207,43 @@ def load_policy(source: ModelSource, config: ModelConfig, *, seed: int) -> PreTr
     return model
 
 
-def check_policy(source: ModelSource, config: ModelConfig) -> None:
+def has_local_weights(name: str, revision: str | None = None) -> bool:
+    """Whether a model's weights can be read without a download: from a directory or the Hub's cache."""
+    if os.path.exists(name):
+        return True
+
+    def cached(file: str) -> str | None:
+        found = try_to_load_from_cache(name, file, revision=revision)
+        return found if isinstance(found, str) else None
+
+    index = cached(SAFE_WEIGHTS_INDEX_NAME)
+    files = {SAFE_WEIGHTS_NAME}
+    if index is not None:
+        files = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return all(map(cached, files))
+
+
+def check_policy(source: ModelSource, config: ModelConfig) -> bool:
     """Check that :func:`load_policy` finds its tensors, from the headers of the weight files alone.
+
+    Returns:
+        Whether the weights were checked; they are not downloaded for it.
 
     Raises:
         UsageError: A tensor is missing, or has another name or shape.
     """
+    if not has_local_weights(source.base, source.revision):
+        return False
     model = _load_base(source, headers_only=True)
     if source.adapter is None:
-        return
+        return True
     if config.lora_r is None:
         require_peft()
         attach_adapter(model, source.adapter)
     else:
         add_adapter(model, config, seed=0)
         read_adapter(model, source.adapter)
+    return True
 
 
 def load_stop_ids(

@@ -215,13 +215,10 @@ def start_run(
             # Keep the config.yaml of a finished run: it records how the model was trained.
             if not state.get("finished"):
                 prepare_run_directory(resolved, stages, inputs)
+            metric = stages[state["stage"]].config.early_stopping.metric
             checkpoint_directory.forget_after(directory, step)
-            name_best(directory, stopping, stages[state["stage"]].config.early_stopping.metric)
-            # A run that was killed right after a save may have left too many checkpoints.
-            checkpoint_directory.prune(directory, config.save_total_limit)
-            for path in (directory / SKIPPED).glob("step-*.json"):
-                if int(path.stem.removeprefix("step-")) > step:
-                    path.unlink()
+            name_best(directory, stopping, metric)
+            _delete_superfluous(config, step)
         accelerator.wait_for_everyone()
         logs = {
             # Step 0 is evaluated again.
@@ -255,6 +252,16 @@ def start_run(
             bad_steps=state.get("bad_steps", {}),
         ),
     )
+
+
+def _delete_superfluous(config: Config, step: int) -> None:
+    """Delete checkpoints beyond the limit, and skipped batches of steps that the run will repeat."""
+    directory = Path(config.output_dir)
+    # A run that was killed right after a save may have left too many checkpoints.
+    checkpoint_directory.prune(directory, config.save_total_limit)
+    for path in (directory / SKIPPED).glob("step-*.json"):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from uniapl.data.streams import is_held_out
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.errors import UsageError
 from uniapl.http import check_url
-from uniapl.models.loading import ModelSource, check_policy, load_weights, refuse_adapter
+from uniapl.models.loading import ModelSource, check_policy, has_local_weights, load_weights, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
@@ -138,11 +138,12 @@ def _check_discriminator_model(name: str, kind: str, trusted: bool) -> None:
     """Check the files of a discriminator without reading its weights."""
     if kind == "bradley-terry":
         refuse_adapter("discriminator", name)
-        load_weights(AutoModel, "discriminator", name, headers_only=True, trust_remote_code=trusted)
+        if has_local_weights(name):
+            load_weights(AutoModel, "discriminator", name, headers_only=True, trust_remote_code=trusted)
     elif kind == "density-ratio":
         model = ModelConfig(model_name_or_path=name, trust_remote_code=trusted)
         check_policy(ModelSource.resolve(model), model)
     else:
         PolarFormat.load(name, trust_remote_code=trusted)
-        if kind == "polar":
+        if kind == "polar" and has_local_weights(name):
             Polar.load_classifier(name, trust_remote_code=trusted, headers_only=True)
