@@ -62,6 +62,8 @@ def test_check_accepts_it(
     monkeypatch.chdir(workshop)
     # A minute for each on a slow core; tests/training/preflight/test_memory.py compares it with runs.
     monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
+    # The directories hold configurations without weights.
+    monkeypatch.setattr("uniapl.cli.check.check_policy", lambda *_: True)
     assert cli.run(["check", str(recipe), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["with_demonstration"] == report["examples"] == len(LETTERS)

@@ -575,11 +575,14 @@ def test_evaluation_during_training(model_dir: Path, tmp_path: Path) -> None:
         tmp_path / "run",
         max_steps=5,
         eval_steps=2,
+        eval_on_start=True,
         evaluation={"suites": [str(held_out(tmp_path))], "max_completion_length": 5},
         rewards={"functions": ["no_comma"]},
     )
     train(values, evaluate=lambda step, model: {"mine": step})
-    records = lines(tmp_path / "run" / "metrics.jsonl")
+    first, *records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (first["step"], first["eval/mine"]) == (0, 0)
+    assert 0 <= first["eval/held_out/reward"] <= 1
     looked = [record["step"] for record in records if "eval/held_out/reward" in record]
     assert looked == [2, 4, 5]
     assert [record["eval/mine"] for record in records] == [1, 2, 3, 4, 5]

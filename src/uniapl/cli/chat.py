@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from uniapl.config import ModelConfig
-from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
+from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer, pad_id_of
 
 
 def chat(arguments: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def chat(arguments: Sequence[str]) -> None:
             do_sample=options.temperature > 0,
             temperature=options.temperature or None,
             eos_token_id=sorted(stop_ids),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_id_of(tokenizer),
             streamer=streamer,
         )
         completion = output[0, inputs["input_ids"].shape[1] :]

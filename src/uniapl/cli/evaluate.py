@@ -28,6 +28,7 @@ from uniapl.models.loading import (
     load_model,
     load_stop_ids,
     load_tokenizer,
+    pad_id_of,
 )
 from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
@@ -79,11 +80,10 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
     _make_directory(options.output_dir, overwrite=options.overwrite)
     _put_on_device(model)
-    assert isinstance(tokenizer.pad_token_id, int)
     sampler = LocalSampler(
         model=model,
         stop_ids=stop_ids,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id_of(tokenizer),
         max_completion_length=evaluation.max_completion_length,
         temperature=evaluation.sampling_temperature,
         max_batch_size=options.batch_size,

@@ -24,11 +24,13 @@ from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss
 from uniapl.models.loading import (
     ModelSource,
+    check_policy,
     check_vocabulary,
-    from_pretrained,
     load_model,
     load_stop_ids,
     load_tokenizer,
+    load_weights,
+    pad_id_of,
     refuse_adapter,
 )
 from uniapl.rollout import SampleRequest
@@ -76,6 +78,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     # Load before sampling, so that a wrong name fails early.
     for name in options.policies:
         load_tokenizer(_source(name))
+        check_policy(_source(name), ModelConfig())
     polar = _new_classifier(options.model_name_or_path, options.max_tokens, device)
     examples, texts = _sample_all(options, device, console)
     held_out = {
@@ -204,7 +207,7 @@ def _sample(
     sampler = LocalSampler(
         model=model.to(device),
         stop_ids=stop_ids,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id_of(tokenizer),
         max_completion_length=options.max_completion_length,
     )
     prompts = [example for example in examples if example.row in wanted] or _distinct(examples)
@@ -240,16 +243,13 @@ def _new_classifier(backbone: str, max_tokens: int, device: torch.device) -> Pol
     tokenizer: Any = load_tokenizer(ModelSource(base=backbone))
     special = {"additional_special_tokens": [SEPARATOR, END]}
     tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
-    model = from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained,
-        "backbone",
-        backbone,
-        num_labels=1,
-        dtype=torch.float32,
-        use_safetensors=True,
+    model = load_weights(
+        AutoModelForSequenceClassification, "backbone", backbone, new_head=True, num_labels=1
     )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     form = PolarFormat.within(tokenizer, model.config)
     return Polar(model=model.eval().to(device), format=form, max_tokens=max_tokens)

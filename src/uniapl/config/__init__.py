@@ -160,22 +160,50 @@ class OptimConfig(Section):
     learning_rate: float = Field(default=1e-6, gt=0)
     """Learning rate of the policy (TRL's default for GRPO)."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay; norms and biases have none, as in transformers."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the gradient's moving average."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay rate of the squared gradient's moving average."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the gradient to this norm."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or a linear or cosine decay to 0 at the last step."""
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "constant"
+    """Learning rate after the warm-up, by the names of transformers; linear and cosine decay to 0 at the last
+    step of the stage."""
+    lr_scheduler_kwargs: dict[str, bool | int | float | str] = Field(default={})
+    """Arguments of the schedule, such as {min_lr_rate: 0.1} for cosine_with_min_lr."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up of the learning rate; 0 starts at the full rate."""
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the stage's steps that are its warm-up, in place of warmup_steps."""
     gradient_checkpointing: bool = False
     """Recompute activations in the update's backward pass, which saves memory and costs a third more compute.
     Sampling keeps its cache."""
     bf16: bool | None = None
     """Use bf16 autocast; null uses it on GPUs and not on CPUs."""
+
+    @field_validator("lr_scheduler_kwargs", mode="after")
+    @classmethod
+    def _numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # YAML reads 1e-7 as text.
+        return {key: _number(item) if isinstance(item, str) else item for key, item in value.items()}
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "OptimConfig":
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("warmup_steps and warmup_ratio set the same warm-up: remove one of them")
+        return self
 
 
 class BatchingConfig(Section):
@@ -227,7 +255,8 @@ class EarlyStoppingConfig(Section):
     """Rules that end a stage before its last step; `early_stopping/reason` in metrics.jsonl is the reason."""
 
     metric: str = "reward"
-    """Metric to which `target` and `patience` apply: any number in metrics.jsonl except times."""
+    """Metric to which `target`, `patience` and `load_best_model_at_end` apply: any number in metrics.jsonl
+    except times."""
     greater_is_better: bool = True
     """Whether a greater value of the metric is better."""
     target: float | None = None
@@ -286,7 +315,7 @@ class Config(Section):
     save_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints to keep."""
+    """Checkpoints to keep, in addition to the best one (load_best_model_at_end)."""
     logging_steps: int = Field(default=1, ge=1)
     """Steps between lines on the console; the files contain every step."""
     log_completions_steps: int = Field(default=20, ge=0)
@@ -298,6 +327,11 @@ class Config(Section):
     backward pass per component; 0 never measures."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; evaluation.suites are also evaluated at the end. 0 never evaluates."""
+    eval_on_start: bool = False
+    """Evaluate before the first step also; the scores are logged as step 0."""
+    load_best_model_at_end: bool = False
+    """Make the checkpoint with the best early_stopping.metric of the last stage the result, and keep it. An
+    eval/ metric that improves saves a checkpoint; other metrics are compared every save_steps."""
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of a pipeline: each has a `method`, and optionally `max_steps` and changes to any section."""
     model: ModelConfig = ModelConfig()
@@ -317,3 +351,10 @@ class Config(Section):
     def _tracker_names(cls, value: Any) -> Any:
         names = (value,) if isinstance(value, str) else value
         return () if names in (("none",), ["none"]) else names  # "none" as in transformers and TRL
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

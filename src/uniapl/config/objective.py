@@ -127,7 +127,7 @@ class DiscriminatorConfig(Section):
     learning_rate: float = Field(default=1e-5, gt=0)
     """Learning rate of the discriminator's AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay of the discriminator's AdamW."""
+    """Decoupled weight decay of the discriminator's AdamW; norms and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the discriminator's gradient to this norm."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)

@@ -67,6 +67,9 @@ def split_streams(
 
 
 def is_held_out(example: Example, config: Config) -> bool:
-    """Whether the discriminator is never trained on this prompt, drawn by the prompt's token ids."""
-    drawn = derive_seed(config.seed, "held out", *example.prompt_ids)
+    """Whether the discriminator is never trained on this prompt, drawn by the prompt's token ids.
+
+    The draw does not depend on the run's seed: a resumed run with another seed would train on these prompts.
+    """
+    drawn = derive_seed(0, "held out", *example.prompt_ids)
     return drawn < config.discriminator.held_out_fraction * 2**63

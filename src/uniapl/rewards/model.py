@@ -6,7 +6,7 @@ from typing import Any
 
 from uniapl.errors import UsageError
 from uniapl.files import expand_home
-from uniapl.models.loading import from_pretrained
+from uniapl.models.loading import from_pretrained, load_weights
 from uniapl.rewards.finding import register
 
 
@@ -69,13 +69,7 @@ def _load(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer: Any = from_pretrained(AutoTokenizer.from_pretrained, "reward model's tokenizer", name)
-    model: Any = from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained,
-        "reward model",
-        name,
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
+    model: Any = load_weights(AutoModelForSequenceClassification, "reward model", name)
     if model.config.num_labels != 1:
         raise UsageError(f"'{name}' has {model.config.num_labels} outputs; a reward model must have one")
     if tokenizer.pad_token_id is None:

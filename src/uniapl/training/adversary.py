@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import AutoModel, PreTrainedModel
 
 from uniapl.config import Config, DiscriminatorConfig, ModelConfig
@@ -32,13 +31,14 @@ from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.models.loading import ModelSource, check_vocabulary, from_pretrained, load_model
+from uniapl.models.loading import ModelSource, check_vocabulary, load_model, load_weights
 from uniapl.models.packing import can_pack
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start
 from uniapl.training.checkpoint.directory import load_module, load_optimizer, save_module
 from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
+from uniapl.training.optimizer import adamw
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import RolloutGroup, derive_seed
@@ -283,13 +283,9 @@ def _build_trainer(
     elif settings.model_name_or_path is None:
         module = ScoreModel.copy_of(model)
     else:
-        trunk = from_pretrained(
-            AutoModel.from_pretrained,
-            "discriminator",
-            settings.model_name_or_path,
-            trust_remote_code=settings.trust_remote_code,
-            dtype=torch.float32,
-            use_safetensors=True,
+        trusted = settings.trust_remote_code
+        trunk = load_weights(
+            AutoModel, "discriminator", settings.model_name_or_path, trust_remote_code=trusted
         )
         module = ScoreModel(trunk).to(accelerator.device)
     vocabulary_size = _vocabulary_size(module)
@@ -305,10 +301,8 @@ def _build_trainer(
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    adamw = functools.partial(
-        AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    wrapped, optimizer = fsdp.distribute(accelerator, module, adamw)
+    make_optimizer = functools.partial(adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
     fsdp.release(module, wrapped)
     return DiscriminatorTrainer(
         discriminator=BradleyTerryDiscriminator(

@@ -23,9 +23,10 @@ from uniapl.training.machine_errors import disk_errors_explained, memory_errors_
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
 from uniapl.training.monitor.trackers import check_trackers, tracked
+from uniapl.training.preflight.checks import check_evaluation
 from uniapl.training.preflight.load import load_inputs
 from uniapl.training.resume import bytes_to_write, read_start
-from uniapl.training.run import Evaluate, Run, end_state_recorded, save_model, start_run
+from uniapl.training.run import Evaluate, Run, end_state_recorded, save_model, save_result, start_run
 from uniapl.training.stage import Stage, build_stage
 from uniapl.training.stage_checkpoint import StageCheckpoint
 
@@ -59,8 +60,9 @@ def train(
         config: A configuration, a mapping with the same keys, or the path of a YAML recipe.
         train_dataset: Rows (a `datasets.Dataset` or a list of dicts) that replace `data.path`.
         reward_functions: Callables with TRL's signature, in addition to those that the configuration names.
-        evaluate: Called after each step with the step's number and the model; the metrics that it returns are
-            logged with the step's metrics, under "eval/". It may return {} in most steps.
+        evaluate: Called after each step, and with `eval_on_start` as step 0 before the first one, with the
+            step's number and the model; the metrics that it returns are logged with the step's metrics, under
+            "eval/". It may return {} in most steps.
         quiet: Log nothing, and hide the progress bars of transformers.
 
     Raises:
@@ -95,6 +97,7 @@ def train_resolved(
     config, directory = resolved.config, Path(resolved.config.output_dir)
     check_trackers(config.report_to)
     stages = stages_of(resolved)
+    check_evaluation(stages[-1].config, has_function=evaluate is not None)
     inputs = load_inputs(
         resolved,
         stages,
@@ -125,6 +128,8 @@ def train_resolved(
             view,
             run.signal.handled(view.say),
         ):
+            if config.eval_on_start and run.step == 0:
+                run.evaluate_start(stage)
             run_stage(run, stage)
             for index in range(stage.index + 1, len(stages)):
                 save_model(run, stage, directory / "stages" / str(index))
@@ -134,7 +139,7 @@ def train_resolved(
                 accelerator.free_memory()
                 stage = build(index)
                 run_stage(run, stage)
-            save_model(run, stage, directory / "final")
+            save_result(run, stage, directory / "final")
     view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.logs['metrics'].path}")
     return RunResult(
         output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.health.last_record
@@ -175,7 +180,7 @@ def _start(
         needed = bytes_to_write(stages, StageCheckpoint(stage), start, accelerator)
         disk.check_space(directory, needed)
     # The run directory is changed from here on.
-    run = start_run(resolved, stages, accelerator, inputs, view, start.state)
+    run = start_run(resolved, stages, accelerator, inputs, view, start.state, stage.schedule.stopping)
     found = start.checkpoint
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
     if config.batching.packing and not stage.packing:

@@ -133,6 +133,8 @@ def bytes_to_write(
     saves = sum(-(-stage.config.max_steps // stage.config.save_steps) for stage in stages)
     # One more than the limit: the oldest is deleted after the newest is complete.
     kept = min(config.save_total_limit + 1, saves)
+    if config.load_best_model_at_end:
+        kept = config.save_total_limit + 2
     models = len(stages) * first.model_bytes
     if any(stage.config.rollout.sampler == "vllm" for stage in stages):
         # vLLM loads merged weights, in bf16 if training uses bf16.

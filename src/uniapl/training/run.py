@@ -21,11 +21,13 @@ from uniapl.report import write_report
 from uniapl.report.reading import END_STATE
 from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.checkpoint import disk
+from uniapl.training.checkpoint.best import check_best, copy_model, name_best, record_of
 from uniapl.training.checkpoint.model_card import model_card
-from uniapl.training.checkpoint.run_directory import prepare_run_directory
+from uniapl.training.checkpoint.run_directory import prepare_run_directory, recorded_config
 from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.machine_errors import disk_errors_explained
 from uniapl.training.monitor.console import RunView
+from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.training.monitor.metrics import completion_records
 from uniapl.training.monitor.record import StepResult, step_record
 from uniapl.training.monitor.trackers import track
@@ -120,9 +122,10 @@ class Run:
         interrupted = self.signal.received()
         self._evaluate(stage, record)
         self._stop_early(stage, record)
+        best = schedule.stopping.best_step == self.step
         self._log(stage, record, completion_records(self.step, result.groups, result.batch.credits))
         last = schedule.ended or bool(problem) or interrupted
-        if last or self.step % self.config.save_steps == 0:
+        if last or best or self.step % self.config.save_steps == 0:
             with self.view.phase("save"):
                 failure = stage.wait_for_rollouts()
                 save_checkpoint(self, stage)
@@ -134,6 +137,13 @@ class Run:
         if interrupted:
             path = checkpoint_directory.checkpoint_path(self.directory, self.step)
             raise Interrupted(f"interrupted; continue from {path} with --resume auto", self.signal.number)
+
+    def evaluate_start(self, stage: Stage) -> None:
+        """Evaluate the model before the first step, and log the scores as step 0."""
+        self.view.start_step(0)
+        record: dict[str, Any] = {"step": 0, "stage": stage.index}
+        self._evaluate(stage, record)
+        self._log(stage, record, [])
 
     def _evaluate(self, stage: Stage, record: dict[str, Any]) -> None:
         if self.evaluate is None:
@@ -149,7 +159,9 @@ class Run:
 
     def _stop_early(self, stage: Stage, record: dict[str, Any]) -> None:
         rule, schedule = stage.config.early_stopping, stage.schedule
-        watching = rule.target is not None or rule.patience is not None
+        # Of a pipeline, the last stage has the result.
+        keeps_best = self.config.load_best_model_at_end and stage.index + 1 == len(self.methods)
+        watching = rule.target is not None or rule.patience is not None or keeps_best
         # Evaluation metrics may first appear later; all other metrics exist from the first step.
         known = rule.metric in record or rule.metric.startswith("eval/")
         if watching and schedule.step == 1 and not known:
@@ -157,6 +169,10 @@ class Run:
                 f"warning: early_stopping.metric '{rule.metric}' is not a metric of the stage's first step"
             )
         schedule.stopping.update(rule, record, schedule.completion_tokens)
+        # Not at a checkpoint of an interruption: a run that was never stopped does not have it.
+        saved = self.step % self.config.save_steps == 0 or schedule.ended
+        if keeps_best and (saved or rule.metric.startswith("eval/")):
+            schedule.stopping.update_best(rule, record)
         # Only the main process has evaluation metrics, so its decision is broadcast.
         (schedule.stopping,) = broadcast_object_list([schedule.stopping])
         if schedule.stopping.reason is not None:
@@ -183,26 +199,32 @@ def start_run(
     inputs: RunInputs,
     view: RunView,
     state: dict[str, Any],
+    stopping: Stopping,
 ) -> Run:
-    """Create the run at step 0 or from a checkpoint's state, and delete the files of later steps."""
-    config = resolved.config
+    """Create the run at step 0 or from a checkpoint's state, and delete the files of later steps.
+
+    Args:
+        stopping: The state of the current stage's rules, which forgets a best checkpoint that is gone.
+    """
+    config = recorded_config(resolved.config) if state.get("finished") else resolved.config
     directory, step = Path(config.output_dir), state["step"]
     main = accelerator.is_main_process
+    if note := check_best(directory, stopping):
+        view.say(f"note: {note}")
     with disk_errors_explained(directory, started=False):
         if main:
             checkpoint_directory.sweep(directory)
             # Keep the config.yaml of a finished run: it records how the model was trained.
             if not state.get("finished"):
                 prepare_run_directory(resolved, stages, inputs)
+            metric = stages[state["stage"]].config.early_stopping.metric
             checkpoint_directory.forget_after(directory, step)
-            # A run that was killed right after a save may have left too many checkpoints.
-            checkpoint_directory.prune(directory, config.save_total_limit)
-            for path in (directory / SKIPPED).glob("step-*.json"):
-                if int(path.stem.removeprefix("step-")) > step:
-                    path.unlink()
+            name_best(directory, stopping, metric)
+            _delete_superfluous(config, step)
         accelerator.wait_for_everyone()
         logs = {
-            name: JsonlLog(directory / f"{name}.jsonl", last_step=step, enabled=main)
+            # Step 0 is evaluated again.
+            name: JsonlLog(directory / f"{name}.jsonl", last_step=step or -1, enabled=main)
             for name in ("metrics", "completions", "health")
         }
     window = max(stage.config.health.window for stage in stages)
@@ -228,10 +250,20 @@ def start_run(
             log=logs["health"],
             skipped=directory / SKIPPED,
             window=window,
-            history=logs["metrics"].tail(2 * window),
+            history=[record for record in logs["metrics"].tail(2 * window) if record["step"]],
             bad_steps=state.get("bad_steps", {}),
         ),
     )
+
+
+def _delete_superfluous(config: Config, step: int) -> None:
+    """Delete checkpoints beyond the limit, and skipped batches of steps that the run will repeat."""
+    directory = Path(config.output_dir)
+    # A run that was killed right after a save may have left too many checkpoints.
+    checkpoint_directory.prune(directory, config.save_total_limit)
+    for path in (directory / SKIPPED).glob("step-*.json"):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
 
 
 @contextmanager
@@ -288,7 +320,33 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             checkpoint_directory.write_directory(
                 checkpoint_directory.checkpoint_path(run.directory, run.step), fill
             )
+            name_best(run.directory, stage.schedule.stopping, stage.config.early_stopping.metric)
             checkpoint_directory.prune(run.directory, run.config.save_total_limit)
+    run.accelerator.wait_for_everyone()
+
+
+def save_result(run: Run, stage: Stage, path: Path) -> None:
+    """Save the model of the last step, or with `load_best_model_at_end` that of the best checkpoint."""
+    stopping, rule = stage.schedule.stopping, stage.config.early_stopping
+    step = stopping.best_step if run.config.load_best_model_at_end else None
+    if step is None and run.config.load_best_model_at_end:
+        run.view.say(
+            f"warning: early_stopping.metric '{rule.metric}' had no value at a checkpoint: the result is the "
+            "model of the last step"
+        )
+    if step is None or step == run.step:
+        save_model(run, stage, path)
+        return
+    run.view.say(f"the result is the best checkpoint: step {step}, {rule.metric} {stopping.best_value:.4g}")
+    if run.accelerator.is_main_process:
+        last = record_of(run.logs["metrics"].tail(run.step - step + 1), step)
+        card = model_card(run.config, run.inputs.source, run.methods, step, last)
+
+        def fill(directory: Path) -> None:
+            copy_model(checkpoint_directory.checkpoint_path(run.directory, step), directory)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+
+        checkpoint_directory.write_directory(path, fill)
     run.accelerator.wait_for_everyone()
 
 

@@ -98,8 +98,10 @@ class StageCheckpoint:
         schedule.step = state["stage_step"]
         schedule.completion_tokens = state["stage_tokens"]
         # A stage that an early-stopping rule ended continues if the rule has changed.
-        if state["stop_rule"] == stage.config.early_stopping.model_dump():
-            schedule.stopping = Stopping(**state["stopping"])
+        schedule.stopping, rule = Stopping(**state["stopping"]), stage.config.early_stopping.model_dump()
+        if rule != state["stop_rule"]:
+            same = all(rule[key] == state["stop_rule"].get(key) for key in ("metric", "greater_is_better"))
+            schedule.stopping = schedule.stopping.restart(same_metric=same)
         load_optimizer(stage.optimizer, directory / POLICY_OPTIMIZER)
         if stage.reference is not None and not schedule.uses_reference and (directory / REFERENCE).exists():
             stage.reference.load(directory / REFERENCE)

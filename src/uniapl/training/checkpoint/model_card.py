@@ -21,8 +21,8 @@ def model_card(
 
     Args:
         methods: Methods of the stages that were run.
-        steps: Steps over all stages.
-        last: Metrics of the last step.
+        steps: Steps over all stages up to these weights.
+        last: Metrics of the last of these steps.
     """
     rank = config.model.lora_r
     # An adapter that continues another adapter has the same base.

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from uniapl.config import Config
-from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
+from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe, validate
 from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.report.reading import END_STATE, MODEL_ANALYSIS
@@ -22,7 +22,7 @@ from uniapl.training.inputs import RunInputs
 END_FILES = (END_STATE, MODEL_ANALYSIS, "report.html")
 """Files that only a run that has ended has."""
 LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
-RUN_FILES = ("config.yaml", "manifest.json", *LOGS, *END_FILES)
+RUN_FILES = ("config.yaml", "manifest.json", checkpoint_directory.BEST, *LOGS, *END_FILES)
 WEIGHTS_IN_TRANSIT = "weights-for-vllm"
 """Directory that exists only while vLLM loads weights from it."""
 
@@ -58,6 +58,18 @@ def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
     before, now = flatten(load_recipe(file)), flatten(yaml.safe_load(_as_recipe(resolved, stages)))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def recorded_config(config: Config) -> Config:
+    """The configuration in config.yaml, with which a finished run was trained.
+
+    It is `config` itself if there is no such file, or if it is of another version.
+    """
+    try:
+        recorded = validate(Config, load_recipe(Path(config.output_dir) / "config.yaml"))
+    except UsageError:
+        return config
+    return recorded.model_copy(update={"output_dir": config.output_dir})
 
 
 def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs) -> Path:

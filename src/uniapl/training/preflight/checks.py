@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 
+from transformers import AutoModel
+
 from uniapl.config import Config, ModelConfig
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import is_held_out
-from uniapl.discriminator.polar import PolarFormat
+from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.errors import UsageError
 from uniapl.http import check_url
-from uniapl.models.loading import ModelSource, load_model_config, refuse_adapter
+from uniapl.models.loading import ModelSource, check_policy, has_local_weights, load_weights, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
 from uniapl.training.inputs import stream_examples
+from uniapl.training.optimizer import check_schedule
 from uniapl.types import Example
 
 
@@ -28,6 +31,26 @@ def check_recipe(config: Config) -> None:
         require_peft()
 
 
+def check_evaluation(config: Config, *, has_function: bool) -> None:
+    """Check that what depends on evaluation has one.
+
+    Args:
+        config: The last stage's.
+        has_function: Whether `uniapl.train` was given a function that evaluates.
+
+    Raises:
+        UsageError: A key has no effect.
+    """
+    metric = config.early_stopping.metric
+    if config.eval_steps or has_function:
+        return
+    remedy = "set eval_steps and evaluation.suites"
+    if config.eval_on_start:
+        raise UsageError(f"eval_on_start: there is nothing to evaluate; {remedy}")
+    if config.load_best_model_at_end and metric.startswith("eval/"):
+        raise UsageError(f"load_best_model_at_end: nothing measures '{metric}'; {remedy}")
+
+
 def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Sequence[str] = ()) -> None:
     """Check that data, rewards and discriminator provide what the method needs.
 
@@ -37,6 +60,7 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
     Raises:
         UsageError: The first requirement that is not met.
     """
+    check_schedule(config.optim, config.max_steps)
     objective, method = config.objective, f"method '{config.method}'"
     prompts, demonstrations = stream_examples(config, dataset, rewarder)
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
@@ -106,12 +130,20 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         raise UsageError("discriminator.kind 'remote' needs discriminator.url")
     if kind == "remote":
         check_url("discriminator.url", str(settings.url))
-    if model is not None and pairwise:
-        refuse_adapter("discriminator", model)
-    elif model is not None and kind == "density-ratio":
-        trusted = settings.trust_remote_code
-        load_model_config(
-            ModelSource.resolve(ModelConfig(model_name_or_path=model, trust_remote_code=trusted))
-        )
-    elif model is not None:
-        PolarFormat.load(model, trust_remote_code=settings.trust_remote_code)
+    if model is not None:
+        _check_discriminator_model(model, kind, settings.trust_remote_code)
+
+
+def _check_discriminator_model(name: str, kind: str, trusted: bool) -> None:
+    """Check the files of a discriminator without reading its weights."""
+    if kind == "bradley-terry":
+        refuse_adapter("discriminator", name)
+        if has_local_weights(name):
+            load_weights(AutoModel, "discriminator", name, headers_only=True, trust_remote_code=trusted)
+    elif kind == "density-ratio":
+        model = ModelConfig(model_name_or_path=name, trust_remote_code=trusted)
+        check_policy(ModelSource.resolve(model), model)
+    else:
+        PolarFormat.load(name, trust_remote_code=trusted)
+        if kind == "polar" and has_local_weights(name):
+            Polar.load_classifier(name, trust_remote_code=trusted, headers_only=True)
