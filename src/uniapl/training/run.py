@@ -283,6 +283,9 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
                 # Free space: keep only the newest checkpoint, which was verified after writing.
                 checkpoint_directory.prune(run.directory, 1)
             disk.require_space(run.directory, saved.num_bytes)
+            # After a power failure the logs must not end before the checkpoint.
+            for log in run.logs.values():
+                log.sync()
             checkpoint_directory.write_directory(
                 checkpoint_directory.checkpoint_path(run.directory, run.step), fill
             )
