@@ -107,7 +107,7 @@ def test_a_log_is_cut_back_to_a_step(
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log of 200 MB on a file system that stores only what was written: what is before its end is not read."""
+    """A sparse file of 200 MB with three lines at its end: nothing before them is read."""
     path = log_of(tmp_path / "completions.jsonl", [])
     with path.open("ab") as file:
         file.truncate(200_000_000)

@@ -14,7 +14,6 @@ from typing import Any
 
 from uniapl.errors import UsageError
 
-
 TEMPORARY_PREFIX = ".incomplete-"
 """Begins the name of a file or directory until it is complete. A killed process may leave such a name."""
 
@@ -67,16 +66,15 @@ class JsonlLog:
     """A log of one JSON object per line, each with a "step" that is not lower than the one before.
 
     Opening it drops the lines after `last_step`, which a resumed run writes again. The file is read from its
-    end, and only as far as necessary: it may be larger than the memory. Only one process writes.
+    end, and only as far as necessary: it may be larger than the memory. Only one process writes; `enabled` is
+    false in the others.
 
     Raises:
         UsageError: One of the last lines is damaged.
     """
 
-    def __init__(self, path: Path, *, last_step: int, enabled: bool = True) -> None:
-        self.path, self.enabled = path, enabled
-        if not enabled:
-            return
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        self.path, self.enabled = path, True
         if not path.exists():
             path.touch()
         with _lines_from_end(path) as found:
@@ -93,16 +91,13 @@ class JsonlLog:
         Raises:
             UsageError: One of them is damaged.
         """
-        if not self.enabled:
-            return []
         with _lines_from_end(self.path) as found:
             last = (_record(self.path, line) for line, _ in found if line)
             return [*itertools.islice(last, count)][::-1]
 
     def sync(self) -> None:
         """Wait until all records are on the disk."""
-        if self.enabled:
-            sync(self.path)
+        sync(self.path)
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records; a non-finite number becomes null."""

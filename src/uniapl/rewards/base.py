@@ -15,6 +15,15 @@ from uniapl.rewards.calls import RewardTimeoutError, Value, WrongFormError, argu
 from uniapl.rewards.finding import find_function
 from uniapl.types import Example
 
+Once = Callable[[Callable[[], Any]], Any]
+"""Calls a function in one of several processes and returns its result in all of them."""
+
+
+def here(work: Callable[[], Any]) -> Any:
+    """:data:`Once` for a single process."""
+    return work()
+
+
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
@@ -40,6 +49,9 @@ class RowCheck:
     """Messages for the user."""
     details: Sequence[str] = ()
     """The findings that the notes summarise, for `uniapl check --json`."""
+    state: Any = None
+    """What the function needs when it scores. With several processes only one calls `check_rows`, and each
+    passes this value to the function's attribute `load_state`, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,19 +114,27 @@ def named_reward(
     return NamedReward(name=name, function=bound, weight=weight, required_columns=required)
 
 
-def build_rewarder(config: RewardsConfig, functions: Sequence[Callable[..., Any]] = ()) -> "Rewarder":
-    """The reward functions of a configuration, followed by further callables."""
+def build_rewarder(
+    config: RewardsConfig, functions: Sequence[Callable[..., Any]] = (), *, once: Once = here
+) -> "Rewarder":
+    """The reward functions of a configuration, followed by further callables.
+
+    Args:
+        once: Runs the checks before training, which call the functions.
+    """
     named = [
         named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args) for f in config.functions
     ]
     named += [named_reward(getattr(f, "__name__", "reward"), f) for f in functions]
-    return Rewarder(named, timeout=config.timeout)
+    return Rewarder(named, timeout=config.timeout, once=once)
 
 
 class Rewarder:
     """All reward functions of a run: checks them, calls them and combines their values."""
 
-    def __init__(self, rewards: Sequence[NamedReward], *, timeout: float | None = 60.0) -> None:
+    def __init__(
+        self, rewards: Sequence[NamedReward], *, timeout: float | None = 60.0, once: Once = here
+    ) -> None:
         self.rewards: list[NamedReward] = []
         for reward in rewards:
             # The same function with other arguments gets a number, so that its metrics have their own names.
@@ -122,6 +142,7 @@ class Rewarder:
             taken = {other.name for other in self.rewards}
             self.rewards.append(replace(reward, name=next(name for name in names if name not in taken)))
         self.timeout = timeout
+        self._once = once
         self.details: list[str] = []
         """The single findings of :meth:`check_rows`."""
 
@@ -164,7 +185,10 @@ class Rewarder:
             rows = [example for example in examples if reward.applies_to(example)]
             if check is None or not rows:
                 continue
-            found: RowCheck = check(rows, **reward.function.keywords)
+            found: RowCheck = self._once(functools.partial(check, rows, **reward.function.keywords))
+            load_state = getattr(reward.function.func, "load_state", None)
+            if load_state is not None:
+                load_state(found.state)
             self.rewards[index] = replace(reward, unusable=found.unusable)
             label = f"reward '{reward.name}'"
             notes += [f"{label}: {note}" for note in found.notes]
@@ -183,7 +207,8 @@ class Rewarder:
         for reward in self.rewards:
             rows = [example for example in examples if reward.applies_to(example)][:2]
             texts = [example.demonstration or "An answer." for example in rows]
-            outcome = self.score_one(reward, rows, texts, [row.demonstration_ids or (0,) for row in rows])
+            ids = [row.demonstration_ids or (0,) for row in rows]
+            outcome = self._once(functools.partial(self.score_one, reward, rows, texts, ids))
             # A single failure may be due to that completion.
             if rows and all(outcome.failed):
                 chat = (

@@ -10,7 +10,7 @@ from uniapl.data.reading import named_source, read_rows
 from uniapl.data.rows import tokenize_rows
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
-from uniapl.rewards.base import build_rewarder
+from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import check_recipe, check_stage
 
@@ -22,8 +22,12 @@ def load_inputs(
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     with_suites: bool = True,
+    once: Once = here,
 ) -> RunInputs:
     """Tokenizer, data, reward functions and suites, checked against what the stages need.
+
+    Args:
+        once: Makes the checks that call reward functions, in one of several processes.
 
     Raises:
         UsageError: Any error that would otherwise stop the run later.
@@ -48,7 +52,7 @@ def load_inputs(
             max_completion_length=max(longest, default=0),
         )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
-    rewarder = build_rewarder(config.rewards, functions)
+    rewarder = build_rewarder(config.rewards, functions, once=once)
     notes: list[str] = []
     if longest:
         rewarder.check_columns(dataset.examples)
@@ -62,7 +66,12 @@ def load_inputs(
     suites: tuple[Suite, ...] = ()
     if with_suites:
         suites = load_suites(
-            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
+            config,
+            tokenizer,
+            functions=functions,
+            stop_ids=stop_ids,
+            context_length=context_length,
+            once=once,
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
