@@ -16,6 +16,7 @@ from uniapl.compare.plan import SEARCH_SEED, Cell
 from uniapl.config.resolve import merge, resolve
 from uniapl.demo.measure import measure
 from uniapl.demo.task import Task, make_task
+from uniapl.files import sync, sync_tree
 from uniapl.models.loading import ModelSource, load_model
 from uniapl.training.api import train_resolved
 
@@ -101,7 +102,9 @@ def make_reference(path: Path) -> None:
         result = train_resolved(resolve(recipe), train_dataset=task.rows)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         shutil.copytree(result.final_dir, temporary)
+    sync_tree(temporary)
     temporary.rename(path)
+    sync(path.parent)
 
 
 def _costs(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from uniapl.data.reading import FILE_TYPES, named_source, read_rows
 from uniapl.data.rows import tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
-from uniapl.rewards.base import build_rewarder
+from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
 from uniapl.types import Example
 
@@ -78,6 +78,7 @@ def load_suites(
     stop_ids: Collection[int] = (),
     context_length: int | None = None,
     trainer_state: TrainerState | None = None,
+    once: Once = here,
 ) -> tuple[Suite, ...]:
     """The suites of `evaluation.suites`, with their prompts tokenised and their scoring tried.
 
@@ -88,6 +89,7 @@ def load_suites(
         stop_ids: Tokens at which the sampler ends a completion.
         context_length: The model's context length in tokens; longer prompts are left out.
         trainer_state: Passed to reward functions that take it; None: the state at the end of a run.
+        once: Tries the scoring in one of several processes.
 
     Raises:
         UsageError: A suite does not exist, two have the same name, its rows are invalid or cannot be scored.
@@ -116,9 +118,9 @@ def load_suites(
             examples, notes, mark = dataset.examples, [], None
             if name in BENCHMARKS or not (config.rewards.functions or functions):
                 mark = config.evaluation.answer_after
-                score, headline = _instruction_scores(examples, mark), "prompt_strict"
+                score, headline = _instruction_scores(examples, mark, once), "prompt_strict"
             else:
-                rewarder = build_rewarder(config.rewards, functions, trainer_state)
+                rewarder = build_rewarder(config.rewards, functions, trainer_state, once=once)
                 rewarder.check_columns(examples)
                 notes = rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
                 rewarder.try_out(examples)
@@ -140,7 +142,7 @@ def load_suites(
     return tuple(suites)
 
 
-def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -> Score:
+def _instruction_scores(examples: Sequence[Example], answer_after: str | None, once: Once) -> Score:
     """IFEval's four scores, from the instructions in the rows."""
     bare = next((e.row for e in examples if e.columns.get("instruction_id_list") is None), None)
     if bare is not None:
@@ -148,7 +150,7 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -
             f"row {bare} has no instructions ('instruction_id_list' and 'kwargs'): name reward functions "
             "that score these rows"
         )
-    given = instructions_of_rows(examples)
+    given = once(lambda: instructions_of_rows(examples))
 
     def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
         found: list[Scores] = []

@@ -8,7 +8,8 @@ run in one event loop. Its parameters name what it receives: `prompts`, `complet
 `trainer_state`, `log_extra` and `log_metric`, and columns of the data; or all of them as ``**kwargs``. A
 completion is a string if the prompt is one, and a list with one assistant message if the prompt is a chat. A
 function that can tell from the data which rows it can score has an attribute `check_rows(examples, **args)`
-that returns a `RowCheck`; it is called once, before training.
+that returns a `RowCheck`; it is called once, before training, in the first of several processes. So is the
+trial call of each function. Each process scores its own completions.
 
 All failures follow one rule: the samples concerned have no reward, are left out of their group's mean and of
 the loss, and are counted in ``rewards/<name>/error_rate`` or ``timeout_rate``. A failure never becomes a 0,

@@ -27,6 +27,13 @@ STANDARD_ARGUMENTS = (
     "log_metric",
 )
 """TRL's; every other parameter names a column."""
+Once = Callable[[Callable[[], Any]], Any]
+"""Calls a function in one of several processes and returns its result in all of them."""
+
+
+def here(work: Callable[[], Any]) -> Any:
+    """:data:`Once` for a single process."""
+    return work()
 
 
 class RewardFunction(Protocol):
@@ -51,6 +58,9 @@ class RowCheck:
     """Messages for the user."""
     details: Sequence[str] = ()
     """The findings that the notes summarise, for `uniapl check --json`."""
+    state: Any = None
+    """What the function needs when it scores. With several processes only one calls `check_rows`, and each
+    passes this value to the function's attribute `load_state`, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +119,19 @@ def build_rewarder(
     config: RewardsConfig,
     functions: Sequence[Callable[..., Any]] = (),
     trainer_state: TrainerState | None = None,
+    *,
+    once: Once = here,
 ) -> "Rewarder":
-    """The reward functions of a configuration, followed by further callables."""
+    """The reward functions of a configuration, followed by further callables.
+
+    Args:
+        once: Runs the checks before training, which call the functions.
+    """
     named = [
         named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args) for f in config.functions
     ]
     named += [named_reward(getattr(f, "__name__", "reward"), f) for f in functions]
-    return Rewarder(named, timeout=config.timeout, trainer_state=trainer_state)
+    return Rewarder(named, timeout=config.timeout, trainer_state=trainer_state, once=once)
 
 
 class Rewarder:
@@ -127,6 +143,7 @@ class Rewarder:
         *,
         timeout: float | None = 60.0,
         trainer_state: TrainerState | None = None,
+        once: Once = here,
     ) -> None:
         self.rewards: list[NamedReward] = []
         for reward in rewards:
@@ -137,6 +154,7 @@ class Rewarder:
         self.timeout = timeout
         self.trainer_state = trainer_state or TrainerState()
         """Passed to functions that take it; a run updates it at each step."""
+        self._once = once
         self.details: list[str] = []
         """The single findings of :meth:`check_rows`."""
 
@@ -182,7 +200,10 @@ class Rewarder:
             rows = [example for example in examples if reward.applies_to(example)]
             if check is None or not rows:
                 continue
-            found: RowCheck = check(rows, **reward.function.keywords)
+            found: RowCheck = self._once(functools.partial(check, rows, **reward.function.keywords))
+            load_state = getattr(reward.function.func, "load_state", None)
+            if load_state is not None:
+                load_state(found.state)
             self.rewards[index] = replace(reward, unusable=found.unusable)
             label = f"reward '{reward.name}'"
             notes += [f"{label}: {note}" for note in found.notes]
@@ -201,7 +222,8 @@ class Rewarder:
         for reward in self.rewards:
             rows = [example for example in examples if reward.applies_to(example)][:2]
             texts = [example.demonstration or "An answer." for example in rows]
-            outcome = self.score_one(reward, rows, texts, [row.demonstration_ids or (0,) for row in rows])
+            ids = [row.demonstration_ids or (0,) for row in rows]
+            outcome = self._once(functools.partial(self.score_one, reward, rows, texts, ids))
             # A single failure may be due to that completion.
             if rows and all(outcome.failed):
                 form = _form_hint(rows[0], outcome.message or "")

@@ -99,6 +99,12 @@ class Adversary:
     ending: UniformEnding
     """Gives demonstrations and rollouts the form in which the discriminator reads them."""
 
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it runs the policy itself, whose full parameters must then be gathered."""
+        frozen = self.discriminator
+        return isinstance(frozen, DensityRatio) and isinstance(frozen.reference, Policy)
+
     def score(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
         """(logits of the rollouts, logit of the demonstration) per group; None if it has none.
 

@@ -6,6 +6,7 @@ A method is only a set of weights; no branch depends on its name.
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -148,8 +149,10 @@ def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGro
     if stage.adversary is None:
         return list(groups)
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
-    # The frozen density-ratio discriminator can run the policy itself, so it needs the gathered parameters.
-    with stage.adversary.gathered() if stage.adversary.trainer else stage.gathered_policy():
+    with (
+        stage.adversary.gathered(),
+        stage.gathered_policy() if stage.adversary.reads_policy else nullcontext(),
+    ):
         logits = _gather(run.accelerator, stage.adversary.score(local))
     return [
         replace(group, policy_logits=policy, expert_logit=expert)

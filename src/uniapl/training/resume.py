@@ -63,16 +63,20 @@ class Start:
             ) from error
 
 
-def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, view: RunView) -> Start:
+def read_start(
+    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, view: RunView, directory: Path
+) -> Start:
     """Find the checkpoint that `resume` asks for and check it against the recipe; report other changes.
+
+    Args:
+        directory: The run directory.
 
     Raises:
         UsageError: There is none that can be used, or `output_dir` holds another run.
     """
     config = resolved.config
-    directory = Path(config.output_dir)
     found = checkpoint_directory.find_checkpoint(directory, config.resume, view.say)
-    check_run_directory(config, found)
+    check_run_directory(config, directory, found)
     if found is None:
         if config.resume == "auto":
             view.say(f"note: no checkpoint in '{directory}': starting from step 1")
@@ -90,7 +94,7 @@ def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs
         view.say(
             f"note: this run is complete{f' ({reason})' if reason else ''}; to continue it, set {remedy}"
         )
-    for change in changed_values(resolved, stages):
+    for change in changed_values(resolved, stages, directory):
         view.say(f"note: changed since the run was last started: {change}")
     if state["data_sha256"] != inputs.data_sha256:
         view.say("note: the data has changed since the checkpoint; both streams continue at their positions")
@@ -139,6 +143,6 @@ def bytes_to_write(
     if any(stage.config.rollout.sampler == "vllm" for stage in stages):
         # vLLM loads merged weights, in bf16 if training uses bf16.
         models += first.merged_bytes // (2 if accelerator.mixed_precision == "bf16" else 1)
-    folders = [Path(config.output_dir) / name for name in RUN_DIRECTORIES]
+    folders = [Path(str(accelerator.project_dir)) / name for name in RUN_DIRECTORIES]
     present = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return kept * first.num_bytes + models - present

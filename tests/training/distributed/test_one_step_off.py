@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import uniapl
 from support.fake_vllm import FakeServer, behind, serving
-from support.runs import lines, recipe, run_until, timeless, train, write_recipe
+from support.runs import evaluated, lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.errors import Interrupted
@@ -48,6 +48,19 @@ def ahead(model_dir: Path, output: Path, fake: FakeServer, **changes: Any) -> di
 
 def staleness(run: Path) -> list[float]:
     return [record["rollout/staleness"] for record in lines(run / "metrics.jsonl")]
+
+
+def test_an_evaluation_between_the_steps_changes_no_rollout(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    """vLLM finishes the next step's rollouts before it gets the weights that are evaluated."""
+    train(ahead(model_dir, tmp_path / "evaluated", server, **evaluated(tmp_path)))
+    train(ahead(model_dir, tmp_path / "blind", server))
+    ours, theirs = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("evaluated", "blind"))
+    scores = [[record.pop(key) for key in list(record) if key.startswith("eval/")] for record in ours]
+    assert [len(values) for values in scores] == [0, 4, 0, 4]
+    assert ours == theirs
+    assert staleness(tmp_path / "evaluated") == [0, 1, 1, 1]
 
 
 def test_rollouts_are_of_the_weights_a_step_before(

@@ -29,13 +29,12 @@ WEIGHTS_IN_TRANSIT = "weights-for-vllm"
 RUN_DIRECTORIES = ("checkpoints", "stages", "final", "skipped", WEIGHTS_IN_TRANSIT)
 
 
-def check_run_directory(config: Config, resumed_from: Path | None) -> None:
+def check_run_directory(config: Config, run_dir: Path, resumed_from: Path | None) -> None:
     """Refuse to mix two runs in one directory.
 
     Raises:
         UsageError: The directory holds a run, and neither `resume` nor `overwrite` is set for it.
     """
-    run_dir = Path(config.output_dir)
     occupied = [name for name in (*RUN_FILES, *RUN_DIRECTORIES) if os.path.exists(run_dir / name)]
     listed = ", ".join(occupied)
     if occupied and config.resume == "never" and not config.overwrite:
@@ -50,9 +49,9 @@ def check_run_directory(config: Config, resumed_from: Path | None) -> None:
         )
 
 
-def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
-    """How the recipe differs from the one with which the run in output_dir was last started."""
-    file = Path(resolved.config.output_dir) / "config.yaml"
+def changed_values(resolved: Resolved, stages: Sequence[Resolved], run_dir: Path) -> list[str]:
+    """How the recipe differs from the one with which the run in `run_dir` was last started."""
+    file = run_dir / "config.yaml"
     if not os.path.exists(file):
         return []
     before, now = flatten(load_recipe(file)), flatten(yaml.safe_load(_as_recipe(resolved, stages)))
@@ -60,24 +59,24 @@ def changed_values(resolved: Resolved, stages: Sequence[Resolved]) -> list[str]:
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
 
 
-def recorded_config(config: Config) -> Config:
+def recorded_config(config: Config, run_dir: Path) -> Config:
     """The configuration in config.yaml, with which a finished run was trained.
 
     It is `config` itself if there is no such file, or if it is of another version.
     """
     try:
-        recorded = validate(Config, load_recipe(Path(config.output_dir) / "config.yaml"))
+        recorded = validate(Config, load_recipe(run_dir / "config.yaml"))
     except UsageError:
         return config
     return recorded.model_copy(update={"output_dir": config.output_dir})
 
 
-def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs) -> Path:
+def prepare_run_directory(
+    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, run_dir: Path
+) -> None:
     """Create the directory, delete a run that is replaced, and write config.yaml and manifest.json."""
-    config = resolved.config
-    run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if config.resume == "never":
+    if resolved.config.resume == "never":
         # Checkpoints first: if the run is killed here, it must not resume from the run that it replaces.
         for path in (run_dir / name for name in (*RUN_DIRECTORIES, *RUN_FILES)):
             if path.is_dir():
@@ -88,7 +87,6 @@ def prepare_run_directory(resolved: Resolved, stages: Sequence[Resolved], inputs
         (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "config.yaml", _as_recipe(resolved, stages))
     write_text(run_dir / "manifest.json", json.dumps(run_manifest(resolved, inputs), indent=1))
-    return run_dir
 
 
 def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:

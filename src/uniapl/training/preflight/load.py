@@ -14,7 +14,7 @@ from uniapl.data.rows import tokenize_rows, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
-from uniapl.rewards.base import build_rewarder
+from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import check_recipe, check_stage
 
@@ -26,8 +26,12 @@ def load_inputs(
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     with_suites: bool = True,
+    once: Once = here,
 ) -> RunInputs:
     """Tokenizer, data, reward functions and suites, checked against what the stages need.
+
+    Args:
+        once: Makes the checks that call reward functions, in one of several processes.
 
     Raises:
         UsageError: Any error that would otherwise stop the run later.
@@ -52,7 +56,7 @@ def load_inputs(
         )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     state = _trainer_state(config, stages)
-    rewarder = build_rewarder(config.rewards, functions, state)
+    rewarder = build_rewarder(config.rewards, functions, state, once=once)
     notes = _data_notes(rows, config, stop_ids, tokenizer)
     if longest:
         rewarder.check_columns(dataset.examples)
@@ -72,6 +76,7 @@ def load_inputs(
             stop_ids=stop_ids,
             context_length=window,
             trainer_state=state,
+            once=once,
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
