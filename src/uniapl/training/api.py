@@ -22,7 +22,8 @@ from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
-from uniapl.training.monitor.trackers import check_trackers, tracked
+from uniapl.training.monitor.trackers import tracked
+from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.load import load_inputs
 from uniapl.training.resume import bytes_to_write, read_start
 from uniapl.training.run import Evaluate, Run, end_state_recorded, save_model, start_run
@@ -69,13 +70,14 @@ def train(
         Interrupted: Ctrl-C or SIGTERM ended the run; a checkpoint was saved.
         UniAPLError: The disk failed or memory is too small; the last checkpoint is complete.
     """
+    path: str | Path | None = None
     if isinstance(config, (str, Path)):
-        config = load_recipe(config)
+        path, config = config, load_recipe(config)
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
     with progress_bars_hidden() if quiet else nullcontext():
         return train_resolved(
-            resolve(dict(config)),
+            resolve(dict(config), path=path),
             train_dataset=train_dataset,
             reward_functions=reward_functions,
             evaluate=evaluate,
@@ -93,7 +95,6 @@ def train_resolved(
 ) -> RunResult:
     """:func:`train` for a resolved configuration; by default it prints to the console."""
     config, directory = resolved.config, Path(resolved.config.output_dir)
-    check_trackers(config.report_to)
     stages = stages_of(resolved)
     inputs = load_inputs(
         resolved,
@@ -102,6 +103,9 @@ def train_resolved(
         reward_functions=reward_functions,
         with_suites=config.eval_steps > 0,
     )
+    stages = [with_max_steps(stage, inputs) for stage in stages]
+    if not config.stages:
+        (resolved,) = stages
     accelerator = make_accelerator(config)
     for stage in stages:
         check_processes(stage.config, accelerator.num_processes)
@@ -150,7 +154,7 @@ def _start(
 ) -> tuple[Callable[[int], Stage], Run, Stage]:
     """(builder of the stages, run, its current stage): everything that can fail before the first step."""
     config, directory = resolved.config, Path(resolved.config.output_dir)
-    start = read_start(resolved, stages, inputs, view)
+    start = read_start(resolved, stages, inputs, view.say)
     source = inputs.source.with_weights(start.checkpoint)
     model: Any = load_policy(source, config.model, seed=config.seed).to(accelerator.device)
     check_vocabulary(model, inputs.tokenizer)
