@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from uniapl.config.resolve import Resolved, flatten, stages_of
 from uniapl.data.streams import is_held_out
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
+from uniapl.training.checkpoint.disk import check_available
 from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.preflight import load as setup
+from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.memory import estimate_memory
+from uniapl.training.resume import read_start
 from uniapl.types import prompt_text
 
 
@@ -48,6 +52,12 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     """
     stages = stages_of(resolved)
     inputs = setup.load_inputs(resolved, stages)
+    stages = [with_max_steps(stage, inputs) for stage in stages]
+    if not resolved.config.stages:
+        (resolved,) = stages
+    said: list[str] = []
+    check_available(Path(resolved.config.output_dir))
+    read_start(resolved, stages, inputs, said.append)
     examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
     prompt, demonstration = (
@@ -55,6 +65,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     )
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]
+    start = [line.removeprefix("note: ") for line in said]
     servers = [
         f"the vLLM server {stage.config.rollout.vllm_server_base_url} was not contacted"
         for stage in stages
@@ -62,7 +73,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     ]
     return {
         "values": {key: [values[key], source] for key, source in resolved.sources.items()},
-        "notes": [*dict.fromkeys(notes), *inputs.notes, *dict.fromkeys(servers)],
+        "notes": [*dict.fromkeys(notes), *inputs.notes, *dict.fromkeys(servers), *start],
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
         "left_out": {reason: list(rows) for reason, rows in inputs.dataset.left_out.items()},

@@ -9,10 +9,16 @@ from uniapl.config.resolve import Resolved
 from uniapl.data.reading import named_source, read_rows
 from uniapl.data.rows import tokenize_rows
 from uniapl.evaluation import Suite, load_suites
-from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
+from uniapl.models.loading import (
+    ModelSource,
+    check_vocabulary_size,
+    load_model_config,
+    load_stop_ids,
+    load_tokenizer,
+)
 from uniapl.rewards.base import build_rewarder
 from uniapl.training.inputs import RunInputs
-from uniapl.training.preflight.checks import check_recipe, check_stage
+from uniapl.training.preflight.checks import check_recipe, check_stage, check_tokens, notes_on_lengths
 
 
 def load_inputs(
@@ -33,6 +39,7 @@ def load_inputs(
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
+    check_vocabulary_size(getattr(model_config.get_text_config(), "vocab_size", len(tokenizer)), tokenizer)
     rows = read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -47,6 +54,7 @@ def load_inputs(
             context_length=context_length,
             max_completion_length=max(longest, default=0),
         )
+        unknown = check_tokens(tokenizer, dataset, stop_ids)
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     rewarder = build_rewarder(config.rewards, functions)
     notes: list[str] = []
@@ -56,6 +64,7 @@ def load_inputs(
             notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
+    notes = [*notes, *unknown, *notes_on_lengths([stage.config for stage in stages], dataset)]
     if longest:
         rewarder.try_out(dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
