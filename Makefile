@@ -22,11 +22,11 @@ $(VENV)/.developed: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/uniapl demo --output-dir $(DEMO) --overwrite True
+	$(BIN)/uniapl demo --output-dir $(DEMO) --overwrite
 
 recipe: $(VENV)/.installed
 	$(BIN)/python recipes/ifeval_tiny.py $(if $(IFEVAL),--prompts "$(IFEVAL)") --output build/ifeval_tiny
-	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir runs/ifeval_tiny --overwrite True
+	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir runs/ifeval_tiny --overwrite
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal

@@ -1,6 +1,7 @@
 """The command line: one table of verbs. The module of a verb is imported when the verb is used."""
 
 import contextlib
+import difflib
 import gc
 import io
 import os
@@ -55,6 +56,15 @@ VERBS = {
     "pretrain-discriminator": Verb("DATA ...", "train a POLAR discriminator on completions of policies"),
 }
 
+OTHER_VERBS = {
+    **dict.fromkeys(("sft", "grpo", "rlhf", "dpo", "run", "fit", "finetune"), "train"),
+    **dict.fromkeys(("eval", "test", "lm-eval"), "evaluate"),
+    **dict.fromkeys(("validate", "lint", "preprocess", "dry-run"), "check"),
+    **dict.fromkeys(("merge", "merge-lora", "save"), "export"),
+    **dict.fromkeys(("infer", "inference", "generate"), "chat"),
+    **dict.fromkeys(("distill", "sample"), "collect"),
+}
+"""Names of other programs for a verb."""
 HELP_FLAGS = ("-h", "--help", "--help-all")
 EXIT_CODES = """\
 exit codes: 0 ok, 1 failed, 2 usage, configuration or data error,
@@ -109,7 +119,7 @@ def run(arguments: list[str]) -> int:
     name, *rest = arguments
     try:
         if name not in VERBS:
-            raise UsageError(f"unknown verb '{name}': choose one of {', '.join(VERBS)}")
+            raise UsageError(_unknown_verb(name))
         function = name.replace("-", "_")
         if name in ("demo", "train", "check") and set(HELP_FLAGS) & set(rest):
             from uniapl.cli.help import recipe_help
@@ -134,6 +144,13 @@ def _with_home(arguments: Sequence[str]) -> list[str]:
         return [expand_home(argument) for argument in arguments]
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _unknown_verb(name: str) -> str:
+    other = OTHER_VERBS.get(name.replace("_", "-").lower())
+    near = [other] if other else difflib.get_close_matches(name.replace("_", "-").lower(), VERBS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}"
+    return f"unknown verb '{name:.80}'; {hint}"
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from uniapl.cli.help import short_parser, summary
 from uniapl.config import Config, ModelConfig
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.errors import UniAPLError, UsageError
@@ -122,11 +123,11 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; an option that overrides a key of the recipe is named `section.key`."""
-    parser = argparse.ArgumentParser(
-        prog="uniapl evaluate",
-        description="Score a model on IFEval, IFBench and your own files, with 95% confidence intervals "
-        "over prompts (Wilson's for scores from 0 to 1, else Student's t), next to the scores of an empty "
-        "completion, the prompt itself and a constant text.",
+    parser = short_parser(
+        "evaluate",
+        "Score a model on IFEval, IFBench and your own files, with 95% confidence intervals over prompts "
+        "(Wilson's for scores from 0 to 1, else Student's t), next to the scores of an empty completion, the "
+        "prompt itself and a constant text.",
     )
     add = parser.add_argument
     add("model", help="directory or Hub id")
@@ -134,11 +135,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         fields = type(getattr(Config(), section)).model_fields
         for key in keys:
             default = "chat if there is a chat template" if key == "prompt_format" else fields[key].default
-            text = f"{fields[key].description}{f' (default: {default})' if default else ''}"
+            text = f"{summary(fields[key])}{f' (default: {default})' if default else ''}"
             add(
                 f"--{key.replace('_', '-')}",
                 dest=f"{section}.{key}",
-                metavar=key.upper(),
+                metavar="NAME" if key == "suites" else "VALUE",
                 nargs="+" if key == "suites" else None,
                 type=_json if key == "chat_template_kwargs" else str,
                 help=text.replace("%", "%%"),
@@ -148,8 +149,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     code: Any = {"dest": "rewards.allow_code_verifiers", "action": "store_const", "const": True}
     add("--allow-code-verifiers", help="run verifier functions from the data in a sandbox", **code)
     add("--recipe", help="recipe that provides data, rewards and evaluation; flags override it")
-    add("--lm-eval-tasks", default="", help="other benchmarks to run with lm-eval: gsm8k,hellaswag")
-    add("--lm-eval-include-path", help="directory with further lm-eval tasks")
+    add(
+        "--lm-eval-tasks",
+        default="",
+        metavar="NAMES",
+        help="other benchmarks to run with lm-eval: gsm8k,hellaswag",
+    )
+    add("--lm-eval-include-path", metavar="PATH", help="directory with further lm-eval tasks")
     help_ = "earlier output directory: report the score differences with 95%% confidence intervals"
     add("--against", type=Path, help=help_)
     add("--batch-size", type=int, default=64, help="completions sampled at a time (default: 64)")

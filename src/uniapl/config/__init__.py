@@ -312,6 +312,9 @@ class Config(Section):
     """Seed of every random draw."""
     max_steps: int = Field(default=100, ge=1)
     """Optimizer steps; with stages, the default of each stage."""
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the prompts (over the demonstrations if the method samples no rollouts) in place of
+    max_steps; with stages, the default of each stage. null uses max_steps."""
     save_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = Field(default=2, ge=1)
@@ -345,6 +348,12 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _resume_keeps_the_run(self) -> "Config":
+        if self.overwrite and self.resume != "never":
+            raise ValueError("overwrite would delete the run that resume continues: remove one of the two")
+        return self
 
     @field_validator("report_to", mode="before")
     @classmethod

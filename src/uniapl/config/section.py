@@ -44,3 +44,15 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """A list of names; a single name is a list of one."""
 Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple)]
 """A list of paths; a single path is a list of one."""
+
+
+def flatten(values: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for every key that is not a section."""
+    values = values.model_dump() if isinstance(values, BaseModel) else values
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

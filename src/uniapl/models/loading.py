@@ -286,7 +286,11 @@ def load_stop_ids(
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with token ids beyond the model's embedding matrix."""
     embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
+    check_vocabulary_size(embeddings.weight.shape[0], tokenizer)
+
+
+def check_vocabulary_size(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than an embedding matrix has rows."""
     if len(tokenizer) > rows:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model has only {rows}; use the tokenizer "

@@ -24,8 +24,9 @@ from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
-from uniapl.training.monitor.trackers import check_trackers, tracked
+from uniapl.training.monitor.trackers import tracked
 from uniapl.training.preflight.checks import check_evaluation
+from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.load import load_inputs
 from uniapl.training.resume import bytes_to_write, read_start
 from uniapl.training.run import Run, end_state_recorded, save_model, save_result, start_run
@@ -73,13 +74,14 @@ def train(
         Interrupted: Ctrl-C or SIGTERM ended the run; a checkpoint was saved.
         UniAPLError: The disk failed or memory is too small; the last checkpoint is complete.
     """
+    path: str | Path | None = None
     if isinstance(config, (str, Path)):
-        config = load_recipe(config)
+        path, config = config, load_recipe(config)
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
     with progress_bars_hidden() if quiet else nullcontext():
         return train_resolved(
-            resolve(dict(config)),
+            resolve(dict(config), path=path),
             train_dataset=train_dataset,
             reward_functions=reward_functions,
             evaluate=evaluate,
@@ -97,7 +99,6 @@ def train_resolved(
 ) -> RunResult:
     """:func:`train` for a resolved configuration; by default it prints to the console."""
     config = resolved.config
-    check_trackers(config.report_to)
     stages = stages_of(resolved)
     accelerator = make_accelerator(config)
     directory = Path(str(accelerator.project_dir))
@@ -117,6 +118,9 @@ def train_resolved(
     )
     examples = [(example.prompt_ids, example.demonstration_ids) for example in inputs.dataset.examples]
     check_agreement(accelerator, "the data", examples)
+    stages = [with_max_steps(stage, inputs) for stage in stages]
+    if not config.stages:
+        (resolved,) = stages
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
     if train_dataset is not None and config.data.path is not None:
@@ -166,7 +170,7 @@ def _start(
 ) -> tuple[Callable[[int], Stage], Run, Stage]:
     """(builder of the stages, run, its current stage): everything that can fail before the first step."""
     config, directory = resolved.config, Path(str(accelerator.project_dir))
-    start = on_rank_zero(accelerator, lambda: read_start(resolved, stages, inputs, view, directory))
+    start = on_rank_zero(accelerator, lambda: read_start(resolved, stages, inputs, view.say, directory))
     source = inputs.source.with_weights(start.checkpoint)
     model: Any = load_policy(source, config.model, seed=config.seed).to(accelerator.device)
     check_vocabulary(model, inputs.tokenizer)

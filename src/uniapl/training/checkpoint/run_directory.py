@@ -92,9 +92,11 @@ def prepare_run_directory(
 def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
     """A recipe that reproduces the run, with all values of every stage."""
     values = resolved.config.model_dump(mode="json", exclude={"resume", "overwrite"})
+    values["num_train_epochs"] = None  # max_steps has the number of steps
     if resolved.config.stages:
         values["stages"] = [
             {key: value for key, value in stage.config.model_dump(mode="json").items() if key in STAGE_KEYS}
+            | {"num_train_epochs": None}
             for stage in stages
         ]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,8 +1,8 @@
 """Checks of a stage's data, rewards and discriminator before training."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from uniapl.config import Config, ModelConfig
 from uniapl.data.rows import Dataset
@@ -15,16 +15,21 @@ from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
 from uniapl.training.inputs import stream_examples
+from uniapl.training.monitor.trackers import check_trackers
 from uniapl.training.optimizer import check_schedule
 from uniapl.types import Example
+
+MAX_UNKNOWN_FRACTION = 0.5
+"""Fraction of unknown tokens above which the tokenizer does not fit the data. Our choice."""
 
 
 def check_recipe(config: Config) -> None:
     """Check what needs no data.
 
     Raises:
-        UsageError: Evaluation has no suite, or peft is not installed.
+        UsageError: Evaluation has no suite, or a tracker or peft is not installed.
     """
+    check_trackers(config.report_to)
     if config.eval_steps and not config.evaluation.suites:
         raise UsageError("eval_steps: evaluation.suites is empty; add files or benchmarks, or unset it")
     if config.model.lora_r is not None:
@@ -49,6 +54,62 @@ def check_evaluation(config: Config, *, has_function: bool) -> None:
         raise UsageError(f"eval_on_start: there is nothing to evaluate; {remedy}")
     if config.load_best_model_at_end and metric.startswith("eval/"):
         raise UsageError(f"load_best_model_at_end: nothing measures '{metric}'; {remedy}")
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, stop_ids: Collection[int]
+) -> list[str]:
+    """Notes on rows with text that the tokenizer does not know.
+
+    Raises:
+        UsageError: Most tokens of the data are unknown or padding.
+    """
+    # GPT-2 uses one token for all of these, which is a part of normal text.
+    ordinary = {*stop_ids, tokenizer.eos_token_id, tokenizer.bos_token_id, None}
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - ordinary
+    total, lost, rows = 0, 0, []
+    for example in dataset.examples:
+        ids = (*example.prompt_ids, *(example.demonstration_ids or ()))
+        found = sum(token in unknown for token in ids)
+        total, lost = total + len(ids), lost + found
+        rows += [example.row] * (found > 0)
+    if not rows:
+        return []
+    names = " or ".join(f"'{name}'" for name in sorted(map(str, tokenizer.convert_ids_to_tokens([*unknown]))))
+    if lost > MAX_UNKNOWN_FRACTION * total:
+        raise UsageError(
+            f"the tokenizer does not fit the data: {lost / total:.0%} of the tokens are {names}, for example "
+            f"in row {rows[0]}. Use the tokenizer that belongs to the model, or a model for this text"
+        )
+    return [
+        f"{len(rows)} rows contain text that the tokenizer does not know ({lost} tokens are {names}): rows "
+        f"{_first(rows)}"
+    ]
+
+
+def notes_on_lengths(stages: Sequence[Config], dataset: Dataset) -> list[str]:
+    """Notes on demonstrations that are longer than a rollout can be."""
+    limits = {
+        stage.rollout.max_completion_length
+        for stage in stages
+        if stage.objective.uses_rollouts
+        and (stage.objective.learns_from_demonstrations or stage.objective.lambda_adv > 0)
+    }
+    lengths = {e.row: len(e.demonstration_ids) for e in dataset.examples if e.demonstration_ids is not None}
+    notes: list[str] = []
+    for limit in sorted(limits):
+        if rows := [row for row, length in lengths.items() if length > limit]:
+            notes.append(
+                f"{len(rows)} of {len(lengths)} demonstrations are longer than "
+                f"rollout.max_completion_length {limit}, the longest has {max(lengths.values())} tokens, so "
+                "that rollouts cannot reach them: raise it, or leave them out with "
+                f"data.max_demonstration_length (rows {_first(rows)})"
+            )
+    return notes
+
+
+def _first(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
 
 def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Sequence[str] = ()) -> None:

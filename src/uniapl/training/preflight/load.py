@@ -13,10 +13,16 @@ from uniapl.data.reading import Rows, named_source, number_rows, read_rows
 from uniapl.data.rows import tokenize_rows, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.evaluation import Suite, load_suites
-from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
+from uniapl.models.loading import (
+    ModelSource,
+    check_vocabulary_size,
+    load_model_config,
+    load_stop_ids,
+    load_tokenizer,
+)
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.training.inputs import RunInputs
-from uniapl.training.preflight.checks import check_recipe, check_stage
+from uniapl.training.preflight.checks import check_recipe, check_stage, check_tokens, notes_on_lengths
 
 
 def load_inputs(
@@ -41,6 +47,7 @@ def load_inputs(
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
+    check_vocabulary_size(getattr(model_config.get_text_config(), "vocab_size", len(tokenizer)), tokenizer)
     rows = read_rows(config.data) if train_dataset is None else number_rows(train_dataset, config.data)
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -54,6 +61,7 @@ def load_inputs(
             context_length=window,
             max_completion_length=max(longest, default=0),
         )
+        unknown = check_tokens(tokenizer, dataset, stop_ids)
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     state = _trainer_state(config, stages)
     rewarder = build_rewarder(config.rewards, functions, state, once=once)
@@ -64,6 +72,7 @@ def load_inputs(
             notes += rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
+    notes = [*notes, *unknown, *notes_on_lengths([stage.config for stage in stages], dataset)]
     if longest:
         rewarder.try_out(dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
