@@ -25,7 +25,7 @@ OTHER_NAMES = _by_name(
         "logging_steps": "logging_strategy logging_first_step",
         "log_completions_steps": "log_completions num_completions_to_print",
         "eval_steps": (
-            "eval_strategy evaluation_strategy evals_per_epoch eval_interval test_freq eval_on_start do_eval"
+            "eval_strategy evaluation_strategy evals_per_epoch eval_interval test_freq do_eval"
         ),
         "report_to": "use_wandb wandb_project wandb_mode project trackio_space_id use_tensorboard logger",
         "early_stopping": "stop",
@@ -45,6 +45,7 @@ OTHER_NAMES = _by_name(
             "train_data_path chord_sft_dataset taskset"
         ),
         "data.name": "dataset_config dataset_config_name",
+        "data.train_on (last or all)": "mask_history",
         "data.split": "dataset_train_split train_split",
         "data.columns": "dataset_text_field field_prompt input_key prompt_key label_key output_key",
         "data.prompt_format": "data.string_prompts apply_chat_template",
@@ -85,7 +86,7 @@ OTHER_NAMES = _by_name(
         "discriminator.replay_fraction": "discriminator.replay_share",
         "optim.learning_rate": "lr actor_learning_rate",
         "optim.lr_scheduler_type": "lr_scheduler scheduler_type",
-        "optim.warmup_steps (a number of steps)": "warmup_ratio lr_warmup_steps_ratio",
+        "optim.warmup_ratio": "lr_warmup_steps_ratio",
         "optim.max_grad_norm": "gradient_clipping grad_clip max_norm",
         "optim.gradient_checkpointing": (
             "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
@@ -140,7 +141,7 @@ NO_EQUIVALENT = _by_name(
         "the optimizer is AdamW with PyTorch's epsilon": (
             "optim optim_args optim_target_modules adam_epsilon optimizer optimizer_type"
         ),
-        "the schedules have no arguments": "lr_scheduler_kwargs cosine_min_lr_ratio min_lr",
+        "it is an argument of the schedule, in optim.lr_scheduler_kwargs": "cosine_min_lr_ratio min_lr",
         "the section model has the arguments that are supported": (
             "model_init_kwargs model_type model_kwargs lora_task_type lora_modules_to_save "
             "modules_to_save lora_target_parameters use_dora peft_use_dora freeze_vit rope_scaling "
@@ -190,8 +191,7 @@ NO_EQUIVALENT = _by_name(
             "chat_template_jinja tokenizer_type tokens"
         ),
         "the loss covers the tokens of demonstrations and rollouts, never those of prompts": (
-            "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt mask_history "
-            "roles_to_train label_names"
+            "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt roles_to_train label_names"
         ),
         "rows are read into memory, tokenized once and shuffled by seed": (
             "dataset_kwargs dataset_num_proc dataset_streaming streaming shuffle_dataset "
@@ -226,7 +226,7 @@ NO_EQUIVALENT = _by_name(
             "eval_accumulation_steps include_for_metrics batch_eval_metrics do_predict "
             "predict_with_generate eval_sample_packing eval_limit"
         ),
-        "the last checkpoint is the result": "load_best_model_at_end best_model_strategy",
+        "load_best_model_at_end makes the best checkpoint the result": "best_model_strategy",
         "a checkpoint always contains what an exact resume needs": (
             "save_only_model save_on_each_node enable_jit_checkpoint ignore_data_skip "
             "restore_callback_states_from_checkpoint full_determinism save_safetensors"

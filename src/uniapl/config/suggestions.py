@@ -2,41 +2,6 @@
 
 import difflib
 
-# Old keys of this library, and names of other libraries in any section. Names that resemble today's key, such
-# as lora_rank and lora_r, need no entry.
-OTHER_NAMES = {
-    "batch_size": "batching.prompts_per_step",
-    "batching.max_tokens": "batching.max_tokens_per_micro_batch",
-    "clip_range": "objective.epsilon",
-    "data.string_prompts": "data.prompt_format",
-    "dataset_config": "data.name",
-    "dataset_name": "data.path",
-    "dataset_train_split": "data.split",
-    "discriminator.against": "discriminator.density_ratio_reference",
-    "discriminator.lora_rank": "discriminator.lora_r",
-    "discriminator.reads_example": "discriminator.in_context_demonstration",
-    "discriminator.replay_share": "discriminator.replay_fraction",
-    "group_size": "rollout.num_generations",
-    "health.max_accuracy": "health.max_discriminator_accuracy",
-    "kl_coef": "objective.beta",
-    "lr": "optim.learning_rate",
-    "max_new_tokens": "rollout.max_completion_length",
-    "max_tokens": "rollout.max_completion_length",
-    "model": "model.model_name_or_path",
-    "mu": "objective.mu_peak",
-    "n_samples_per_prompt": "rollout.num_generations",
-    "objective.adversarial_assignment": "objective.adversarial_credit",
-    "objective.gate_reward": "objective.gate_threshold",
-    "repeat_times": "rollout.num_generations",
-    "resume_from_checkpoint": "resume",
-    "rollout.max_rows": "rollout.max_batch_size",
-    "rollout.one_step_off": "rollout.max_off_policy_steps (1 for true, 0 for false)",
-    "stop": "early_stopping",
-    "stop.max_tokens": "early_stopping.max_tokens",
-    "train_batch_size": "batching.prompts_per_step",
-    "train_dataset": "data.path",
-    "use_vllm": "rollout.sampler",
-}
 from uniapl.config import Config
 from uniapl.config.other_libraries import NO_EQUIVALENT, OTHER_NAMES
 from uniapl.config.section import flatten
