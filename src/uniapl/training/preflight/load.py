@@ -49,11 +49,11 @@ def load_inputs(
         )
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     rewarder = build_rewarder(config.rewards, functions)
-    notes: list[str] = []
+    notes = [*dataset.notes]
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(data_source):
-            notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
+            notes += rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
     if longest:
