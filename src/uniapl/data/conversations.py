@@ -97,17 +97,17 @@ def _completion_of(row: Mapping[str, Any], column: str, prompt: Prompt) -> str |
 def _with_turns(
     prompt: list[Message], turns: list[Message], rejected: Completion, train_on: str
 ) -> Conversation:
-    """The conversation of `prompt` and `turns`; by default, only assistant messages of `turns` are trained."""
+    """The conversation of `prompt` and `turns`; by default, assistant messages of `turns` are trained."""
     messages = [*prompt, *turns]
     final = len(messages) - 1 if turns and turns[-1]["role"] == "assistant" else len(messages)
-    begun = bool(prompt) and prompt[-1]["role"] == "assistant"
+    begun = [message["role"] for message in (*prompt[-1:], *turns[:1])] == ["assistant", "assistant"]
     answers = sum(message["role"] == "assistant" for message in turns)
     if begun and len(turns) > 1:
         raise UsageError("a prompt that ends with an assistant message can have only one message after it")
     if prompt and answers > 1 and train_on == "last":
         raise UsageError(
-            f"'completion' has {answers} assistant messages; set data.train_on: all, or move the earlier ones "
-            "to the end of 'prompt'"
+            f"'completion' has {answers} assistant messages; set data.train_on: all, or move the earlier "
+            "ones to the end of 'prompt'"
         )
     trained: list[int] = []
     for index, message in enumerate(messages):
@@ -147,8 +147,8 @@ def _is_trained(index: int, message: Message) -> bool | None:
     trained = bool(next(iter(given.values())))
     if trained and message["role"] != "assistant":
         raise UsageError(
-            f"message {index + 1} (role '{message['role']}') is marked to be trained; only assistant messages "
-            "can be"
+            f"message {index + 1} (role '{message['role']}') is marked to be trained; only assistant "
+            "messages can be"
         )
     return trained
 

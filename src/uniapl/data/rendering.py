@@ -25,8 +25,8 @@ DATE_NOTE = (
     "data.chat_template_kwargs: {date_string: TEXT} to keep one date"
 )
 THOUGHT_NOTE = (
-    "the chat template begins each answer with a thought, but the demonstration has none; it was trained with "
-    "an empty thought (<think></think>)"
+    "the chat template begins each answer with a thought, but the demonstration has none; an empty thought "
+    "(</think>) is put before it"
 )
 
 
@@ -111,21 +111,24 @@ class ChatTemplate:
             UsageError: A text is missing.
         """
         whole = self.render(messages, prompt=prompt, marked=True)
+        if self.parts and re.search(r"""['"]type['"]: ['"]text['"]""", whole):
+            raise UsageError("the chat template writes the list of content parts itself, not their text")
         if DATE_MARK in whole:
             self.notes.add(DATE_NOTE)
         expected = names = [function_of(tool)["name"] for tool in self.tools]
         for name in names:
             if whole.count(name + NAME_MARK) < expected.count(name):
                 raise UsageError(
-                    f"the chat template does not render '{name}' of 'tools'; remove the column, rename it with "
-                    "data.columns if it is not for the template, or use a model whose template has tools"
+                    f"the chat template does not render '{name}' of 'tools'; remove the column, rename it "
+                    "with data.columns if it is not for the template, or use a model whose template has tools"
                 )
         for index, message in enumerate(messages):
             *pieces, last = _outside_thoughts(message)
             if message["content"].strip():
                 pieces.append(last.lstrip() + MARK.format(index))
-            for function in map(function_of, message.get("tool_calls", ())):
-                pieces += _leaves(function.get("arguments", {}))
+            for call in message.get("tool_calls", ()):
+                function = function_of(call)
+                pieces += _leaves(_arguments(call))
                 expected = [*expected, function["name"]]
                 if whole.count(function["name"] + NAME_MARK) < expected.count(function["name"]):
                     pieces.append(function["name"] + NAME_MARK)

@@ -12,7 +12,7 @@ from uniapl.data.conversations import Completion, Conversation, Message, read_co
 from uniapl.data.rendering import ChatTemplate, Rendered, render_conversation
 from uniapl.data.tokenization import encode_completion, encode_prompt
 from uniapl.errors import UsageError
-from uniapl.types import Example, TokenIds
+from uniapl.types import Example, Prompt, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def _example(
     conversation = read_conversation(row, train_on=config.train_on)
     rendered = _rendered(conversation, row, tokenizer, config)
     notes |= rendered.notes
-    is_text = isinstance(conversation.prompt, str) and config.prompt_format == "text"
+    is_text = is_plain_text(conversation.prompt, config)
     prompt_ids = _prompt_ids(rendered.prompt, tokenizer, is_text=is_text, notes=notes)
     if not prompt_ids:
         raise UsageError("the prompt is empty")
@@ -178,7 +178,7 @@ def _rendered(
 ) -> Rendered:
     """The texts of the row: verbatim, or as the chat template renders them."""
     prompt, completions = conversation.prompt, (conversation.completion, conversation.rejected)
-    if isinstance(prompt, str) and config.prompt_format == "text":
+    if isinstance(prompt, str) and is_plain_text(prompt, config):
         if config.system_prompt is not None:
             raise UsageError(
                 "data.system_prompt does not apply to a plain text prompt; remove it or set "
@@ -203,6 +203,11 @@ def _rendered(
             tokenizer=tokenizer, arguments={**config.chat_template_kwargs, **arguments}, tools=tools or ()
         ),
     )
+
+
+def is_plain_text(prompt: Prompt, config: DataConfig) -> bool:
+    """Whether a prompt is used verbatim, without the chat template."""
+    return isinstance(prompt, str) and config.prompt_format == "text"
 
 
 def _as_message(completion: Completion) -> Message | None:
