@@ -114,6 +114,9 @@ def test_tools_are_given_to_the_template(name: str) -> None:
 def test_tools_that_are_not_rendered_or_not_tools_are_refused() -> None:
     with pytest.raises(UsageError, match="row 7: the chat template does not render 'get_weather' of 'tools'"):
         dataset(family("phi3"), {"prompt": [USER], "tools": [TOOL]})
+    with pytest.raises(UsageError, match="row 7: the chat template does not render 'get_weather' of 'tools'"):
+        # It renders the call of that name, but not the tool.
+        dataset(family("deepseekv3"), {"prompt": [USER, CALL, RESULT], "tools": [TOOL]})
     with pytest.raises(UsageError, match="row 7: 'tools' must be a list of JSON schemas"):
         dataset(family("qwen3"), {"prompt": [USER], "tools": [{"type": "function"}]})
     with pytest.raises(UsageError, match="row 7: 'tools' is text but not JSON"):
@@ -236,6 +239,14 @@ def test_a_call_is_refused_where_the_template_has_none(name: str) -> None:
     tokenizer = byte_tokenizer(without, FAMILIES[name])
     with pytest.raises(UsageError, match="row 7: "):
         dataset(tokenizer, {"messages": [USER, CALL]})
+
+
+def test_a_call_that_is_lost_is_refused_although_its_tool_has_the_name() -> None:
+    without = template("qwen3").replace("message.tool_calls", "message.other")
+    tokenizer = byte_tokenizer(without, FAMILIES["qwen3"])
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "get_weather"}}]}
+    with pytest.raises(UsageError, match=r"row 7: message 2 \(role 'assistant'\): 'get_weather' is not in"):
+        dataset(tokenizer, {"prompt": [USER, call, RESULT], "tools": [TOOL]})
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def test_random_conversations(name: str, row: dict[str, Any]) -> None:
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
             assert all(occurs(value, whole) for value in arguments.values())
     for tool in row.get("tools", ()):
-        assert tool["function"]["name"] in whole
+        assert occurs(tool["function"]["name"], whole)
+        assert occurs(tool["function"]["description"], whole)
     trained = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(turns) == len(trained), "all of them are trained"
     for index, (prompt, completion), (_, ids) in zip(trained, turns, example.demonstrated_turns, strict=True):

@@ -13,7 +13,7 @@ from uniapl.errors import UsageError
 
 MARK = "UniAPL{}mark"
 """Appended to every text of a conversation: a text whose mark is not rendered is lost."""
-NAME_MARK, DATE_MARK = MARK.format("name"), MARK.format("date")
+TOOL_MARK, CALL_MARK, DATE_MARK = (MARK.format(text) for text in ("tool", "call", "date"))
 CLOCK = "strftime_now"
 """The function with which templates read the clock."""
 THOUGHT = re.compile(r"(?:<think>|\A)(?:(?!<think>).)*?</think>", re.DOTALL)
@@ -73,7 +73,7 @@ class ChatTemplate:
         if CLOCK in source and (marked or "date_string" in self.arguments):
             date = "date_string" if "date_string" in self.arguments else f"'{DATE_MARK}'"
             source = f"{{%- macro {CLOCK}(format) -%}}{{{{ {date} }}}}{{%- endmacro -%}}{source}"
-        tools = [_with_marked_name(tool) if marked else tool for tool in self.tools]
+        tools = [_with_marked_name(tool, TOOL_MARK) if marked else tool for tool in self.tools]
         continued = prompt and messages[-1]["role"] == "assistant"
         options = {
             **self.arguments,
@@ -115,23 +115,23 @@ class ChatTemplate:
             raise UsageError("the chat template writes the list of content parts itself, not their text")
         if DATE_MARK in whole:
             self.notes.add(DATE_NOTE)
-        expected = names = [function_of(tool)["name"] for tool in self.tools]
-        for name in names:
-            if whole.count(name + NAME_MARK) < expected.count(name):
+        for name in (function_of(tool)["name"] for tool in self.tools):
+            if name + TOOL_MARK not in whole:
                 raise UsageError(
                     f"the chat template does not render '{name}' of 'tools'; remove the column, rename it "
                     "with data.columns if it is not for the template, or use a model whose template has tools"
                 )
+        calls: list[str] = []
         for index, message in enumerate(messages):
             *pieces, last = _outside_thoughts(message)
             if message["content"].strip():
                 pieces.append(last.lstrip() + MARK.format(index))
             for call in message.get("tool_calls", ()):
-                function = function_of(call)
+                name = function_of(call)["name"]
+                calls.append(name)
                 pieces += _leaves(_arguments(call))
-                expected = [*expected, function["name"]]
-                if whole.count(function["name"] + NAME_MARK) < expected.count(function["name"]):
-                    pieces.append(function["name"] + NAME_MARK)
+                if whole.count(name + CALL_MARK) < calls.count(name):
+                    pieces.append(name + MARK.format("lost"))
             lost = next((piece for piece in pieces if not _occurs(piece, whole)), None)
             if lost is not None:
                 text = re.sub(MARK.format(r"\w+?"), "", lost).strip()
@@ -311,13 +311,13 @@ def _marked(index: int, message: Message) -> Message:
     if message["content"].strip():
         message["content"] += MARK.format(index)
     if message["role"] == "tool" and isinstance(message.get("name"), str):
-        message["name"] += NAME_MARK
+        message["name"] += CALL_MARK
     if "tool_calls" in message:
-        message["tool_calls"] = [_with_marked_name(call) for call in message["tool_calls"]]
+        message["tool_calls"] = [_with_marked_name(call, CALL_MARK) for call in message["tool_calls"]]
     return message
 
 
-def _with_marked_name(tool: Message) -> Message:
+def _with_marked_name(tool: Message, mark: str) -> Message:
     """A tool or a tool call with a mark after the name of its function."""
-    function = {**function_of(tool), "name": function_of(tool)["name"] + NAME_MARK}
+    function = {**function_of(tool), "name": function_of(tool)["name"] + mark}
     return {**tool, "function": function} if "function" in tool else function
