@@ -47,8 +47,16 @@ class Example:
     """The expert's completion, including its end token."""
     rejected_ids: TokenIds | None = None
     """A completion that is worse than the demonstration; the discriminator is trained on it too."""
+    earlier_turns: tuple[tuple[TokenIds, TokenIds], ...] = ()
+    """Prompt and completion of each earlier assistant turn that only the SFT loss covers."""
     columns: dict[str, Any]
     """The other columns of the row, which reward functions receive by name."""
+
+    @property
+    def demonstrated_turns(self) -> tuple[tuple[TokenIds, TokenIds], ...]:
+        """Prompt and completion of every turn that the SFT loss covers, the demonstration last."""
+        last = () if self.demonstration_ids is None else ((self.prompt_ids, self.demonstration_ids),)
+        return (*self.earlier_turns, *last)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from uniapl.config import DataConfig
-from uniapl.data.batching import Row, component_counts, demonstration_row, micro_batches
+from uniapl.data.batching import Row, component_counts, demonstration_rows, micro_batches
 from uniapl.data.rows import tokenize_row
 from uniapl.functional import (
     clip_counts,
@@ -670,7 +670,7 @@ def test_sft_step_has_trls_loss_and_gradients(
     expected = Result(loss=torch.stack(losses).sum(), grads=gradients(theirs))
 
     rows = [
-        demonstration_row(tokenize_row(number, row, tokenizer, DataConfig()))
+        demonstration_rows(tokenize_row(number, row, tokenizer, DataConfig()))[0]
         for number, row in enumerate(DEMONSTRATIONS, start=1)
     ]
     assert sorted(row.completion_ids for row in rows) == supervised

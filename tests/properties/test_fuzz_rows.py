@@ -260,8 +260,8 @@ SPLIT = "\ud800"
 """Half a surrogate pair: JSON can hold it, UTF-8 cannot."""
 
 
-@pytest.mark.parametrize("message", [{"content": "a", "x": SPLIT}, {"content": {"a": SPLIT}}])
-def test_prompts_that_no_file_can_hold_as_they_are(message: dict[str, Any], folder: Path) -> None:
+def test_prompts_that_no_file_can_hold_as_they_are(folder: Path) -> None:
+    message = {"content": "a", "x": SPLIT}
     data = folder / "rows.jsonl"
     data.write_bytes(jsonl([{"prompt": [{"role": "user", **message}], "completion": "b", "answer": "c"}]))
     assert run("train", folder, data, "chat").code == 0

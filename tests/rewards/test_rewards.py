@@ -267,6 +267,8 @@ def test_reward_model_scores_as_in_trl(tmp_path: Path, batch_size: int) -> None:
         assert len(set(logits)) == len(texts)
 
     check(score(prompts, completions), "say aaaa", "babcabcabc", "<turn>hi<turn>yo")
+    begun = [*user, {"role": "assistant", "content": "well "}]
+    check(score([begun], completions[2:]), "<turn>hi<turn>well yo")
     check(
         score(prompts[:2], completions[:2], prompt_format="chat"),
         "<turn>say a<turn>aaa",

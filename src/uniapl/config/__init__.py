@@ -58,7 +58,11 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """System message for chat prompts that have none; null adds none."""
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default={})
-    """Arguments of the chat template, such as {enable_thinking: false} for Qwen3."""
+    """Arguments of the chat template, such as {enable_thinking: false} for Qwen3. A row's column
+    `chat_template_kwargs` takes precedence."""
+    train_on: Literal["last", "all"] = "last"
+    """Assistant turns of a conversation that the SFT loss covers; all adds the turns before the last one.
+    Rollouts and the discriminator always concern the last one."""
     max_prompt_length: int | None = Field(default=None, gt=0)
     """Leave out rows whose prompt has more tokens than this; null keeps all that fit the context window."""
     max_demonstration_length: int | None = Field(default=None, gt=1)

@@ -24,9 +24,7 @@ OTHER_NAMES = _by_name(
         "save_total_limit": "max_ckpt_num max_actor_ckpt_to_keep",
         "logging_steps": "logging_strategy logging_first_step",
         "log_completions_steps": "log_completions num_completions_to_print",
-        "eval_steps": (
-            "eval_strategy evaluation_strategy evals_per_epoch eval_interval test_freq do_eval"
-        ),
+        "eval_steps": ("eval_strategy evaluation_strategy evals_per_epoch eval_interval test_freq do_eval"),
         "report_to": "use_wandb wandb_project wandb_mode project trackio_space_id use_tensorboard logger",
         "early_stopping": "stop",
         "early_stopping.max_tokens": "stop.max_tokens",
@@ -191,7 +189,8 @@ NO_EQUIVALENT = _by_name(
             "chat_template_jinja tokenizer_type tokens"
         ),
         "the loss covers the tokens of demonstrations and rollouts, never those of prompts": (
-            "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt roles_to_train label_names"
+            "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt roles_to_train "
+            "label_names"
         ),
         "rows are read into memory, tokenized once and shuffled by seed": (
             "dataset_kwargs dataset_num_proc dataset_streaming streaming shuffle_dataset "

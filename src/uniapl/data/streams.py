@@ -57,7 +57,7 @@ def split_streams(
     Rollouts are sampled if a reward function applies, or if the discriminator can compare them with a
     demonstration.
     """
-    demonstrations = [e for e in dataset.examples if e.demonstration_ids is not None]
+    demonstrations = [e for e in dataset.examples if e.demonstrated_turns]
     prompts = [
         e
         for e in dataset.examples

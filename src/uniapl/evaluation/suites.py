@@ -47,7 +47,7 @@ class Suite:
     left_out: Mapping[str, Sequence[int]]
     """Reason -> row numbers of the prompts left out."""
     notes: Sequence[str] = ()
-    """Notes of the reward functions on the rows."""
+    """Notes on the rows."""
     answer_after: str | None = None
     """If not None, only the text after this mark is scored."""
 
@@ -115,14 +115,14 @@ def load_suites(
                     context_length=context_length,
                     max_completion_length=config.evaluation.max_completion_length,
                 )
-            examples, notes, mark = dataset.examples, [], None
+            examples, notes, mark = dataset.examples, [*dataset.notes], None
             if name in BENCHMARKS or not (config.rewards.functions or functions):
                 mark = config.evaluation.answer_after
                 score, headline = _instruction_scores(examples, mark, once), "prompt_strict"
             else:
                 rewarder = build_rewarder(config.rewards, functions, trainer_state, once=once)
                 rewarder.check_columns(examples)
-                notes = rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
+                notes += rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
                 rewarder.try_out(examples)
                 score, headline = _reward_scores(rewarder), "reward"
         except UsageError as error:

@@ -45,6 +45,10 @@ def reward_model(
                 return prompt + completion
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
+        if prompt[-1]["role"] == "assistant":
+            # The completion continues this message.
+            *prompt, begun = prompt
+            completion = [{**begun, "content": begun["content"] + completion[0]["content"]}]
         return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
     texts = [text(*pair) for pair in zip(prompts, completions, strict=True)]

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shards
+from uniapl.data.batching import demonstration_rows, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
 from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
@@ -178,7 +178,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     elif config.objective.learns_from_demonstrations:
         demonstrated = stream.take(config.batching.demonstrations_per_step)
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
-    rows += map(demonstration_row, demonstrated)
+    rows += [row for example in demonstrated for row in demonstration_rows(example)]
     weights = stage.schedule.weights(groups)
     # Rows whose gradient is 0 are left out; `MixedBatch.counts` still includes them.
     trained = [row for row in rows if row.has_gradient(weights)]

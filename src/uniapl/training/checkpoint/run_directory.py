@@ -13,6 +13,7 @@ import yaml
 
 from uniapl.config import Config
 from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe, validate
+from uniapl.data.rows import is_plain_text
 from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.report.reading import END_STATE, MODEL_ANALYSIS
@@ -114,6 +115,7 @@ def run_manifest(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
             "path": config.data.path,
             "sha256": inputs.data_sha256,
             "examples": len(inputs.dataset.examples),
+            "plain_text_prompts": sum(is_plain_text(e.prompt, config.data) for e in inputs.dataset.examples),
             "left_out": {reason: len(rows) for reason, rows in inputs.dataset.left_out.items()},
         },
         "git_commit": _git_commit(),

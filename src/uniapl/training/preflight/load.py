@@ -65,7 +65,7 @@ def load_inputs(
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     state = _trainer_state(config, stages)
     rewarder = build_rewarder(config.rewards, functions, state, once=once)
-    notes = _data_notes(rows, config, stop_ids, tokenizer)
+    notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(rows):
