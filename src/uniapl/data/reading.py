@@ -76,7 +76,7 @@ def read_rows(config: DataConfig) -> Rows:
     Raises:
         UsageError: A file or the Hub data set does not exist, is invalid, or has no rows.
     """
-    paths = (config.path,) if isinstance(config.path, str) else config.path
+    paths = [config.path] if isinstance(config.path, str) else [*(config.path or ())]
     if not paths:
         raise UsageError(f"no data: set data.path to {_KINDS} or a Hub id")
     files: list[str] = []
