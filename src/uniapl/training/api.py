@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, chdir, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,16 @@ def train_resolved(
         check_processes(stage.config, accelerator.num_processes)
         if fsdp.shards_weights():
             fsdp.check_sharding(stage.config)
-    inputs = load_inputs(
-        resolved,
-        stages,
-        train_dataset=train_dataset,
-        reward_functions=reward_functions,
-        with_suites=config.eval_steps > 0,
-        once=functools.partial(on_rank_zero, accelerator),
-    )
+    # Reward functions are tried, and may change the working directory, to which paths are relative.
+    with chdir("."):
+        inputs = load_inputs(
+            resolved,
+            stages,
+            train_dataset=train_dataset,
+            reward_functions=reward_functions,
+            with_suites=config.eval_steps > 0,
+            once=functools.partial(on_rank_zero, accelerator),
+        )
     examples = [(example.prompt_ids, example.demonstration_ids) for example in inputs.dataset.examples]
     check_agreement(accelerator, "the data", examples)
     stages = [with_max_steps(stage, inputs) for stage in stages]
@@ -169,7 +171,7 @@ def _start(
     view: RunView,
 ) -> tuple[Callable[[int], Stage], Run, Stage]:
     """(builder of the stages, run, its current stage): everything that can fail before the first step."""
-    config, directory = resolved.config, Path(str(accelerator.project_dir))
+    config, directory, working_directory = resolved.config, Path(str(accelerator.project_dir)), Path.cwd()
     start = on_rank_zero(accelerator, lambda: read_start(resolved, stages, inputs, view.say, directory))
     source = inputs.source.with_weights(start.checkpoint)
     model: Any = load_policy(source, config.model, seed=config.seed).to(accelerator.device)
@@ -178,9 +180,10 @@ def _start(
     def build(index: int) -> Stage:
         weights = start.stage_weights(index, directory)
         try:
-            stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=weights)
-            start.load(stage)
-            stage.check_sampler()
+            with chdir(working_directory):
+                stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=weights)
+                start.load(stage)
+                stage.check_sampler()
         except UsageError as error:
             if index == start.stage:
                 raise

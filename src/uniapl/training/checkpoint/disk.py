@@ -24,7 +24,9 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         UsageError: Another run uses the directory, or it cannot be written.
     """
     lock = FileLock(run_dir / LOCK, timeout=0)
+    created: list[Path] = []
     try:
+        created += [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         # Some file systems have no locks; runs on them are not protected.
         with contextlib.suppress(NotImplementedError):
@@ -41,7 +43,9 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         # A run that was refused leaves nothing behind.
         with contextlib.suppress(OSError):
             if [path.name for path in run_dir.iterdir()] == [LOCK]:
-                shutil.rmtree(run_dir)
+                (run_dir / LOCK).unlink()
+                for path in created:
+                    path.rmdir()
         lock.release()
 
 

@@ -43,7 +43,9 @@ def check_run_directory(config: Config, run_dir: Path, resumed_from: Path | None
             f"output_dir '{run_dir}' already holds a run ({listed}): continue it with --resume auto, "
             "replace it with --overwrite, or choose another --output-dir"
         )
-    if occupied and resumed_from and run_dir.resolve() not in resumed_from.resolve().parents:
+    # The directory with the checkpoints may be a link to another disk.
+    own = {run_dir.resolve(), (run_dir / "checkpoints").resolve()}
+    if occupied and resumed_from and own.isdisjoint(resumed_from.resolve().parents):
         raise UsageError(
             f"output_dir '{run_dir}' already holds another run ({listed}), which the checkpoint "
             f"'{resumed_from}' does not belong to: choose another --output-dir"
