@@ -66,12 +66,7 @@ def load_inputs(
     suites: tuple[Suite, ...] = ()
     if with_suites:
         suites = load_suites(
-            config,
-            tokenizer,
-            functions=functions,
-            stop_ids=stop_ids,
-            context_length=window,
-            trainer_state=state,
+            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=window, state=state
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
