@@ -84,7 +84,7 @@ class RolloutGroup:
     """Weighted sums over the reward functions; None for an unknown reward, which the mean excludes."""
     reward_parts: dict[str, tuple[float | None, ...]]
     """Reward function -> its value for each rollout."""
-    extra: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    extra: dict[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     """Column -> what a reward function logged for each rollout by `log_extra`."""
     policy_logits: tuple[float, ...] | None = None
     """Not the language model's logits: the discriminator's logit of each rollout; None if they have none."""

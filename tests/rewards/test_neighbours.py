@@ -62,7 +62,8 @@ def test_each_file_gets_its_own_helper(statement: str, late: bool, tmp_path: Pat
 
 @pytest.mark.parametrize("init", [False, True])
 def test_packages_with_and_without_init(init: bool, tmp_path: Path) -> None:
-    files = {"my_lib__sub____init__": "", "my_lib____init__": "from .sub import deep"} if init else {}
+    inits = {"my_lib__sub____init__": "", "my_lib____init__": "from .sub import deep\nimport my_lib.top"}
+    files = inits if init else {}
     first, second = functions(
         tmp_path,
         my_lib__sub__deep="from my_other import VALUE\nfrom ..top import TOP\nVALUE = VALUE + TOP",

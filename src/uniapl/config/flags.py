@@ -44,15 +44,15 @@ def apply_flags(values: dict[str, Any], parsed: Values) -> dict[str, Any]:
                 if not part.isdigit() or int(part) >= len(target):
                     key = ".".join(path[:depth])
                     raise UsageError(f"{flag_of(path)}: {key} has {len(target)} entries, counted from 0")
-                part = int(part)
             elif not isinstance(target, dict):
                 raise UsageError(unknown(flag_of(path), "flag"))
+            place: Any = int(part) if isinstance(target, list) else part
             if last:
-                target[part] = value
+                target[place] = value
             else:
-                inner = target[part] if isinstance(target, list) else target.get(part, {})
-                target[part] = list(inner) if isinstance(inner, tuple) else inner
-                target = target[part]
+                inner = target[place] if isinstance(target, list) else target.get(place, {})
+                target[place] = list(inner) if isinstance(inner, tuple) else inner
+                target = target[place]
     return values
 
 

@@ -77,7 +77,7 @@ def load_suites(
     functions: Sequence[Callable[..., Any]] = (),
     stop_ids: Collection[int] = (),
     context_length: int | None = None,
-    trainer_state: TrainerState | None = None,
+    state: TrainerState | None = None,
     once: Once = here,
 ) -> tuple[Suite, ...]:
     """The suites of `evaluation.suites`, with their prompts tokenised and their scoring tried.
@@ -88,7 +88,7 @@ def load_suites(
         functions: Further reward functions, as callables.
         stop_ids: Tokens at which the sampler ends a completion.
         context_length: The model's context length in tokens; longer prompts are left out.
-        trainer_state: Passed to reward functions that take it; None: the state at the end of a run.
+        state: The `trainer_state` of reward functions; None: the state at the end of a run.
         once: Tries the scoring in one of several processes.
 
     Raises:
@@ -99,7 +99,7 @@ def load_suites(
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two suites are called '{name}': rename one with NAME=PATH")
-    trainer_state = trainer_state or TrainerState(global_step=config.max_steps, max_steps=config.max_steps)
+    state = state or TrainerState(global_step=config.max_steps, max_steps=config.max_steps)
     suites: list[Suite] = []
     unset = ("name", "revision", "max_prompt_length", "max_demonstration_length")
     for name, path in sources:
@@ -120,7 +120,7 @@ def load_suites(
                 mark = config.evaluation.answer_after
                 score, headline = _instruction_scores(examples, mark, once), "prompt_strict"
             else:
-                rewarder = build_rewarder(config.rewards, functions, trainer_state, once=once)
+                rewarder = build_rewarder(config.rewards, functions, state, once=once)
                 rewarder.check_columns(examples)
                 notes += rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
                 rewarder.try_out(examples)

@@ -48,6 +48,9 @@ class LoopThread:
         except BaseException:  # Ctrl-C
             future.cancel()
             raise
+        if future.cancelled() and self._closing:
+            # Unlike an error of the function, a time-out is not followed by further calls.
+            raise RewardTimeoutError("cancelled because its event loop was closed")
         if done:
             return future.result()
         if self._responds():

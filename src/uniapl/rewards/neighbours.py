@@ -112,8 +112,8 @@ def _own_name(directory: Path, top: str, importer: str | None = None) -> str | N
     spec = _fixed(PathFinder.find_spec(top, [str(directory)]))
     if spec is None or not (spec.loader is None or isinstance(spec.loader, SourceFileLoader)):
         return None
-    if importer is not None and spec.origin == importer:
-        return None
+    if importer is not None and spec.origin == importer and spec.submodule_search_locations is None:
+        return None  # A package's __init__.py may import the package's modules by their full names.
     renamed = f"{top}_{_digest(directory)}"
     for name in (top, renamed):
         if _FINDER.own.get(name, (None, None))[0] == directory:

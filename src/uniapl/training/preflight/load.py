@@ -84,7 +84,7 @@ def load_inputs(
             functions=functions,
             stop_ids=stop_ids,
             context_length=window,
-            trainer_state=state,
+            state=state,
             once=once,
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
