@@ -15,13 +15,8 @@ from uniapl.errors import UsageError
 
 KEYS = {*flatten(Config()), *Config.model_fields}
 LEAVES = {key.rsplit(".", 1)[-1] for key in KEYS}
-CLASSES = (
-    trl.GRPOConfig,
-    trl.SFTConfig,
-    trl.ModelConfig,
-    trl.ScriptArguments,
-    transformers.TrainingArguments,
-)
+NAMES = ("GRPOConfig", "SFTConfig", "ModelConfig", "ScriptArguments")
+CLASSES = (*(getattr(trl, name) for name in NAMES), transformers.TrainingArguments)
 FIELDS = sorted({field.name for one in CLASSES for field in dataclasses.fields(one)})
 LATER = {"data.name", "data.revision"}
 """Keys that the tables may name before the configuration has them."""

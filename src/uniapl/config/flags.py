@@ -38,21 +38,21 @@ def apply_flags(values: dict[str, Any], parsed: Values) -> dict[str, Any]:
     """
     for path, value in parsed:
         target: Any = values
-        for depth, part in enumerate(path):
-            last = depth + 1 == len(path)
+        for depth, part in enumerate(path, start=1):
+            index: Any = part
             if isinstance(target, list):
                 if not part.isdigit() or int(part) >= len(target):
-                    key = ".".join(path[:depth])
+                    key = ".".join(path[: depth - 1])
                     raise UsageError(f"{flag_of(path)}: {key} has {len(target)} entries, counted from 0")
+                index = int(part)
             elif not isinstance(target, dict):
                 raise UsageError(unknown(flag_of(path), "flag"))
-            place: Any = int(part) if isinstance(target, list) else part
-            if last:
-                target[place] = value
-            else:
-                inner = target[place] if isinstance(target, list) else target.get(place, {})
-                target[place] = list(inner) if isinstance(inner, tuple) else inner
-                target = target[place]
+            if depth == len(path):
+                target[index] = value
+                continue
+            inner = target.setdefault(part, {}) if isinstance(target, dict) else target[index]
+            target[index] = list(inner) if isinstance(inner, tuple) else inner
+            target = target[index]
     return values
 
 

@@ -65,8 +65,8 @@ def check_tokens(
         UsageError: Most tokens of the data are unknown or padding.
     """
     # GPT-2 uses one token for all of these, which is a part of normal text.
-    ordinary = {*stop_ids, tokenizer.eos_token_id, tokenizer.bos_token_id, None}
-    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - ordinary
+    eos, bos, unk, pad = (getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "unk", "pad"))
+    unknown = {unk, pad} - {*stop_ids, eos, bos, None}
     total, lost, rows = 0, 0, []
     for example in dataset.examples:
         ids = (*example.prompt_ids, *(example.demonstration_ids or ()))
