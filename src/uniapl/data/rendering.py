@@ -255,7 +255,9 @@ def render_conversation(
             turns = [(messages[:index], messages[index]) for index in earlier]
             return Rendered(
                 prompt=form.render(messages),
-                completions=[turn and form.completion(messages, turn) for turn in completions],
+                completions=[
+                    None if turn is None else form.completion(messages, turn) for turn in completions
+                ],
                 earlier=[(form.render(before), form.completion(before, turn)) for before, turn in turns],
                 notes=form.notes,
             )

@@ -190,7 +190,9 @@ def _rendered(
         unused = [name for name in ("tools", "chat_template_kwargs") if name in row]
         notes = {f"{' and '.join(unused)} has no effect on a plain text prompt; set data.prompt_format: chat"}
         return Rendered(prompt=prompt, completions=texts, earlier=[], notes=notes if unused else set())
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages: list[Message] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    )
     added = int(config.system_prompt is not None and messages[0]["role"] != "system")
     if added:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
