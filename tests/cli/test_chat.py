@@ -30,7 +30,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def load(source: Any) -> Any:
         model = original(source)
-        generate = model.generate
+        generate: Any = model.generate
 
         def recorded(inputs: Any, **settings: Any) -> Any:
             seen.append(str(make_tokenizer().decode(inputs[0].tolist())))

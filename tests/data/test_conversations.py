@@ -171,4 +171,5 @@ def test_all_covers_the_tokens_of_trl_s_assistant_only_loss(name: str) -> None:
     extra = [index for index, (a, b) in enumerate(zip(ours, mask, strict=True)) if a and not b]
     missing = [index for index, (a, b) in enumerate(zip(ours, mask, strict=True)) if b and not a]
     assert not [index for index in extra if ids[index] != tokenizer.eos_token_id]
-    assert not tokenizer.decode([ids[index] for index in missing], skip_special_tokens=True).strip()
+    written = tokenizer.decode([ids[index] for index in missing], skip_special_tokens=True)
+    assert not str(written).strip()

@@ -3,11 +3,13 @@ refused, the trained tokens are exactly the assistant's, and sampling continues 
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from support.fuzzing import tries
 from support.templates import FAMILIES, family
@@ -83,6 +85,10 @@ def joined(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
+def decoded(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids)))
+
+
 def numbers(text: str) -> set[str]:
     return set(re.findall(r"q\d+z", text))
 
@@ -100,17 +106,17 @@ def answer(message: dict[str, Any]) -> str:
 @given(row=conversations())
 def test_random_conversations(name: str, row: dict[str, Any]) -> None:
     tokenizer, messages = TOKENIZERS[name], row["messages"]
-    refusal = ""
+    refusal, example = "", None
     try:
         example = tokenize_row(1, row, tokenizer, DataConfig(train_on="all"))
     except UsageError as error:
         refusal = str(error)
-    if refusal:
+    if example is None:
         assert re.fullmatch(rf"row 1: .*({REFUSALS}).*", refusal, re.DOTALL)
         roles = {message["role"] for message in messages}
         assert roles & {"tool", "developer", "system"}, "a conversation of user and assistant is accepted"
         return
-    turns = [(tokenizer.decode(list(p)), tokenizer.decode(list(c))) for p, c in example.demonstrated_turns]
+    turns = [(decoded(tokenizer, p), decoded(tokenizer, c)) for p, c in example.demonstrated_turns]
     whole = "".join(turns[-1])
     for message in messages:
         assert occurs(answer(message), whole), "every text reaches the model"
@@ -157,13 +163,13 @@ def test_random_answers_are_continued(name: str, begun: str, rest: str, user: st
     completion = f"{rest}q3z"
     example = tokenize_row(1, {"prompt": prompt, "completion": completion}, tokenizer, DataConfig())
     assert example.demonstration_ids is not None
-    ended = tokenizer.decode(list(example.prompt_ids))
+    ended = decoded(tokenizer, example.prompt_ids)
     assert ended.endswith(f"{begun}q2z".strip())
     whole_turn = [{"role": "assistant", "content": f"{begun}q2z{completion}"}]
     whole = tokenize_row(1, {"prompt": prompt[:1], "completion": whole_turn}, tokenizer, DataConfig())
-    both = tokenizer.decode([*example.prompt_ids, *example.demonstration_ids])
+    both = decoded(tokenizer, [*example.prompt_ids, *example.demonstration_ids])
     if name not in STRIPS_THOUGHTS:
-        assert both == tokenizer.decode([*whole.prompt_ids, *(whole.demonstration_ids or ())])
+        assert both == decoded(tokenizer, [*whole.prompt_ids, *(whole.demonstration_ids or ())])
     assert both.removesuffix(FAMILIES[name]).endswith(f"q2z{completion}".rstrip()) or occurs(completion, both)
 
 
