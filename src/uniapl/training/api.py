@@ -97,25 +97,9 @@ def train_resolved(
     config = resolved.config
     check_trackers(config.report_to)
     stages = stages_of(resolved)
-    accelerator = make_accelerator(config)
+    accelerator = _launched(config, stages)
     directory = Path(str(accelerator.project_dir))
-    check_agreement(accelerator, "the recipe", [stage.config for stage in stages])
-    for stage in stages:
-        check_processes(stage.config, accelerator.num_processes)
-        if fsdp.shards_weights():
-            fsdp.check_sharding(stage.config)
-    # Reward functions are tried, and may change the working directory, to which paths are relative.
-    with chdir("."):
-        inputs = load_inputs(
-            resolved,
-            stages,
-            train_dataset=train_dataset,
-            reward_functions=reward_functions,
-            with_suites=config.eval_steps > 0,
-            once=functools.partial(on_rank_zero, accelerator),
-        )
-    examples = [(example.prompt_ids, example.demonstration_ids) for example in inputs.dataset.examples]
-    check_agreement(accelerator, "the data", examples)
+    inputs = _load(resolved, stages, accelerator, train_dataset, reward_functions)
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
     if train_dataset is not None and config.data.path is not None:
@@ -152,6 +136,40 @@ def train_resolved(
     return RunResult(
         output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.health.last_record
     )
+
+
+def _launched(config: Config, stages: Sequence[Resolved]) -> Accelerator:
+    """The accelerator of a run, which all ranks were started for in a way that its stages support."""
+    accelerator = make_accelerator(config)
+    check_agreement(accelerator, "the recipe", [stage.config for stage in stages])
+    for stage in stages:
+        check_processes(stage.config, accelerator.num_processes)
+        if fsdp.shards_weights():
+            fsdp.check_sharding(stage.config)
+    return accelerator
+
+
+def _load(
+    resolved: Resolved,
+    stages: Sequence[Resolved],
+    accelerator: Accelerator,
+    train_dataset: Iterable[Mapping[str, Any]] | None,
+    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any],
+) -> RunInputs:
+    """The inputs of a run, on which all ranks agree."""
+    # Reward functions are tried, and may change the working directory, to which paths are relative.
+    with chdir("."):
+        inputs = load_inputs(
+            resolved,
+            stages,
+            train_dataset=train_dataset,
+            reward_functions=reward_functions,
+            with_suites=resolved.config.eval_steps > 0,
+            once=functools.partial(on_rank_zero, accelerator),
+        )
+    examples = [(example.prompt_ids, example.demonstration_ids) for example in inputs.dataset.examples]
+    check_agreement(accelerator, "the data", examples)
+    return inputs
 
 
 def _start(

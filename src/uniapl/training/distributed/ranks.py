@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -19,7 +19,7 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], Result]) -> Result
     """
     if accelerator.num_processes == 1:
         return work()
-    outcome: list[Result | UniAPLError | None] = [None]
+    outcome: list[Any] = [None]
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:

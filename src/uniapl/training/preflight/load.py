@@ -62,17 +62,10 @@ def load_inputs(
         check_stage(stage.config, dataset, rewarder, notes)
     if longest:
         rewarder.try_out(dataset.examples)
-    content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
     suites: tuple[Suite, ...] = ()
     if with_suites:
-        suites = load_suites(
-            config,
-            tokenizer,
-            functions=functions,
-            stop_ids=stop_ids,
-            context_length=context_length,
-            once=once,
-        )
+        limits = {"stop_ids": stop_ids, "context_length": context_length}
+        suites = load_suites(config, tokenizer, functions=functions, once=once, **limits)
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
         source=model_source,
@@ -80,7 +73,12 @@ def load_inputs(
         dataset=dataset,
         rewarder=rewarder,
         stop_ids=stop_ids,
-        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        data_sha256=_sha256([row for _, row in rows]),
         notes=tuple(notes),
         suites=suites,
     )
+
+
+def _sha256(rows: Sequence[Mapping[str, Any]]) -> str:
+    content = json.dumps(rows, default=repr, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
