@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo recipe test test-cases test-real-data test-vllm torture lint docs benchmark clean
+.PHONY: demo recipe test test-cases test-real-data test-vllm torture gpu-check gpu-check-tiny lint docs benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,11 +22,11 @@ $(VENV)/.developed: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/uniapl demo --output-dir $(DEMO) --overwrite True
+	$(BIN)/uniapl demo --output-dir $(DEMO) --overwrite
 
 recipe: $(VENV)/.installed
 	$(BIN)/python recipes/ifeval_tiny.py $(if $(IFEVAL),--prompts "$(IFEVAL)") --output build/ifeval_tiny
-	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir runs/ifeval_tiny --overwrite True
+	$(BIN)/uniapl train recipes/ifeval_tiny.yaml --output-dir runs/ifeval_tiny --overwrite
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
@@ -58,6 +58,14 @@ test-vllm: $(VLLM_VENV)/.installed
 # This is not part of `make test`, because it would triple its duration.
 torture: $(VENV)/.developed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/torture.py
+
+# This runs with the machine's own Python and its PyTorch for GPUs; benchmarks/gpu/README.md lists the packages it needs.
+gpu-check:
+	$(PYTHON) benchmarks/gpu/check.py $(GPU_CHECK)
+
+# The same stages with tiny models on the CPU.
+gpu-check-tiny: $(VENV)/.developed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu/check.py --tiny
 
 lint: $(VENV)/.developed docs
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def machine(options: Namespace) -> dict[str, Any]:
         "precision": "bf16" if options.bf16 else "fp32",
         "matmul_flops": 2 * size**3 / best(lambda: left @ left),
         "copy_bytes": 2 * source.nbytes / best(lambda: target.copy_(source)),
-        **{name: version(name) for name in ("uniapl", "trl", "transformers", "torch")},
+        **{name: version(name) for name in ("uniapl", "trl", "transformers", "torch", "accelerate")},
     }
 
 

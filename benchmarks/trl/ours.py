@@ -1,7 +1,7 @@
 """UniAPL's side of the benchmarks: a stage as `uniapl train` builds it, and its update of the policy."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,10 @@ def our_stage(
     )
 
 
-def our_rows(work: Work, stage: Stage) -> list[Row]:
-    """Build the rows of a step from given completions and rewards."""
+def our_rows(work: Work, stage: Stage, rollouts: Sequence[Rollout] | None = None) -> list[Row]:
+    """Build the rows of a step from the work's completions, or from sampled rollouts, and its rewards."""
     size = work.shape.generations
+    rollouts = rollouts or [given_rollout(completion) for completion in work.completions]
     groups = [
         RolloutGroup(
             example=Example(
@@ -69,15 +70,7 @@ def our_rows(work: Work, stage: Stage) -> list[Row]:
                 demonstration_ids=None,
                 columns={},
             ),
-            rollouts=tuple(
-                Rollout(
-                    completion_ids=tuple(completion),
-                    sampling_logprobs=(0.0,) * len(completion),
-                    finish_reason="stop",
-                    policy_version=0,
-                )
-                for completion in work.completions[number * size : (number + 1) * size]
-            ),
+            rollouts=tuple(rollouts[number * size : (number + 1) * size]),
             rewards=tuple(work.rewards[number * size : (number + 1) * size]),
             reward_parts={},
         )
@@ -91,6 +84,16 @@ def our_rows(work: Work, stage: Stage) -> list[Row]:
         expert_mean=None,
     )
     return rollout_rows(groups, credits, temperature=stage.config.rollout.temperature)
+
+
+def given_rollout(completion: Sequence[int]) -> Rollout:
+    """A rollout with these tokens, whose sampling log-probabilities are unknown."""
+    return Rollout(
+        completion_ids=tuple(completion),
+        sampling_logprobs=(0.0,) * len(completion),
+        finish_reason="stop",
+        policy_version=0,
+    )
 
 
 def our_update(

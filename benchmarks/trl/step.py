@@ -73,6 +73,25 @@ class Clock(TrainerCallback):
         self.times.append(self.now() - self.start)
 
 
+class Enough(BaseException):
+    """Ends a run without a checkpoint, which would take longer than the steps of a large model."""
+
+
+class StoppingReward:
+    """The random reward, for a given number of calls; the first is the trial before the run."""
+
+    __name__ = "random_reward"
+
+    def __init__(self, calls: int) -> None:
+        self.calls_left = calls
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        if self.calls_left == 0:
+            raise Enough
+        self.calls_left -= 1
+        return random_reward(completions, **columns)
+
+
 Run = Callable[[], list[dict[str, float]]]
 """Does a short run and returns the times of each step but the first: "step", and its parts if available."""
 
@@ -82,13 +101,24 @@ def our_run(shape: Shape, folder: Path, options: Namespace, **changes: Any) -> R
     rows = data_rows(shape, steps * shape.prompts)
     directory = folder.parent / f"uniapl-{len(changes)}"
     values = merge(recipe(shape, folder, options), changes)
-    values |= {"output_dir": str(directory), "overwrite": True, "max_steps": steps, "save_steps": steps}
+    values |= {
+        "output_dir": str(directory),
+        "overwrite": True,
+        "max_steps": steps + 1,
+        "save_steps": steps + 1,
+    }
     values["logging_steps"] = steps
-    lengths = planned_lengths(shape, steps * shape.rows)
+    # The rollouts of the step that is not finished have lengths too.
+    lengths = planned_lengths(shape, (steps + 1) * shape.rows)
 
     def run() -> list[dict[str, float]]:
-        with our_sampler_planned(Plan(lengths)), contextlib.redirect_stdout(None):
-            uniapl.train(values, train_dataset=rows, reward_functions=[random_reward])
+        reward = StoppingReward(calls=1 + steps)
+        with (
+            our_sampler_planned(Plan(lengths)),
+            contextlib.redirect_stdout(None),
+            contextlib.suppress(Enough),
+        ):
+            uniapl.train(values, train_dataset=rows, reward_functions=[reward])
         records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         return [
             {"step": r["step_time"]} | {p: r[f"time/{p}"] for p in PARTS if f"time/{p}" in r}

@@ -100,8 +100,54 @@ def startup(found: dict[str, Any]) -> str:
     )
 
 
+def gpu(found: dict[str, Any]) -> str:
+    """Tables of one stage of the GPU check: its checks, its measurements and its targets."""
+    models = ", tiny models" if found["tiny"] else ""
+    parts = [f"{found['device']}, torch {found['torch']}, transformers {found['transformers']}{models}."]
+    if found["checks"]:
+        checks = [
+            [
+                c["name"],
+                f"{c['value']:.2g}",
+                f"{c['relation']} {c['bound']:g}",
+                "yes" if c["passed"] else "**no**",
+            ]
+            for c in found["checks"]
+        ]
+        parts.append(markdown(["", "value", "bound", "passed"], checks))
+    if found["rows"]:
+        columns = [*dict.fromkeys(key for row in found["rows"] for key in row if key != "name")]
+        rows = [[row["name"], *(cell(key, row.get(key)) for key in columns)] for row in found["rows"]]
+        parts.append(
+            markdown(["", *(key.replace("_", " ").replace("bytes", "GiB") for key in columns)], rows)
+        )
+    if found.get("targets"):
+        targets = [
+            [
+                target["name"],
+                "" if target["value"] is None else f"{target['value']:.2f}",
+                f"{target['target']:g}",
+                "yes" if target["met"] else "**no**",
+            ]
+            for target in found["targets"]
+        ]
+        parts.append(markdown(["", "value", "at least", "met"], targets))
+    return "\n\n".join(parts)
+
+
+def cell(key: str, value: Any) -> str:
+    """A measured value with three digits; bytes in GiB."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if key.endswith("bytes"):
+        return f"{value / 2**30:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def render(found: dict[str, Any]) -> str:
     """Markdown for the JSON file of one benchmark."""
+    if found["benchmark"].startswith("gpu_"):
+        return gpu(found)
     if found["benchmark"] == "startup":
         return startup(found)
     if found["benchmark"] == "scaling":

@@ -29,12 +29,28 @@ PAD, EOS = 0, 1
 DEMO = Path(str(files("uniapl.demo") / "base"))
 
 
+def _trunk(hidden: int, layers: int, heads: int, **sizes: int) -> dict[str, int]:
+    small = {"intermediate_size": hidden * 8 // 3, "num_key_value_heads": heads // 2, "head_dim": 64}
+    trunk = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return trunk | small | sizes
+
+
+TRUNKS = {
+    "20m": _trunk(384, 5, 6),
+    "thin": _trunk(256, 2, 4),
+    "qwen3-0.6b": _trunk(1024, 28, 16, intermediate_size=3072, num_key_value_heads=8, head_dim=128),
+    "qwen3-4b": _trunk(2560, 36, 32, intermediate_size=9728, num_key_value_heads=8, head_dim=128),
+}
+"""Sizes of Qwen3 models: "20m" has 20 M parameters at V = 32,000, "thin" is a small trunk for large
+vocabularies, and the last two are the published models."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Size of the work."""
 
     model: str = "20m"
-    """"demo", or a random Qwen3: "20m" (20 M parameters at V = 32,000) or "thin" (a small trunk)."""
+    """"demo", or a key of TRUNKS: a Qwen3 with random weights."""
     prompts: int = 4
     generations: int = 8
     prompt_length: int = 128
@@ -132,29 +148,25 @@ def words(ids: Sequence[int]) -> str:
     return " ".join(f"w{number}" for number in ids)
 
 
-def save_model(shape: Shape, folder: Path) -> Path:
-    """Save the model and its tokenizer to a directory."""
+def save_model(
+    shape: Shape, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Path:
+    """Save the model, with weights drawn on the device, and its tokenizer to a directory."""
     if shape.model == "demo":
         # Use a copy, because runs write to the parent directory of the model.
         return Path(copytree(DEMO, folder, dirs_exist_ok=True))
-    trunk = {"20m": (384, 5, 6), "thin": (256, 2, 4)}
-    hidden, layers, heads = trunk[shape.model]
     config = Qwen3Config(
         vocab_size=shape.vocabulary,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=64,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=EOS,
+        **TRUNKS[shape.model],
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     vocabulary = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {f"w{n}": n for n in range(3, shape.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,24 @@ from uniapl.errors import UsageError
 
 TEMPORARY_PREFIX = ".incomplete-"
 """Begins the name of a file or directory until it is complete. A killed process may leave such a name."""
+
+
+def expand_home(text: str) -> str:
+    """Replace `~` at the start of a path by the home directory, also after `--flag=` and `name=`.
+
+    Raises:
+        ValueError: The text begins with `~name/`, and there is no user with this name.
+
+    Example:
+        `held_out=~/rows.jsonl` becomes `held_out=/home/ann/rows.jsonl`.
+    """
+    match = re.match(r"([\w.-]+=)?(~.*)", text, re.DOTALL)
+    if match is None:
+        return text
+    path = os.path.expanduser(match[2])
+    if path.startswith("~") and "/" in path:
+        raise ValueError(f"'{path}': no such user; write ./{path} for a path that begins with '~'")
+    return (match[1] or "") + path
 
 
 def write_text(path: Path, text: str) -> None:

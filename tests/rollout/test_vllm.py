@@ -50,13 +50,13 @@ def test_every_step_is_sampled_with_its_own_weights(
     train(recipe(model_dir, tmp_path / "colocated", rollout={"sampler": "vllm", "temperature": 1.0}, **suite))
     train(recipe(model_dir, tmp_path / "server", rollout=behind(server), **suite))
     local = lines(tmp_path / "local" / "metrics.jsonl")
-    assert local[0]["sampling/importance_sampling_ratio/mean"] is None
+    assert local[0]["trained/importance_sampling_ratio/mean"] is None
     for name in ("colocated", "server"):
         assert texts(tmp_path / name) == texts(tmp_path / "local")
         for record, expected in zip(lines(tmp_path / name / "metrics.jsonl"), local, strict=True):
             assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
-            assert record["sampling/sampling_logp_difference/max"] < 1e-4
-            assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+            assert record["trained/sampling_logp_difference/max"] < 1e-4
+            assert record["trained/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
             scores = {key: value for key, value in expected.items() if key.startswith("eval/")}
             assert ("eval/held_out/mean_length" in scores) == (record["step"] in (2, 4))
             assert {key: record[key] for key in scores} == scores
@@ -77,7 +77,7 @@ def test_a_cool_sampler_reports_what_the_trainer_computes(
 ) -> None:
     train(recipe(model_dir, tmp_path / "run", rollout=behind(server, temperature=0.6)))
     for record in lines(tmp_path / "run" / "metrics.jsonl"):
-        assert record["sampling/sampling_logp_difference/max"] < 1e-4
+        assert record["trained/sampling_logp_difference/max"] < 1e-4
 
 
 def test_weights_that_were_not_taken_end_the_run(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from uniapl.data.tokenization import encode_continuation
 from uniapl.evaluation import scores
 from uniapl.evaluation.suites import BATCH_SIZE, Scores, Suite
 from uniapl.rollout import Sampler, SampleRequest
@@ -79,6 +80,10 @@ def evaluate_suite(
     rollouts, texts, flat, failure = _scored(suite, tokenizer, sampled, part)
     scored = [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
     sums = {name: scores.sums_of(scored, name) for name in flat[0]}
+    kind = "best" if suite.headline == "reward" else "pass"
+    best = f"{suite.headline}_{kind}@{num_samples}"
+    if num_samples > 1:
+        sums[best] = scores.pass_at_all(scored, suite.headline)
     summary: dict[str, Any] = {
         "prompts": len(suite.examples),
         "left_out": {reason: list(numbers) for reason, numbers in suite.left_out.items()},
@@ -96,13 +101,12 @@ def evaluate_suite(
     unmarked = sum(suite.answer_after not in text for text in texts) if suite.answer_after else 0
     if unmarked:
         summary["notes"].append(
-            f"{unmarked / len(texts):.0%} of the completions do not contain '{suite.answer_after}' and count "
-            "as empty"
+            f"{unmarked:,} of {len(texts):,} completions do not contain '{suite.answer_after}' and count as "
+            "empty"
         )
-    if num_samples > 1:
-        kind = "best" if suite.headline == "reward" else "pass"
-        best = scores.interval(scores.pass_at_all(scored, suite.headline))
-        summary["scores"][f"{suite.headline}_{kind}@{num_samples}"] = best
+    if num_samples > 1 and (bounds := scores.pass_bounds(scored, suite.headline)):
+        summary["scores"][best]["bounds"] = list(bounds)
+        summary["notes"].append(_unknown_note(best, sums[best], bounds))
     if with_floors:
         summary["floors"] = floors(suite, tokenizer)
     completions = [
@@ -179,12 +183,21 @@ def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[s
     for name, texts in {"empty": [""] * size, "echo": prompts, "constant": [CONSTANT] * size}.items():
         # If only the text after a mark is scored, the text is put after it.
         texts = [(suite.answer_after or "") + text for text in texts]
-        ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        ids = [encode_continuation(text, tokenizer) for text in texts]
         flat, _ = suite.score(suite.examples, texts, ids)
         found[name] = {
             score: scores.mean_of(scores.sums_of([[one] for one in flat], score)) for score in flat[0]
         }
     return found
+
+
+def _unknown_note(name: str, sums: scores.Sums, bounds: tuple[float, float]) -> str:
+    low, high = bounds
+    return (
+        f"{name} is the mean over the {int(sums[:, 1].sum()):,} of {len(sums):,} prompts whose completions "
+        f"all have a score; over all prompts with a score it is from {low:.3f}, if the completions without a "
+        f"score all fail, to {high:.3f}, if they all pass"
+    )
 
 
 def _digest(example: Example) -> str:

@@ -18,7 +18,7 @@ from uniapl.functional.losses import (
     objective,
     sft_loss,
 )
-from uniapl.functional.schedules import learning_rate_factor, reward_threshold, warmup_cosine
+from uniapl.functional.schedules import reward_threshold, warmup_cosine
 
 __all__ = [
     "Multiplier",
@@ -31,7 +31,6 @@ __all__ = [
     "group_advantages",
     "importance_weights",
     "k3_kl",
-    "learning_rate_factor",
     "logprobs_from_logits",
     "objective",
     "pid",

@@ -6,10 +6,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from uniapl.errors import UsageError
 from uniapl.types import TokenIds
+
+
+class AutocastCache(DynamicCache):
+    """A key-value cache in the precision of autocast.
+
+    Under autocast a model computes keys in fp32, because its rotary embedding does, and attention casts all
+    of them at every token. Casting each key once gives the same values in half of the memory.
+    """
+
+    def __init__(self, layers: Sequence[DynamicLayer], dtype: torch.dtype) -> None:
+        """Take over the layers of the model's own cache."""
+        super().__init__()
+        self.dtype, self.layers = dtype, [*layers]
+        for layer in layers:
+            assert layer.keys is not None
+            assert layer.values is not None
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens to a layer; return all of its keys and values."""
+        key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class PlainDecoder:
@@ -42,6 +67,12 @@ class PlainDecoder:
                 f"{name} has layers without a key-value cache (state-space or linear attention): the local "
                 "sampler cannot expand the cache of a prompt to its rollouts"
             )
+        device = self.prompts.device.type
+        if torch.is_autocast_enabled(device) and type(self.cache) is DynamicCache:
+            layers = [layer for layer in self.cache.layers if isinstance(layer, DynamicLayer)]
+            # Layers of other classes keep more than keys and values.
+            if len(layers) == len(self.cache.layers):
+                self.cache = AutocastCache(layers, torch.get_autocast_dtype(device))
         self.cache.batch_repeat_interleave(self.num_generations)
         self.attention_mask = self.attention_mask.repeat_interleave(self.num_generations, dim=0)
         return logits.repeat_interleave(self.num_generations, dim=0)

@@ -24,10 +24,12 @@ from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
-from uniapl.training.monitor.trackers import check_trackers, tracked
+from uniapl.training.monitor.trackers import tracked
+from uniapl.training.preflight.checks import check_evaluation
+from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.load import load_inputs
 from uniapl.training.resume import bytes_to_write, read_start
-from uniapl.training.run import Run, end_state_recorded, save_model, start_run
+from uniapl.training.run import Run, end_state_recorded, save_model, save_result, start_run
 from uniapl.training.stage import Stage, build_stage
 from uniapl.training.stage_checkpoint import StageCheckpoint
 
@@ -61,8 +63,9 @@ def train(
         config: A configuration, a mapping with the same keys, or the path of a YAML recipe.
         train_dataset: Rows (a `datasets.Dataset` or a list of dicts) that replace `data.path`.
         reward_functions: Callables with TRL's signature, in addition to those that the configuration names.
-        evaluate: Called after each step with the step's number and the model; the metrics that it returns are
-            logged with the step's metrics, under "eval/". It may return {} in most steps.
+        evaluate: Called after each step, and with `eval_on_start` as step 0 before the first one, with the
+            step's number and the model; the metrics that it returns are logged with the step's metrics, under
+            "eval/". It may return {} in most steps.
         quiet: Log nothing, and hide the progress bars of transformers.
 
     Raises:
@@ -71,13 +74,14 @@ def train(
         Interrupted: Ctrl-C or SIGTERM ended the run; a checkpoint was saved.
         UniAPLError: The disk failed or memory is too small; the last checkpoint is complete.
     """
+    path: str | Path | None = None
     if isinstance(config, (str, Path)):
-        config = load_recipe(config)
+        path, config = config, load_recipe(config)
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
     with progress_bars_hidden() if quiet else nullcontext():
         return train_resolved(
-            resolve(dict(config)),
+            resolve(dict(config), path=path),
             train_dataset=train_dataset,
             reward_functions=reward_functions,
             evaluate=evaluate,
@@ -95,11 +99,14 @@ def train_resolved(
 ) -> RunResult:
     """:func:`train` for a resolved configuration; by default it prints to the console."""
     config = resolved.config
-    check_trackers(config.report_to)
     stages = stages_of(resolved)
     accelerator = _launched(config, stages)
     directory = Path(str(accelerator.project_dir))
+    check_evaluation(stages[-1].config, has_function=evaluate is not None)
     inputs = _load(resolved, stages, accelerator, train_dataset, reward_functions)
+    stages = [with_max_steps(stage, inputs) for stage in stages]
+    if not config.stages:
+        (resolved,) = stages
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
     if train_dataset is not None and config.data.path is not None:
@@ -121,6 +128,8 @@ def train_resolved(
             view,
             run.signal.handled(view.say),
         ):
+            if config.eval_on_start and run.step == 0:
+                run.evaluate_start(stage)
             run_stage(run, stage)
             for index in range(stage.index + 1, len(stages)):
                 save_model(run, stage, directory / "stages" / str(index))
@@ -130,7 +139,7 @@ def train_resolved(
                 accelerator.free_memory()
                 stage = build(index)
                 run_stage(run, stage)
-            save_model(run, stage, directory / "final")
+            save_result(run, stage, directory / "final")
     shown = Path(config.output_dir)
     view.say(f"{run.step} steps done; model: {shown / 'final'}; metrics: {shown / 'metrics.jsonl'}")
     return RunResult(
@@ -181,7 +190,7 @@ def _start(
 ) -> tuple[Callable[[int], Stage], Run, Stage]:
     """(builder of the stages, run, its current stage): everything that can fail before the first step."""
     config, directory, working_directory = resolved.config, Path(str(accelerator.project_dir)), Path.cwd()
-    start = on_rank_zero(accelerator, lambda: read_start(resolved, stages, inputs, view, directory))
+    start = on_rank_zero(accelerator, lambda: read_start(resolved, stages, inputs, view.say, directory))
     source = inputs.source.with_weights(start.checkpoint)
     model: Any = load_policy(source, config.model, seed=config.seed).to(accelerator.device)
     check_vocabulary(model, inputs.tokenizer)
@@ -206,7 +215,7 @@ def _start(
     needed = bytes_to_write(stages, StageCheckpoint(stage), start, accelerator)
     on_rank_zero(accelerator, lambda: disk.check_space(directory, needed))
     # The run directory is changed from here on.
-    run = start_run(resolved, stages, accelerator, inputs, view, start.state)
+    run = start_run(resolved, stages, accelerator, inputs, view, start.state, stage.schedule.stopping)
     found = start.checkpoint
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {config.output_dir}")
     if config.batching.packing and not stage.packing:

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shards
+from uniapl.data.batching import demonstration_rows, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
-from uniapl.rewards import RewardOutcome
+from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
@@ -110,6 +110,7 @@ def reward(
     """Score the rollouts. Return the groups of all processes with their rewards, and each reward function's
     outcomes, one per process."""
     rewarder = run.inputs.rewarder
+    update_trainer_state(run)
     outcomes = rewarder.score(
         [group.example for group in groups for _ in group.rollouts],
         [text for group in groups for text in group.texts],
@@ -122,11 +123,21 @@ def reward(
             group,
             rewards=tuple(combined[start:end]),
             reward_parts={name: tuple(outcome.values[start:end]) for name, outcome in outcomes.items()},
+            extra={column: tuple(values[start:end]) for column, values in extra_columns(outcomes).items()},
         )
         for group, (start, end) in zip(groups, itertools.pairwise(ends), strict=True)
     ]
     everywhere = _gather(run.accelerator, [outcomes])
     return _gather(run.accelerator, rewarded), {name: [o[name] for o in everywhere] for name in outcomes}
+
+
+def update_trainer_state(run: Run) -> None:
+    """Set what reward functions read from `trainer_state` to the run's current step, as TRL does."""
+    state = run.inputs.rewarder.trainer_state
+    state.global_step, state.epoch = run.step, run.progress.streams["prompts"].epoch
+    state.log_history = run.health.history
+    state.is_world_process_zero = run.accelerator.is_main_process
+    state.is_local_process_zero = run.accelerator.is_local_main_process
 
 
 def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
@@ -167,11 +178,10 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     elif config.objective.learns_from_demonstrations:
         demonstrated = stream.take(config.batching.demonstrations_per_step)
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
-    rows += map(demonstration_row, demonstrated)
+    rows += [row for example in demonstrated for row in demonstration_rows(example)]
     weights = stage.schedule.weights(groups)
-    # Packed batches leave out rows whose gradient is 0; `MixedBatch.counts` still includes them. Padded
-    # batches, the reference that packing is compared with, compute every row.
-    trained = [row for row in rows if row.has_gradient(weights)] if stage.packing else rows
+    # Rows whose gradient is 0 are left out; `MixedBatch.counts` still includes them.
+    trained = [row for row in rows if row.has_gradient(weights)]
     batches = micro_batches(
         shards(trained, accelerator.num_processes)[accelerator.process_index],
         pad_id=run.inputs.pad_id,

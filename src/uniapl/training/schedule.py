@@ -8,13 +8,13 @@ from uniapl.functional import (
     Multiplier,
     dual_ascent,
     expert_gap,
-    learning_rate_factor,
     pid,
     reward_threshold,
     warmup_cosine,
 )
 from uniapl.training.adversary import Adversary
 from uniapl.training.monitor.early_stopping import Stopping
+from uniapl.training.optimizer import learning_rates
 from uniapl.training.update.credit import failed_groups
 from uniapl.types import RolloutGroup
 
@@ -29,7 +29,7 @@ class Schedule:
     """lambda_adv, fixed or learned."""
     step: int = 0
     """Finished steps of the stage."""
-    num_tokens: int = 0
+    completion_tokens: int = 0
     """Completion tokens that the stage has trained on."""
     uses_reference: bool = False
     """The KL term has its reference: `reference_step` is reached."""
@@ -43,13 +43,7 @@ class Schedule:
     @property
     def learning_rate(self) -> float:
         """The policy's learning rate."""
-        optim = self.config.optim
-        return optim.learning_rate * learning_rate_factor(
-            self.step,
-            optim.lr_scheduler_type,
-            warmup_steps=optim.warmup_steps,
-            total_steps=self.config.max_steps,
-        )
+        return learning_rates(self.config.optim, self.config.max_steps)(self.step)
 
     @property
     def lambda_adv(self) -> float:

@@ -71,8 +71,8 @@ def test_rollouts_are_of_the_weights_a_step_before(
     train(ahead(model_dir, run, server, save_steps=1, save_total_limit=10))
     assert staleness(run) == [0, 1, 1, 1]
     records = lines(run / "metrics.jsonl")
-    assert records[0]["sampling/sampling_logp_difference/max"] < 1e-4
-    assert all(r["sampling/sampling_logp_difference/mean"] > 1e-3 for r in records[1:]), "corrected for"
+    assert records[0]["trained/sampling_logp_difference/max"] < 1e-4
+    assert all(r["trained/sampling_logp_difference/mean"] > 1e-3 for r in records[1:]), "corrected for"
     # Before training, and in each step but the last, which starts no rollouts.
     assert server.loads == 1 + 3
     sampled = lines(run / "completions.jsonl")
@@ -160,7 +160,7 @@ def test_a_server_that_is_lost_on_the_way(model_dir: Path, tmp_path: Path, serve
     train(ahead(model_dir, tmp_path / "run", server))
     assert staleness(tmp_path / "run") == [0, 1, 0, 1]
     records = lines(tmp_path / "run" / "metrics.jsonl")
-    assert records[2]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert records[2]["trained/sampling_logp_difference/max"] < 1e-4
 
 
 def fails_from_the_third_step(fake: FakeServer) -> None:

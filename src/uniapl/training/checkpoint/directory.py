@@ -26,6 +26,8 @@ from uniapl.training.distributed.fsdp import like
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+BEST = "best.json"
+"""File of a run that names its best checkpoint."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -202,9 +204,19 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    best = best_step(run_dir)
     for path in checkpoints(run_dir)[:-keep]:
-        remove(path)
+        if step_of(path) != best:
+            remove(path)
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step of the run's best checkpoint; None if the run names none."""
+    try:
+        return int(json.loads((run_dir / BEST).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def save_module(module: nn.Module, path: Path) -> None:
@@ -220,9 +232,11 @@ def load_module(module: nn.Module, path: Path) -> None:
 def save_optimizer(state: dict[str, Any], stem: Path) -> None:
     """Save an optimizer's state, with full tensors, as `stem`.safetensors and `stem`.json.
 
-    Its hyperparameters are left out: at a resume they come from the configuration, which may have changed.
+    It is saved under the names of the parameters. Hyperparameters are left out: at a resume they come from
+    the configuration, which may have changed.
     """
-    values = {f"{index}.{name}": v for index, of in state["state"].items() for name, v in of.items()}
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    values = {f"{names[index]}.{key}": v for index, of in state["state"].items() for key, v in of.items()}
     tensors = {key: v.contiguous() for key, v in values.items() if isinstance(v, torch.Tensor)}
     save_file(tensors, stem.with_suffix(".safetensors"))
     scalars = {key: v for key, v in values.items() if key not in tensors}
@@ -230,17 +244,31 @@ def save_optimizer(state: dict[str, Any], stem: Path) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
-    """Load what :func:`save_optimizer` saved; every process takes its shard."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Load what :func:`save_optimizer` saved; every process takes its shard.
+
+    Raises:
+        UsageError: The state belongs to other parameters, or was saved by an earlier version.
+    """
+    named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    indices = {name: index for index, (name, _) in enumerate(named)}
     values: dict[str, Any] = load_file(stem.with_suffix(".safetensors"))
     values |= json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
     for key, value in values.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
+        name, kind = key.rsplit(".", 1)
+        if name not in indices:
+            reason = f"holds the state of '{name}', which is not trained"
+            if name.isdecimal():
+                reason = (
+                    "was written by an earlier version, which numbered the parameters and decayed norms and "
+                    "biases; start a new run from the checkpoint's weights with model.model_name_or_path"
+                )
+            raise UsageError(f"the optimizer state '{stem}.safetensors' {reason}")
+        index = indices[name]
+        parameter = named[index][1]
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
             value = like(value, parameter)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(index, {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from uniapl.config import Config
-from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe
+from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe, validate
+from uniapl.data.rows import is_plain_text
 from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.report.reading import END_STATE, MODEL_ANALYSIS
@@ -22,7 +23,7 @@ from uniapl.training.inputs import RunInputs
 END_FILES = (END_STATE, MODEL_ANALYSIS, "report.html")
 """Files that only a run that has ended has."""
 LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
-RUN_FILES = ("config.yaml", "manifest.json", *LOGS, *END_FILES)
+RUN_FILES = ("config.yaml", "manifest.json", checkpoint_directory.BEST, *LOGS, *END_FILES)
 WEIGHTS_IN_TRANSIT = "weights-for-vllm"
 """Directory that exists only while vLLM loads weights from it."""
 
@@ -61,6 +62,18 @@ def changed_values(resolved: Resolved, stages: Sequence[Resolved], run_dir: Path
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
 
 
+def recorded_config(config: Config, run_dir: Path) -> Config:
+    """The configuration in config.yaml, with which a finished run was trained.
+
+    It is `config` itself if there is no such file, or if it is of another version.
+    """
+    try:
+        recorded = validate(Config, load_recipe(run_dir / "config.yaml"))
+    except UsageError:
+        return config
+    return recorded.model_copy(update={"output_dir": config.output_dir})
+
+
 def prepare_run_directory(
     resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, run_dir: Path
 ) -> None:
@@ -82,9 +95,11 @@ def prepare_run_directory(
 def _as_recipe(resolved: Resolved, stages: Sequence[Resolved]) -> str:
     """A recipe that reproduces the run, with all values of every stage."""
     values = resolved.config.model_dump(mode="json", exclude={"resume", "overwrite"})
+    values["num_train_epochs"] = None  # max_steps has the number of steps
     if resolved.config.stages:
         values["stages"] = [
             {key: value for key, value in stage.config.model_dump(mode="json").items() if key in STAGE_KEYS}
+            | {"num_train_epochs": None}
             for stage in stages
         ]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -102,6 +117,7 @@ def run_manifest(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
             "path": config.data.path,
             "sha256": inputs.data_sha256,
             "examples": len(inputs.dataset.examples),
+            "plain_text_prompts": sum(is_plain_text(e.prompt, config.data) for e in inputs.dataset.examples),
             "left_out": {reason: len(rows) for reason, rows in inputs.dataset.left_out.items()},
         },
         "git_commit": _git_commit(),

@@ -141,8 +141,8 @@ class Footprint:
         """The KV cache at its full length, and the larger of reading the prompts and the last step.
 
         Args:
-            fused: Sampling copies the weights and allocates the cache once. Else the cache is fp32, and
-                every token copies one layer's keys.
+            fused: Sampling copies the weights and allocates the cache once. Else every token copies one
+                layer's keys.
         """
         layers, n = self.config.num_hidden_layers, self.number
         cache = rows * (prompt + completion) * self.keys
@@ -151,7 +151,7 @@ class Footprint:
         if fused:
             copies = (self.matrices + self.embedding) * n // 4
             return copies + 2 * n * layers * cache + max(read, (8 + n) * logits)
-        return max(read, 4 * (2 * layers + 1) * cache + 8 * logits)
+        return max(read, n * (2 * layers + 1) * cache + 8 * logits)
 
 
 def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> MemoryEstimate:
@@ -242,8 +242,8 @@ def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
         size = (_longest_prompt(inputs), config.rollout.max_completion_length)
         rows += [_row(number // generations, *size) for number in range(count)]
     if config.objective.learns_from_demonstrations:
-        demonstrated = (e for e in inputs.dataset.examples if e.demonstration_ids is not None)
-        size = max(((len(e.prompt_ids), len(e.demonstration_ids or ())) for e in demonstrated), key=sum)
+        turns = (turn for e in inputs.dataset.examples for turn in e.demonstrated_turns)
+        size = max(((len(prompt), len(completion)) for prompt, completion in turns), key=sum)
         count = min(batching.demonstrations_per_step, most)
         rows += [_row(-1 - number, *size) for number in range(count)]
     return rows

@@ -10,6 +10,7 @@ import torch
 from uniapl.data.batching import Row
 from uniapl.functional import adversarial_advantages, group_advantages, win_probability
 from uniapl.functional.adversarial import AdversarialCredit
+from uniapl.tolerance import at_least
 from uniapl.types import RolloutGroup
 
 
@@ -80,7 +81,7 @@ def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[Roll
         for group in groups
         if group.example.demonstration_ids is not None
         and (known := [reward for reward in group.rewards if reward is not None])
-        and max(known) <= threshold
+        and at_least(threshold, max(known))
     ]
 
 
