@@ -150,7 +150,7 @@ def train_resolved(
 def _launched(config: Config, stages: Sequence[Resolved]) -> Accelerator:
     """The accelerator of a run, which all ranks were started for in a way that its stages support."""
     accelerator = make_accelerator(config)
-    check_agreement(accelerator, "the recipe", [stage.config for stage in stages])
+    check_agreement(accelerator, "the recipe", (stage.config for stage in stages))
     for stage in stages:
         check_processes(stage.config, accelerator.num_processes)
         if fsdp.shards_weights():
@@ -176,8 +176,8 @@ def _load(
             with_suites=resolved.config.eval_steps > 0,
             once=functools.partial(on_rank_zero, accelerator),
         )
-    examples = [(example.prompt_ids, example.demonstration_ids) for example in inputs.dataset.examples]
-    check_agreement(accelerator, "the data", examples)
+    examples = inputs.dataset.examples
+    check_agreement(accelerator, "the data", ((e.prompt_ids, e.demonstration_ids) for e in examples))
     return inputs
 
 
@@ -215,7 +215,7 @@ def _start(
     needed = bytes_to_write(stages, StageCheckpoint(stage), start, accelerator)
     on_rank_zero(accelerator, lambda: disk.check_space(directory, needed))
     # The run directory is changed from here on.
-    run = start_run(resolved, stages, accelerator, inputs, view, start.state, stage.schedule.stopping)
+    run = start_run(resolved, stages, accelerator, inputs, view, start, stage.schedule.stopping)
     found = start.checkpoint
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {config.output_dir}")
     if config.batching.packing and not stage.packing:

@@ -33,6 +33,7 @@ from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.training.monitor.metrics import completion_records
 from uniapl.training.monitor.record import StepResult, step_record
 from uniapl.training.monitor.trackers import track
+from uniapl.training.resume import Start
 from uniapl.training.signals import StopSignal
 from uniapl.training.stage import Stage
 from uniapl.training.stage_checkpoint import StageCheckpoint, discriminator_kind
@@ -195,7 +196,7 @@ def start_run(
     accelerator: Accelerator,
     inputs: RunInputs,
     view: RunView,
-    state: dict[str, Any],
+    start: Start,
     stopping: Stopping,
 ) -> Run:
     """Create the run at step 0 or from a checkpoint's state, and delete the files of later steps.
@@ -203,12 +204,12 @@ def start_run(
     Args:
         stopping: The state of the current stage's rules, which forgets a best checkpoint that is gone.
     """
-    directory, step = Path(str(accelerator.project_dir)), state["step"]
+    directory, state, step = Path(str(accelerator.project_dir)), start.state, start.state["step"]
     config = recorded_config(resolved.config, directory) if state.get("finished") else resolved.config
     window = max(stage.config.health.window for stage in stages)
 
     def prepare() -> tuple[dict[str, JsonlLog], list[dict[str, Any]], Stopping, str | None]:
-        note = check_best(directory, stopping)
+        note = check_best(directory, stopping, verified=start.checkpoint)
         with disk_errors_explained(directory, started=False):
             checkpoint_directory.sweep(directory)
             # Keep the config.yaml of a finished run: it records how the model was trained.
