@@ -265,7 +265,9 @@ SPLIT = "\ud800"
 @pytest.mark.parametrize("message", [{"content": "a", "x": SPLIT}, {"content": {"a": SPLIT}}])
 def test_prompts_that_no_file_can_hold_as_they_are(message: dict[str, Any], folder: Path) -> None:
     data = folder / "rows.jsonl"
-    data.write_bytes(jsonl([{"prompt": [{"role": "user", **message}], "completion": "b", "answer": "c"}]))
+    data.write_bytes(
+        jsonl([{"prompt": [{"role": "user", **message}], "completion": "b" * 20, "answer": "c"}])
+    )
     assert run("train", folder, data, "chat").code == 0
     lines = (folder / "run" / "completions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["prompt"] == [{"role": "user", **message}]
