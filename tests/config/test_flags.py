@@ -113,6 +113,7 @@ def test_errors_in_the_recipe_name_its_file_and_errors_in_flags_do_not(
     path = tmp_path / "recipe.yaml"
     for content, message in (
         ("max_step: 3\nseed: -1", "unknown key 'max_step'; did you mean 'max_steps'?"),
+        ("reward: {functions: []}", "unknown key 'reward'; did you mean 'rewards'?"),
         ("method: ppo", "unknown method 'ppo'"),
         (
             "model: Qwen/Qwen3-0.6B",

@@ -47,6 +47,7 @@ def test_every_suggested_key_exists() -> None:
     ("name", "said"),
     [
         ("gradient_accumulation_steps", "did you mean 'batching.prompts_per_step (all prompts of a step"),
+        ("assistant_only_loss", "did you mean 'data.train_on (last or all)'?"),
         ("warmup_ratio", "did you mean 'optim.warmup_ratio'?"),
         ("loss_type", "it has no equivalent: the loss is the clipped GRPO loss over all tokens of the step"),
         ("use_peft", "did you mean 'model.lora_r'?"),
@@ -83,6 +84,7 @@ def test_common_keys(name: str, said: str) -> None:
         ("pretrain_discriminator", "did you mean 'pretrain-discriminator'?"),
         ("eval", "did you mean 'evaluate'?"),
         ("sft", "did you mean 'train'?"),
+        ("trl.yaml", "did you mean 'uniapl train trl.yaml'?"),
         ("xyzzy", "choose one of demo, compare, train"),
     ],
 )

@@ -46,6 +46,7 @@ from uniapl.errors import UsageError
             {"method": "chord-phi", "objective": {"mu_controller": "reward"}},
             r"objective: .*'reward' needs mu_valley below mu_peak",
         ),
+        ({"method": "GRPO"}, r"unknown method 'GRPO': .*Did you mean 'grpo'\?"),
         ({"method": "ppo"}, r"unknown method 'ppo': choose one of sft, a-sft"),
         ({"rewards": {"functions": [{"weight": 1}]}}, r"rewards.functions.0.name: .*required"),
         ({"stages": [{"max_steps": 3}]}, "stage 1 needs a method"),

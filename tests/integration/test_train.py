@@ -283,7 +283,7 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
         ),
         ({"model": {"model_name_or_path": "/nowhere/model"}}, None, "directory not found"),
         ({"data": {"path": "nowhere.jsonl"}}, None, "file not found: 'nowhere.jsonl'"),
-        ({"resume": "{tmp}/nowhere"}, None, "cannot be used"),
+        ({"resume": "{tmp}/nowhere"}, None, "give a checkpoint's directory, or auto"),
         ({"discriminator": {"kind": "polar"}}, None, "'polar' needs discriminator.model_name_or_path"),
         (
             {"discriminator": {"kind": "polar", "model_name_or_path": "/nowhere"}},
@@ -352,6 +352,25 @@ def test_user_errors_end_with_2_and_one_message(
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert "Traceback" not in captured.err + captured.out
+
+
+def test_check_prints_every_trained_turn_without_line_breaks_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}<turn>{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    model_dir = save_model(tmp_path / "chat", chat_template=template)
+    roles = ("user", "assistant", "user", "assistant")
+    texts = ("hi", "a" * 60, "bye", "ciao")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    path = write_recipe(tmp_path, model_dir, [{"messages": messages}], method="sft", rewards={})
+    assert cli.run(["check", str(path), "--data.train-on", "all"]) == 0
+    printed = capsys.readouterr().out
+    assert "row 1, trained turn 1 of 2, as the model receives it" in printed
+    assert f"user hi<turn>assistant [[{'a' * 60}<turn>" in printed
+    assert "[[ciao<turn>" in printed
 
 
 def test_the_command_line_end_to_end(

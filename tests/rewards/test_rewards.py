@@ -197,10 +197,11 @@ def test_functions_are_found_by_registry_module_and_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_coma", "unknown reward function 'no_coma': use one of .*no_comma"),
+        ("no_coma", "unknown reward function 'no_coma': use one of .*Did you mean 'no_comma'"),
         ("nowhere.module:f", "cannot import 'nowhere.module'"),
         ("nowhere.py:f", "file not found"),
         ("os.path:nothing", "has no function 'nothing'"),
+        ("os.path:basenam", "it defines: .*basename.*Did you mean 'basename'"),
     ],
 )
 def test_unknown_functions_are_refused(name: str, message: str) -> None:

@@ -147,6 +147,8 @@ def _with_home(arguments: Sequence[str]) -> list[str]:
 
 
 def _unknown_verb(name: str) -> str:
+    if name.endswith((".yaml", ".yml")):
+        return f"unknown verb '{name:.80}'; did you mean 'uniapl train {name:.80}'?"
     other = OTHER_VERBS.get(name.replace("_", "-").lower())
     near = [other] if other else difflib.get_close_matches(name.replace("_", "-").lower(), VERBS, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}"

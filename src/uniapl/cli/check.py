@@ -65,9 +65,10 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     read_start(resolved, stages, inputs, said.append, directory)
     examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
-    prompt, demonstration = (
-        inputs.tokenizer.decode(list(ids or ())) for ids in (shown.prompt_ids, shown.demonstration_ids)
-    )
+    turns = shown.demonstrated_turns or ((shown.prompt_ids, ()),)
+    *earlier, last = [
+        "{}[[{}]]".format(*(inputs.tokenizer.decode(list(ids)) for ids in turn)) for turn in turns
+    ]
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]
     start = [line.removeprefix("note: ") for line in said]
@@ -91,7 +92,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "overlap": overlap_with_suites(inputs),
         "stages": [_stage_report(stage.config, inputs) for stage in stages],
         "memory": [_memory(stage.config, inputs) for stage in stages],
-        "preview": {"row": shown.row, "text": f"{prompt}[[{demonstration}]]"},
+        "preview": {"row": shown.row, "text": last, "earlier_turns": earlier},
     }
 
 
@@ -123,9 +124,15 @@ def print_report(report: dict[str, Any]) -> None:
         lines.append(f"stage {number}: {', '.join(f'{key} {value}' for key, value in stage.items())}")
         lines.append(f"stage {number}: {memory['text']}")
     preview = report["preview"]
-    lines.append(f"row {preview['row']} as the model receives it (the tokens in the loss are in [[ ]]):")
-    for line in (*lines, preview["text"], "ok"):
+    for line in lines:
         console.print(line, markup=False)
+    turns = [*preview["earlier_turns"], preview["text"]]
+    for number, text in enumerate(turns, start=1):
+        turn = f", trained turn {number} of {len(turns)}," if len(turns) > 1 else ""
+        title = f"row {preview['row']}{turn} as the model receives it (the tokens in the loss are in [[ ]]):"
+        # Line breaks of the console would look like tokens of the row.
+        console.print(f"{title}\n{text}", markup=False, soft_wrap=True)
+    console.print("ok")
 
 
 def _listed(items: Sequence[Any], most: int) -> str:

@@ -43,7 +43,7 @@ OTHER_NAMES = _by_name(
             "train_data_path chord_sft_dataset taskset"
         ),
         "data.name": "dataset_config dataset_config_name",
-        "data.train_on (last or all)": "mask_history",
+        "data.train_on (last or all)": "mask_history assistant_only_loss",
         "data.split": "dataset_train_split train_split",
         "data.columns": "dataset_text_field field_prompt input_key prompt_key label_key output_key",
         "data.prompt_format": "data.string_prompts apply_chat_template",
@@ -189,8 +189,7 @@ NO_EQUIVALENT = _by_name(
             "chat_template_jinja tokenizer_type tokens"
         ),
         "the loss covers the tokens of demonstrations and rollouts, never those of prompts": (
-            "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt roles_to_train "
-            "label_names"
+            "completion_only_loss train_on_inputs train_on_prompt roles_to_train label_names"
         ),
         "rows are read into memory, tokenized once and shuffled by seed": (
             "dataset_kwargs dataset_num_proc dataset_streaming streaming shuffle_dataset "

@@ -4,6 +4,7 @@ Precedence, weakest first: defaults, the method's proposals, the recipe, the fla
 """
 
 import contextlib
+import difflib
 import re
 import reprlib
 import sys
@@ -289,7 +290,11 @@ def _inactive_components(config: Config) -> list[str]:
 def _method(method: Any) -> str:
     """The method, which is read first because it decides the defaults of other keys."""
     if not isinstance(method, str) or method not in METHODS:
-        raise UsageError(f"unknown method {_REPR.repr(method):.80}: choose one of {', '.join(METHODS)}")
+        near = difflib.get_close_matches(str(method).lower(), METHODS, n=1)
+        meant = f". Did you mean '{near[0]}'?" if near else ""
+        raise UsageError(
+            f"unknown method {_REPR.repr(method):.80}: choose one of {', '.join(METHODS)}{meant}"
+        )
     return method
 
 

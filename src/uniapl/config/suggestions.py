@@ -24,7 +24,8 @@ def suggestion(key: str, *, as_flag: bool = False) -> str:
     if best is None and (reason := NO_EQUIVALENT.get(key) or NO_EQUIVALENT.get(leaf)):
         return f"; it has no equivalent: {reason}"
     if best is None:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        sections = {name.split(".")[0] for name in known if "." in name}
+        near = difflib.get_close_matches(key, [*known, *sorted(sections)], n=1, cutoff=0.75)
         near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)]
         best = near[0] if near else None
     if best is None:

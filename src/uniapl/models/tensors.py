@@ -27,10 +27,7 @@ def refuse_other_tensors(model: Any, info: Mapping[str, Any], where: str, *, new
     missing = sorted(key for key in info["missing_keys"] if key.startswith(trunk) or not new_head)
     if missing:
         unexpected = sorted(info["unexpected_keys"])
-        raise UsageError(
-            f"{where}: {_listed(missing)} missing from its files, and would be random. "
-            f"{_remedy(missing, unexpected)}"
-        )
+        raise UsageError(f"{where}: {_listed(missing)}, and would be random. {_remedy(missing, unexpected)}")
     if mismatched := sorted(info["mismatched_keys"]):
         shapes = [f"{name} {list(theirs)} instead of {list(ours)}" for name, theirs, ours in mismatched]
         raise UsageError(
@@ -79,7 +76,8 @@ def _is_inside(model: Any, key: str) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'} ({_some(names)})"
+    are = "s are" if len(names) > 1 else " is"
+    return f"{len(names)} tensor{are} missing from its files ({_some(names)})"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -174,7 +174,8 @@ class Rewarder:
             for column in reward.required_columns:
                 if column not in known:
                     others = ", ".join(sorted(known)) or "none"
-                    close = difflib.get_close_matches(column, [*STANDARD_ARGUMENTS, *sorted(known)], n=1)
+                    arguments = [*STANDARD_ARGUMENTS, *sorted(known)]
+                    close = difflib.get_close_matches(column, arguments, n=1, cutoff=0.7)
                     meant = f" Did you mean '{close[0]}'?" if close else ""
                     raise UsageError(
                         f"reward function '{reward.name}' needs a column '{column}', but no row has a value "

@@ -1,5 +1,7 @@
 """The registry of reward functions, and lookup of others by module or file."""
 
+import difflib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -34,7 +36,7 @@ def find_function(name: str) -> Callable[..., Any]:
     if not source:
         raise UsageError(
             f"unknown reward function '{name}': use one of {', '.join(sorted(REGISTRY))}, "
-            "or `module:function`, or `path.py:function`"
+            f"or `module:function`, or `path.py:function`{_meant(name, sorted(REGISTRY))}"
         )
     try:
         module = _load_file(Path(source).resolve()) if source.endswith(".py") else _import(source)
@@ -42,8 +44,25 @@ def find_function(name: str) -> Callable[..., Any]:
         raise UsageError(f"reward function '{name}': cannot import '{source}': {error!r}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise UsageError(f"reward function '{name}': '{source}' has no function '{attribute}'")
+        raise UsageError(
+            f"reward function '{name}': '{source}' has no function '{attribute}'{_defined(module, attribute)}"
+        )
     return function
+
+
+def _defined(module: Any, attribute: str) -> str:
+    """The end of an error: the functions that a module itself defines."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    return f"; it defines: {', '.join(own):.200}{_meant(attribute, own)}" if own else ""
+
+
+def _meant(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f". Did you mean '{near[0]}'?" if near else ""
 
 
 def _import(module: str) -> Any:

@@ -179,6 +179,16 @@ def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> P
         return None
     if resume != "auto":
         path = Path(resume)
+        if not path.is_dir():
+            raise UsageError(
+                f"resume: '{path}' is not a directory; give a checkpoint's directory, or auto for the newest "
+                "checkpoint in output_dir"
+            )
+        if existing := checkpoints(path):
+            raise UsageError(
+                f"resume: '{path}' is a run directory; give auto if it is the output_dir, or a checkpoint "
+                f"such as {existing[-1]}"
+            )
         if found := defects(path):
             raise UsageError(f"checkpoint '{path}' cannot be used: {'; '.join(found)}")
         if not (path / STATE).is_file():
