@@ -15,6 +15,7 @@ from torch import Tensor
 
 from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
+from uniapl.models.token_states import TokenStates
 from uniapl.rewards import RewardOutcome
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
@@ -48,7 +49,8 @@ def run_stage(run: Run, stage: Stage) -> None:
         with phase("reward"):
             groups, outcomes = reward(run, groups)
         with phase("score"):
-            groups = score_with_discriminator(run, stage, groups)
+            groups, states = score_with_reference(run, stage, groups)
+            groups = score_with_discriminator(run, stage, groups, states)
             pair_metrics = stage.update_controllers(groups)
         with phase("update"):
             batch = mix(run, stage, groups, demonstrations)
@@ -85,12 +87,13 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
             policy_version=run.step,
         )
 
-    count = stage.config.batching.prompts_per_step
-    prompts = stream.take(count)
+    step = stage.schedule.step
+    prompts = stream.take(stage.schedule.prompts_per_step(step))
     with stage.gathered_policy():
-        rollouts = stage.sampler.sample(request(prompts, run.step))
-        if stage.one_step_off is not None and stage.schedule.step + 1 < stage.config.max_steps:
-            stage.one_step_off.begin(request(stream.peek(count), run.step + 1))
+        rollouts = stage.sampler.sample(request(prompts, run.step)) if prompts else []
+        if stage.one_step_off is not None and step + 1 < stage.config.max_steps:
+            if following := stream.peek(stage.schedule.prompts_per_step(step + 1)):
+                stage.one_step_off.begin(request(following, run.step + 1))
     decode = run.inputs.decode
     return [
         RolloutGroup(
@@ -128,18 +131,50 @@ def reward(
     return _gather(run.accelerator, rewarded), {name: [o[name] for o in everywhere] for name in outcomes}
 
 
-def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+def score_with_reference(
+    run: Run, stage: Stage, groups: Sequence[RolloutGroup]
+) -> tuple[list[RolloutGroup], list[list[TokenStates]] | None]:
+    """Add the reference's log-probabilities to the rollouts, for the KL; each process reads its part.
+
+    Returns:
+        The groups, and the states of this process's part for a discriminator that reads them; None in a step
+        without a reference.
+    """
+    if stage.reader is None or not stage.schedule.uses_reference:
+        return list(groups), None
+    local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
+    sequences = [(g.example.prompt_ids, rollout.completion_ids) for g in local for rollout in g.rollouts]
+    found = iter(replace(stage.reader, max_tokens=run.max_tokens(stage)).read(sequences))
+    states = [[next(found) for _ in group.rollouts] for group in local]
+    if not stage.config.objective.beta:
+        return list(groups), states
+    logprobs = _gather(run.accelerator, [[part.logprobs.tolist() for part in parts] for parts in states])
+    return [
+        replace(
+            group,
+            rollouts=tuple(
+                replace(rollout, ref_logprobs=tuple(values))
+                for rollout, values in zip(group.rollouts, parts, strict=True)
+            ),
+        )
+        for group, parts in zip(groups, logprobs, strict=True)
+    ], states
+
+
+def score_with_discriminator(
+    run: Run, stage: Stage, groups: Sequence[RolloutGroup], states: list[list[TokenStates]] | None
+) -> list[RolloutGroup]:
     """Add the discriminator's logits to the groups; each process scores its part.
 
     The logits are plain floats: no gradient flows from the discriminator to the policy. They act on the
     policy only through the advantages (`assign_credit`) and through lambda_adv.
     """
-    if stage.adversary is None:
+    if stage.adversary is None or not groups:
         return list(groups)
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
     # The frozen density-ratio discriminator can run the policy itself, so it needs the gathered parameters.
     with stage.adversary.gathered() if stage.adversary.trainer else stage.gathered_policy():
-        logits = _gather(run.accelerator, stage.adversary.score(local))
+        logits = _gather(run.accelerator, stage.adversary.score(local, states))
     return [
         replace(group, policy_logits=policy, expert_logit=expert)
         for group, (policy, expert) in zip(groups, logits, strict=True)
@@ -151,10 +186,9 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     config, accelerator, lambda_adv = stage.config, run.accelerator, stage.schedule.lambda_adv
     credits = assign_credit(
         groups,
-        scale_rewards=config.objective.scale_rewards,
-        adversarial_credit=config.objective.adversarial_credit,
+        config.objective,
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
-        adversarial_weight=lambda_adv if config.objective.adversarial_placement == "reward" else 0.0,
+        lambda_adv=lambda_adv,
     )
     demonstrated: list[Example] = []
     if config.objective.mu_controller == "gate":
@@ -162,7 +196,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [group.example for group in failed]
     elif config.objective.learns_from_demonstrations:
-        demonstrated = stream.take(config.batching.demonstrations_per_step)
+        demonstrated = stream.take(stage.schedule.demonstrations_per_step)
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
     rows += map(demonstration_row, demonstrated)
     weights = stage.schedule.weights(groups)

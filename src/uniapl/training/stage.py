@@ -17,6 +17,7 @@ from uniapl.errors import UniAPLError
 from uniapl.functional import Multiplier
 from uniapl.models.policy import Policy
 from uniapl.models.reference import Reference, reference_at_start
+from uniapl.models.token_states import TokenReader
 from uniapl.rollout import Sampler
 from uniapl.training.adversary import Adversary, build_adversary
 from uniapl.training.build_sampler import build_sampler
@@ -25,6 +26,7 @@ from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor.metrics import pair_metrics
 from uniapl.training.schedule import Schedule
+from uniapl.training.state_adversary import STATE_KINDS, StateAdversary, build_state_adversary, state_layers
 from uniapl.training.update.activation_checkpointing import checkpointed_layers
 from uniapl.training.update.policy_step import LossSettings
 from uniapl.types import RolloutGroup
@@ -45,8 +47,10 @@ class Stage:
     optimizer: Optimizer
     reference: Reference | None
     """Reference of the KL term, allocated at the start so that memory does not grow at `reference_step`."""
+    reader: TokenReader | None
+    """Reads completions with the reference, for the KL and for a discriminator on its states."""
     loss_settings: LossSettings
-    adversary: Adversary | None
+    adversary: Adversary | StateAdversary | None
     sampler: Sampler
     schedule: Schedule
     packing: bool = False
@@ -102,8 +106,8 @@ class Stage:
         """
         held_out = pair_metrics([group for group in groups if is_held_out(group.example, self.config)])
         pairs = pair_metrics(groups) | {k.replace("/", "/held_out_"): v for k, v in held_out.items()}
-        if self.adversary is not None:
-            self.adversary.observe(groups, pairs, self.config.discriminator)
+        if self.adversary is not None and groups:
+            pairs |= self.adversary.observe(groups, pairs, self.config.discriminator)
         return pairs | self.schedule.control_lambda(pairs.get("discriminator/pair_win_rate"))
 
     def gathered_policy(self) -> AbstractContextManager[None]:
@@ -134,8 +138,28 @@ def build_stage(
         checkpointed_layers(model)
     inner = Policy(model, accelerator.autocast)
     source = inputs.source.with_weights(start)
-    reference = reference_at_start(inner, source) if objective.beta > 0 else None
-    adversary = build_adversary(config, inner, inputs, accelerator, source) if objective.lambda_adv else None
+    on_states = objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
+    reference = reference_at_start(inner, source) if objective.beta > 0 or on_states else None
+    reader = None
+    if reference is not None:
+        layers = state_layers(config.discriminator, model) if on_states else ()
+        reader = TokenReader(
+            model=reference,
+            layers=layers,
+            temperature=config.rollout.temperature,
+            pad_id=inputs.pad_id,
+            max_tokens=config.batching.max_tokens_per_micro_batch,
+            packed=config.batching.packing and inner.packs,
+            device=accelerator.device,
+            autocast=accelerator.autocast,
+        )
+    adversary: Adversary | StateAdversary | None = None
+    if on_states:
+        assert reader is not None
+        size = len(reader.layers) * model.config.get_text_config().hidden_size
+        adversary = build_state_adversary(config, reader, inputs, accelerator, size)
+    elif objective.lambda_adv:
+        adversary = build_adversary(config, inner, inputs, accelerator, source)
     adamw = functools.partial(
         AdamW,
         lr=optim.learning_rate,
@@ -152,13 +176,13 @@ def build_stage(
         policy=policy,
         optimizer=optimizer,
         reference=reference,
+        reader=reader,
         loss_settings=LossSettings(
             clip_low=objective.epsilon,
             clip_high=objective.clip_high,
             token_weight=objective.sft_token_weight,
             importance_cap=config.rollout.importance_cap,
             max_grad_norm=optim.max_grad_norm,
-            reference=reference,
         ),
         adversary=adversary,
         sampler=sampler,

@@ -100,7 +100,7 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         raise UsageError(
             "discriminator.in_context_demonstration needs demonstrations of at least two different prompts"
         )
-    if model is None and not pairwise:
+    if model is None and kind in ("polar", "remote", "density-ratio"):
         raise UsageError(f"discriminator.kind '{kind}' needs discriminator.model_name_or_path")
     if kind == "remote" and settings.url is None:
         raise UsageError("discriminator.kind 'remote' needs discriminator.url")
