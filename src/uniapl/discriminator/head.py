@@ -31,7 +31,8 @@ class StateHead(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(size)
         self.project = nn.Linear(size + 1, WIDTH)
-        self.query = nn.Linear(WIDTH, QUERIES)
+        # A bias would cancel in the softmax over tokens.
+        self.query = nn.Linear(WIDTH, QUERIES, bias=False)
         self.hidden = nn.Linear(QUERIES * WIDTH, WIDTH)
         # Starts at 0, so that every win probability is 0.5 at first.
         self.out = nn.Linear(WIDTH, 1)

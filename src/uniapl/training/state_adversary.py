@@ -58,6 +58,9 @@ class StateAdversary:
     """Tokens of a completion without its end token, which must not identify the writer."""
     max_tokens: int
     state: AdversaryState
+    accelerator: Accelerator
+    measured: tuple[float, int] = (0.0, 0)
+    """See `_measure`; from `score` to `observe` of a step."""
     fresh: list[list[TokenStates]] = field(default_factory=list)
     """States of this process's rollouts, from `score` to `update` of a step."""
 
@@ -86,6 +89,8 @@ class StateAdversary:
         ]
         logits = iter(self.logits([*(item for parts in self.fresh for item in parts), *experts]))
         policy = [tuple(next(logits) for _ in parts) for parts in self.fresh]
+        if self.trainer is not None:
+            self.measured = self._measure()
         return [(scores, next(logits) if s else None) for scores, s in zip(policy, shown, strict=True)]
 
     @torch.no_grad()
@@ -115,17 +120,24 @@ class StateAdversary:
         if self.trainer is None:
             self.state.accuracy = 1.0
             return {}
-        measured = self.demonstrations.held_out or self.demonstrations.train
-        states = [self.demonstrations.of(example) for example in measured[:MOST_HELD_OUT]]
-        expert = self.logits([s.demonstration for s in states])
-        mismatched = iter(self.logits([m for s in states for m in s.mismatched]))
-        wins = [
-            (own > other) + (own == other) / 2
-            for own, s in zip(expert, states, strict=True)
-            for other in (next(mismatched) for _ in s.mismatched)
-        ]
-        self.state.accuracy = sum(wins) / len(wins) if wins else 0.5
+        # Counts of several processes: all of them must come to the same result.
+        wins, pairs_measured = (
+            sum(gather_object([count])) if self.accelerator.num_processes > 1 else count
+            for count in self.measured
+        )
+        self.state.accuracy = wins / pairs_measured if pairs_measured else 0.5
         return {"discriminator/held_out_mismatched_accuracy": self.state.accuracy}
+
+    def _measure(self) -> tuple[float, int]:
+        """Number of held-out pairs of a demonstration and a mismatched one in which the former wins, and of
+        all pairs; this process's part of them."""
+        known = self.demonstrations.held_out or self.demonstrations.train
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        states = [self.demonstrations.of(example) for example in known[:MOST_HELD_OUT][rank::processes]]
+        pairs = [(s.demonstration, other) for s in states for other in s.mismatched]
+        logits = self.logits([item for pair in pairs for item in pair])
+        own, others = logits[::2], logits[1::2]
+        return sum((a > b) + (a == b) / 2 for a, b in zip(own, others, strict=True)), len(pairs)
 
     def update(
         self,
@@ -261,4 +273,5 @@ def build_state_adversary(
         text_length=text_length,
         max_tokens=config.batching.max_tokens_per_micro_batch,
         state=AdversaryState(),
+        accelerator=accelerator,
     )
