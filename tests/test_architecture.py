@@ -18,8 +18,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
-    {"functional"},
-    {"types", "files", "http", "threads"},
+    {"functional", "tolerance"},
+    {"types", "files", "http", "threads", "intervals"},
     {"config"},
     {"data", "models"},
     {"rollout", "rewards", "discriminator"},

@@ -145,8 +145,8 @@ def runnable(words: list[str]) -> list[str]:
     small = SMALL[verb].split()
     if verb == "evaluate":
         rest = ["ifeval=ifeval.jsonl" if word == "ifeval" else word for word in rest]
-    if verb == "train" and not {"--resume", "--overwrite"} & set(rest):
-        small += ["--overwrite", "True"]
+    if verb in ("train", "check") and not {"--resume", "--overwrite"} & set(rest):
+        small += ["--overwrite"]
     return [verb, *rest, *small]
 
 

@@ -1,14 +1,17 @@
-"""The recipes for Qwen3, checked on directories of those models' shapes, without weights."""
+"""The recipes for Qwen3, on directories of those models' shapes without weights, and the one for GSM8K."""
 
 import json
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+from support.benchmark_data import GSM8K, on_stand_ins_and_real_data, rows
 from support.documents import ROOT, TEMPLATE, block, read_rows
-from support.tiny import LETTERS, make_tokenizer
+from support.tiny import LETTERS, SMALL, make_tokenizer
 from uniapl import cli
 
 COMMON = {
@@ -45,10 +48,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Qwen3Config(**COMMON, **shape).save_pretrained(here / "Qwen" / name)
         make_tokenizer(chat_template=TEMPLATE).save_pretrained(here / "Qwen" / name)
     [row] = read_rows(block("docs/gpus.md", '{"prompt"'))
-    rows = [row | {"prompt": f"{row['prompt']} {letter}"} for letter in LETTERS]
+    written = [row | {"prompt": f"{row['prompt']} {letter}"} for letter in LETTERS]
     (here / "data").mkdir()
     path = here / "data" / "prompts_with_demonstrations.jsonl"
-    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    path.write_text("".join(json.dumps(each) + "\n" for each in written))
     return here
 
 
@@ -59,6 +62,8 @@ def test_check_accepts_it(
     monkeypatch.chdir(workshop)
     # A minute for each on a slow core; tests/training/preflight/test_memory.py compares it with runs.
     monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
+    # The directories hold configurations without weights.
+    monkeypatch.setattr("uniapl.cli.check.check_policy", lambda *_: True)
     assert cli.run(["check", str(recipe), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["with_demonstration"] == report["examples"] == len(LETTERS)
@@ -77,3 +82,64 @@ def test_every_value_says_where_it_comes_from(recipe: Path) -> None:
     assert len(values) > 20
     for line in values:
         assert line.startswith(evident) or re.search(r"# \w", line), line
+
+
+def byte_model(path: Path) -> Path:
+    """A tiny chat model that reads every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = TEMPLATE.replace("<|im_end|>", "<eos>")
+    fast.save_pretrained(path)
+    small: dict[str, Any] = SMALL | {"vocab_size": len(vocabulary), "max_position_embeddings": 4096}
+    AutoModelForCausalLM.from_config(Qwen3Config(**small, tie_word_embeddings=True)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.case(18)
+@on_stand_ins_and_real_data
+def test_gsm8k(
+    benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The solutions are demonstrations and the reward's column, from a file and in the form of the Hub."""
+    data = benchmarks / GSM8K
+    if not data.is_file():
+        pytest.skip(f"{data} does not exist")
+    solutions = {number: row["answer"] for number, row in enumerate(rows(data), start=1)}
+    questions = {number: row["question"] for number, row in enumerate(rows(data), start=1)}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
+    flags = ["--model.model-name-or-path", str(byte_model(tmp_path / "model")), "--optim.bf16", "False"]
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "README.md").write_text("---\nconfigs: [{config_name: main, data_files: train.jsonl}]\n---\n")
+    (hub / "train.jsonl").write_bytes(data.read_bytes())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for path in (data, hub):
+        assert cli.run(["check", "recipes/gsm8k.yaml", *flags, f"--data.path={path}", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["examples"] == report["with_demonstration"] == len(solutions)
+        assert report["rewards"] == {"recipes/gsm8k_reward.py:exact_answer": len(solutions)}
+        assert questions[1] in report["preview"]["text"].split("[[")[0]
+        assert f"[[{solutions[1]}<eos>]]" in report["preview"]["text"]
+    reward = runpy.run_path("recipes/gsm8k_reward.py")["exact_answer"]
+    answers = [*solutions.values()]
+    assert reward(answers, answer=answers) == [1.0] * len(answers)
+    assert reward(["18", "#### 19", "#### $1,018.0"], answer=["#### 18", "#### 18", "#### 1018"]) == [0, 0, 1]
+    small = "--batching.prompts-per-step 2 --batching.demonstrations-per-step 2 --rollout.num-generations 2"
+    flags += [*small.split(), "--rollout.max-completion-length", "8", "--max-steps", "2"]
+    run = tmp_path / "run"
+    assert cli.run(["train", "recipes/gsm8k.yaml", *flags, f"--data.path={data}", f"--output-dir={run}"]) == 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["rewards/recipes/gsm8k_reward.py:exact_answer/mean"] for m in metrics] == [0.0, 0.0]
+    assert all(m["tokens/sft"] > 100 and m["tokens/rl"] > 0 for m in metrics), "both columns are used"
+    logged = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert len(logged) == 4
+    for line in logged:
+        assert line["prompt"] == questions[line["row"]]
+        assert line["demonstration"] == solutions[line["row"]]

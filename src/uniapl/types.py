@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
@@ -47,8 +47,16 @@ class Example:
     """The expert's completion, including its end token."""
     rejected_ids: TokenIds | None = None
     """A completion that is worse than the demonstration; the discriminator is trained on it too."""
+    earlier_turns: tuple[tuple[TokenIds, TokenIds], ...] = ()
+    """Prompt and completion of each earlier assistant turn that only the SFT loss covers."""
     columns: dict[str, Any]
     """The other columns of the row, which reward functions receive by name."""
+
+    @property
+    def demonstrated_turns(self) -> tuple[tuple[TokenIds, TokenIds], ...]:
+        """Prompt and completion of every turn that the SFT loss covers, the demonstration last."""
+        last = () if self.demonstration_ids is None else ((self.prompt_ids, self.demonstration_ids),)
+        return (*self.earlier_turns, *last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,8 @@ class RolloutGroup:
     """Weighted sums over the reward functions; None for an unknown reward, which the mean excludes."""
     reward_parts: dict[str, tuple[float | None, ...]]
     """Reward function -> its value for each rollout."""
+    extra: dict[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
+    """Column -> what a reward function logged for each rollout by `log_extra`."""
     policy_logits: tuple[float, ...] | None = None
     """Not the language model's logits: the discriminator's logit of each rollout; None if they have none."""
     expert_logit: float | None = None

@@ -31,6 +31,16 @@ def test_help_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> 
         assert f"  {key}: " in shown
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "collect", "compose", "compare", "pretrain-discriminator"])
+def test_help_of_options_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.run([verb, "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 45
+    assert max(map(len, shown.splitlines())) <= 100
+
+
 def test_help_lists_keys_that_exist_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(KEYS) <= set(flatten(Config()))
     assert cli.run(["train", "-h"]) == 0

@@ -161,7 +161,8 @@ def test_prompts_in_other_file_formats(form: str, tmp_path: Path) -> None:
         flags = ["-o", str(tmp_path / "new" / "out.jsonl"), "--url", endpoint.url]
         assert cli.run(["collect", str(path), *flags]) == 0
     found = [(r["prompt"], r["answer"], r["completion"]) for r in lines(tmp_path / "new" / "out.jsonl")]
-    assert found == [("11", 1, "11"), ("two", 2, "TWO")]
+    one, two = ("1", "2") if form == "csv" else (1, 2)
+    assert found == [("11", one, "11"), ("two", two, "TWO")]
 
 
 def test_the_only_model_is_the_default_and_several_are_an_error(
@@ -274,11 +275,10 @@ FAILURES: dict[str, Reply] = {
     "not UTF-8": lambda e, h, b: send(h, b"\xff\xfe"),
     "no choices": lambda e, h, b: send(h, {"choices": []}),
     "a list": lambda e, h, b: send(h, [1]),
-    "a number for a text": lambda e, h, b: send(
-        h, completion(None) | {"choices": [{"message": {"content": 1}}]}
-    ),
+    "an error with status 200": lambda e, h, b: send(h, {"error": {"message": "overloaded", "code": 503}}),
     "null": lambda e, h, b: send(h, b"null"),
     "broken off": says("half", finish_reason="abort"),
+    "an error as finish reason": says("half", finish_reason="ERROR"),
 }
 
 
@@ -444,6 +444,15 @@ def test_a_key_that_is_invalid_in_a_header(
         (says("<think>thought</think>\n"), "empty"),
         (says("half an emoji: \ud83d"), "not valid Unicode"),
         (says("I will not", finish_reason="content_filter"), "refused by a content filter"),
+        (says("I will not", finish_reason="SAFETY"), "refused by a content filter"),
+        (
+            lambda e, h, b: send(h, {"choices": [{"finish_reason": "content_filter"}]}),
+            "refused by a content filter",
+        ),
+        (says(None, refusal="I will not."), "refused by the model"),
+        (says("Let me see.", finish_reason="tool_calls"), "a tool call"),
+        (says("Let me see.", tool_calls=[{"function": {"name": "look"}}]), "a tool call"),
+        (says(None, reasoning_content="thought"), "empty"),
     ],
 )
 def test_unusable_completions_are_dropped_and_counted_and_not_requested_again(
@@ -464,11 +473,169 @@ def test_unusable_completions_are_dropped_and_counted_and_not_requested_again(
     assert "no completion is usable" in capsys.readouterr().err
 
 
+CUT = ["length", "LENGTH", "MAX_TOKENS", "max_tokens", "max-tokens", "model_length", None, "", "new_reason"]
+
+
+@pytest.mark.case(13)
+@pytest.mark.parametrize("reason", CUT)
+def test_a_finish_reason_other_than_a_stop_is_a_truncated_completion(
+    reason: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
+        whole = body["messages"][-1]["content"] == "one"
+        (echo if whole else says("half an ans", finish_reason=reason))(endpoint, handler, body)
+
+    with serving(reply) as endpoint:
+        assert collect(endpoint, tmp_path, "--json", prompts=["one", "two", "three"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["dropped"] == {"truncated": [2, 3]}
+    unknown = reason in (None, "", "new_reason")
+    assert summary["notes"] == unknown * [
+        f"2 replies have a missing or unknown finish_reason ({reason or 'null'}) and count as truncated, "
+        "because they may be incomplete"
+    ]
+    assert completions(tmp_path) == ["ONE"]
+
+
+COMPLETE = ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "COMPLETE", "FinishReason.STOP"]
+
+
+@pytest.mark.parametrize("reason", COMPLETE)
+def test_a_finish_reason_that_is_a_stop_in_another_api(reason: str, tmp_path: Path) -> None:
+    with serving(says("fine", finish_reason=reason)) as endpoint:
+        assert collect(endpoint, tmp_path, prompts=["one"]) == 0
+    assert [row["source"]["finish_reason"] for row in lines(tmp_path / "out.jsonl")] == [reason]
+
+
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+
+
+@pytest.mark.case(14)
+@pytest.mark.parametrize(
+    ("content", "reasoning", "text"),
+    [
+        ([THOUGHT, {"type": "text", "text": "fine"}], "hm", "fine"),
+        ([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "fine"}], "hm", "fine"),
+        ([{"type": "text", "text": "fi"}, {"type": "output_text", "text": "ne\n"}], "", "fine\n"),
+        (["fi", "ne"], "", "fine"),
+        ({"type": "text", "text": "fine"}, "", "fine"),
+    ],
+)
+def test_content_that_is_a_list_of_parts(content: Any, reasoning: str, text: str, tmp_path: Path) -> None:
+    with serving(says(content)) as endpoint:
+        assert collect(endpoint, tmp_path, prompts=["one"]) == 0
+        assert completions(tmp_path) == [text]
+        assert collect(endpoint, tmp_path, "--keep-thinking", prompts=["one"]) == 0
+        assert len(endpoint.asked) == 1
+    assert completions(tmp_path) == [f"<think>\n{reasoning}\n</think>\n\n{text}" if reasoning else text]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}], "'image_url'"),
+        ([{"type": "text", "text": None}], "type 'text'"),
+        ([7], "int 7"),
+        (1, "int 1"),
+    ],
+)
+def test_content_that_is_not_text_is_refused_at_once(
+    content: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(says(content)) as endpoint:
+        assert collect(endpoint, tmp_path, prompts=["one"]) == 1
+    assert "no completion for rows 1 (the content of the completion is not text: it has " in (
+        said := capsys.readouterr().err
+    )
+    assert named in said
+    assert len(endpoint.asked) == 1
+
+
+@pytest.mark.case(15)
+@pytest.mark.parametrize(
+    "text", ["HTML has no </think> tag.", "Write\n</think>\nand answer.", "hm\n</think>\n\nA text."]
+)
+def test_an_end_of_thinking_in_a_text_cuts_only_if_thinking_was_asked_for(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after = text.partition("</think>")[2].lstrip()
+    with serving(says(text)) as endpoint:
+        assert collect(endpoint, tmp_path, prompts=["one"]) == 0
+        assert completions(tmp_path) == [text]
+        assert (
+            "note: 1 replies contain </think> without <think> and are kept whole" in capsys.readouterr().out
+        )
+        assert collect(endpoint, tmp_path, "--thinking", prompts=["one"]) == 0
+        assert completions(tmp_path) == [after]
+        assert len(endpoint.asked) == 1
+        assert "note" not in capsys.readouterr().out
+        for body, cut in (
+            ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+            ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+            ({"thinking": {"type": "enabled", "budget_tokens": 9}}, True),
+            ({"thinking": {"type": "disabled"}}, False),
+            ({"reasoning": {"effort": "high"}}, True),
+            ({"reasoning_effort": "none"}, False),
+        ):
+            flags = ["--extra-body", json.dumps(body)]
+            assert collect(endpoint, tmp_path, *flags, prompts=["one"]) == 0
+            assert completions(tmp_path) == [after if cut else text]
+        endpoint.reply = says(text, reasoning_content="thought")
+        flags = ["--thinking", "--temperature", "0.5"]
+        assert collect(endpoint, tmp_path, *flags, prompts=["one"]) == 0
+        assert completions(tmp_path) == [text], "the server has separated the thoughts"
+
+
+@pytest.mark.case(16)
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (429, {"message": "You exceeded your current quota.", "code": "insufficient_quota"}),
+        (429, {"message": "You exceeded your current quota.", "type": "insufficient_quota", "code": None}),
+        (429, {"message": "Your account has insufficient balance.", "code": "1113"}),
+        (429, {"message": "Suspended.", "type": "exceeded_current_quota_error"}),
+        (400, {"message": "Limit reached.", "code": "billing_hard_limit_reached"}),
+        (402, {"message": "Insufficient Balance"}),
+        (200, {"message": "Insufficient credits", "code": 402}),
+    ],
+)
+def test_an_exhausted_quota_stops_the_run_at_once_and_keeps_progress(
+    number: int, error: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
+        (echo if len(endpoint.asked) <= 2 else status(number, {"error": error}))(endpoint, handler, body)
+
+    with serving(reply) as endpoint:
+        assert collect(endpoint, tmp_path, "--concurrency", "1") == 2
+        said = capsys.readouterr().err
+        assert f"{endpoint.url}: status {number}: {error['message']}" in said
+        assert "Replies received so far are kept" in said
+        assert len(endpoint.asked) == 3
+        endpoint.reply = echo
+        assert collect(endpoint, tmp_path) == 0
+    assert completions(tmp_path) == [prompt.upper() for prompt in PROMPTS]
+    assert endpoint.counts == {"one": 1, "two": 1, "three": 2, "four": 1, "five": 1}
+
+
+def test_a_limit_per_minute_is_retried_although_it_names_a_quota(tmp_path: Path) -> None:
+    error = {"message": "You exceeded your current quota, check your plan and billing details", "code": 429}
+    limit = status(429, {"error": error | {"status": "RESOURCE_EXHAUSTED"}}, Retry_After="0")
+    with serving(first(limit)) as endpoint:
+        assert collect(endpoint, tmp_path) == 0
+    assert endpoint.counts == dict.fromkeys(PROMPTS, 2)
+
+
+def test_a_pause_that_is_too_long_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(status(429, {"error": "daily limit"}, Retry_After="7200")) as endpoint:
+        assert collect(endpoint, tmp_path, prompts=["one"]) == 1
+    assert "status 429: daily limit (Retry-After: 7200)" in capsys.readouterr().err
+    assert len(endpoint.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("said", "stripped"),
     [
         ("<think>\nhm\n</think>\n\nA  text.\n", "A  text.\n"),
-        ("hm\n</think>\n\nA text.", "A text."),
         ("A text. <think>no</think>", "A text. <think>no</think>"),
         (" A text. ", " A text. "),
     ],
@@ -543,6 +710,23 @@ def test_best_of_n_and_min_reward(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "dropped: 4 completions, reward below 2: rows 2" in capsys.readouterr().out
         assert kept("--min-reward", "2", "--best-of-n") == [("dddd", 4.0)]
         assert len(endpoint.asked) == 12
+
+
+def test_min_reward_and_the_best_ignore_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ "a" has the reward 0.9999999999999999 and "b" 1.0: the first is kept, as among equal rewards."""
+
+    def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
+        send(handler, completion("ab"[body["seed"]]))
+
+    (tmp_path / "task.py").write_text(
+        "def f(completions):\n    return [.6 + .3 + .1 if c == 'a' else 1.0 for c in completions]\n"
+    )
+    command = ["--num-samples", "2", "--seed", "0", "--rewards", f"{tmp_path}/task.py:f", "--min-reward", "1"]
+    with serving(reply) as endpoint:
+        assert collect(endpoint, tmp_path, *command, prompts=["p"]) == 0
+        assert completions(tmp_path) == ["a", "b"]
+        assert collect(endpoint, tmp_path, *command, "--best-of-n", prompts=["p"]) == 0
+        assert completions(tmp_path) == ["a"]
 
 
 def test_rewards_get_chats_as_in_training(tmp_path: Path) -> None:

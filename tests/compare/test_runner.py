@@ -134,16 +134,16 @@ def test_a_cell_is_reproducible(method: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_costs_by_hand() -> None:
-    """Stages are added up, measurements are not counted, and a curve has the evaluated steps."""
+    """Stages and steps are added up, and a curve has the evaluated steps."""
 
     def record(step: int, rollout: int, trained: int, **others: float) -> dict[str, Any]:
-        times = {"step_time": 3.0, "time/evaluate": 1.0}
-        return {"step": step, "tokens/rollout": rollout, "num_tokens": trained, **times, **others}
+        tokens = {"tokens/rollout": rollout, "tokens/sft": trained - rollout, "num_tokens": 1000}
+        return {"step": step, "step_time": 2.0, **tokens, **others}
 
     records = [
         record(1, 0, 50),
-        record(2, 40, 120, **{"eval/good": 0.5, "reward": 0.25}),
-        record(3, 60, 200, **{"eval/good": 0.75}),
+        record(2, 40, 70, **{"eval/good": 0.5, "reward": 0.25}),
+        record(3, 60, 80, **{"eval/good": 0.75}),
     ]
     got = cell_module._costs(records)
     assert got["cost"] == {"rollout_tokens": 100, "trained_tokens": 200, "seconds": 6.0}

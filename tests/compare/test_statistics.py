@@ -1,6 +1,4 @@
-"""Intervals, costs and fronts, compared with values computed by hand."""
-
-import statistics
+"""Differences, costs and fronts, compared with values computed by hand."""
 
 import pytest
 from hypothesis import given
@@ -8,31 +6,11 @@ from hypothesis import strategies as st
 
 from uniapl.compare.statistics import (
     LEVELS,
-    bootstrap,
     cost_to_reach,
     distance_at_equal_good,
     good_at_equal_closeness,
     paired_difference,
 )
-
-
-def test_equal_values_have_a_zero_width_interval() -> None:
-    interval = bootstrap([0.5, 0.5, 0.5])
-    assert interval == {"mean": 0.5, "low": 0.5, "high": 0.5}
-
-
-def test_the_bootstrap_of_two_values_is_known_exactly() -> None:
-    # The mean of two draws is 0, 0.5 or 1 with probabilities 1/4, 1/2, 1/4: both tails hold more than 2.5 %.
-    interval = bootstrap([0.0, 1.0])
-    assert interval == {"mean": 0.5, "low": 0.0, "high": 1.0}
-
-
-def test_the_interval_is_close_to_the_normal_one_for_many_values() -> None:
-    values = [float(i % 10) for i in range(200)]
-    error = statistics.stdev(values) / len(values) ** 0.5
-    interval = bootstrap(values)
-    assert interval["low"] == pytest.approx(interval["mean"] - 1.96 * error, abs=0.1 * error)
-    assert interval["high"] == pytest.approx(interval["mean"] + 1.96 * error, abs=0.1 * error)
 
 
 def test_a_paired_difference_removes_variation_between_seeds() -> None:
@@ -44,9 +22,12 @@ def test_a_paired_difference_removes_variation_between_seeds() -> None:
         paired_difference([0.1], theirs)
 
 
-def test_no_values_are_refused() -> None:
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap([])
+def test_the_interval_of_a_paired_difference_by_hand() -> None:
+    """Differences 1, 2, 3 (hundredths): Student's t with two degrees of freedom is 4.303."""
+    half = 0.01 * 4.302653 / 3**0.5
+    interval = paired_difference([0.11, 0.32, 0.53], [0.1, 0.3, 0.5])
+    assert interval == pytest.approx({"mean": 0.02, "low": 0.02 - half, "high": 0.02 + half})
+    assert paired_difference([0.3], [0.1])["low"] is None, "one seed has no interval"
 
 
 @pytest.mark.parametrize(

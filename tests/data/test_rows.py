@@ -173,7 +173,7 @@ def test_long_rows_are_left_out_and_listed() -> None:
 def test_files_of_every_kind_hold_the_same_rows(tmp_path: Path) -> None:
     import pandas
 
-    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    rows = [{"prompt": "a", "n": "1"}, {"prompt": "b", "n": "2"}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n\n" for r in rows))
     (tmp_path / "x.json").write_text(json.dumps(rows))
     pandas.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
@@ -188,8 +188,8 @@ def test_text_in_a_csv_file_stays_text(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("question,completion,limit\n7,11,100\n8,,200\n")
     rows = read_rows(DataConfig(path=str(tmp_path / "x.csv"), columns={"question": "prompt"}))
     assert [dict(row) for _, row in rows] == [
-        {"question": "7", "completion": "11", "limit": 100},
-        {"question": "8", "completion": None, "limit": 200},
+        {"question": "7", "completion": "11", "limit": "100"},
+        {"question": "8", "completion": None, "limit": "200"},
     ]
 
 
@@ -205,7 +205,7 @@ def test_an_answer_that_leaves_no_room_for_a_prompt_is_named() -> None:
         ("x.jsonl", b"", "no rows"),
         ("x.jsonl", b'{"prompt": "a"}\n{"prompt": ', "line 2: invalid JSON"),
         ("x.jsonl", b'{"prompt": "\xff"}', "invalid UTF-8"),
-        ("x.json", b"{}", "expected a list of rows"),
+        ("x.json", b'{"a":\n1}', "expected a list of rows"),
         ("x.json", b"[", "invalid JSON"),
         ("x.parquet", b"nonsense", "cannot load"),
     ],

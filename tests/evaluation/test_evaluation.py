@@ -105,6 +105,28 @@ def test_unscored_completions_are_not_counted(tmp_path: Path) -> None:
     assert result.completions[1]["reward"] == []
 
 
+def test_pass_at_k_reports_what_is_unknown(tmp_path: Path) -> None:
+    def fussy(completions: list[str]) -> list[float | None]:
+        return [None if "x" in text else float("a" in text) for text in completions]
+
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows(3)))
+    suite = load_suite(str(path), Config(), make_tokenizer(), functions=[fussy])
+    sampler = Scripted([["a", "b"], ["b", "x"], ["b", "b"]])
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, num_samples=2, with_floors=False)
+    found = result.summary["scores"]["reward_best@2"]
+    assert found["mean"] == 0.5
+    assert found["bounds"] == pytest.approx([1 / 3, 2 / 3])
+    assert result.summary["per_prompt"]["reward_best@2"] == [[1, 1], [0, 0], [0, 1]]
+    assert result.summary["notes"] == [
+        "reward_best@2 is the mean over the 2 of 3 prompts whose completions all have a score; over all "
+        "prompts with a score it is from 0.333, if the completions without a score all fail, to 0.667, if "
+        "they all pass"
+    ]
+    shown = notes({**result.summary, "floors": {}}, 8)
+    assert "1 of 6 completions could not be scored and are not counted" in shown
+
+
 @on_stand_ins_and_real_data
 def test_ifeval_scores_equal_lm_eval(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Various completions of the first prompts, aggregated by us and by lm-eval."""
@@ -161,16 +183,70 @@ def test_intervals_agree_with_a_slow_bootstrap() -> None:
 
 
 def test_difference_is_paired() -> None:
-    """Two models that differ by the same amount on every prompt have no uncertainty."""
+    """The variation between prompts cancels; what remains is that of the differences."""
     rng = random.Random(2)
     theirs = [[rng.random(), 1.0] for _ in range(50)]
-    ours = [[value + 0.1, 1.0] for value, _ in theirs]
+    ours = [[value + 0.1 + 0.01 * (-1) ** i, 1.0] for i, (value, _) in enumerate(theirs)]
     found = scores.difference(scores.as_sums(ours), scores.as_sums(theirs))
-    assert found["mean"] == pytest.approx(0.1)
-    assert found["low"] == pytest.approx(0.1)
-    assert found["high"] == pytest.approx(0.1)
+    # Student's t with 49 degrees of freedom is 2.0096; the standard deviation of +-0.01 is 0.01 sqrt(50/49).
+    half = 2.0096 * 0.01 / 49**0.5
+    assert found == pytest.approx({"mean": 0.1, "low": 0.1 - half, "high": 0.1 + half}, abs=1e-6)
     alone = scores.interval(scores.as_sums(theirs))
     assert (alone["high"] or 0) - (alone["low"] or 0) > 0.1
+
+
+def test_equal_values_have_no_narrow_interval() -> None:
+    """What is equal on 30 prompts need not be equal on all."""
+    none = scores.as_sums([[0, 1]] * 30)
+    assert scores.interval(none) == pytest.approx({"mean": 0, "low": 0, "high": 0.1135}, abs=1e-4)
+    every = scores.as_sums([[4, 4]] * 30)
+    assert scores.interval(every) == pytest.approx({"mean": 1, "low": 0.8865, "high": 1}, abs=1e-4)
+    # 32 differences, of which one is 1 and one -1: t(31) = 2.0395 times sqrt(2 / 31 / 32).
+    half = 2.0395 * (2 / 31 / 32) ** 0.5
+    found = scores.difference(none, none)
+    assert found == pytest.approx({"mean": 0, "low": -half, "high": half}, abs=1e-4)
+    better = scores.difference(scores.as_sums([[1, 1]] * 30), none)
+    assert better["mean"] == better["high"] == 1
+    spread = (32 - 30**2 / 32) / 31
+    assert better["low"] == pytest.approx(30 / 32 - 2.0395 * (spread / 32) ** 0.5, abs=1e-4)
+    # Rewards without known bounds: nothing can be concluded.
+    assert scores.interval(scores.as_sums([[-1, 1]] * 30)) == {"mean": -1.0, "low": None, "high": None}
+    shifted = scores.difference(scores.as_sums([[2.5, 1]] * 9), scores.as_sums([[2.25, 1]] * 9))
+    assert shifted == {"mean": 0.25, "low": None, "high": None}
+
+
+def drawn(rng: np.random.Generator, rates: np.ndarray, k: int) -> np.ndarray:
+    return np.stack([rng.binomial(k, rates), np.full(len(rates), k)], axis=1).astype(float)
+
+
+def covers(found: scores.Interval, truth: float) -> bool:
+    assert found["low"] is not None
+    assert found["high"] is not None
+    return found["low"] <= truth <= found["high"]
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.5, 0.98])
+def test_completions_of_a_prompt_are_not_independent(rate: float) -> None:
+    """Four completions of each of 30 prompts whose rates vary count as fewer than 120 prompts."""
+    rng = np.random.default_rng(0)
+    covered = sum(
+        covers(scores.interval(drawn(rng, rng.beta(rate, 1 - rate, 30), 4)), rate) for _ in range(2000)
+    )
+    assert 0.93 <= covered / 2000 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("prompts", "k", "expected"), [(10, 1, (0.94, 1.0)), (30, 1, (0.94, 0.99)), (30, 4, (0.93, 0.98))]
+)
+def test_coverage_of_differences(prompts: int, k: int, expected: tuple[float, float]) -> None:
+    """Two models of which one passes what the other passes and 0.3 of the rest, a true difference of 0.15."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(2000):
+        theirs = rng.beta(0.5, 0.5, prompts)
+        found = scores.difference(drawn(rng, 0.3 + 0.7 * theirs, k), drawn(rng, theirs, k))
+        covered += covers(found, 0.15)
+    assert expected[0] <= covered / 2000 <= expected[1]
 
 
 def test_paired_matches_prompts() -> None:
@@ -184,7 +260,7 @@ def test_paired_matches_prompts() -> None:
     assert found["reward"]["mean"] == pytest.approx((1 + 0) / 2 - (0 + 1) / 2)
     twice = {"prompts_digest": ["a", "a"], "per_prompt": {"reward": [[1, 1], [0, 1]]}}
     once = {"prompts_digest": ["a"], "per_prompt": {"reward": [[1, 1]]}}
-    assert paired(twice, twice)["reward"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert paired(twice, twice)["reward"] == {"mean": 0.0, "low": -1.0, "high": 1.0}
     assert paired(twice, once)["reward"]["mean"] == 0.0, "first occurrences form a pair"
     empty = {"prompts_digest": ["a"], "per_prompt": {"reward": [[0, 0]]}}
     assert paired(empty, empty)["reward"]["mean"] is None
@@ -192,7 +268,29 @@ def test_paired_matches_prompts() -> None:
 
 def test_best_of_k() -> None:
     answers = [[{"s": [0.0]}, {"s": [1.0]}], [{"s": [0.0]}, {"s": []}], [{"s": []}, {"s": []}]]
-    assert scores.pass_at_all(answers, "s").tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert scores.pass_at_all(answers, "s").tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
+def test_pass_at_k_with_unknown_answers_is_not_biased() -> None:
+    """Half of the completions pass, a fifth is unknown: pass@2 is 0.75, whatever is unknown."""
+    rng = random.Random(3)
+
+    def completion() -> dict[str, list[float]]:
+        return {"s": [] if rng.random() < 0.2 else [float(rng.random() < 0.5)]}
+
+    answers = [[completion(), completion()] for _ in range(4000)]
+    assert scores.mean_of(scores.pass_at_all(answers, "s")) == pytest.approx(0.75, abs=0.02)
+    low, high = scores.pass_bounds(answers, "s") or (1.0, 0.0)
+    # A third of the prompts with a score has an unknown completion: 0.5 of these pass at least, 1 at most.
+    assert low == pytest.approx(2 / 3 * 0.75 + 1 / 3 * 0.5, abs=0.02)
+    assert high == pytest.approx(2 / 3 * 0.75 + 1 / 3, abs=0.02)
+
+
+def test_bounds_of_pass_at_k_by_hand() -> None:
+    answers = [[{"s": [0.0]}, {"s": [1.0]}], [{"s": [0.0]}, {"s": []}], [{"s": []}, {"s": []}]]
+    assert scores.pass_bounds(answers, "s") == (0.5, 1.0), "the third prompt has no score at all"
+    assert scores.pass_bounds(answers[:1], "s") is None, "nothing is unknown"
+    assert scores.pass_bounds([[{"s": [2.0]}, {"s": []}]], "s") is None, "the best reward is not known"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +328,8 @@ def test_notes_report_misleading_scores() -> None:
     result = {
         "notes": ["sandbox: landlock"],
         "left_out": {"prompt longer than 5 tokens": [1, 2]},
+        "prompts": 10,
+        "samples": 2,
         "truncated": 0.4,
         "unscored": 0.25,
         "headline": "reward",
@@ -239,8 +339,8 @@ def test_notes_report_misleading_scores() -> None:
     said = notes(result, 64)
     assert said.pop(0) == "sandbox: landlock"
     assert said[0] == "2 prompts are left out: prompt longer than 5 tokens"
-    assert "40% of the completions were truncated at 64 tokens" in said[1]
-    assert said[2].startswith("25.0% of the completions could not be scored")
+    assert "8 of 20 completions were truncated at 64 tokens" in said[1]
+    assert said[2].startswith("5 of 20 completions could not be scored")
     assert said[3] == "reward is not above these completions without a model: echo"
 
 
@@ -275,7 +375,7 @@ def test_score_without_values_is_unknown_not_zero() -> None:
     unknown = scores.as_sums([[0, 0], [0, 0]])
     assert scores.interval(unknown) == {"mean": None, "low": None, "high": None}
     one = scores.as_sums([[1, 1], *[[0, 0]] * 500])
-    assert scores.interval(one) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert scores.interval(one) == pytest.approx({"mean": 1.0, "low": 0.2065, "high": 1.0}, abs=1e-4)
     assert scores.difference(one, scores.as_sums([[0, 1], *[[1, 1]] * 500]))["mean"] == 1.0
 
 
@@ -318,7 +418,7 @@ def test_floors_are_placed_after_the_mark(benchmarks: Path) -> None:
     assert floors(suite, make_tokenizer()) == floors(plain, make_tokenizer())
     sampler = Scripted([["b"]] * 25)
     result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
-    assert result.summary["notes"] == ["100% of the completions do not contain '</think>' and count as empty"]
+    assert result.summary["notes"] == ["25 of 25 completions do not contain '</think>' and count as empty"]
     assert result.summary["scores"]["prompt_strict"]["mean"] == 0
 
 
@@ -386,7 +486,9 @@ def test_the_command(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "empty" in said
     assert cli.run([*command, "--output-dir", str(second), "--against", str(first), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["minus"]["suites"]["held_out"]["reward"] == {"mean": 0.0, "low": 0.0, "high": 0.0}, "greedy"
+    difference = shown["minus"]["suites"]["held_out"]["reward"]
+    assert difference["mean"] == 0, "greedy"
+    assert difference["low"] < 0 < difference["high"], "equal on 9 prompts is not equal on all"
     assert shown["settings"]["prompt_format"] == "chat", "the tokenizer has a template"
     assert lines(first / "completions.jsonl") == lines(second / "completions.jsonl")
     sampled = ["--num-samples", "4", "--seed", "3", "--output-dir", str(tmp_path / "third")]
@@ -473,11 +575,14 @@ def test_evaluation_during_training(model_dir: Path, tmp_path: Path) -> None:
         tmp_path / "run",
         max_steps=5,
         eval_steps=2,
+        eval_on_start=True,
         evaluation={"suites": [str(held_out(tmp_path))], "max_completion_length": 5},
         rewards={"functions": ["no_comma"]},
     )
     train(values, evaluate=lambda step, model: {"mine": step})
-    records = lines(tmp_path / "run" / "metrics.jsonl")
+    first, *records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (first["step"], first["eval/mine"]) == (0, 0)
+    assert 0 <= first["eval/held_out/reward"] <= 1
     looked = [record["step"] for record in records if "eval/held_out/reward" in record]
     assert looked == [2, 4, 5]
     assert [record["eval/mine"] for record in records] == [1, 2, 3, 4, 5]

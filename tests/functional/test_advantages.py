@@ -1,5 +1,7 @@
 """Group-relative advantages by hand, against plain Python, and for groups of equal rewards."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,3 +67,23 @@ def test_permuting_a_group_permutes_its_advantages() -> None:
         group_advantages(rewards[:, order], known[:, order], scale="group"),
         group_advantages(rewards, known, scale="group")[:, order],
     )
+
+
+@pytest.mark.parametrize("scale", ["none", "group"])
+def test_rewards_that_differ_by_rounding_have_no_advantage(scale: Any) -> None:
+    """Their differences, divided by a deviation that is rounding too, would be advantages."""
+    sums = [0.6 + 0.3 + 0.1, 0.1 + 0.3 + 0.6, 0.1 + 0.6 + 0.3, 0.3 + 0.1 + 0.6]
+    assert len(set(sums)) > 1
+    for values in (sums, [1e6 * value for value in sums], [0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0]):
+        rewards = torch.tensor([values], dtype=torch.float64)
+        known = torch.ones_like(rewards, dtype=torch.bool)
+        assert group_advantages(rewards, known, scale=scale).tolist() == [[0.0] * 4]
+        # An unknown reward is not compared.
+        rewards[0, 3], known[0, 3] = 7.0, False
+        assert group_advantages(rewards, known, scale=scale).tolist() == [[0.0] * 4]
+
+
+def test_small_differences_of_rewards_are_kept() -> None:
+    rewards = torch.tensor([[1.0, 1.0 + 2e-6]], dtype=torch.float64)
+    got = group_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool))
+    assert got.tolist()[0] == pytest.approx([-1e-6, 1e-6], rel=1e-6)

@@ -1,13 +1,10 @@
 """The weight schedule against CHORD's formula."""
 
 import math
-from typing import Any
 
 import pytest
-import torch
-from transformers import get_scheduler
 
-from uniapl.functional import learning_rate_factor, reward_threshold, warmup_cosine
+from uniapl.functional import reward_threshold, warmup_cosine
 
 
 def test_by_hand() -> None:
@@ -25,19 +22,6 @@ def test_a_constant_is_a_schedule() -> None:
 def test_without_decay_the_valley_follows_the_warm_up() -> None:
     got = [warmup_cosine(s, warmup_steps=2, decay_steps=0, peak=0.8, valley=0.1) for s in range(4)]
     assert got == pytest.approx([0.0, 0.4, 0.1, 0.1])
-
-
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup_steps", [0, 3])
-def test_learning_rate_equals_transformers(kind: str, warmup_steps: int) -> None:
-    name = "constant_with_warmup" if kind == "constant" else kind
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler: Any = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=10)
-    for step in range(12):
-        ours = learning_rate_factor(step, kind, warmup_steps=warmup_steps, total_steps=10)  # type: ignore[arg-type]
-        if step <= 10:
-            assert ours == pytest.approx(scheduler.lr_lambdas[0](step))
-        assert ours >= 0
 
 
 def test_reward_threshold_by_hand() -> None:

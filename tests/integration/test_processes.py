@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.processes import run_processes
-from support.runs import lines, recipe, timeless, train
+from support.runs import evaluated, lines, recipe, timeless, train
 from support.tiny import save_model
 from uniapl.training.checkpoint import directory as checkpoint
 
@@ -28,6 +28,7 @@ def six_steps(model: Path, output: Path, method: str, **changes: Any) -> dict[st
     if method == "uniapl":
         objective["lambda_controller"] = "dual"
     settings = {"max_steps": 6, "save_steps": 3, "log_gradients_steps": 2, "objective": objective}
+    settings |= evaluated(model.parent, num_samples=2)
     return recipe(model, output, method=method, **settings | changes)
 
 
@@ -60,6 +61,9 @@ def assert_close(got: Path, expected: Path) -> None:
     for one, other in zip(mine, theirs, strict=True):
         assert one.keys() == other.keys()
         assert one["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5)
+        scores = {key: value for key, value in other.items() if key.startswith("eval/")}
+        assert ("eval/held_out/reward" in scores) == (one["step"] % 2 == 0)
+        assert {key: one[key] for key in scores} == scores, "each process evaluates a part of the prompts"
         for key, value in other.items():
             close = value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
             assert one[key] == close, (one["step"], key)

@@ -90,12 +90,18 @@ def test_a_disk_that_fails_before_the_first_save_or_the_first_step(
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing(os.fsync, full, 1))
-        assert cli.run(["train", str(path)]) == 1
+        assert cli.run(["train", str(path)]) == 2
+    assert f"'{tmp_path / 'run'}' cannot be written: [Errno 28]" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync_tree", failing(checkpoint.sync_tree, full, 1))
+        assert cli.run(["train", str(path), "--overwrite", "True"]) == 1
     assert "Fix the cause and start again; no checkpoint was saved" in capsys.readouterr().err
     assert cli.run(["train", str(path), "--resume", "auto"]) == 0
-    # A finished run writes no config.yaml, but looks its logs through.
+    # A finished run writes no config.yaml, but cuts its logs back.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write("half a li")
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_text", failing(files.write_text, full, 1))
+        patch.setattr(files, "sync", failing(files.sync, full, 1))
         assert cli.run(["train", str(path), "--resume", "auto"]) == 2
     assert f"error: output_dir '{tmp_path / 'run'}' cannot be written: [Errno 28]" in capsys.readouterr().err
 
@@ -126,7 +132,7 @@ def test_what_the_next_start_reads_is_whole_whenever_this_one_dies(
             train(values | {"resume": "auto", "max_steps": 4})
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     train(values | {"resume": "auto", "max_steps": 4})
-    assert not [name for name in names(tmp_path / "run") if name.endswith(".tmp")]
+    assert not [name for name in names(tmp_path / "run") if name.startswith(".incomplete")]
 
 
 def test_a_deletion_that_dies_leaves_no_half_of_a_checkpoint(
@@ -135,12 +141,12 @@ def test_a_deletion_that_dies_leaves_no_half_of_a_checkpoint(
     for step in (2, 4, 6):
         checkpoint.write_directory(checkpoint.checkpoint_path(tmp_path, step), fill_with(str(step)))
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", failing(shutil.rmtree, Killed(), 2))
+        patch.setattr(shutil, "rmtree", failing(shutil.rmtree, Killed(), 1))
         with pytest.raises(Killed):
             checkpoint.prune(tmp_path, 2)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [4, 6]
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", failing(shutil.rmtree, Killed(), 2))
+        patch.setattr(shutil, "rmtree", failing(shutil.rmtree, Killed(), 1))
         with pytest.raises(Killed):
             checkpoint.forget_after(tmp_path, 4)
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [4]
@@ -157,6 +163,7 @@ def test_a_start_does_what_the_run_before_was_killed_at(model_dir: Path, tmp_pat
     shutil.copytree(saved / "step-000004", saved / "step-000002")
     for folder in (saved, tmp_path / "run", tmp_path / "run" / "stages"):
         (folder / ".incomplete-removed-x").mkdir(parents=True)
+        (folder / ".incomplete-config.yaml-0a").touch()
     train(values | {"resume": "auto"})
     assert names(saved) == ["step-000004", "step-000006"]
     assert not list((tmp_path / "run").rglob(".incomplete-*"))

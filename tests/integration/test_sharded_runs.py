@@ -25,7 +25,7 @@ def sharded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model_dir,
         method="uniapl",
         objective={"lambda_controller": "dual", "beta": 0.05, "mu_decay_steps": 8, "reference_step": 2},
-        optim={"learning_rate": 3e-3, "gradient_checkpointing": True},
+        optim={"learning_rate": 3e-3, "weight_decay": 0.5, "gradient_checkpointing": True},
         log_gradients_steps=2,
     )
     return folder

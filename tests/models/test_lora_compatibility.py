@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -15,7 +16,7 @@ from support.runs import recipe, train, write_recipe
 from support.tiny import make_tokenizer, save_model
 from uniapl import UsageError, cli
 from uniapl.config import ModelConfig
-from uniapl.models.loading import ModelSource, load_tokenizer
+from uniapl.models.loading import ModelSource, check_policy, load_tokenizer
 from uniapl.models.lora import save_weights
 from uniapl.models.reference import trained_weights
 
@@ -94,6 +95,55 @@ def test_an_adapter_of_other_shapes_is_refused(rank: int, model_dir: Path, tmp_p
     said = f"does not match model.lora_r.*another base model or rank: .*{shapes}.*uniapl export {tmp_path}"
     with pytest.raises(UsageError, match=said):
         policy_model(settings(tmp_path), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "base_model.model.",
+            "module.base_model.model.",
+            "28 of its tensors are missing .* and 28 in",
+        ),
+        ("layers.1.", "layers.9.", "14 of its tensors are missing from the file and 14 in the file"),
+        ("lora_B", "lora_b", "14 of its tensors are missing from the file and 14 in the file"),
+    ],
+)
+def test_an_adapter_whose_tensors_have_other_names_is_refused(
+    old: str, new: str, message: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """PEFT only warns, and the adapter would have no effect. `check` finds it from the base's headers."""
+    of_peft(model_dir, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file)
+    merging = ModelConfig(model_name_or_path=str(tmp_path))
+    for load in (lambda: complete_model(merging), lambda: check_policy(source_of(tmp_path), merging)):
+        with pytest.raises(UsageError, match=message):
+            load()
+    for load in (
+        lambda: policy_model(settings(tmp_path)),
+        lambda: check_policy(source_of(tmp_path), settings(tmp_path)),
+    ):
+        with pytest.raises(UsageError, match="28 matrices instead of 28, for other modules"):
+            load()
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """Its layers are found by their ends, so that the first two fit."""
+    of_peft(model_dir, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    deeper = {name.replace("layers.1.", "layers.2."): t.clone() for name, t in tensors.items()}
+    save_file(deeper | tensors, file)
+    with pytest.raises(UsageError, match=r"0 of its tensors are missing .* and 14 in the file .*layers\.2\."):
+        complete_model(ModelConfig(model_name_or_path=str(tmp_path)))
+
+
+@pytest.mark.filterwarnings("error:.*meta parameter")
+def test_check_accepts_adapters_that_fit(model_dir: Path, tmp_path: Path) -> None:
+    of_peft(model_dir, tmp_path)
+    for config in (settings(tmp_path), ModelConfig(model_name_or_path=str(tmp_path))):
+        check_policy(source_of(tmp_path), config)
 
 
 def test_the_settings_that_an_older_peft_did_not_write_are_its_defaults(

@@ -216,7 +216,7 @@ def test_rows_without_a_gradient() -> None:
 
 
 def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
-    """With equal rewards no rollout is computed, so none has metrics; the padded path computes all."""
+    """With equal rewards no rollout is computed, packed or padded, and metrics that need it are null."""
     for packing in (True, False):
         output = tmp_path / str(packing)
         values = recipe(
@@ -231,11 +231,12 @@ def test_a_run_does_not_read_them(model_dir: Path, tmp_path: Path) -> None:
         (record,) = lines(output / "metrics.jsonl")
         assert record["tokens/rollout"] > 0
         assert record["grad_norm"] == 0
-        assert (record["entropy"] is None) == packing
+        assert record["trained/entropy"] is record["trained/sampling_logp_difference/max"] is None
+        assert record["rollout/entropy_estimate"] > 0
 
 
 def test_means_of_the_rollouts_that_were_read() -> None:
-    """8 of 40 tokens were computed; the mean of a component is over all of its tokens."""
+    """8 of 50 tokens were computed; the mean of a component is over all of its tokens."""
     step = PolicyStep(
         applied=True,
         grad_norm=1.0,
@@ -246,14 +247,18 @@ def test_means_of_the_rollouts_that_were_read() -> None:
             "sft": 0.0,
             "rollout_tokens": 8.0,
             "entropy": 12.0,
+            "clip_low": 4.0,
+            "clip_high": 2.0,
             "sampling_difference_max": 0.0,
         },
         old_logprobs=[],
     )
-    counts = {"sft": 10, "rl": 40, "adv": 40, "kl": 40}
+    counts = {"sft": 10, "rl": 40, "adv": 40, "kl": 50}
     metrics = update_metrics(step, counts, {"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": 0.0})
-    assert metrics["entropy"] == 1.5
+    assert metrics["trained/entropy"] == 1.5
     assert metrics["loss/rl"] == 0.5
+    # TRL divides by all rollout tokens, also by those without a reward.
+    assert [metrics[f"clip_ratio/{side}_mean"] for side in ("low", "high", "region")] == [0.08, 0.04, 0.12]
     assert metrics["loss/sft"] is metrics["loss/adv"] is None, "components without weight are not computed"
 
 
@@ -326,8 +331,7 @@ def test_a_run_is_the_same_packed_and_padded(method: str, model_dir: Path, tmp_p
         values = {"batching": {"packing": packing, "max_tokens_per_micro_batch": 400}, "max_steps": 4}
         train(recipe(model_dir, tmp_path / str(packing), method=method, **values))
         records[packing] = lines(tmp_path / str(packing) / "metrics.jsonl")
-    # Over the rows that were read, which packing may leave some of out.
-    apart = ("time/", "step_time", "entropy", "sampling/")
+    apart = ("time/", "step_time")
     for one, other in zip(records[True], records[False], strict=True):
         for key, value in other.items():
             if not key.startswith(apart):

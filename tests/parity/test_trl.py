@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from uniapl.config import DataConfig
-from uniapl.data.batching import Row, component_counts, demonstration_row, micro_batches
+from uniapl.data.batching import Row, component_counts, demonstration_rows, micro_batches
 from uniapl.data.rows import tokenize_row
 from uniapl.functional import (
     clip_counts,
@@ -40,6 +41,11 @@ from uniapl.functional import (
     sft_loss,
 )
 from uniapl.models.policy import Policy
+from uniapl.training.monitor.metrics import rollout_metrics, update_metrics
+from uniapl.training.update.batch import MixedBatch
+from uniapl.training.update.credit import assign_credit, rollout_rows
+from uniapl.training.update.policy_step import LossSettings, policy_step
+from uniapl.types import Example, Rollout, RolloutGroup
 
 # TRL still uses these names itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
@@ -410,6 +416,97 @@ def test_importance_weights_are_trls_token_truncate(
     assert_same(weighted, expected)
 
 
+SAME_ROLLOUTS = (
+    "reward", "reward_std", "rewards/given_rewards/mean", "rewards/given_rewards/std",
+    "frac_reward_zero_std", "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/clipped_ratio", "completions/mean_terminated_length",
+    "completions/min_terminated_length", "completions/max_terminated_length",
+)  # fmt: skip
+"""Metrics of the rollouts; those of the update have other denominators in each of TRL's micro-batches."""
+
+
+@pytest.mark.case(23)
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        (1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0),
+        REWARDS,
+        (None, 0.25, -0.5, 0.0, 2.0, 2.0, None, 2.0),
+        (None, None, None, None, 2.0, 2.0, None, 2.0),
+        (0.5, None, None, None, 1.0, 0.0, 0.0, 0.0),
+    ],
+    ids=["case-23", "mixed", "one-unknown", "group-unknown", "one-known"],
+)
+def test_metrics_with_trls_names_have_trls_values(
+    rewards: tuple[float | None, ...], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    theirs = tiny_model(0)
+    reference, ours = moved(theirs, by=-0.01), deepcopy(theirs)
+    reference.save_pretrained(tmp_path / "reference")
+    theirs.config._name_or_path = str(tmp_path / "reference")
+    trainer = grpo_trainer(theirs, tokenizer, tmp_path, rewards=rewards, beta=0.3, temperature=0.7)
+    trl_grpo_step(trainer)
+    logged = trainer._metrics["train"]
+
+    groups = rollout_groups(rewards)
+    credits = assign_credit(
+        groups, scale_rewards="none", adversarial_credit="win_probability", expert_mean=None
+    )
+    rows = rollout_rows(groups, credits, temperature=0.7)
+    batch = MixedBatch(
+        rows=rows,
+        micro_batches=micro_batches(rows, pad_id=PAD, max_tokens=10_000, max_rows=3),
+        weights={"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": 0.3},
+        credits=credits,
+    )
+    policy = Policy(ours)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    settings = LossSettings(
+        clip_low=CLIP["clip_low"], clip_high=CLIP["clip_high"], reference=Policy(reference)
+    )
+    update = policy_step(Accelerator(cpu=True), policy, optimizer, batch, settings)
+    found = rollout_metrics(groups, credits, step=0) | update_metrics(update, batch.counts, batch.weights)
+
+    for name in SAME_ROLLOUTS:
+        assert found[name] == pytest.approx(logged[name][-1], rel=1e-6, abs=1e-9), name
+    assert batch.num_tokens == logged["num_tokens"][-1]
+    tokens = [float(part["completion_mask"].sum()) for part in trainer._buffered_inputs]
+    for mine, name in {"trained/entropy": "entropy", "kl": "kl", "clip_ratio/region_mean": None}.items():
+        values = logged[name or mine]
+        mean = sum(value * count for value, count in zip(values, tokens, strict=True)) / sum(tokens)
+        assert found[mine] == pytest.approx(mean, rel=1e-4, abs=1e-9), mine
+
+
+def rollout_groups(rewards: Sequence[float | None]) -> list[RolloutGroup]:
+    groups: list[RolloutGroup] = []
+    for number, prompt_ids in enumerate(PROMPTS):
+        part = slice(number * GROUP, (number + 1) * GROUP)
+        groups.append(
+            RolloutGroup(
+                example=Example(
+                    row=number,
+                    prompt="",
+                    prompt_ids=prompt_ids,
+                    demonstration=None,
+                    demonstration_ids=None,
+                    columns={},
+                ),
+                rollouts=tuple(
+                    Rollout(
+                        completion_ids=ids,
+                        sampling_logprobs=(0.0,) * len(ids),
+                        finish_reason="stop" if ids[-1] == EOS else "length",
+                        policy_version=0,
+                    )
+                    for ids in COMPLETIONS[part]
+                ),
+                rewards=tuple(rewards[part]),
+                reward_parts={"given_rewards": tuple(rewards[part])},
+            )
+        )
+    return groups
+
+
 def test_trls_default_kl_is_ours_times_the_differentiable_ratio(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -573,7 +670,7 @@ def test_sft_step_has_trls_loss_and_gradients(
     expected = Result(loss=torch.stack(losses).sum(), grads=gradients(theirs))
 
     rows = [
-        demonstration_row(tokenize_row(number, row, tokenizer, DataConfig()))
+        demonstration_rows(tokenize_row(number, row, tokenizer, DataConfig()))[0]
         for number, row in enumerate(DEMONSTRATIONS, start=1)
     ]
     assert sorted(row.completion_ids for row in rows) == supervised

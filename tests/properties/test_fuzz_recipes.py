@@ -172,8 +172,9 @@ def test_a_recipe_that_is_no_file(folder: Path) -> None:
 @pytest.mark.parametrize("value", ["\ud800", b"ab", "👧"])
 def test_values_that_a_report_cannot_hold_as_they_are(value: str | bytes, folder: Path) -> None:
     stages = [{"method": "sft", "max_steps": 1, "early_stopping": {"metric": value}}]
-    recipe = small_recipe(folder / "model", folder) | {"stages": stages, "output_dir": str(value)}
+    recipe = small_recipe(folder / "model", folder) | {"stages": stages}
+    recipe["early_stopping"] = {"metric": str(value)}
     for flags in ([], ["--json"]):
         said = check(folder, yaml.safe_dump(recipe), *flags)
         assert said.code == 0
-    assert json.loads(said.out)["values"]["output_dir"] == [str(value), "recipe"]
+    assert json.loads(said.out)["values"]["early_stopping.metric"] == [str(value), "recipe"]

@@ -134,6 +134,6 @@ def test_infinite_results_are_read_only_as_far_as_needed() -> None:
     outcome = Rewarder([named_reward("odd", endless)]).score(EXAMPLES, ["a", "b", "c"], [[4], [5], [6]])[
         "odd"
     ]
-    assert (outcome.failed, outcome.timed_out) == ([True] * COUNT, False)
+    assert (outcome.failed, outcome.timed_out) == ([True] * COUNT, [False] * COUNT)
     assert outcome.message == "returned more than 3 values for 3 completions"
     assert len(taken) == COUNT + 1

@@ -222,7 +222,7 @@ def test_odd_tables_as_parquet(columns: dict[str, list[Any]], folder: Path) -> N
         ("x.jsonl", b"9" * 5000, "line 1: invalid JSON"),
         ("x.json", b"9" * 5000, ": invalid JSON"),
         ("x.jsonl", b'{"' + b"x" * 10_000 + b'": 1}', "row 1: no 'prompt' and no 'messages'"),
-        ("x.csv", b"prompt\na\nb,c,d\n", "Expected 1 fields in line 3, saw 3"),
+        ("x.csv", b"prompt\na\nb,c,d\n", "line 3: the row has 3 cells and the header 1"),
     ],
 )
 def test_files_that_were_not_answered_clearly(name: str, content: bytes, message: str, folder: Path) -> None:
@@ -244,15 +244,13 @@ def test_data_that_are_no_file(name: str, folder: Path) -> None:
 
 
 def test_data_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, **_: Any) -> str:
+    def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
     data = folder / "closed.jsonl"
     data.write_text("{}")
-    original = Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, **kw: (refuse if path == data else original)(path, **kw)
-    )
+    original = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (refuse if path == data else original)(path))
     said = run("check", folder, data)
     assert_clear(said, f"data.path: cannot read '{data}': [Errno 13] Permission denied")
     assert said.code == 2
@@ -262,8 +260,8 @@ SPLIT = "\ud800"
 """Half a surrogate pair: JSON can hold it, UTF-8 cannot."""
 
 
-@pytest.mark.parametrize("message", [{"content": "a", "x": SPLIT}, {"content": {"a": SPLIT}}])
-def test_prompts_that_no_file_can_hold_as_they_are(message: dict[str, Any], folder: Path) -> None:
+def test_prompts_that_no_file_can_hold_as_they_are(folder: Path) -> None:
+    message = {"content": "a", "x": SPLIT}
     data = folder / "rows.jsonl"
     data.write_bytes(jsonl([{"prompt": [{"role": "user", **message}], "completion": "b", "answer": "c"}]))
     assert run("train", folder, data, "chat").code == 0

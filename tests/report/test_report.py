@@ -117,12 +117,16 @@ def test_distinct_by_hand() -> None:
     assert analysis.words("Don't, stop!") == ["don", "'", "t", ",", "stop", "!"]
 
 
-def test_interval_by_hand() -> None:
-    """1, 2, 3: mean 2, standard error 1 / sqrt(3), t with two degrees of freedom 4.303."""
-    assert analysis.mean_interval([1.0, 2.0, 3.0]) == pytest.approx(
-        (2.0, 2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3))
+def test_numbers_are_not_rounded_to_integers() -> None:
+    shown = [analysis.decimal(value) for value in (0.5, 0.0, 1.0, 0.9996, 0.0004, -0.00002, 2.9999)]
+    assert shown == ["0.500", "0.000", "1.000", "0.9996", "0.0004", "-0.00002", "2.9999"]
+    assert analysis.decimal(99.96, 1) == "99.96"
+    assert analysis.decimal(1e-9) == "0.000000"
+    assert (
+        analysis.interval_text({"mean": 0.1, "low": -0.0001, "high": 0.2}, "+") == "+0.100 [-0.0001, +0.200]"
     )
-    assert analysis.mean_interval([5.0]) == (5.0, 5.0, 5.0)
+    assert analysis.interval_text({"mean": 0.1, "low": None, "high": None}) == "0.100", "one seed"
+    assert analysis.interval_text({"mean": None, "low": None, "high": None}) == ""
 
 
 def test_step_ranges_and_ends_by_hand() -> None:
@@ -382,6 +386,14 @@ def test_tiles_by_hand(tmp_path: Path) -> None:
     assert "Win rate" not in found
 
 
+def test_a_reward_of_1_up_to_rounding_counts_as_1(tmp_path: Path) -> None:
+    rounded = (0.6 + 0.3 + 0.1, 0.1 + 0.3 + 0.6, 1.0000000000000002, 0.1 + 0.2 - 0.3)
+    rows = [prompt_row(step, [answer(reward=value) for value in rounded]) for step in range(1, 11)]
+    path = write_run(tmp_path / "run", metric_rows(10), rows)
+    found = {tile["label"]: tile["value"] for tile in summary.tiles(read_run(path))}
+    assert found["Completions with reward 1"] == "75.0% → 75.0%"
+
+
 def test_durations() -> None:
     said = [summary.duration(seconds) for seconds in (1.26, 59.94, 61.0, 3725.0)]
     assert said == ["1.3 s", "59.9 s", "1 min 1 s", "1 h 2 min"]
@@ -415,15 +427,27 @@ def test_seeds_become_a_mean_with_an_interval(tmp_path: Path) -> None:
     ]
     other = write_run(tmp_path / "sft", [{"step": 1, "reward": 7.0}], method="sft")
     (line,) = charts.curves([read_run(path) for path in paths])[0]["charts"][0]["lines"]
-    half = 4.303 / math.sqrt(3)
+    half = 4.30265 / math.sqrt(3)
     assert [*line["y"], *line["low"], *line["high"]] == pytest.approx([2.0, 2 - half, 2 + half], rel=1e-4)
     output = tmp_path / "report.html"
     assert run_cli(["report", *map(str, [*paths, other]), "-o", str(output)]) == 0
     page = output.read_text()
+    assert chart(page, "Reward")["note"] == charts.BANDS
     lines = chart(page, "Reward")["lines"]
     assert [(found["label"], found["y"]) for found in lines] == [("grpo (3 seeds)", [2.0]), ("sft", [7.0])]
     assert "Settings that differ between the runs" in page
     assert "objective.mu_peak" in page
+
+
+def test_a_step_of_one_seed_has_no_interval(tmp_path: Path) -> None:
+    rows = [[{"step": 1, "reward": 0.0}], [{"step": 1, "reward": 2.0}, {"step": 2, "reward": 5.0}]]
+    runs = [read_run(write_run(tmp_path / str(i), found, seed=i)) for i, found in enumerate(rows)]
+    (line,) = charts.curves(runs)[0]["charts"][0]["lines"]
+    assert line["y"] == [1.0, 5.0]
+    assert line["low"] == [pytest.approx(1 - 12.7062, rel=1e-4), None]
+    assert line["high"] == [pytest.approx(1 + 12.7062, rel=1e-4), None]
+    charts_of = charts.curves(runs[:1])[0]["charts"][0]["lines"]
+    assert "low" not in charts_of[0], "one run without a standard deviation"
 
 
 def test_long_curves_are_thinned(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Qwen3Config
+from transformers import AutoModelForSequenceClassification, Qwen3Config, TrainerState
 
 from support.tiny import SMALL, make_tokenizer
 from uniapl.errors import UsageError
-from uniapl.rewards import Rewarder
+from uniapl.rewards import Rewarder, extra_columns
 from uniapl.rewards.base import named_reward
 from uniapl.rewards.finding import find_function
+from uniapl.training.monitor.metrics import reward_health
 from uniapl.types import Example
 
 
@@ -54,7 +56,8 @@ def test_arguments_are_passed_by_name() -> None:
     assert score(some, examples, ("a", "b"))[1] == [1.0, 0.5]
     assert seen == {"prompts": ["p1", "p2"], "completions": ["a", "b"], "answer": [3, 4]}
     score(everything, examples, ("a", "b"))
-    assert seen["everything"] == ["answer", "completion_ids", "completions", "other", "prompts"]
+    ours = ["completion_ids", "completions", "log_extra", "log_metric", "prompts", "trainer_state"]
+    assert seen["everything"] == sorted([*ours, "answer", "other"])
 
 
 def test_completion_of_a_chat_prompt_is_a_message() -> None:
@@ -123,6 +126,9 @@ def test_failed_function_makes_the_reward_unknown() -> None:
         ([1.0, "yes", 0.0], "'yes' where a number"),
         ([1.0, "1.0", 0.0], "'1.0' where a number"),
         ([1.0, [2.0], 0.0], r"\[2.0\] where a number"),
+        ([1.0, b"1", 0.0], "b'1' where a number"),
+        ([1.0, torch.ones(2), 0.0], "where a number"),
+        ({0.0, 0.5, 1.0}, "returned set"),
     ],
 )
 def test_wrong_results_are_no_rewards(result: Any, message: str) -> None:
@@ -142,9 +148,6 @@ def test_non_finite_values_are_no_rewards(value: float) -> None:
 
 
 def test_numpy_and_torch_numbers_are_numbers() -> None:
-    import numpy
-    import torch
-
     assert score(lambda completions: numpy.array([1, 0, 1]))[1] == [1.0, 0.0, 1.0]
     assert score(lambda completions: torch.tensor([0.5, 0.0, 1.0]))[1] == [0.5, 0.0, 1.0]
     assert score(lambda completions: [True, numpy.float32(0.5), None])[1] == [1.0, 0.5, None]
@@ -164,7 +167,7 @@ def test_hanging_function_is_abandoned_after_the_timeout(is_async: bool) -> None
     outcome, combined = score(slowly if is_async else slow, timeout=0.2)
     assert time.monotonic() - begin < 5
     assert combined == [None] * 3
-    assert outcome.timed_out
+    assert outcome.timed_out == [True] * 3
     assert "0.2 s" in outcome.message
 
 
@@ -264,6 +267,8 @@ def test_reward_model_scores_as_in_trl(tmp_path: Path, batch_size: int) -> None:
         assert len(set(logits)) == len(texts)
 
     check(score(prompts, completions), "say aaaa", "babcabcabc", "<turn>hi<turn>yo")
+    begun = [*user, {"role": "assistant", "content": "well "}]
+    check(score([begun], completions[2:]), "<turn>hi<turn>well yo")
     check(
         score(prompts[:2], completions[:2], prompt_format="chat"),
         "<turn>say a<turn>aaa",
@@ -281,3 +286,139 @@ def test_other_models_are_refused_as_reward_models(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="has 2 outputs; a reward model must have one"):
         find_function("reward_model")(["a"], ["b"], model=str(tmp_path))
+
+
+def test_one_time_out_does_not_relabel_the_other_failures() -> None:
+    """The function raises on the batch and on "a", hangs on "bb", and is not called after that."""
+
+    def f(completions: list[str]) -> list[float]:
+        if completions == ["bb"]:
+            time.sleep(30)
+        if completions == ["good"]:
+            return [1.0]
+        raise ValueError("no")
+
+    outcome, combined = score(f, texts=("good", "a", "bb", "ccc"), timeout=0.3)
+    assert combined == [1.0, None, None, None]
+    assert outcome.failed == [False, True, True, True]
+    assert outcome.timed_out == [False, False, True, False]
+    health = reward_health({"f": [outcome]})
+    assert health["rewards/f/error_rate"] == 0.5
+    assert health["rewards/f/timeout_rate"] == 0.25
+    assert health["rewards/f/none_rate"] == 0.0
+
+
+def test_functions_get_trl_s_arguments() -> None:
+    seen: list[Any] = []
+
+    def f(
+        completions: list[str], *, trainer_state: Any, log_extra: Any, log_metric: Any = None
+    ) -> list[float]:
+        seen.append(trainer_state)
+        log_extra("words", numpy.array([len(c) for c in completions]))
+        log_extra("odd", [float("nan"), {1: Path("x")}, torch.tensor([0.5])])
+        log_metric("mean_words", torch.tensor(2.0))
+        log_metric("mean_words", numpy.float32(4.0))
+        return [1.0] * len(completions)
+
+    reward = named_reward("f", f)
+    assert reward.required_columns == ()
+    rewarder = Rewarder([reward])
+    outcome = rewarder.score([example(n) for n in range(3)], ["a", "bb", "ccc"], [(1,)] * 3)["f"]
+    assert isinstance(seen[0], TrainerState)
+    assert seen[0] is rewarder.trainer_state
+    assert outcome.values == [1.0] * 3, outcome.message
+    assert outcome.extra == {"words": [1, 2, 3], "odd": [None, {"1": repr(Path("x"))}, [0.5]]}
+    assert outcome.metrics == {"mean_words": [2.0, 4.0]}
+
+
+def test_logs_are_those_of_calls_that_succeeded_and_keep_their_samples() -> None:
+    """The call of the batch fails after it has logged; row 2 has no answer; "bad" raises on its own too."""
+
+    def f(completions: list[str], answer: list[int], log_extra: Any, log_metric: Any) -> list[float]:
+        log_extra("answers", answer)
+        log_metric("calls", 1.0)
+        if "bad" in completions:
+            raise ValueError("bad")
+        return [1.0] * len(completions)
+
+    examples = [example(1, answer=10), example(2), example(3, answer=30), example(4, answer=40)]
+    outcome = score(f, examples, ("a", "b", "bad", "d"))[0]
+    assert outcome.extra == {"answers": [10, None, None, 40]}
+    assert outcome.metrics == {"calls": [1.0, 1.0]}
+    assert outcome.values == [1.0, None, None, 1.0]
+
+
+def test_a_log_with_a_wrong_number_of_values_is_a_failure() -> None:
+    def f(completions: list[str], log_extra: Any) -> list[float]:
+        log_extra("words", [1])
+        return [1.0] * len(completions)
+
+    outcome, combined = score(f)
+    assert combined == [None] * 3
+    assert outcome.message == "log_extra('words'): 1 values, 3 completions"
+
+
+def test_columns_of_two_functions_with_one_name_are_both_kept() -> None:
+    def f(completions: list[str], log_extra: Any) -> list[float]:
+        log_extra("parsed", completions)
+        return [1.0] * len(completions)
+
+    outcomes = Rewarder([named_reward("f", f), named_reward("g", f)]).score([example(1)], ["a"], [(1,)])
+    assert extra_columns(outcomes) == {"parsed": ["a"], "g/parsed": ["a"]}
+
+
+@pytest.mark.case(25)
+@pytest.mark.parametrize(
+    ("parameter", "meant"),
+    [
+        ("prompt", "prompts"),
+        ("completion", "completions"),
+        ("completions_ids", "completion_ids"),
+        ("state", None),
+        ("answers", "answer"),
+        ("train_state", "trainer_state"),
+    ],
+)
+def test_a_misspelt_argument_gets_a_suggestion(parameter: str, meant: str | None) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"def f(completions, {parameter}): return [0.0] * len(completions)", scope)
+    with pytest.raises(UsageError, match=f"needs a column '{parameter}'") as caught:
+        Rewarder([named_reward("f", scope["f"])]).check_columns([example(1, answer="x")])
+    assert (f"Did you mean '{meant}'?" if meant else "besides prompt and completion: answer).") in str(
+        caught.value
+    )
+    assert ("Did you mean" in str(caught.value)) == (meant is not None)
+    assert "not columns: prompts, completions, completion_ids, trainer_state, log" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions: [float(len(c[0]["content"])) for c in completions],
+        lambda completions: [float(len(c["content"])) for c in completions],
+        lambda completions: [float(len(c[-1].get("content"))) for c in completions],
+        lambda prompts: [float(len(p[-1]["content"])) for p in prompts],
+    ],
+)
+def test_access_to_messages_of_text_prompts_says_what_to_write(function: Callable[..., Any]) -> None:
+    rewarder = Rewarder([named_reward("f", function)])
+    with pytest.raises(
+        UsageError, match=r"use c instead of c\[0\]\['content'\], or set data.prompt_format to chat"
+    ):
+        rewarder.try_out([example(1)])
+    with pytest.raises(UsageError, match=r"division by zero \(test_rewards.py, line \d+\)$"):
+        Rewarder([named_reward("f", lambda completions: [1 / 0])]).try_out([example(1)])
+
+
+def test_a_function_cannot_change_the_prompts() -> None:
+    chat = [{"role": "user", "content": "p"}]
+
+    def f(prompts: list[Any]) -> list[float]:
+        for prompt in prompts:
+            prompt.append({"role": "assistant", "content": "x"})
+        return [float(len(prompt)) for prompt in prompts]
+
+    row = example(1, chat)
+    assert score(f, [row, row], ("a", "b"))[1] == [2.0, 2.0]
+    assert chat == [{"role": "user", "content": "p"}]

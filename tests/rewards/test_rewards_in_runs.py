@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,3 +109,53 @@ def test_groups_that_are_all_equal_are_neither_good_nor_bad(model_dir: Path, tmp
     assert record["frac_reward_zero_std"] == 1
     assert record["groups/all_good"] is None
     assert record["groups/all_bad"] is None
+
+
+@pytest.mark.case(22)
+def test_four_perfect_answers_of_three_weighted_functions_pass(model_dir: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
+    functions = [
+        {"name": f"{tmp_path / name}.py:f", "weight": weight}
+        for name, weight in zip("abc", (0.6, 0.3, 0.1), strict=True)
+    ]
+    values = recipe(model_dir, tmp_path / "run", max_steps=1, rewards={"functions": functions})
+    record = train(values, reward_functions=[]).metrics
+    assert record["reward"] == pytest.approx(1.0)
+    assert (record["pass_rate"], record["frac_reward_zero_std"], record["groups/mixed"]) == (1.0, 1.0, 0.0)
+    rows = lines(tmp_path / "run" / "completions.jsonl")
+    assert {c["advantage"] for row in rows for c in row["completions"]} == {0.0}
+
+
+def test_the_state_and_the_logs_of_a_run(model_dir: Path, tmp_path: Path) -> None:
+    states: list[tuple[int, int, float, int, bool]] = []
+
+    def f(completions: list[str], trainer_state: Any, log_extra: Any, log_metric: Any) -> list[float]:
+        s = trainer_state
+        states.append((s.global_step, s.max_steps, s.epoch, len(s.log_history), s.is_world_process_zero))
+        log_extra("upper", [c.upper() for c in completions])
+        log_metric("letters", sum(map(len, completions)) / len(completions))
+        log_metric("loss", 7.0)
+        return [float(len(c)) for c in completions]
+
+    data = tmp_path / "held_out.jsonl"
+    data.write_text('{"prompt": "say a"}\n')
+    evaluation = {"suites": [str(data)], "max_completion_length": 4}
+    values = recipe(
+        model_dir, tmp_path / "run", method="grpo", max_steps=3, evaluation=evaluation, eval_steps=3
+    )
+    train(values, reward_functions=[f], train_dataset=letter_rows(6))
+    # Two trial calls, of the run and of the suite; three steps; the suite after the last step.
+    assert [s[0] for s in states] == [0, 0, 0, 1, 2, 2]
+    assert {s[1] for s in states} == {3}
+    assert [s[2] for s in states[2:5]] == [0.5, 1.0, 1.5]
+    assert [s[3] for s in states[2:5]] == [0, 1, 2]
+    assert all(s[4] for s in states)
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    groups = lines(tmp_path / "run" / "completions.jsonl")
+    for record in records:
+        shown = [c for g in groups if g["step"] == record["step"] for c in g["completions"]]
+        assert [c["extra"] for c in shown] == [{"upper": c["text"].upper()} for c in shown]
+        assert record["letters"] == pytest.approx(sum(len(c["text"]) for c in shown) / len(shown))
+        assert record["log_metric/loss"] == 7.0
+        assert record["loss"] != 7.0

@@ -14,7 +14,7 @@ import yaml
 
 import uniapl
 from support.fake_vllm import FakeServer, FakeVLLM, behind, install, serving
-from support.runs import lines, recipe, run_until, timeless, train, write_recipe
+from support.runs import evaluated, lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import save_model
 from uniapl import cli
 from uniapl.rollout import engines
@@ -45,24 +45,29 @@ def test_every_step_is_sampled_with_its_own_weights(
 ) -> None:
     """Colocated and behind a server: the same completions as from the trainer's own weights."""
     started = install(monkeypatch)
-    train(recipe(model_dir, tmp_path / "local"))
-    train(recipe(model_dir, tmp_path / "colocated", rollout={"sampler": "vllm", "temperature": 1.0}))
-    train(recipe(model_dir, tmp_path / "server", rollout=behind(server)))
+    suite = evaluated(tmp_path, num_samples=2, max_completion_length=9)
+    train(recipe(model_dir, tmp_path / "local", **suite))
+    train(recipe(model_dir, tmp_path / "colocated", rollout={"sampler": "vllm", "temperature": 1.0}, **suite))
+    train(recipe(model_dir, tmp_path / "server", rollout=behind(server), **suite))
     local = lines(tmp_path / "local" / "metrics.jsonl")
-    assert local[0]["sampling/importance_sampling_ratio/mean"] is None
+    assert local[0]["trained/importance_sampling_ratio/mean"] is None
     for name in ("colocated", "server"):
         assert texts(tmp_path / name) == texts(tmp_path / "local")
         for record, expected in zip(lines(tmp_path / name / "metrics.jsonl"), local, strict=True):
             assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
-            assert record["sampling/sampling_logp_difference/max"] < 1e-4
-            assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+            assert record["trained/sampling_logp_difference/max"] < 1e-4
+            assert record["trained/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+            scores = {key: value for key, value in expected.items() if key.startswith("eval/")}
+            assert ("eval/held_out/mean_length" in scores) == (record["step"] in (2, 4))
+            assert {key: record[key] for key in scores} == scores
         assert not (tmp_path / name / "weights-for-vllm").exists()
-    # Before training, and in each of the four steps.
-    assert server.loads == 5
+    # Before training, in each of the four steps, and for the evaluation after the last one. Step 3 samples
+    # with the weights that were sent for the evaluation after step 2.
+    assert server.loads == 6
     (engine,) = started
-    assert engine.loads == 4, "it was started with the first weights"
-    longest = len("say a.")
-    assert engine.settings["max_model_len"] == longest + 6
+    assert engine.loads == 5, "it was started with the first weights"
+    longest = len("say eeee.")
+    assert engine.settings["max_model_len"] == longest + 9, "of the suite"
     assert engine.settings["logprobs_mode"] == "processed_logprobs"
     assert engine.settings["dtype"] == "float32"
 
@@ -72,7 +77,7 @@ def test_a_cool_sampler_reports_what_the_trainer_computes(
 ) -> None:
     train(recipe(model_dir, tmp_path / "run", rollout=behind(server, temperature=0.6)))
     for record in lines(tmp_path / "run" / "metrics.jsonl"):
-        assert record["sampling/sampling_logp_difference/max"] < 1e-4
+        assert record["trained/sampling_logp_difference/max"] < 1e-4
 
 
 def test_weights_that_were_not_taken_end_the_run(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
@@ -254,7 +259,7 @@ def test_two_processes_speak_through_one(
     """Three prompts on two ranks: the completions of one process; the weights are sent once per step."""
     # The other ranks do not run this file's fixtures.
     monkeypatch.setattr(engines, "SEEDS", 2**62)
-    path = write_recipe(tmp_path, model_dir, max_steps=2)
+    path = write_recipe(tmp_path, model_dir, max_steps=2, **evaluated(tmp_path))
     values = yaml.safe_load(path.read_text())
     # A low temperature makes models with small random weights distinguishable.
     rollout = values["rollout"] | behind(server, temperature=0.3)
@@ -267,8 +272,12 @@ def test_two_processes_speak_through_one(
     before = server.loads
     command = [sys.executable, *launcher, *arguments, str(tmp_path / "two")]
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    assert server.loads - before == 3, "before training, and in each step"
+    assert server.loads - before == 4, "before training, in each step, and for the evaluation after the last"
     assert texts(tmp_path / "two") == texts(tmp_path / "one")
+    one, two = (lines(tmp_path / name / "metrics.jsonl")[1] for name in ("one", "two"))
+    scores = {key: value for key, value in one.items() if key.startswith("eval/held_out/")}
+    assert len(scores) == 4
+    assert {key: two[key] for key in scores} == scores
     server.load(str(server.directory))
     server.deaf = True
     command = [sys.executable, *launcher, *arguments, str(tmp_path / "deaf")]

@@ -18,6 +18,7 @@ STAND_INS = Path(__file__).with_name("stand_ins")
 IFEVAL = Path("ifeval", "input_data.jsonl")
 IFBENCH = Path("ifbench", "IFBench_test.jsonl")
 AUTOIF = Path("autoif")
+GSM8K = Path("gsm8k", "train.jsonl")
 NLTK = Path("nltk")
 
 real_data = (

@@ -49,7 +49,7 @@ def send(handler: Handler, answer: Any, status: int = 200, **headers: str) -> No
 
 
 def completion(
-    content: str | None, *, finish_reason: str = "stop", model: str = "expert", **message: Any
+    content: Any, *, finish_reason: str | None = "stop", model: str = "expert", **message: Any
 ) -> dict[str, Any]:
     """As the API's reference has it, with three tokens of prompt and two of answer."""
     message = {"role": "assistant", "content": content} | message
@@ -67,7 +67,7 @@ def echo(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:
     send(handler, completion(body["messages"][-1]["content"].upper()))
 
 
-def says(*contents: str | None, **settings: Any) -> Reply:
+def says(*contents: Any, **settings: Any) -> Reply:
     """One content after the other, each for ever once the others are through."""
 
     def reply(endpoint: Endpoint, handler: Handler, body: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def metric_rows(steps: int) -> list[dict[str, Any]]:
             "discriminator/win_rate": rng.random(),
             "discriminator/accuracy": rng.random(),
             "completions/mean_length": rng.gauss(30.0, 3.0),
-            "entropy": rng.random(),
+            "rollout/entropy_estimate": rng.random(),
             "learning_rate": 1e-4,
             "num_tokens": 100 * step,
             "skipped": 0,

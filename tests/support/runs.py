@@ -41,6 +41,15 @@ def has_letter(completions: list[str], letter: list[str]) -> list[float]:
     return [text.count(x) / max(1, len(text)) for text, x in zip(completions, letter, strict=True)]
 
 
+def evaluated(folder: Path, **settings: Any) -> dict[str, Any]:
+    """Changes of a recipe: a suite of 5 prompts is evaluated every second step."""
+    suite = folder / "held_out.jsonl"
+    suite.write_text(
+        "".join(json.dumps({"prompt": f"say {x * n}.", "letter": x}) + "\n" for n, x in enumerate("abcde"))
+    )
+    return {"eval_steps": 2, "evaluation": {"suites": [str(suite)], "max_completion_length": 4} | settings}
+
+
 def train(values: dict[str, Any], **settings: Any) -> uniapl.RunResult:
     """Train as the command line does, with its console output."""
     settings = {"train_dataset": letter_rows(), "reward_functions": [has_letter]} | settings

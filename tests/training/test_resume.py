@@ -7,7 +7,12 @@ import pytest
 import uniapl
 from support.runs import lines, recipe, run_until, timeless, train
 from support.tiny import letter_rows
+from uniapl.config import Config, DataConfig
+from uniapl.data.rows import tokenize_rows
+from uniapl.data.streams import is_held_out
+from uniapl.models.loading import ModelSource, load_tokenizer
 from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.checkpoint.state import read_state
 
 
 def test_a_resumed_run_takes_the_new_learning_rate(model_dir: Path, tmp_path: Path) -> None:
@@ -63,6 +68,28 @@ def test_changed_data_and_seed_are_said(
     output = capsys.readouterr().out
     assert "the data has changed since the checkpoint" in output
     assert "the seed changes from 0 (the checkpoint's) to 9" in output
+
+
+def test_held_out_demonstrations_stay_held_out_under_another_seed(model_dir: Path, tmp_path: Path) -> None:
+    """The discriminator is compared with a run on fewer rows: its updates never contain a held-out prompt."""
+    rows = letter_rows(demonstrated=range(12))
+    tokenizer = load_tokenizer(ModelSource(base=str(model_dir)))
+    examples = tokenize_rows(list(enumerate(rows, start=1)), tokenizer, DataConfig()).examples
+    settings = {"held_out_fraction": 0.4, "replay_size": 100}
+    drawn = [
+        [is_held_out(e, Config.model_validate({"seed": seed, "discriminator": settings})) for e in examples]
+        for seed in range(20)
+    ]
+    assert all(one == drawn[0] for one in drawn)
+    assert 0 < sum(drawn[0]) < len(rows)
+    values = recipe(model_dir, tmp_path / "run", discriminator=settings, save_steps=1)
+    train(values | {"max_steps": 2}, train_dataset=rows)
+    train(values | {"seed": 7, "resume": "auto"}, train_dataset=rows)
+    held_out = {e.prompt_ids for e, out in zip(examples, drawn[0], strict=True) if out}
+    state = read_state(checkpoint.checkpoint_path(tmp_path / "run", 4))
+    replayed = {tuple(item["prompt_ids"]) for item in state["replay"]}
+    assert len(replayed) > 3
+    assert not replayed & held_out
 
 
 def test_a_failed_start_leaves_the_old_run_alone(model_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a learned lambda_adv follows the win rate, without a run."""
+"""The values of a schedule by hand, and how a learned lambda_adv follows the win rate, without a run."""
 
 import math
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import pytest
 from uniapl import Config
 from uniapl.functional import Multiplier
 from uniapl.training.schedule import Schedule
+from uniapl.types import Example, RolloutGroup
 
 
 def schedule(controller: str, *, accuracy: float = 1.0, step: int = 10) -> Schedule:
@@ -53,3 +54,100 @@ def test_lambda_does_not_change_while_its_weight_is_0(inactive: dict[str, Any]) 
 def test_without_pairs_or_with_a_fixed_lambda_nothing_is_logged() -> None:
     assert schedule("dual").control_lambda(None) == {}
     assert schedule("fixed").control_lambda(0.1) == {}
+
+
+def at(step: int, adversary: Any = None, **values: Any) -> Schedule:
+    multiplier = Multiplier(value=2.0)
+    return Schedule(
+        config=Config.model_validate(values), adversary=adversary, multiplier=multiplier, step=step
+    )
+
+
+def trained_adversary(accuracy: float) -> Any:
+    return SimpleNamespace(trainer=object(), state=SimpleNamespace(accuracy=accuracy))
+
+
+def test_the_learning_rate_by_hand() -> None:
+    values = {
+        "max_steps": 10,
+        "optim": {"learning_rate": 0.5, "warmup_steps": 2, "lr_scheduler_type": "linear"},
+    }
+    assert [at(step, **values).learning_rate for step in (0, 1, 2, 6, 10)] == pytest.approx(
+        [0.0, 0.25, 0.5, 0.25, 0.0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "accuracy", "weight"),
+    [(4, 0.9, 0.0), (5, 0.9, 2.0), (5, 0.55, 2.0), (5, 0.549, 0.0)],
+)
+def test_lambda_acts_after_the_warm_up_from_the_minimum_accuracy_on(
+    step: int, accuracy: float, weight: float
+) -> None:
+    values: dict[str, Any] = {"discriminator": {"warmup_steps": 5, "min_accuracy": 0.55}}
+    subject = at(step, **values)
+    vars(subject)["adversary"] = trained_adversary(accuracy)
+    assert subject.lambda_adv == weight
+    vars(subject)["adversary"] = None
+    assert subject.lambda_adv == 0.0
+    vars(subject)["adversary"] = SimpleNamespace(trainer=None, state=SimpleNamespace(accuracy=0.9))
+    assert subject.lambda_adv == 2.0, "a frozen discriminator has no warm-up"
+
+
+def test_an_adversary_that_is_the_only_component_needs_no_accuracy() -> None:
+    alone: dict[str, Any] = {"mu_peak": 0.0, "mu_valley": 0.0, "reward_weight": 0.0}
+    settings: dict[str, Any] = {"warmup_steps": 5, "min_accuracy": 0.55}
+    for objective, weight in (
+        (alone, 2.0),
+        ({**alone, "reward_weight": 1.0}, 0.0),
+        ({**alone, "mu_peak": 0.1}, 0.0),
+    ):
+        subject = at(5, objective=objective, discriminator=settings)
+        vars(subject)["adversary"] = trained_adversary(0.1)
+        assert subject.lambda_adv == weight
+
+
+def rewarded(*rewards: float | None, demonstration: bool = True) -> RolloutGroup:
+    example = Example(
+        row=1,
+        prompt="p",
+        prompt_ids=(5,),
+        demonstration="d" if demonstration else None,
+        demonstration_ids=(7, 1) if demonstration else None,
+        columns={},
+    )
+    return RolloutGroup(example=example, rollouts=(), rewards=rewards, reward_parts={})
+
+
+def test_mu_of_each_controller_by_hand() -> None:
+    limits = {"mu_threshold": 0.8, "mu_peak": 0.9, "mu_valley": 0.1}
+    groups = [rewarded(1.0, 0.0, None), rewarded(0.5, demonstration=False)]
+    by_reward = at(3, objective={"mu_controller": "reward", **limits})
+    assert by_reward.mu(groups) == pytest.approx(0.3)
+    assert by_reward.mu([rewarded(None)]) == 0.9
+    assert by_reward.mu([rewarded(1.0)]) == 0.1
+    gate = at(3, objective={"mu_controller": "gate", "gate_threshold": 0.0})
+    assert gate.mu([rewarded(0.0, None), rewarded(0.0, 1.0), rewarded(0.0, demonstration=False)]) == 1 / 3
+    steps = {"mu_warmup_steps": 2, "mu_decay_steps": 2, "mu_peak": 0.8, "mu_valley": 0.2}
+    mus = [at(step, objective=steps).mu([]) for step in range(5)]
+    assert mus == pytest.approx([0.0, 0.4, 0.8, 0.5, 0.2])
+
+
+def test_the_weights_by_hand() -> None:
+    steps = {"mu_warmup_steps": 0, "mu_decay_steps": 0, "mu_peak": 0.25, "mu_valley": 0.25}
+    objective: dict[str, Any] = {**steps, "reward_weight": 3.0, "beta": 0.05}
+    subject = at(20, objective=objective, discriminator={"warmup_steps": 5, "min_accuracy": 0.5})
+    vars(subject)["adversary"] = trained_adversary(0.9)
+    assert subject.weights([]) == {"sft": 0.25, "rl": 0.75 * 3.0, "adv": 2.0, "kl": 0.0}
+    subject.uses_reference = True
+    assert subject.weights([])["kl"] == 0.05
+    inside = at(20, objective={**objective, "adversarial_placement": "reward"})
+    vars(inside)["adversary"] = trained_adversary(0.9)
+    assert inside.weights([])["adv"] == 0.0
+
+
+def test_a_stage_ends_at_its_last_step_or_by_its_stop_rule() -> None:
+    assert [at(step, max_steps=3).ended for step in (2, 3, 4)] == [False, True, True]
+    stopped = at(1, max_steps=3)
+    stopped.stopping.reason = "enough"
+    assert stopped.ended

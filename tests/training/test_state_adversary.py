@@ -1,4 +1,4 @@
-"""Discriminators on the reference's states, in runs: cold start, resume, processes, adapters, held-out rows."""
+"""Discriminators on the reference's states: cold start, resume, processes, adapters, held-out texts."""
 
 import os
 from pathlib import Path

@@ -216,8 +216,8 @@ def test_a_run(model_dir: Path, tmp_path: Path) -> None:
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 4
     for record in records:
-        assert record["sampling/sampling_logp_difference/max"] < TOLERANCE
-        assert abs(record["sampling/importance_sampling_ratio/mean"] - 1) < TOLERANCE
+        assert record["trained/sampling_logp_difference/max"] < TOLERANCE
+        assert abs(record["trained/importance_sampling_ratio/mean"] - 1) < TOLERANCE
     assert records[0]["loss"] != records[-1]["loss"]
 
 
@@ -231,8 +231,8 @@ def test_a_run_one_step_off(
     train(values | {"save_total_limit": 9})
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["rollout/staleness"] for record in records] == [0, 1, 1, 1]
-    assert records[0]["sampling/sampling_logp_difference/max"] < TOLERANCE
-    assert records[1]["sampling/sampling_logp_difference/max"] > TOLERANCE
+    assert records[0]["trained/sampling_logp_difference/max"] < TOLERANCE
+    assert records[1]["trained/sampling_logp_difference/max"] > TOLERANCE
     for step in (1, 2):
         # Of the weights after `step - 1` steps, for the step after the next.
         path = checkpoint_path(tmp_path / "run", step)

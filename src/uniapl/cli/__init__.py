@@ -1,6 +1,7 @@
 """The command line: one table of verbs. The module of a verb is imported when the verb is used."""
 
 import contextlib
+import difflib
 import gc
 import io
 import os
@@ -11,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from uniapl.errors import UniAPLError, UsageError
+from uniapl.files import expand_home
 
 # Libraries read these when they are first imported. A link to pydantic's documentation does not explain an
 # error in a recipe, and progress bars for loaded files would break the display of a run.
@@ -54,6 +56,15 @@ VERBS = {
     "pretrain-discriminator": Verb("DATA ...", "train a POLAR discriminator on completions of policies"),
 }
 
+OTHER_VERBS = {
+    **dict.fromkeys(("sft", "grpo", "rlhf", "dpo", "run", "fit", "finetune"), "train"),
+    **dict.fromkeys(("eval", "test", "lm-eval"), "evaluate"),
+    **dict.fromkeys(("validate", "lint", "preprocess", "dry-run"), "check"),
+    **dict.fromkeys(("merge", "merge-lora", "save"), "export"),
+    **dict.fromkeys(("infer", "inference", "generate"), "chat"),
+    **dict.fromkeys(("distill", "sample"), "collect"),
+}
+"""Names of other programs for a verb."""
 HELP_FLAGS = ("-h", "--help", "--help-all")
 EXIT_CODES = """\
 exit codes: 0 ok, 1 failed, 2 usage, configuration or data error,
@@ -108,16 +119,16 @@ def run(arguments: list[str]) -> int:
     name, *rest = arguments
     try:
         if name not in VERBS:
-            raise UsageError(f"unknown verb '{name}': choose one of {', '.join(VERBS)}")
+            raise UsageError(_unknown_verb(name))
         function = name.replace("-", "_")
         if name in ("demo", "train", "check") and set(HELP_FLAGS) & set(rest):
             from uniapl.cli.help import recipe_help
 
-            recipe_help(name, rest)
+            recipe_help(name, _with_home(rest))
             return 0
         with importing():
             module = import_module(f"uniapl.cli.{function}")
-        getattr(module, function)(rest)
+        getattr(module, function)(_with_home(rest))
         return 0
     except UniAPLError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -125,6 +136,21 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(VERBS[name].on_interrupt, file=sys.stderr)
         return 130
+
+
+def _with_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `~` expanded, which shells do not do in `--output-dir=~/run` and in quotes."""
+    try:
+        return [expand_home(argument) for argument in arguments]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _unknown_verb(name: str) -> str:
+    other = OTHER_VERBS.get(name.replace("_", "-").lower())
+    near = [other] if other else difflib.get_close_matches(name.replace("_", "-").lower(), VERBS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}"
+    return f"unknown verb '{name:.80}'; {hint}"
 
 
 @contextlib.contextmanager

@@ -2,21 +2,31 @@
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
-from uniapl.config import ModelConfig
-from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
+from uniapl.config import DataConfig, ModelConfig
+from uniapl.config.resolve import load_recipe, resolve
+from uniapl.data.rendering import ChatTemplate
+from uniapl.data.tokenization import encode_prompt
+from uniapl.errors import UsageError
+from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer, pad_id_of
+
+RUN_FILES = ("config.yaml", "manifest.json")
 
 
 def chat(arguments: Sequence[str]) -> None:
     """Complete each line that is typed or piped in, until the input ends.
 
-    A model with a chat template gets the whole conversation; a model without one continues each line.
+    A model with a chat template gets the whole conversation; a model without one continues each line. A
+    model in a run directory gets prompts as in training: with the run's system prompt and template arguments,
+    or as plain text. Its generation_config.json only adds end tokens, as in training and evaluation.
     """
     options = _parse(arguments)
     config = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
@@ -26,26 +36,64 @@ def chat(arguments: Sequence[str]) -> None:
     stop_ids = load_stop_ids(source, model.config, tokenizer)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
+    # Otherwise generate() would apply the model's own top_k, repetition_penalty and so on.
+    model.generation_config = GenerationConfig()
+    data = _prompt_settings(options, has_template=tokenizer.chat_template is not None)
+    template = None
+    if data.prompt_format == "chat":
+        template = ChatTemplate(tokenizer=tokenizer, arguments=data.chat_template_kwargs)
+    messages = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for line in _lines():
-        if tokenizer.chat_template:
+        if template is None:
+            ids = encode_prompt(line, tokenizer)
+        else:
             messages.append({"role": "user", "content": line})
-            line = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        inputs = tokenizer(line, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-        inputs = inputs.to(model.device)
+            ids = tokenizer(template.render(messages), add_special_tokens=False).input_ids
+        inputs = torch.tensor([ids], device=model.device)
         output = model.generate(
-            **inputs,
+            inputs,
+            attention_mask=torch.ones_like(inputs),
             max_new_tokens=options.max_new_tokens,
             do_sample=options.temperature > 0,
             temperature=options.temperature or None,
+            top_k=0 if options.temperature > 0 else None,
             eos_token_id=sorted(stop_ids),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_id_of(tokenizer),
             streamer=streamer,
         )
-        completion = output[0, inputs["input_ids"].shape[1] :]
+        completion = output[0, len(ids) :]
         text = str(tokenizer.decode(completion, skip_special_tokens=True))
         messages.append({"role": "assistant", "content": text})
+
+
+def _prompt_settings(options: argparse.Namespace, *, has_template: bool) -> DataConfig:
+    """How prompts are written: as in the run that saved the model, overridden by the flags."""
+    path = Path(options.model).resolve()
+    # A run keeps models in final/ and in checkpoints/step-NNNNNN/.
+    run = next((p for p in path.parents[:2] if all((p / f).is_file() for f in RUN_FILES)), None)
+    values: dict[str, Any] = {"prompt_format": "chat" if has_template else "text"}
+    if run is not None:
+        trained = resolve(load_recipe(run / "config.yaml")).config.data
+        values |= trained.model_dump(include={"system_prompt", "chat_template_kwargs"})
+        if _had_text_prompts(run / "manifest.json"):
+            values["prompt_format"] = "text"
+        shown = {key: value for key, value in values.items() if value}
+        print(f"note: prompts as in {run / 'config.yaml'}: {shown}", file=sys.stderr)
+    given = {key: getattr(options, key) for key in ("prompt_format", "system_prompt", "chat_template_kwargs")}
+    values |= {key: value for key, value in given.items() if value is not None}
+    if values["prompt_format"] == "text" and given["system_prompt"]:
+        raise UsageError("--system needs a chat template and --prompt-format chat")
+    return resolve({"data": values}).config.data
+
+
+def _had_text_prompts(manifest: Path) -> bool:
+    """Whether a run was trained on plain text prompts only."""
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))["data"]
+        return 0 < data["examples"] == data["plain_text_prompts"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _lines() -> Iterator[str]:
@@ -60,9 +108,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="uniapl chat", description=chat.__doc__)
     add = parser.add_argument
     add("model", help="directory, such as a run's final/, or Hub id")
-    add("--system", help="system message")
+    add("--system", dest="system_prompt", help="system message (default: the run's)")
+    add("--prompt-format", choices=("text", "chat"), help="text continues each line without a template")
+    help_ = "arguments of the chat template, as JSON (default: the run's)"
+    add("--chat-template-kwargs", type=_json, metavar="JSON", help=help_)
     add("--temperature", type=float, default=0.7, help="sampling temperature; 0 takes the most likely token")
     add("--max-new-tokens", type=int, default=512, help="maximum number of tokens per completion")
     add("--seed", type=int, default=0, help="seed of the sampling")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     return parser.parse_args(arguments)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,14 @@ from uniapl.config.resolve import Resolved, flatten, stages_of
 from uniapl.data.streams import is_held_out
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
+from uniapl.models.loading import check_policy
+from uniapl.training.checkpoint.disk import check_available
 from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.preflight import load as setup
+from uniapl.training.preflight.checks import check_evaluation
+from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.memory import estimate_memory
+from uniapl.training.resume import read_start
 from uniapl.types import prompt_text
 
 
@@ -47,7 +53,16 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         UsageError: Training would stop with the same error.
     """
     stages = stages_of(resolved)
+    check_evaluation(stages[-1].config, has_function=False)
     inputs = setup.load_inputs(resolved, stages)
+    checked = check_policy(inputs.source, resolved.config.model)
+    stages = [with_max_steps(stage, inputs) for stage in stages]
+    if not resolved.config.stages:
+        (resolved,) = stages
+    said: list[str] = []
+    directory = Path(resolved.config.output_dir)
+    check_available(directory)
+    read_start(resolved, stages, inputs, said.append, directory)
     examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
     prompt, demonstration = (
@@ -55,14 +70,17 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     )
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]
-    servers = [
+    start = [line.removeprefix("note: ") for line in said]
+    skipped = [
         f"the vLLM server {stage.config.rollout.vllm_server_base_url} was not contacted"
         for stage in stages
         if stage.config.objective.uses_rollouts and stage.config.rollout.behind_server
     ]
+    if not checked:
+        skipped.append(f"the tensors of '{inputs.source.base}' were not checked: they are not downloaded yet")
     return {
         "values": {key: [values[key], source] for key, source in resolved.sources.items()},
-        "notes": [*dict.fromkeys(notes), *inputs.notes, *dict.fromkeys(servers)],
+        "notes": [*dict.fromkeys(notes), *inputs.notes, *dict.fromkeys(skipped), *start],
         "examples": len(examples),
         "with_demonstration": sum(e.demonstration_ids is not None for e in examples),
         "left_out": {reason: list(rows) for reason, rows in inputs.dataset.left_out.items()},

@@ -12,10 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
+from uniapl.cli.help import short_parser
 from uniapl.collect.cache import Cache, Reply, open_cache
 from uniapl.collect.filter import load_rewarder, score, select
 from uniapl.collect.progress import Progress, counting
-from uniapl.collect.rows import PromptRow, Settings, demonstrations_of, read_prompts
+from uniapl.collect.rows import PromptRow, Settings, demonstrations_of, notes_on, read_prompts
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.files import write_text
 
@@ -78,11 +79,11 @@ def _collect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             for sample in range(options.num_samples)
         }
         progress, failures = _request(requests, settings, endpoint, cache, options, console)
-        usable, dropped = demonstrations_of(
-            rows, settings, options.num_samples, cache.replies, keep_thinking=options.keep_thinking
-        )
+        thinking = options.thinking or settings.asks_for_thinking
+        form = {"thinking": thinking, "keep_thinking": options.keep_thinking}
+        usable, dropped = demonstrations_of(rows, settings, options.num_samples, cache.replies, **form)
         replies = [cache.replies[key] for key in requests if key in cache.replies]
-        notes += _other_models(replies, settings.model)
+        notes += _other_models(replies, settings.model) + notes_on(replies, thinking=thinking)
         if rewarder is not None:
             usable, errors = score(usable, rewarder)
             usable, worse = select(usable, min_reward=options.min_reward, best_of_n=options.best_of_n)
@@ -188,10 +189,10 @@ def _key(variable: str) -> str | None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="uniapl collect",
-        description="Generate demonstrations with an OpenAI-compatible chat endpoint (vLLM, SGLang, a "
-        "vendor). Replies are cached in OUTPUT.cache.jsonl and never requested again.",
+    parser = short_parser(
+        "collect",
+        "Generate demonstrations with an OpenAI-compatible chat endpoint (vLLM, SGLang, a vendor). "
+        "Replies are cached in OUTPUT.cache.jsonl and never requested again.",
     )
     add = parser.add_argument
     add("prompts", help="rows with 'prompt' (text or messages), as for train; other columns are kept")
@@ -205,7 +206,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, help="seed of each prompt's first sample; sample k has this seed plus k")
     help_ = """more keys of the request, as JSON: '{"chat_template_kwargs": {"enable_thinking": false}}'"""
     add("--extra-body", type=_extra_body, default={}, metavar="JSON", help=help_)
-    add("--system-prompt", help="system prompt for prompts that have none")
+    add("--system-prompt", metavar="TEXT", help="system prompt for prompts that have none")
+    add("--thinking", action="store_true", help="remove the text before </think> even if no <think> opens it")
     add("--keep-thinking", action="store_true", help="keep <think>...</think> (default: remove it)")
     add(
         "--rewards",

@@ -103,7 +103,10 @@ def _show(summary: dict[str, Any], directory: Path) -> None:
     console = Console(highlight=False)
     if "table" in summary:
         header, *rows = results.short_table(summary["table"])
-        shown = Table(*header, title=f"means over {len(summary['seeds'])} seeds, 95 % intervals")
+        shown = Table(
+            *header,
+            title=f"means over {len(summary['seeds'])} seeds; 95 % intervals: Student's t over paired seeds",
+        )
         for row in rows:
             shown.add_row(*row)
         console.print(shown)

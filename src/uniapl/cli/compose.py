@@ -55,7 +55,7 @@ def _composed(rows: Sequence[tuple[int, Any]], options: argparse.Namespace) -> l
     forbidden = all_conflicts()
     composed: dict[str, dict[str, Any]] = {}
     for number, row in rows:
-        with named_source(options.base):
+        with named_source(rows):
             base, before = _base_of(number, row)
         for copy in range(options.per_prompt):
             rng = random.Random(derive_seed(options.seed, "compose", number, copy))

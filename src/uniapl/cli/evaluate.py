@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from uniapl.cli.help import short_parser, summary
 from uniapl.config import Config, ModelConfig
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.errors import UniAPLError, UsageError
@@ -28,7 +29,9 @@ from uniapl.models.loading import (
     load_model,
     load_stop_ids,
     load_tokenizer,
+    pad_id_of,
 )
+from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
 
 OVERRIDES = {
@@ -78,11 +81,10 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
     _make_directory(options.output_dir, overwrite=options.overwrite)
     _put_on_device(model)
-    assert isinstance(tokenizer.pad_token_id, int)
     sampler = LocalSampler(
         model=model,
         stop_ids=stop_ids,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id_of(tokenizer),
         max_completion_length=evaluation.max_completion_length,
         temperature=evaluation.sampling_temperature,
         max_batch_size=options.batch_size,
@@ -121,10 +123,11 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; an option that overrides a key of the recipe is named `section.key`."""
-    parser = argparse.ArgumentParser(
-        prog="uniapl evaluate",
-        description="Score a model on IFEval, IFBench and your own files, with 95% confidence intervals "
-        "over prompts, next to the scores of an empty completion, the prompt itself and a constant text.",
+    parser = short_parser(
+        "evaluate",
+        "Score a model on IFEval, IFBench and your own files, with 95% confidence intervals over prompts "
+        "(Wilson's for scores from 0 to 1, else Student's t), next to the scores of an empty completion, the "
+        "prompt itself and a constant text.",
     )
     add = parser.add_argument
     add("model", help="directory or Hub id")
@@ -132,11 +135,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         fields = type(getattr(Config(), section)).model_fields
         for key in keys:
             default = "chat if there is a chat template" if key == "prompt_format" else fields[key].default
-            text = f"{fields[key].description}{f' (default: {default})' if default else ''}"
+            text = f"{summary(fields[key])}{f' (default: {default})' if default else ''}"
             add(
                 f"--{key.replace('_', '-')}",
                 dest=f"{section}.{key}",
-                metavar=key.upper(),
+                metavar="NAME" if key == "suites" else "VALUE",
                 nargs="+" if key == "suites" else None,
                 type=_json if key == "chat_template_kwargs" else str,
                 help=text.replace("%", "%%"),
@@ -146,8 +149,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     code: Any = {"dest": "rewards.allow_code_verifiers", "action": "store_const", "const": True}
     add("--allow-code-verifiers", help="run verifier functions from the data in a sandbox", **code)
     add("--recipe", help="recipe that provides data, rewards and evaluation; flags override it")
-    add("--lm-eval-tasks", default="", help="other benchmarks to run with lm-eval: gsm8k,hellaswag")
-    add("--lm-eval-include-path", help="directory with further lm-eval tasks")
+    add(
+        "--lm-eval-tasks",
+        default="",
+        metavar="NAMES",
+        help="other benchmarks to run with lm-eval: gsm8k,hellaswag",
+    )
+    add("--lm-eval-include-path", metavar="PATH", help="directory with further lm-eval tasks")
     help_ = "earlier output directory: report the score differences with 95%% confidence intervals"
     add("--against", type=Path, help=help_)
     add("--batch-size", type=int, default=64, help="completions sampled at a time (default: 64)")
@@ -266,7 +274,7 @@ def _table(name: str, result: dict[str, Any], minus: dict[str, Any]) -> Table:
     differences = minus["suites"].get(name, {})
     title = (
         f"{name}: {result['prompts']} prompts, completions per prompt: {result['samples']}, mean length: "
-        f"{result['mean_length']:.0f} tokens, truncated: {result['truncated']:.1%}"
+        f"{result['mean_length']:.0f} tokens, truncated: {_count(result, 'truncated')}"
     )
     compared = [f"difference from {minus['model']} (95% interval)"] if differences else []
     table = Table("score", "mean", "95% interval", *result["floors"], *compared, title=title)
@@ -289,10 +297,10 @@ def notes(result: dict[str, Any], limit: int) -> list[str]:
     for reason, rows in result["left_out"].items():
         found.append(f"{len(rows)} prompts are left out: {reason}")
     if result["truncated"] > TRUNCATED:
-        truncated = f"{result['truncated']:.0%} of the completions were truncated at {limit} tokens"
+        truncated = f"{_count(result, 'truncated')} completions were truncated at {limit} tokens"
         found.append(f"{truncated} and scored as they are: raise --max-completion-length to avoid this")
     if result["unscored"]:
-        found.append(f"{result['unscored']:.1%} of the completions could not be scored and are not counted")
+        found.append(f"{_count(result, 'unscored')} completions could not be scored and are not counted")
     headline = result["headline"]
     mean = result["scores"][headline]["mean"]
     reached = [name for name, floor in result["floors"].items() if (floor[headline] or 0) >= (mean or 0)]
@@ -302,8 +310,15 @@ def notes(result: dict[str, Any], limit: int) -> list[str]:
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.3f}"
+    return "-" if value is None else decimal(value, sign=sign)
 
 
 def _range(value: dict[str, Any], sign: str = "") -> str:
-    return "" if value["low"] is None else f"[{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+    low, high = value["low"], value["high"]
+    return "" if low is None or high is None else f"[{decimal(low, sign=sign)}, {decimal(high, sign=sign)}]"
+
+
+def _count(result: dict[str, Any], key: str) -> str:
+    """A fraction of the completions as a count, which rounding cannot turn into none or all."""
+    total = result["prompts"] * result["samples"]
+    return f"{round(result[key] * total):,} of {total:,}"

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
 from uniapl.models.loading import ModelSource, load_model, load_tokenizer
@@ -32,6 +35,12 @@ def export(arguments: Sequence[str]) -> None:
         "-o", "--output", metavar="DIRECTORY", type=Path, required=True, help="directory to create"
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision of the weights that are written; training uses float32",
+    )
+    parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
     options = parser.parse_args(arguments)
@@ -46,7 +55,7 @@ def export(arguments: Sequence[str]) -> None:
         config = ModelConfig(model_name_or_path=str(source), trust_remote_code=options.trust_remote_code)
         found = ModelSource.resolve(config)
         tokenizer: Any = load_tokenizer(found)
-        model = load_model(found)
+        model = _converted(load_model(found), options.dtype)
 
         def fill(directory: Path) -> None:
             model.save_pretrained(directory)
@@ -57,6 +66,20 @@ def export(arguments: Sequence[str]) -> None:
         raise UsageError(f"'{options.output}' cannot be written: {error}") from error
     merged = ", with its adapter merged" if is_adapter(source) else ""
     print(f"wrote the model of {source} to {options.output}{merged}")
+
+
+def _converted(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The model in another precision.
+
+    Raises:
+        UsageError: A weight is too large for it.
+    """
+    finite = {name: bool(parameter.isfinite().all()) for name, parameter in model.named_parameters()}
+    model = model.to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        if finite[name] and not parameter.isfinite().all():
+            raise UsageError(f"--dtype {dtype}: {name} has values beyond its range; use --dtype bfloat16")
+    return model
 
 
 def _source(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """`--help` and `--help-all` of the verbs whose flags are the keys of a recipe, without heavy imports."""
 
+import argparse
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -16,7 +17,17 @@ KEYS = """
     batching.demonstrations_per_step rollout.num_generations rollout.max_completion_length rollout.sampler
     optim.learning_rate objective.mu_peak objective.lambda_adv objective.beta discriminator.kind
 """.split()
-RECIPE_ONLY = ("stages", "rewards.functions")
+RECIPE_ONLY = ("stages",)
+
+
+def short_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """A parser for a verb with many options, whose help has a short usage and few lines per option."""
+    return argparse.ArgumentParser(
+        prog=f"uniapl {verb}",
+        usage=f"uniapl {verb} {VERBS[verb].usage}",
+        description=description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=33, width=WIDTH),
+    )
 
 
 def recipe_help(verb: str, arguments: Sequence[str]) -> None:
@@ -33,6 +44,7 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         recipe = load_recipe(flags.pop(0))
     if "--help-all" in arguments:
         print("\n".join(f"{key} (in the recipe only): {_field(key).description}" for key in RECIPE_ONLY))
+        print(f"--rewards.functions NAME ...: {_field('rewards.functions').description}")
         flags.append("--help")
     values = flatten(resolve(recipe, flags).config)
     keys = "\n".join(
@@ -62,10 +74,14 @@ def _text(value: Any) -> str:
 
 def _summary(key: str) -> str:
     """The beginning of the key's description and its choices, on one line."""
-    field = _field(key)
+    return _shorten(summary(_field(key)), WIDTH - KEY_WIDTH - 3)
+
+
+def summary(field: Any) -> str:
+    """The beginning of a key's description, up to the first semicolon or period, and its choices."""
     beginning = re.split(r"[;.](?: |$)", field.description)[0]
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    return _shorten(beginning + (f": {', '.join(choices)}" if choices else ""), WIDTH - KEY_WIDTH - 3)
+    return beginning + (f": {', '.join(choices)}" if choices else "")
 
 
 def _field(key: str) -> Any:

@@ -18,16 +18,19 @@ from transformers import AutoModelForSequenceClassification
 from uniapl.config import Config, DataConfig, ModelConfig
 from uniapl.data.reading import named_source, read_rows
 from uniapl.data.rows import tokenize_rows
+from uniapl.data.tokenization import without_end
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss
 from uniapl.models.loading import (
     ModelSource,
+    check_policy,
     check_vocabulary,
-    from_pretrained,
     load_model,
     load_stop_ids,
     load_tokenizer,
+    load_weights,
+    pad_id_of,
     refuse_adapter,
 )
 from uniapl.rollout import SampleRequest
@@ -75,6 +78,7 @@ def pretrain_discriminator(arguments: Sequence[str]) -> dict[str, Any]:
     # Load before sampling, so that a wrong name fails early.
     for name in options.policies:
         load_tokenizer(_source(name))
+        check_policy(_source(name), ModelConfig())
     polar = _new_classifier(options.model_name_or_path, options.max_tokens, device)
     examples, texts = _sample_all(options, device, console)
     held_out = {
@@ -165,7 +169,8 @@ def _sample_all(
     demonstrations: dict[TokenIds, list[str]] = {example.prompt_ids: [] for example in everything}
     for example in everything:
         if example.demonstration is not None:
-            text = decode(list(example.demonstration_ids or ()), skip_special_tokens=True)
+            # Without the end token, which differs between policies and need not be a special token.
+            text = decode(list(example.demonstration_ids or ())[:-1], skip_special_tokens=True)
             demonstrations[example.prompt_ids].append(text)
     return _distinct(everything), [*texts, list(demonstrations.values())]
 
@@ -184,7 +189,7 @@ def _sample(
     model: Any = load_model(source)
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(source, model.config, tokenizer)
-    with named_source(config.path):
+    with named_source(rows):
         examples = tokenize_rows(
             rows,
             tokenizer,
@@ -202,7 +207,7 @@ def _sample(
     sampler = LocalSampler(
         model=model.to(device),
         stop_ids=stop_ids,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id_of(tokenizer),
         max_completion_length=options.max_completion_length,
     )
     prompts = [example for example in examples if example.row in wanted] or _distinct(examples)
@@ -213,10 +218,11 @@ def _sample(
             num_generations=options.samples,
         )
     )
-    return examples, [
-        [tokenizer.decode(list(r.completion_ids), skip_special_tokens=True) for r in group]
-        for group in groups
-    ]
+
+    def text(ids: TokenIds) -> str:
+        return tokenizer.decode(list(without_end(ids, stop_ids)), skip_special_tokens=True)
+
+    return examples, [[text(rollout.completion_ids) for rollout in group] for group in groups]
 
 
 def _source(name: str) -> ModelSource:
@@ -237,16 +243,13 @@ def _new_classifier(backbone: str, max_tokens: int, device: torch.device) -> Pol
     tokenizer: Any = load_tokenizer(ModelSource(base=backbone))
     special = {"additional_special_tokens": [SEPARATOR, END]}
     tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
-    model = from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained,
-        "backbone",
-        backbone,
-        num_labels=1,
-        dtype=torch.float32,
-        use_safetensors=True,
+    model = load_weights(
+        AutoModelForSequenceClassification, "backbone", backbone, new_head=True, num_labels=1
     )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     form = PolarFormat.within(tokenizer, model.config)
     return Polar(model=model.eval().to(device), format=form, max_tokens=max_tokens)

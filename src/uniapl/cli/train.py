@@ -39,4 +39,4 @@ def resolve_arguments(verb: str, arguments: Sequence[str]) -> Resolved:
     """
     if not arguments or arguments[0].startswith("-"):
         raise UsageError(f"uniapl {verb} needs a recipe: uniapl {verb} RECIPE.yaml [--key value ...]")
-    return resolve(load_recipe(arguments[0]), arguments[1:])
+    return resolve(load_recipe(arguments[0]), arguments[1:], path=arguments[0])

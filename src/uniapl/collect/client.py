@@ -5,13 +5,13 @@ import importlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import openai
 
 from uniapl.collect.cache import Reply
+from uniapl.collect.parsing import UnreadableContentError, account_problem, parse_reply
 from uniapl.errors import UniAPLError, UsageError
 
 # The HTTP library of the installed openai: httpx, or httpx2 since openai 3.
@@ -38,8 +38,12 @@ class RequestFailedError(Exception):
         """Every other request would fail in the same way."""
 
 
-class UnreachableError(openai.OpenAIError):
-    """No connection could be established. The openai client does not retry errors of its own kind."""
+class PermanentError(openai.OpenAIError):
+    """A failure that every try would repeat. The openai client does not retry errors of its own kind."""
+
+    def __init__(self, message: str, *, refused: bool = False, fatal: bool = False) -> None:
+        super().__init__(message)
+        self.refused, self.fatal = refused, fatal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +101,31 @@ class _HttpClient(openai.DefaultAsyncHttpxClient):
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             self.connect_failures += 1
             if not self.reached and self.connect_failures >= MAX_CONNECT_FAILURES:
-                raise UnreachableError(_described(error)) from None
+                raise PermanentError(f"cannot be reached ({_described(error)})", fatal=True) from None
             raise
         self.reached = True
+        found = _json(response)
+        if (problem := account_problem(response.status_code, found)) is not None:
+            raise PermanentError(problem, refused=True, fatal=True)
         if response.is_success:
             try:
-                found = json.loads(response.content)
                 models = request.method == "GET"
-                parsed = [str(model["id"]) for model in found["data"]] if models else _reply(found)
+                parsed = [str(model["id"]) for model in found["data"]] if models else parse_reply(found)
                 response.extensions["parsed"] = parsed
+            except UnreadableContentError as error:
+                raise PermanentError(str(error)) from None
             except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as e:
                 message = f"malformed response ({e}): {response.text}"
                 raise httpx.DecodingError(message, request=request) from None
         return response
+
+
+def _json(response: Any) -> Any:
+    """The body; None if it is not JSON."""
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _connected(endpoint: Endpoint, concurrency: int) -> openai.AsyncOpenAI:
@@ -127,23 +143,25 @@ def _connected(endpoint: Endpoint, concurrency: int) -> openai.AsyncOpenAI:
 async def _parsed(request: Awaitable[Any], endpoint: Endpoint) -> Any:
     try:
         return (await request).extensions["parsed"]
-    except (openai.APIError, UnreachableError) as error:
+    except (openai.APIError, PermanentError) as error:
         raise _failure(error, endpoint) from None
 
 
-def _failure(error: openai.APIError | UnreachableError, endpoint: Endpoint) -> RequestFailedError:
+def _failure(error: openai.APIError | PermanentError, endpoint: Endpoint) -> RequestFailedError:
     def clean(text: str) -> str:
         """One short line without the key, which a server may repeat."""
         return " ".join((text.replace(endpoint.key, "[key]") if endpoint.key else text).split())[:300]
 
     cause = error.__cause__ or error
-    if isinstance(error, UnreachableError) or isinstance(cause, UnreachableError):
-        return RequestFailedError(f"cannot be reached ({clean(str(cause))})", fatal=True)
+    if isinstance(error, PermanentError):
+        return RequestFailedError(clean(str(error)), refused=error.refused, fatal=error.fatal)
     if isinstance(error, openai.APIStatusError):
         status, body = error.status_code, error.body
         if isinstance(body, dict):
             body = body.get("message") or body.get("detail") or body
         reason = f"status {status}: {clean(str(body or ''))}"
+        if (wait := error.response.headers.get("retry-after")) is not None:
+            reason += f" (Retry-After: {clean(wait)})"
         if status not in RETRIED_STATUSES and status < 500:
             if status in (401, 403):
                 reason += f"; the key is read from the environment variable {endpoint.key_variable}"
@@ -226,28 +244,6 @@ async def request_all(
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-
-
-def _reply(found: Any) -> dict[str, Any]:
-    """The fields of a :class:`Reply` but its URL."""
-    choice = found["choices"][0]
-    message, usage = choice["message"], found.get("usage") or {}
-    texts = [message.get("content"), message.get("reasoning_content") or message.get("reasoning")]
-    content, reasoning = ("" if text is None else text for text in texts)
-    if not isinstance(content, str) or not isinstance(reasoning, str):
-        raise TypeError("the content is not text")
-    finish_reason, model = choice.get("finish_reason"), found.get("model")
-    if finish_reason in ("abort", "error"):
-        raise ValueError(f"the server aborted the completion: finish_reason '{finish_reason}'")
-    return {
-        "content": content,
-        "reasoning": reasoning,
-        "finish_reason": None if finish_reason is None else str(finish_reason),
-        "model": None if model is None else str(model),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "prompt_tokens": int(usage.get("prompt_tokens") or 0),
-        "completion_tokens": int(usage.get("completion_tokens") or 0),
-    }
 
 
 def _described(error: BaseException) -> str:

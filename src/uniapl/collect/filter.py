@@ -1,6 +1,7 @@
 """Score collected completions with reward functions, and select the best."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from uniapl.collect.rows import Demonstration, PromptRow
 from uniapl.config import RewardsConfig
 from uniapl.errors import UsageError
 from uniapl.rewards.base import Rewarder, build_rewarder
+from uniapl.tolerance import at_least, same
 from uniapl.types import Example
 
 BATCH_SIZE = 256
@@ -68,11 +70,12 @@ def select(
         number, reward = one.row.number, one.source["reward"]
         if reward is None:
             dropped.setdefault("without a reward", []).append(number)
-        elif min_reward is not None and reward < min_reward:
+        elif min_reward is not None and not at_least(reward, min_reward):
             dropped.setdefault(f"reward below {min_reward:g}", []).append(number)
         else:
             kept.append(one)
-            if number not in best or reward > best[number].source["reward"]:
+            best_reward = best[number].source["reward"] if number in best else -math.inf
+            if reward > best_reward and not same(reward, best_reward):
                 best[number] = one
     if not best_of_n:
         return kept, dropped

@@ -2,16 +2,31 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from uniapl.collect.cache import Reply
 from uniapl.config import DataConfig
 from uniapl.data.conversations import checked_messages
+from uniapl.data.formats import standard_columns
 from uniapl.data.reading import named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.types import Prompt
+
+COMPLETE = {"stop", "eos", "eos_token", "stop_token", "end_turn", "stop_sequence", "complete", "completed"}
+TRUNCATED = {"length", "max_length", "max_tokens", "max_output_tokens", "model_length"}
+DROPPED = {
+    "a tool call": {"tool_calls", "function_call", "tool_use"},
+    "refused by the model": {"refusal"},
+    "refused by a content filter": {
+        *("content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content"),
+        *("spii", "sensitive", "guardrail_intervened"),
+    },
+}
+"""Finish reasons of OpenAI, Anthropic, Gemini, Mistral, Cohere and TGI, in lower case, by what they mean."""
+THINKING_KEYS = ("enable_thinking", "thinking", "reasoning", "reasoning_effort", "thinking_budget")
+"""Keys of a request, or of its chat_template_kwargs, that turn thinking on or off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +58,13 @@ class Settings:
         seed = {} if self.seed is None else {"seed": self.seed + sample}
         return {"model": self.model, "messages": messages, **self.sampling, **seed}
 
+    @property
+    def asks_for_thinking(self) -> bool:
+        """Whether a key of the request turns thinking on."""
+        template = self.sampling.get("chat_template_kwargs")
+        options = self.sampling | (template if isinstance(template, dict) else {})
+        return any(_is_on(options.get(name)) for name in THINKING_KEYS)
+
     def key(self, prompt: Prompt, sample: int) -> str:
         """The digest under which the reply is cached; equal requests for the same sample number share it."""
         text = json.dumps([self.body(prompt, sample), sample], sort_keys=True)
@@ -63,15 +85,21 @@ class Demonstration:
         return json.dumps({**columns, "completion": self.completion, "source": self.source}) + "\n"
 
 
+def _is_on(value: Any) -> bool:
+    if isinstance(value, Mapping):  # {"type": "enabled", ...}, {"effort": "high"}, {"enabled": true}
+        return all(_is_on(value[name]) for name in ("type", "effort", "enabled") if name in value)
+    return bool(value) and value not in ("none", "disabled", "off")
+
+
 def read_prompts(path: str, limit: int | None) -> list[PromptRow]:
     """The rows of a file of prompts, in any form that training reads.
 
     Raises:
         UsageError: The file or a row cannot be used.
     """
-    rows = read_rows(DataConfig(path=path))[:limit]
-    with named_source(path):
-        return [_prompt_row(number, row) for number, row in rows]
+    rows = read_rows(DataConfig(path=path))
+    with named_source(rows):
+        return [_prompt_row(number, row) for number, row in rows[:limit]]
 
 
 def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
@@ -82,6 +110,10 @@ def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
     """
     if not isinstance(row, Mapping):
         raise UsageError(f"row {number} is not a mapping of columns to values: {row!r:.80}")
+    try:
+        row = standard_columns({name: value for name, value in row.items() if value is not None}, row)
+    except UsageError as error:
+        raise UsageError(f"row {number}: {error}") from error
     column = "prompt" if row.get("messages") is None else "messages"
     prompt = row.get(column)
     if prompt is None:
@@ -113,17 +145,23 @@ def _prompt_row(number: int, row: Any) -> PromptRow:
     return PromptRow(number=number, prompt=prompt, columns=columns)
 
 
-def completion_of(reply: Reply, *, keep_thinking: bool) -> tuple[str, str | None]:
-    """(completion, None), or ("", reason) if the reply cannot be used as a demonstration."""
+def completion_of(reply: Reply, *, thinking: bool, keep_thinking: bool) -> tuple[str, str | None]:
+    """(completion, None), or ("", reason) if the reply cannot be used as a demonstration.
+
+    Args:
+        thinking: The content may begin with thoughts that no <think> opens, because the template opens it.
+    """
     text = reply.content
-    before, closed, after = text.partition("</think>")
-    thinks = text.lstrip().startswith("<think>")
-    if reply.finish_reason == "length" or (thinks and not closed):
+    _, closed, after = text.partition("</think>")
+    opened = text.lstrip().startswith("<think>")
+    ended = _finish_reason(reply)
+    for reason, names in DROPPED.items():
+        if ended in names:
+            return "", reason
+    if ended not in COMPLETE or (opened and not closed):
         return "", "truncated"
-    if reply.finish_reason == "content_filter":
-        return "", "refused by a content filter"
-    # Some chat templates open <think> in the prompt: the completion then only closes it.
-    if closed and (thinks or "<think>" not in before):
+    # In any other text, </think> is a part of the answer.
+    if closed and (opened or (thinking and not reply.reasoning)):
         text = after.lstrip()
     if not text.strip():
         return "", "empty"
@@ -137,12 +175,37 @@ def completion_of(reply: Reply, *, keep_thinking: bool) -> tuple[str, str | None
     return text, None
 
 
+def notes_on(replies: Iterable[Reply], *, thinking: bool) -> list[str]:
+    """Notes on replies whose form leaves a doubt: an unknown finish reason, and thoughts that may be kept."""
+    notes: list[str] = []
+    known = COMPLETE.union(TRUNCATED, *DROPPED.values())
+    replies = list(replies)
+    if unknown := [reply for reply in replies if _finish_reason(reply) not in known]:
+        listed = ", ".join(sorted({str(reply.finish_reason or "null") for reply in unknown}))
+        notes.append(
+            f"{len(unknown)} replies have a missing or unknown finish_reason ({listed:.200}) and count as "
+            "truncated, because they may be incomplete"
+        )
+    open_ended = [r for r in replies if "</think>" in r.content and "<think>" not in r.content]
+    if open_ended and not thinking:
+        notes.append(
+            f"{len(open_ended)} replies contain </think> without <think> and are kept whole; if the model "
+            "thinks before it answers, repeat the command with --thinking, which removes the text before it"
+        )
+    return notes
+
+
+def _finish_reason(reply: Reply) -> str:
+    return (reply.finish_reason or "").rpartition(".")[2].strip().lower().replace("-", "_")
+
+
 def demonstrations_of(
     rows: list[PromptRow],
     settings: Settings,
     num_samples: int,
     replies: Mapping[str, Reply],
     *,
+    thinking: bool,
     keep_thinking: bool,
 ) -> tuple[list[Demonstration], dict[str, list[int]]]:
     """The usable demonstrations in the order of the rows, and the dropped replies' row numbers by reason."""
@@ -153,7 +216,7 @@ def demonstrations_of(
             reply = replies.get(settings.key(row.prompt, sample))
             if reply is None:
                 continue
-            completion, reason = completion_of(reply, keep_thinking=keep_thinking)
+            completion, reason = completion_of(reply, thinking=thinking, keep_thinking=keep_thinking)
             if reason is not None:
                 dropped.setdefault(reason, []).append(row.number)
                 continue

@@ -16,6 +16,7 @@ from uniapl.compare.plan import SEARCH_SEED, Cell
 from uniapl.config.resolve import merge, resolve
 from uniapl.demo.measure import measure
 from uniapl.demo.task import Task, make_task
+from uniapl.files import sync, sync_tree
 from uniapl.models.loading import ModelSource, load_model
 from uniapl.training.api import train_resolved
 
@@ -25,7 +26,7 @@ CURVE_PROMPTS = 128
 """Held-out prompts for each point of a curve; the final model is measured on all of them."""
 CURVE_METRICS = (
     "reward",
-    "entropy",
+    "trained/entropy",
     "discriminator/win_rate",
     "discriminator/accuracy",
     "discriminator/paused",
@@ -101,7 +102,9 @@ def make_reference(path: Path) -> None:
         result = train_resolved(resolve(recipe), train_dataset=task.rows)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         shutil.copytree(result.final_dir, temporary)
+    sync_tree(temporary)
     temporary.rename(path)
+    sync(path.parent)
 
 
 def _costs(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,8 +113,8 @@ def _costs(records: list[dict[str, Any]]) -> dict[str, Any]:
     curve: list[dict[str, Any]] = []
     for record in records:
         cost["rollout_tokens"] += record["tokens/rollout"]
-        cost["trained_tokens"] = record["num_tokens"]
-        cost["seconds"] += record["step_time"] - record["time/evaluate"]
+        cost["trained_tokens"] += record["tokens/sft"] + record["tokens/rollout"]
+        cost["seconds"] += record["step_time"]
         point = {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/")}
         if point:
             kept = {name: record[name] for name in CURVE_METRICS if record.get(name) is not None}

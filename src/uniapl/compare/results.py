@@ -6,14 +6,14 @@ from typing import Any
 
 from uniapl.compare.plan import BASELINES, FRONTS
 from uniapl.compare.statistics import (
-    Interval,
     Point,
-    bootstrap,
     cost_to_reach,
     distance_at_equal_good,
     good_at_equal_closeness,
     paired_difference,
 )
+from uniapl.intervals import Interval, student_interval
+from uniapl.report.analysis import interval_text
 
 Outcome = dict[str, Any]
 """The result of :func:`uniapl.compare.cell.run_cell`."""
@@ -40,7 +40,8 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for method, runs in outcomes.items():
         row: dict[str, Any] = {
-            split: {name: bootstrap(_final(runs, split, name)) for name in MEASURES} for split in SPLITS
+            split: {name: student_interval(_final(runs, split, name)) for name in MEASURES}
+            for split in SPLITS
         }
         row["cost"] = {name: fmean(run["cost"][name] for run in runs) for name in COSTS}
         if best is not None:
@@ -68,7 +69,7 @@ def short_table(table: Mapping[str, Any]) -> list[list[str]]:
             [
                 method,
                 f"{here['good']['mean']:.3f}",
-                "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) if difference else "",
+                interval_text(difference, "+") if difference else "",
                 f"{there['good']['mean']:.3f}",
                 f"{here['expert_nll']['mean']:.3f}",
                 f"{here['length_distance']['mean']:.2f}",
@@ -134,7 +135,7 @@ def _front(
     }
     methods: dict[str, Any] = {}
     for method, values in measures.items():
-        row: dict[str, Any] = {name: bootstrap(v) for name, v in values.items()}
+        row: dict[str, Any] = {name: student_interval(v) for name, v in values.items()}
         row["ours_minus_this"] = None
         if ours in points and method != ours:
             row["ours_minus_this"] = {
@@ -145,8 +146,8 @@ def _front(
             {
                 "knob": knob,
                 "value": value,
-                "good": bootstrap(_final(runs, split, "good")),
-                "distance": bootstrap(_final(runs, split, distance)),
+                "good": student_interval(_final(runs, split, "good")),
+                "distance": student_interval(_final(runs, split, distance)),
             }
             for value, runs in zip(settings, zip(*outcomes[method], strict=True), strict=True)
         ]
@@ -160,7 +161,7 @@ def ablations(variants: Mapping[str, Sequence[Outcome]], uniapl: Sequence[Outcom
         name: {
             split: {
                 measure: {
-                    **bootstrap(_final(runs, split, measure)),
+                    **student_interval(_final(runs, split, measure)),
                     "difference": _difference(runs, uniapl, split, measure),
                 }
                 for measure in ("good", "fluency", "expert_nll", "length_distance")

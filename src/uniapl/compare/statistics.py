@@ -1,38 +1,20 @@
-"""Means with intervals, costs to reach a level, and fronts of quality and closeness."""
+"""Paired differences with intervals, costs to reach a level, and fronts of quality and closeness."""
 
-import random
 import statistics
 from collections.abc import Sequence
 
-RESAMPLES = 10_000
+from uniapl.intervals import Interval, student_interval
+
 LEVELS = 50
 """Points at which two fronts are compared."""
 
-Interval = dict[str, float]
-"""A mean over seeds and its 95 % interval: {"mean", "low", "high"}."""
 Point = tuple[float, float]
 """(good, distance from the expert) of a trained model; a lower distance is closer."""
 
 
-def bootstrap(values: Sequence[float]) -> Interval:
-    """Percentile bootstrap of the mean (Efron, 1979): 10,000 resamples from a fixed seed.
-
-    The interval is slightly too narrow for few values, such as five seeds.
-
-    Raises:
-        ValueError: There are no values.
-    """
-    if not values:
-        raise ValueError("no values to resample")
-    rng = random.Random(0)
-    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    low, high = means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES) - 1]
-    return {"mean": statistics.fmean(values), "low": low, "high": high}
-
-
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """The interval of our values minus theirs, seed by seed."""
-    return bootstrap([a - b for a, b in zip(ours, theirs, strict=True)])
+    """The mean of our values minus theirs, seed by seed, with Student's 95 % interval."""
+    return student_interval([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def cost_to_reach(costs: Sequence[float], values: Sequence[float], level: float) -> float | None:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
-from uniapl.config.section import Names, Section
+from uniapl.config.section import Names, Paths, PathText, Section
 
 
 class ModelConfig(Section):
     """The model that is trained."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: PathText | None = None
     """Directory or Hub id of a causal language model."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model; null uses the default branch."""
@@ -41,18 +41,28 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Rows with `prompt` and optionally `completion`, or with `messages`; rewards get the other columns."""
 
-    path: str | None = None
-    """Hub dataset id or file (.jsonl, .json, .csv, .parquet)."""
+    path: PathText | tuple[PathText, ...] | None = None
+    """Hub dataset id, or a file (.jsonl, .json, .csv, .tsv, .parquet, or .gz of a text file), a pattern such
+    as data/*.jsonl, or a list of files."""
+    name: str | None = None
+    """Configuration of a Hub dataset, such as main for openai/gsm8k; null uses its default one."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset; null uses the default branch."""
     split: str = "train"
     """Split of a Hub dataset."""
     columns: dict[str, str] = Field(default={})
-    """Columns to rename, as {old name: new name}, such as {problem: prompt}."""
+    """Columns to rename, as {old name: new name}, such as {problem: prompt}. Reward functions get a renamed
+    column under both names."""
     prompt_format: Literal["text", "chat"] = "text"
     """How string prompts are used; text keeps them verbatim, chat makes each one a user message."""
     system_prompt: str | None = None
     """System message for chat prompts that have none; null adds none."""
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default={})
-    """Arguments of the chat template, such as {enable_thinking: false} for Qwen3."""
+    """Arguments of the chat template, such as {enable_thinking: false} for Qwen3. A row's column
+    `chat_template_kwargs` takes precedence."""
+    train_on: Literal["last", "all"] = "last"
+    """Assistant turns of a conversation that the SFT loss covers; all adds the turns before the last one.
+    Rollouts and the discriminator always concern the last one."""
     max_prompt_length: int | None = Field(default=None, gt=0)
     """Leave out rows whose prompt has more tokens than this; null keeps all that fit the context window."""
     max_demonstration_length: int | None = Field(default=None, gt=1)
@@ -121,7 +131,7 @@ class RolloutConfig(Section):
 class RewardFunctionConfig(Section):
     """One reward function."""
 
-    name: str
+    name: PathText
     """Name of a registered function, `module:function` or `path.py:function`."""
     weight: float = 1.0
     """Weight in the sum over all functions."""
@@ -135,7 +145,7 @@ class RewardsConfig(Section):
     functions: tuple[RewardFunctionConfig, ...] = ()
     """Reward functions, by name or as {name, weight, args}."""
     timeout: float | None = Field(default=60.0, gt=0)
-    """Timeout of one call to a function, in seconds; null calls it in the main thread without a limit."""
+    """Timeout of a call to a function, in seconds; null sets no limit (main thread, unless async)."""
     allow_code_verifiers: bool = False
     """Run verifier functions that the data contains as Python source, in a sandbox (Linux only)."""
 
@@ -154,22 +164,50 @@ class OptimConfig(Section):
     learning_rate: float = Field(default=1e-6, gt=0)
     """Learning rate of the policy (TRL's default for GRPO)."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay; norms and biases have none, as in transformers."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the gradient's moving average."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay rate of the squared gradient's moving average."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the gradient to this norm."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or a linear or cosine decay to 0 at the last step."""
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "constant"
+    """Learning rate after the warm-up, by the names of transformers; linear and cosine decay to 0 at the last
+    step of the stage."""
+    lr_scheduler_kwargs: dict[str, bool | int | float | str] = Field(default={})
+    """Arguments of the schedule, such as {min_lr_rate: 0.1} for cosine_with_min_lr."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up of the learning rate; 0 starts at the full rate."""
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the stage's steps that are its warm-up, in place of warmup_steps."""
     gradient_checkpointing: bool = False
     """Recompute activations in the update's backward pass, which saves memory and costs a third more compute.
     Sampling keeps its cache."""
     bf16: bool | None = None
     """Use bf16 autocast; null uses it on GPUs and not on CPUs."""
+
+    @field_validator("lr_scheduler_kwargs", mode="after")
+    @classmethod
+    def _numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # YAML reads 1e-7 as text.
+        return {key: _number(item) if isinstance(item, str) else item for key, item in value.items()}
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "OptimConfig":
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("warmup_steps and warmup_ratio set the same warm-up: remove one of them")
+        return self
 
 
 class BatchingConfig(Section):
@@ -191,8 +229,8 @@ class BatchingConfig(Section):
     """Maximum number of tokens of a micro-batch, which has at least one row. A shared prompt counts once, and
     padding counts if rows are not packed."""
     packing: bool = True
-    """Pack rows without padding, with each prompt once and without rows whose gradient is zero, if the
-    model's attention supports it; false pads rows, which is the reference."""
+    """Pack rows without padding and with each prompt once, if the model's attention supports it; false pads
+    rows, which is the reference."""
 
 
 class HealthConfig(Section):
@@ -207,7 +245,8 @@ class HealthConfig(Section):
     max_clipped_ratio: float = Field(default=0.5, ge=0, le=1)
     """Warn when more than this fraction of the completions is truncated at the length limit."""
     min_entropy: float = Field(default=0.02, ge=0)
-    """Warn when the policy's entropy is below this, in nats per token."""
+    """Warn when the policy's entropy, as estimated by `rollout/entropy_estimate`, is below this, in nats per
+    token."""
     max_kl_growth: float = Field(default=10.0, gt=1)
     """Warn when the KL of a step is more than this many times the median of the steps before."""
     max_length_growth: float = Field(default=2.0, gt=1)
@@ -226,7 +265,8 @@ class EarlyStoppingConfig(Section):
     """Rules that end a stage before its last step; `early_stopping/reason` in metrics.jsonl is the reason."""
 
     metric: str = "reward"
-    """Metric to which `target` and `patience` apply: any number in metrics.jsonl except times."""
+    """Metric to which `target`, `patience` and `load_best_model_at_end` apply: any number in metrics.jsonl
+    except times."""
     greater_is_better: bool = True
     """Whether a greater value of the metric is better."""
     target: float | None = None
@@ -240,7 +280,7 @@ class EarlyStoppingConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation on held-out prompts, every `eval_steps` steps and by `uniapl evaluate`."""
 
-    suites: Names = ()
+    suites: Paths = ()
     """ifeval, ifbench, or files of rows (PATH or NAME=PATH); the run's rewards score the rows of files."""
     max_completion_length: int = Field(default=1280, ge=1)
     """Maximum number of new tokens per completion (lm-eval's limit)."""
@@ -272,20 +312,23 @@ class Config(Section):
 
     method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"] = "uniapl"
     """Training method; it sets some values of `objective` and provides defaults for others."""
-    output_dir: str = "runs/uniapl"
+    output_dir: PathText = "runs/uniapl"
     """Directory of the run."""
     overwrite: bool = False
     """Replace a run that already exists in output_dir."""
-    resume: str = "never"
+    resume: PathText = "never"
     """Checkpoint to resume from; a path, auto for the newest complete one, or never."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of every random draw."""
     max_steps: int = Field(default=100, ge=1)
     """Optimizer steps; with stages, the default of each stage."""
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the prompts (over the demonstrations if the method samples no rollouts) in place of
+    max_steps; with stages, the default of each stage. null uses max_steps."""
     save_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints to keep."""
+    """Checkpoints to keep, in addition to the best one (load_best_model_at_end)."""
     logging_steps: int = Field(default=1, ge=1)
     """Steps between lines on the console; the files contain every step."""
     log_completions_steps: int = Field(default=20, ge=0)
@@ -297,6 +340,11 @@ class Config(Section):
     backward pass per component; 0 never measures."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; evaluation.suites are also evaluated at the end. 0 never evaluates."""
+    eval_on_start: bool = False
+    """Evaluate before the first step also; the scores are logged as step 0."""
+    load_best_model_at_end: bool = False
+    """Make the checkpoint with the best early_stopping.metric of the last stage the result, and keep it. An
+    eval/ metric that improves saves a checkpoint; other metrics are compared every save_steps."""
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of a pipeline: each has a `method`, and optionally `max_steps` and changes to any section."""
     model: ModelConfig = ModelConfig()
@@ -311,8 +359,21 @@ class Config(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="after")
+    def _resume_keeps_the_run(self) -> "Config":
+        if self.overwrite and self.resume != "never":
+            raise ValueError("overwrite would delete the run that resume continues: remove one of the two")
+        return self
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _tracker_names(cls, value: Any) -> Any:
         names = (value,) if isinstance(value, str) else value
         return () if names in (("none",), ["none"]) else names  # "none" as in transformers and TRL
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

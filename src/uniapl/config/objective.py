@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from uniapl.config.section import FractionInterval, PositiveInterval, Section
+from uniapl.config.section import FractionInterval, PathText, PositiveInterval, Section
 
 
 class ObjectiveConfig(Section):
@@ -121,14 +121,14 @@ class DiscriminatorConfig(Section):
     )
     """Kind of discriminator. head is a small network on the hidden states of the KL reference, and
     bradley-terry a copy of the model; both are trained during the run. The others are frozen:
-    reference-likelihood is the mean log-probability under the KL reference, polar a POLAR reward model, remote
-    one on a server, density-ratio the likelihood ratio of a fine-tuned model."""
+    reference-likelihood is the mean log-probability under the KL reference, polar a POLAR reward model,
+    remote one on a server, density-ratio the likelihood ratio of a fine-tuned model."""
     layers: tuple[int, ...] = ()
     """Decoder layers of the reference, from 1, whose states the head reads (kind: head); empty reads one at
     two thirds of the depth."""
     likelihood_scale: float = Field(default=4.0, gt=0)
     """Logit per nat of mean log-probability (kind: reference-likelihood)."""
-    model_name_or_path: str | None = None
+    model_name_or_path: PathText | None = None
     """Model: a backbone with the policy's vocabulary (bradley-terry; null copies the initial policy), the
     reward model (polar, remote), or the model fine-tuned on the demonstrations (density-ratio)."""
     lora_r: int | None = Field(default=None, ge=1)
@@ -151,7 +151,7 @@ class DiscriminatorConfig(Section):
     learning_rate: float = Field(default=1e-5, gt=0)
     """Learning rate of the discriminator's AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay of the discriminator's AdamW."""
+    """Decoupled weight decay of the discriminator's AdamW; norms and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the discriminator's gradient to this norm."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)

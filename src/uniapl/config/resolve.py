@@ -3,10 +3,11 @@
 Precedence, weakest first: defaults, the method's proposals, the recipe, the flags, what the method fixes.
 """
 
+import contextlib
 import reprlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,14 +15,27 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from uniapl.config import Config
+from uniapl.config.flags import apply_flags, flag_of, parse_flags
 from uniapl.config.methods import METHODS
-from uniapl.config.suggestions import suggestion
+from uniapl.config.other_libraries import OTHER_NAMES
+from uniapl.config.section import flatten
+from uniapl.config.suggestions import suggestion, unknown
 from uniapl.errors import UsageError
+from uniapl.files import expand_home
 
 Model = TypeVar("Model", bound=BaseModel)
 
 # Error types of pydantic whose own message uses Python's words.
 PLAIN_MESSAGES = {
+    "int_parsing": "must be an integer",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "missing": "is required",
     "tuple_type": "must be a list",
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of keys to values",
@@ -32,7 +46,12 @@ _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 200, 200
 
 # Keys that a stage may change; model, data and rewards belong to the whole run.
-STAGE_KEYS = "method max_steps rollout objective discriminator optim batching health early_stopping".split()
+LENGTH = ("max_steps", "num_train_epochs")
+STAGE_KEYS = (
+    "method",
+    *LENGTH,
+    *"rollout objective discriminator optim batching health early_stopping".split(),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +60,11 @@ class Resolved:
 
     config: Config
     sources: dict[str, str]
-    """Dotted key -> "default", "method", "recipe" or "flag"."""
+    """Dotted key -> "default", "method", "recipe" or "flag"; of max_steps also "num_train_epochs"."""
     notes: tuple[str, ...]
     """Notes on the merge for the user."""
+    path: str | Path | None = None
+    """The recipe's file."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -74,7 +95,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         UsageError: The file is missing, is not valid YAML, or does not contain a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(expand_home(str(path))).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the recipe '{path}': {error}") from error
     try:
@@ -91,22 +112,32 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
+def resolve(recipe: dict[str, Any], flags: Sequence[str] = (), *, path: str | Path | None = None) -> Resolved:
     """Merge a recipe's mapping with command-line flags and the method's settings.
+
+    Args:
+        path: The recipe's file, which errors name.
 
     Raises:
         UsageError: A key is unknown, a value has the wrong type, or values contradict each other.
     """
     recipe = _nested(recipe)
-    method = _method_of(recipe, flags)
+    show_help = "--help" in flags
+    parsed = parse_flags([flag for flag in flags if flag != "--help"])
+    method = dict(parsed).get(("method",))
+    with _named(path if method is None else None):
+        method = _method(recipe.get("method", Config().method) if method is None else method)
     proposed = {"method": method, "objective": METHODS[method]["proposed"]}
-    base = validate(Config, merge(proposed, recipe))
-    config = _apply_flags(base, flags) if flags else base
+    with _named(path):
+        base = validate(Config, merge(proposed, recipe))
+    named = {".".join(key) for key, _ in parsed}
+    config = validate(Config, apply_flags(base.model_dump(), parsed), flags=named) if parsed else base
+    if show_help:
+        _print_help(config)
     from_base, before = flatten(base), flatten(config)
     fixed = {f"objective.{key}": value for key, value in METHODS[method]["fixed"].items()}
     config = validate(Config, merge(config.model_dump(), _nested(fixed)))
     in_recipe = [key for key, value in flatten(recipe).items() if value != {}]
-    named = {_flag_key(flag) for flag in flags if flag.startswith("--")}
     notes: list[str] = []
     sources = dict.fromkeys(flatten(config), "default")
     for key in sources:
@@ -120,7 +151,18 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = ()) -> Resolved:
             if before[key] != fixed[key]:
                 notes.append(f"method '{method}' sets {key} = {fixed[key]} ({sources[key]}: {before[key]})")
             sources[key] = "method"
-    return Resolved(config=config, sources=sources, notes=(*notes, *_inactive_components(config)))
+    if config.num_train_epochs is not None and sources["max_steps"] != "default":
+        raise UsageError(
+            f"num_train_epochs ({sources['num_train_epochs']}) and max_steps ({sources['max_steps']}) both "
+            "set the number of steps: remove one of them (--num-train-epochs null removes the first)"
+        )
+    resolved = Resolved(config=config, sources=sources, notes=tuple(notes), path=path)
+    return resolved if config.num_train_epochs is not None else with_notes(resolved)
+
+
+def with_notes(resolved: Resolved) -> Resolved:
+    """`resolved` with notes on what cannot act within its number of steps."""
+    return replace(resolved, notes=(*resolved.notes, *_inactive_components(resolved.config)))
 
 
 def stages_of(resolved: Resolved) -> list[Resolved]:
@@ -132,7 +174,13 @@ def stages_of(resolved: Resolved) -> list[Resolved]:
     config = resolved.config
     if not config.stages:
         return [resolved]
-    base = config.model_dump(exclude={"stages"})
+    with _named(resolved.path):
+        return _stages(resolved)
+
+
+def _stages(resolved: Resolved) -> list[Resolved]:
+    config = resolved.config
+    base = config.model_dump(exclude={"stages", *LENGTH})
     given = {
         key: value
         for key, value in base["objective"].items()
@@ -147,17 +195,28 @@ def stages_of(resolved: Resolved) -> list[Resolved]:
             if section in STAGE_KEYS:
                 continue
             if section not in Config.model_fields:
-                raise UsageError(f"stage {number}: {_unknown(key)}")
+                raise UsageError(f"stage {number}: {unknown(key)}")
             raise UsageError(f"stage {number} cannot change '{key}', only {', '.join(STAGE_KEYS)}")
         try:
-            stages.append(resolve(merge({**base, "objective": given}, stage)))
+            stages.append(resolve(merge({**base, **_length(config, stage), "objective": given}, stage)))
         except UsageError as error:
             raise UsageError(f"stage {number}: {error}") from error
     return stages
 
 
-def validate(model: type[Model], values: dict[str, Any]) -> Model:
+def _length(config: Config, stage: dict[str, Any]) -> dict[str, Any]:
+    """The key with the number of steps that a stage takes from the recipe; {} if it has its own."""
+    if any(stage.get(key) is not None for key in LENGTH):
+        return {}
+    key = "max_steps" if config.num_train_epochs is None else "num_train_epochs"
+    return {key: getattr(config, key)}
+
+
+def validate(model: type[Model], values: dict[str, Any], *, flags: Collection[str] = ()) -> Model:
     """The model built from a mapping.
+
+    Args:
+        flags: Keys that flags have set; errors name the flags.
 
     Raises:
         UsageError: With one line per wrong key or value, which names the key and, if found, the likely one.
@@ -167,12 +226,20 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
     except ValidationError as error:
         lines: list[str] = []
         for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
+            parts = [str(part) for part in problem["loc"]]
+            key = ".".join(parts)
             if problem["type"] == "extra_forbidden":
-                lines.append(_unknown(key))
-            else:
-                message = PLAIN_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-                lines.append(f"{key}: {message} (got {_REPR.repr(problem['input']):.80})")
+                lines.append(unknown(key))
+                continue
+            message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+            message = PLAIN_MESSAGES.get(problem["type"], message)
+            if problem["type"] == "model_type" and key in OTHER_NAMES:
+                message += suggestion(key)
+            if any(f"{key}.".startswith(f"{flag}.") for flag in flags):
+                key = flag_of(parts)
+            # The input of a rule between several keys is their whole section.
+            got = "" if isinstance(problem["input"], dict) else f" (got {_REPR.repr(problem['input']):.80})"
+            lines.append(f"{key}: {message}{got}".removeprefix(": "))
         raise UsageError("\n".join(lines)) from None
 
 
@@ -183,18 +250,6 @@ def merge(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def flatten(values: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, for every key that is not a section."""
-    values = values.model_dump() if isinstance(values, BaseModel) else values
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -208,59 +263,51 @@ def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inactive_components(config: Config) -> list[str]:
-    """Notes on loss components that are enabled but would begin only after the last step."""
+    """Notes on what is enabled and would begin, or be complete, only after the last step."""
     if config.stages:
         return []
     objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"
-    notes: list[str] = []
-    if objective.beta > 0 and objective.reference_step >= config.max_steps:
-        notes.append(
-            f"the KL is never used: objective.reference_step {objective.reference_step} is not below {last}"
-        )
     trained = objective.lambda_adv > 0 and discriminator.kind == "bradley-terry"
-    if trained and discriminator.warmup_steps >= config.max_steps:
-        warmup = discriminator.warmup_steps
-        notes.append(f"the adversary is never used: discriminator.warmup_steps {warmup} is not below {last}")
-    return notes
+    rising = objective.mu_controller == "schedule" and objective.mu_peak > 0
+    limits = (
+        ("the KL is never used", "objective.reference_step", objective.reference_step, objective.beta > 0),
+        ("the adversary is never used", "discriminator.warmup_steps", discriminator.warmup_steps, trained),
+        ("the learning rate never reaches its value", "optim.warmup_steps", config.optim.warmup_steps, True),
+        ("mu never reaches mu_peak", "objective.mu_warmup_steps", objective.mu_warmup_steps, rising),
+    )
+    return [
+        f"{problem}: {key} {steps} is not below {last}"
+        for problem, key, steps, enabled in limits
+        if enabled and steps >= config.max_steps
+    ]
 
 
-def _unknown(key: str, kind: str = "key") -> str:
-    return f"unknown {kind} '{key:.80}'{suggestion(_flag_key(key), flatten(Config()))}"
-
-
-def _method_of(recipe: dict[str, Any], flags: Sequence[str]) -> str:
+def _method(method: Any) -> str:
     """The method, which is read first because it decides the defaults of other keys."""
-    method = recipe.get("method", Config().method)
-    for position, flag in enumerate(flags):
-        if flag == "--method" and position + 1 < len(flags):
-            method = flags[position + 1]
-        elif flag.startswith("--method="):
-            method = flag.split("=", 1)[1]
     if not isinstance(method, str) or method not in METHODS:
         raise UsageError(f"unknown method {_REPR.repr(method):.80}: choose one of {', '.join(METHODS)}")
     return method
 
 
-def _flag_key(flag: str) -> str:
-    return flag.removeprefix("--").split("=", 1)[0].replace("-", "_")
+@contextlib.contextmanager
+def _named(path: str | Path | None) -> Iterator[None]:
+    """Put the recipe's file before each line of an error."""
+    try:
+        yield
+    except UsageError as error:
+        if path is None:
+            raise
+        raise UsageError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
 
 
-def _apply_flags(base: Config, flags: Sequence[str]) -> Config:
-    """`base` changed by `--key value` flags; tyro prints errors in values itself and exits with code 2."""
+def _print_help(config: Config) -> None:
+    """Print all flags with their values, and exit."""
     import tyro
 
-    arguments, known = list(flags), [f"{key}." for key in flatten(Config())]
-    for position, flag in enumerate(flags):
-        if flag == "--overwrite" and (position + 1 == len(flags) or flags[position + 1].startswith("--")):
-            arguments[position] = "--overwrite=True"
-        elif (
-            flag.startswith("--") and flag != "--help" and not f"{_flag_key(flag)}.".startswith(tuple(known))
-        ):
-            raise UsageError(_unknown(flag, "flag"))
-    return tyro.cli(
+    tyro.cli(
         Config,
-        default=base,
-        args=arguments,
+        default=config,
+        args=["--help"],
         prog=f"uniapl {sys.argv[1] if len(sys.argv) > 1 else 'train'} RECIPE",
         config=(tyro.conf.FlagConversionOff,),
     )

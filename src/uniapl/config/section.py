@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
+from uniapl.files import expand_home
+
 
 class Section(BaseModel):
     """A frozen section whose docstrings describe its keys; unknown keys and non-finite values are errors."""
@@ -33,8 +35,24 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+PathText = Annotated[str, AfterValidator(expand_home)]
+"""A path, whose `~` is the home directory, or another text, such as a Hub id."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInterval = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
 FractionInterval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """A list of names; a single name is a list of one."""
+Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple)]
+"""A list of paths; a single path is a list of one."""
+
+
+def flatten(values: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for every key that is not a section."""
+    values = values.model_dump() if isinstance(values, BaseModel) else values
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

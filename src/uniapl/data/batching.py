@@ -38,14 +38,12 @@ class Row:
         return any(weights[name] and advantages.get(name, 1.0) for name in self.components)
 
 
-def demonstration_row(example: Example) -> Row:
-    """The row of an example's demonstration. Rows of rollouts: `training.update.credit.rollout_rows`."""
-    assert example.demonstration_ids is not None
-    return Row(
-        prompt_ids=example.prompt_ids,
-        completion_ids=example.demonstration_ids,
-        components=frozenset({"sft"}),
-    )
+def demonstration_rows(example: Example) -> list[Row]:
+    """One row per demonstrated turn. Rows of rollouts: `training.update.credit.rollout_rows`."""
+    return [
+        Row(prompt_ids=prompt, completion_ids=completion, components=frozenset({"sft"}))
+        for prompt, completion in example.demonstrated_turns
+    ]
 
 
 def component_counts(rows: Sequence[Row]) -> dict[str, int]:

@@ -1,20 +1,39 @@
-"""Read the columns of a row as a conversation, and render it with the chat template."""
+"""Read the columns of a row as a conversation, and decide which of its assistant turns are trained."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from uniapl.errors import UsageError
 from uniapl.types import Prompt
 
 Message = dict[str, Any]
-Completion = str | list[Message] | None
-"""The completion of a row: text, one assistant message, or None."""
+Completion = str | Message | None
+"""The completion of a row: text after a plain text prompt, one assistant message, or None."""
+
+TRAINING_KEYS = ("weight", "train", "training", "loss")
+"""Keys of a message that exclude its turn from training (OpenAI, Axolotl, ms-swift); never rendered."""
 
 
-def prompt_and_completion(row: Mapping[str, Any]) -> tuple[Prompt, Completion]:
-    """The prompt of a row, and its demonstration.
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """The prompt and the completions of a row."""
+
+    prompt: Prompt
+    completion: Completion
+    """The demonstration."""
+    rejected: Completion
+    earlier: tuple[int, ...] = ()
+    """Indices of the prompt's assistant messages that are trained in addition to the completion."""
+
+
+def read_conversation(row: Mapping[str, Any], *, train_on: Literal["last", "all"] = "last") -> Conversation:
+    """The conversation in a row's columns.
+
+    Args:
+        row: Columns to values, without None.
+        train_on: `data.train_on`.
 
     Raises:
         UsageError: The row has no prompt, or its columns contradict each other.
@@ -23,11 +42,9 @@ def prompt_and_completion(row: Mapping[str, Any]) -> tuple[Prompt, Completion]:
         if "chosen" in row or "rejected" in row:
             raise UsageError("'chosen' and 'rejected' need 'prompt', not 'messages'")
         messages = checked_messages("'messages'", row["messages"])
-        if messages[-1]["role"] != "assistant":
-            return messages, None
-        if len(messages) == 1:
+        if len(messages) == 1 and messages[0]["role"] == "assistant":
             raise UsageError("'messages' has a completion but no prompt")
-        return messages[:-1], messages[-1:]
+        return _with_turns([], messages, None, train_on)
     if "completion" in row and "chosen" in row:
         raise UsageError("both 'completion' and 'chosen' could be the demonstration; remove one")
     column = "chosen" if "chosen" in row else "completion"
@@ -43,18 +60,33 @@ def prompt_and_completion(row: Mapping[str, Any]) -> tuple[Prompt, Completion]:
         )
     if not isinstance(prompt, str):
         prompt = checked_messages("'prompt'", prompt)
-    return prompt, completion_of(row, column, prompt)
+    turns = _completion_of(row, column, prompt)
+    rejected = _completion_of(row, "rejected", prompt)
+    if turns is None and rejected is not None:
+        raise UsageError("'rejected' needs 'chosen' or 'completion' in the same row")
+    if isinstance(rejected, list):
+        rejected = {key: value for key, value in rejected[0].items() if key not in TRAINING_KEYS}
+    if isinstance(prompt, str) and (turns is None or isinstance(turns, str)):
+        return Conversation(prompt=prompt, completion=turns, rejected=rejected)
+    if isinstance(turns, str):
+        turns = [{"role": "assistant", "content": turns}]
+    if isinstance(prompt, str):
+        conversation = _with_turns([{"role": "user", "content": prompt}], turns or [], rejected, train_on)
+        if len(conversation.prompt) > 1:
+            raise UsageError(f"'{column}' has several messages, so 'prompt' must be a list of messages too")
+        return Conversation(prompt=prompt, completion=conversation.completion, rejected=rejected)
+    return _with_turns(prompt, turns or [], rejected, train_on)
 
 
-def completion_of(row: Mapping[str, Any], column: str, prompt: Prompt) -> Completion:
-    """Text or one assistant message; the prompt is removed from the beginning of a conversation."""
+def _completion_of(row: Mapping[str, Any], column: str, prompt: Prompt) -> str | list[Message] | None:
+    """Text or messages; the prompt is removed from the beginning of a conversation."""
     value = row.get(column)
     if value is None or isinstance(value, str):
         return value
     messages = checked_messages(f"'{column}'", value)
     if not isinstance(prompt, str) and messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
+    if not messages or messages[-1]["role"] != "assistant" or (len(messages) > 1 and column != "completion"):
         raise UsageError(
             f"'{column}' must be a string, one assistant message, or a conversation that begins with the "
             "row's prompt"
@@ -62,67 +94,143 @@ def completion_of(row: Mapping[str, Any], column: str, prompt: Prompt) -> Comple
     return messages
 
 
+def _with_turns(
+    prompt: list[Message], turns: list[Message], rejected: Completion, train_on: str
+) -> Conversation:
+    """The conversation of `prompt` and `turns`; by default, assistant messages of `turns` are trained."""
+    messages = [*prompt, *turns]
+    final = len(messages) - 1 if turns and turns[-1]["role"] == "assistant" else len(messages)
+    begun = [message["role"] for message in (*prompt[-1:], *turns[:1])] == ["assistant", "assistant"]
+    answers = sum(message["role"] == "assistant" for message in turns)
+    if begun and len(turns) > 1:
+        raise UsageError("a prompt that ends with an assistant message can have only one message after it")
+    if prompt and answers > 1 and train_on == "last":
+        raise UsageError(
+            f"'completion' has {answers} assistant messages; set data.train_on: all, or move the earlier "
+            "ones to the end of 'prompt'"
+        )
+    trained: list[int] = []
+    for index, message in enumerate(messages):
+        wanted = _is_trained(index, message)
+        if not (message["role"] == "assistant" and (index >= len(prompt) if wanted is None else wanted)):
+            continue
+        if index < final and train_on == "last":
+            if wanted:
+                raise UsageError(
+                    f"message {index + 1} is marked to be trained, but data.train_on is 'last'; set it to all"
+                )
+            continue
+        if index == 0:
+            raise UsageError("message 1 is an assistant message without a prompt; give it 'weight': 0")
+        if messages[index - 1]["role"] == "assistant" and not (begun and index == len(prompt)):
+            raise UsageError(
+                f"messages {index} and {index + 1} are both the assistant's; join them into one, or use "
+                "'prompt' and 'completion' to continue an answer"
+            )
+        trained.append(index)
+    plain = [{key: value for key, value in m.items() if key not in TRAINING_KEYS} for m in messages]
+    return Conversation(
+        prompt=plain[:final],
+        completion=plain[final] if final in trained else None,
+        rejected=rejected,
+        earlier=tuple(index for index in trained if index < final),
+    )
+
+
+def _is_trained(index: int, message: Message) -> bool | None:
+    """What the keys of a message say about its training; None if it has no such key."""
+    given = {key: message[key] for key in TRAINING_KEYS if key in message}
+    if not given:
+        return None
+    if any(value not in (0, 1) for value in given.values()) or len(set(given.values())) > 1:
+        raise UsageError(f"message {index + 1}: {given} must be 0 or 1 (false or true)")
+    trained = bool(next(iter(given.values())))
+    if trained and message["role"] != "assistant":
+        raise UsageError(
+            f"message {index + 1} (role '{message['role']}') is marked to be trained; only assistant "
+            "messages can be"
+        )
+    return trained
+
+
 def checked_messages(name: str, value: Any) -> list[Message]:
-    """The chat messages in `value`, without keys whose value is None.
+    """The chat messages in `value`, with their content as text and without keys whose value is None.
 
     Raises:
-        UsageError: `value` holds no chat messages; the error begins with `name`.
+        UsageError: `value` holds no chat messages, or content that is not text; the error begins with `name`.
     """
     messages = list(value) if isinstance(value, (list, tuple)) else []
     valid = all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and m.get("content") is not None
+        isinstance(m, Mapping)
+        and isinstance(m.get("role"), str)
+        and (m.get("content") is not None or m.get("tool_calls"))
         for m in messages
     )
     if not messages or not valid:
         raise UsageError(
             f"{name} must be a string or a list of messages with 'role' and 'content', got {value!r:.80}"
         )
-    return [{key: item for key, item in message.items() if item is not None} for message in messages]
-
-
-def render_chat(
-    messages: list[Message],
-    completions: Sequence[Completion],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template_kwargs: Mapping[str, Any],
-) -> tuple[str, list[str | None]]:
-    """The prompt's text with the generation prompt, and the text that each completion adds to it."""
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            "a chat needs a chat template, but the tokenizer has none; use a chat model's tokenizer, or "
-            "strings as prompts with data.prompt_format: text (the default)"
-        )
-
-    def render(turns: list[Message], **options: Any) -> str:
-        template: Any = tokenizer.apply_chat_template
-        try:
-            return str(template(turns, tokenize=False, **options, **chat_template_kwargs))
-        except Exception as error:  # templates raise types of their authors' choice
-            raise UsageError(f"the chat template raised an error: {error}") from error
-
-    prompt = render(messages, add_generation_prompt=True)
-    texts: list[str | None] = []
-    for completion in completions:
-        turn = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        text = None if turn is None else render(messages + turn, add_generation_prompt=False)
-        if text is not None and not text.startswith(prompt):
+    checked = [_without_none(message) for message in messages]
+    for number, message in enumerate(checked, start=1):
+        message["content"] = _text(f"{name}, message {number}", message.get("content", ""))
+        calls = message.get("tool_calls", [])
+        if not isinstance(calls, list) or not all(
+            isinstance(function_of(call).get("name"), str) for call in calls
+        ):
             raise UsageError(
-                "the chat template renders the prompt differently when a completion follows, so the "
-                "completion's tokens are unknown; change data.chat_template_kwargs (e.g. enable_thinking)"
+                f"{name}, message {number}: 'tool_calls' must be a list of {{'type': 'function', 'function': "
+                "{'name': ..., 'arguments': {...}}}"
             )
-        texts.append(text and text[len(prompt) :])
-    return prompt, texts
+    return checked
 
 
-def plain_text(completion: Completion) -> str | None:
-    """The text of a completion.
+def _text(name: str, content: Any) -> str:
+    """Message content as text; the parts of a list are joined."""
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)):
+        raise UsageError(f"{name}: the content must be text or a list of text parts, got {content!r:.80}")
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = part.get("type", part) if isinstance(part, Mapping) else part
+            raise UsageError(f"{name}: content of type {kind!r:.40} is not supported, only text; remove it")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _without_none(value: Any) -> Any:
+    """A copy without keys whose value is None, with which Parquet fills what other rows have."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def function_of(tool: Any) -> Mapping[str, Any]:
+    """The function of a tool or of a tool call: under 'function', or the mapping itself."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return function if isinstance(function, Mapping) else {}
+
+
+def template_inputs(row: Mapping[str, Any]) -> tuple[list[Message] | None, dict[str, Any]]:
+    """The columns `tools` and `chat_template_kwargs`, which TRL passes to the chat template.
+
+    Both may be JSON text, because a table has one type per column.
 
     Raises:
-        UsageError: The content of the message is not text.
+        UsageError: A column has another form.
     """
-    if completion is None or isinstance(completion, str):
-        return completion
-    content = completion[0]["content"]
-    if not isinstance(content, str):
-        raise UsageError(f"the content of the demonstration must be text, got {content!r:.80}")
-    return content
+    values = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    for name, value in values.items():
+        try:
+            values[name] = json.loads(value) if isinstance(value, str) and value.strip() else value or None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"'{name}' is text but not JSON ({error})") from error
+    tools, arguments = (_without_none(value) for value in values.values())
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(function_of(tool).get("name"), str) for tool in tools)
+    ):
+        raise UsageError(f"'tools' must be a list of JSON schemas of functions, got {tools!r:.80}")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise UsageError(f"'chat_template_kwargs' must map names to values, got {arguments!r:.80}")
+    return tools, arguments or {}

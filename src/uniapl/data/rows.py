@@ -8,10 +8,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.config import DataConfig
-from uniapl.data.conversations import completion_of, plain_text, prompt_and_completion, render_chat
-from uniapl.data.tokenization import encode_completion, encode_prompt
+from uniapl.data.conversations import Completion, Conversation, Message, read_conversation, template_inputs
+from uniapl.data.formats import standard_columns
+from uniapl.data.rendering import ChatTemplate, Rendered, render_conversation
+from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt
 from uniapl.errors import UsageError
-from uniapl.types import Example
+from uniapl.types import Example, Prompt, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class Dataset:
     examples: tuple[Example, ...]
     left_out: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Reason -> row numbers."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the rows, each with their numbers."""
 
 
 def tokenize_rows(
@@ -32,7 +36,9 @@ def tokenize_rows(
     context_length: int | None = None,
     max_completion_length: int = 0,
 ) -> Dataset:
-    """Check the columns of rows, tokenise prompts and completions, and leave out rows that are too long.
+    """Check the columns of rows, tokenise them, and leave out rows that cannot be used whole.
+
+    These are rows that are too long, and rows with an end token inside a completion.
 
     Args:
         rows: (number, row) pairs; error messages contain the number.
@@ -58,13 +64,22 @@ def tokenize_rows(
         )
     examples: list[Example] = []
     left_out: dict[str, tuple[int, ...]] = {}
+    noted: dict[str, list[int]] = {}
     for number, row in rows:
-        example = tokenize_row(number, row, tokenizer, config, stop_ids)
+        try:
+            example = tokenize_row(number, row, tokenizer, config, stop_ids, noted)
+        except EndsEarlyError as error:
+            reason = str(error).removeprefix(f"row {number}: ")
+            left_out[reason] = (*left_out.get(reason, ()), number)
+            continue
         longest = min(config.max_demonstration_length or math.inf, window - len(example.prompt_ids))
         reason = None
         if len(example.prompt_ids) > longest_prompt:
             reason = f"prompt longer than {longest_prompt} tokens"
-        elif len(example.demonstration_ids or ()) > longest:
+        elif any(
+            len(ids) > min(config.max_demonstration_length or math.inf, window - len(prompt_ids))
+            for prompt_ids, ids in example.demonstrated_turns
+        ):
             reason = "demonstration too long"
         elif len(example.rejected_ids or ()) > longest:
             reason = "rejected completion too long"
@@ -75,7 +90,19 @@ def tokenize_rows(
     if not examples:
         reasons = "; ".join(f"{reason}: {len(numbers)} rows" for reason, numbers in left_out.items())
         raise UsageError(f"no usable row: {reasons or 'the data is empty'}")
-    return Dataset(examples=tuple(examples), left_out=left_out)
+    notes = (f"{_listed(numbers)}: {note}" for note, numbers in noted.items())
+    return Dataset(examples=tuple(examples), left_out=left_out, notes=tuple(notes))
+
+
+def _listed(numbers: list[int]) -> str:
+    others = f" and {len(numbers) - 1} other rows" if len(numbers) > 1 else ""
+    return f"row {numbers[0]}{others}"
+
+
+def unused_columns(rows: Iterable[tuple[int, Any]], config: DataConfig) -> list[str]:
+    """Notes on names in `data.columns` that are a column of no row."""
+    known = {name for _, row in rows if isinstance(row, Mapping) for name in row}
+    return [f"data.columns: no row has a column '{name}'" for name in config.columns if name not in known]
 
 
 def tokenize_row(
@@ -84,16 +111,24 @@ def tokenize_row(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     stop_ids: Collection[int] = (),
+    noted: dict[str, list[int]] | None = None,
 ) -> Example:
-    """Tokenise one row. See :func:`tokenize_rows`, also for the errors."""
+    """Tokenise one row, and add its number to its notes in `noted`.
+
+    See :func:`tokenize_rows`, also for the errors.
+    """
+    notes: set[str] = set()
     try:
-        return _example(number, row, tokenizer, config, stop_ids)
+        example = _example(number, row, tokenizer, config, stop_ids, notes)
     except UsageError as error:
-        raise UsageError(f"row {number}: {error}") from error
+        raise type(error)(f"row {number}: {error}") from error
     except Exception as error:  # tokenizers raise many types, for example on lone surrogates
         raise UsageError(
             f"row {number}: tokenisation failed: {error!r:.200}; check that its text is valid Unicode"
         ) from error
+    for note in sorted(notes):
+        (noted if noted is not None else {}).setdefault(note, []).append(number)
+    return example
 
 
 def _example(
@@ -102,50 +137,149 @@ def _example(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     stop_ids: Collection[int],
+    notes: set[str],
 ) -> Example:
     if not isinstance(row, Mapping):
         raise UsageError(f"expected a mapping of columns to values, got {row!r:.80}")
-    for name, new in config.columns.items():
-        if row.get(name) is not None and row.get(new) is not None:
-            raise UsageError(f"data.columns renames '{name}' to '{new}', which is also a column")
-    row = {config.columns.get(column, column): value for column, value in row.items() if value is not None}
-    prompt, completion = prompt_and_completion(row)
-    rejected = completion_of(row, "rejected", prompt)
-    plain = plain_text(completion)
-    if isinstance(prompt, str) and config.prompt_format == "text":
+    original = {column: value for column, value in row.items() if value is not None}
+    renamed = _renamed(original, config.columns)
+    row = standard_columns(renamed, original)
+    conversation = read_conversation(row, train_on=config.train_on)
+    rendered = _rendered(conversation, row, tokenizer, config)
+    notes |= rendered.notes
+    is_text = is_plain_text(conversation.prompt, config)
+    prompt_ids = _prompt_ids(rendered.prompt, tokenizer, is_text=is_text, notes=notes)
+    if not prompt_ids:
+        raise UsageError("the prompt is empty")
+    eos_id: Any = tokenizer.eos_token_id
+    stop_ids = {*stop_ids, eos_id}
+    demonstration_ids, rejected_ids, earlier = _completion_ids(conversation, rendered, tokenizer, stop_ids)
+    demonstration = conversation.completion
+    if isinstance(demonstration, dict):
+        # A tool call is text too: as the completions of the policy are decoded.
+        called = "tool_calls" in demonstration
+        decoded = tokenizer.decode(list(demonstration_ids or ()), skip_special_tokens=True) if called else ""
+        demonstration = str(decoded) or demonstration["content"]
+    return Example(
+        row=number,
+        prompt=conversation.prompt,
+        prompt_ids=prompt_ids,
+        demonstration=demonstration,
+        demonstration_ids=demonstration_ids,
+        rejected_ids=rejected_ids,
+        earlier_turns=earlier,
+        # Reward functions get a renamed column under both names.
+        columns={
+            key: value
+            for key, value in {**original, **renamed}.items()
+            if key not in ("prompt", "completion", "messages")
+        },
+    )
+
+
+def _completion_ids(
+    conversation: Conversation,
+    rendered: Rendered,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: set[int],
+) -> tuple[TokenIds | None, TokenIds | None, tuple[tuple[TokenIds, TokenIds], ...]]:
+    """Token ids of the demonstration, of the rejected completion, and of the earlier (prompt, turn) pairs."""
+
+    def encoded(text: str, turn: Completion, prompt: str, name: str = "demonstration") -> TokenIds:
+        ids = encode_completion(text, tokenizer, stop_ids, prompt=prompt, answer=_answer(turn), name=name)
+        if name == "demonstration" and (_is_empty(turn) or stop_ids.issuperset(ids)):
+            raise UsageError("the demonstration is empty; add text or remove its column")
+        return ids
+
+    demonstration, rejected = rendered.completions
+    earlier: list[tuple[TokenIds, TokenIds]] = []
+    for index, (prompt, text) in zip(conversation.earlier, rendered.earlier, strict=True):
+        turn = conversation.prompt[index]
+        assert isinstance(turn, dict)
+        prompt_ids = tuple(tokenizer(prompt, add_special_tokens=False).input_ids)
+        earlier.append((prompt_ids, encoded(text, turn, prompt)))
+    return (
+        None if demonstration is None else encoded(demonstration, conversation.completion, rendered.prompt),
+        None
+        if rejected is None
+        else encoded(rejected, conversation.rejected, rendered.prompt, "rejected completion"),
+        tuple(earlier),
+    )
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row with the column names of `data.columns`."""
+    names: dict[str, str] = {}
+    for column in row:
+        new = columns.get(column, column)
+        if new in names:
+            old, other = (column, names[new]) if column in columns else (names[new], column)
+            also = "which is also a column" if other == new else f"and '{other}' too"
+            raise UsageError(f"data.columns renames '{old}' to '{new}', {also}; rename one to another name")
+        names[new] = column
+    return {new: row[column] for new, column in names.items()}
+
+
+def _rendered(
+    conversation: Conversation, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Rendered:
+    """The texts of the row: verbatim, or as the chat template renders them."""
+    prompt, completions = conversation.prompt, (conversation.completion, conversation.rejected)
+    if isinstance(prompt, str) and is_plain_text(prompt, config):
         if config.system_prompt is not None:
             raise UsageError(
                 "data.system_prompt does not apply to a plain text prompt; remove it or set "
                 "data.prompt_format: chat"
             )
-        demonstration, rejected_text = plain, plain_text(rejected)
-        prompt_ids = encode_prompt(prompt, tokenizer)
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if config.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": config.system_prompt})
-        text, (demonstration, rejected_text) = render_chat(
-            messages, [completion, rejected], tokenizer, config.chat_template_kwargs
+        if any(isinstance(completion, dict) and "tool_calls" in completion for completion in completions):
+            raise UsageError("a tool call needs a prompt of messages, or data.prompt_format: chat")
+        texts = [turn["content"] if isinstance(turn, dict) else turn for turn in completions]
+        unused = [name for name in ("tools", "chat_template_kwargs") if name in row]
+        notes = {f"{' and '.join(unused)} has no effect on a plain text prompt; set data.prompt_format: chat"}
+        return Rendered(prompt=prompt, completions=texts, earlier=[], notes=notes if unused else set())
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    added = int(config.system_prompt is not None and messages[0]["role"] != "system")
+    if added:
+        messages.insert(0, {"role": "system", "content": config.system_prompt})
+    tools, arguments = template_inputs(row)
+    return render_conversation(
+        messages,
+        [_as_message(completion) for completion in completions],
+        [index + added for index in conversation.earlier],
+        ChatTemplate(
+            tokenizer=tokenizer, arguments={**config.chat_template_kwargs, **arguments}, tools=tools or ()
+        ),
+    )
+
+
+def is_plain_text(prompt: Prompt, config: DataConfig) -> bool:
+    """Whether a prompt is used verbatim, without the chat template."""
+    return isinstance(prompt, str) and config.prompt_format == "text"
+
+
+def _as_message(completion: Completion) -> Message | None:
+    return {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
+
+
+def _answer(turn: Completion) -> str | None:
+    """The text of a completion as in the data; None if the template also writes tool calls."""
+    message = _as_message(turn)
+    return None if message is None or "tool_calls" in message else str(message["content"])
+
+
+def _is_empty(completion: Completion) -> bool:
+    message = _as_message(completion)
+    return message is not None and not message["content"].strip() and "tool_calls" not in message
+
+
+def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, is_text: bool, notes: set[str]) -> TokenIds:
+    """Token ids of a prompt; a plain text gets the tokenizer's special tokens, unless it begins with them."""
+    if not is_text:
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    ids, first = encode_prompt(text, tokenizer), encode_prompt("", tokenizer)
+    if first and ids[: 2 * len(first)] == first * 2:
+        notes.add(
+            "the prompt's text begins with the tokenizer's first token (BOS), so no second one is added"
         )
-        prompt_ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-    if not prompt_ids:
-        raise UsageError("the prompt is empty")
-    eos_id: Any = tokenizer.eos_token_id
-    stop_ids = {*stop_ids, eos_id}
-    demonstration_ids, rejected_ids = (
-        None if text is None else encode_completion(text, tokenizer, stop_ids)
-        for text in (demonstration, rejected_text)
-    )
-    if demonstration_ids is None and rejected_ids is not None:
-        raise UsageError("'rejected' needs 'chosen' or 'completion' in the same row")
-    if plain is not None and (not plain.strip() or stop_ids.issuperset(demonstration_ids or ())):
-        raise UsageError("the demonstration is empty; add text or remove its column")
-    return Example(
-        row=number,
-        prompt=prompt,
-        prompt_ids=prompt_ids,
-        demonstration=plain,
-        demonstration_ids=demonstration_ids,
-        rejected_ids=rejected_ids,
-        columns={key: value for key, value in row.items() if key not in ("prompt", "completion", "messages")},
-    )
+        return ids[len(first) :]
+    return ids

@@ -57,7 +57,7 @@ def split_streams(
     Rollouts are sampled if a reward function applies, or if the discriminator can compare them with a
     demonstration.
     """
-    demonstrations = [e for e in dataset.examples if e.demonstration_ids is not None]
+    demonstrations = [e for e in dataset.examples if e.demonstrated_turns]
     prompts = [
         e
         for e in dataset.examples
@@ -67,6 +67,9 @@ def split_streams(
 
 
 def is_held_out(example: Example, config: Config) -> bool:
-    """Whether the discriminator is never trained on this prompt, drawn by the prompt's token ids."""
-    drawn = derive_seed(config.seed, "held out", *example.prompt_ids)
+    """Whether the discriminator is never trained on this prompt, drawn by the prompt's token ids.
+
+    The draw does not depend on the run's seed: a resumed run with another seed would train on these prompts.
+    """
+    drawn = derive_seed(0, "held out", *example.prompt_ids)
     return drawn < config.discriminator.held_out_fraction * 2**63

@@ -1,11 +1,19 @@
-"""Token ids of prompts and demonstrations."""
+"""Token ids of prompts and completions."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from uniapl.errors import UsageError
 from uniapl.types import TokenIds
+
+CONTEXTS = ("\n", ".", "a")
+"""Texts to put before a completion in place of a prompt whose last token would merge with it."""
+
+
+class EndsEarlyError(UsageError):
+    """The text of a completion continues after its first end token, where training would cut it."""
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
@@ -15,13 +23,74 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def encode_completion(text: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> TokenIds:
+def encode_continuation(text: str, tokenizer: PreTrainedTokenizerBase, prompt: str = "") -> TokenIds:
+    """Token ids of a text that continues a prompt: those of prompt and text together, after the prompt's.
+
+    If a token spans the boundary, the text is tokenised after another one. Alone, it would begin with the
+    word mark that SentencePiece and Metaspace tokenizers put before a text, which reads as a space.
+    """
+
+    def encode(text: str) -> TokenIds:
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+    for before in (prompt, *CONTEXTS):
+        start, whole = encode(before), encode(before + text)
+        if before and whole[: len(start)] == start:
+            return whole[len(start) :]
+    return encode(text)
+
+
+def encode_completion(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
+    *,
+    prompt: str = "",
+    answer: str | None = None,
+    name: str = "demonstration",
+) -> TokenIds:
     """Token ids up to and including the first stop token; the end token is appended if there is none.
 
     Text that a chat template writes after the stop token, often a newline, is removed: the sampler cannot
     generate it, so the discriminator would recognise demonstrations by it.
+
+    Args:
+        text: The completion, with what the chat template writes around it.
+        prompt: The text before it, as it was tokenised.
+        answer: The completion as in the data, which must not be cut.
+        name: The name of the completion in the error message.
+
+    Raises:
+        EndsEarlyError: The answer continues after the first stop token.
     """
-    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = encode_continuation(text, tokenizer, prompt)
     end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
     eos_id: Any = tokenizer.eos_token_id
-    return (*ids, eos_id) if end is None else ids[: end + 1]
+    if end is None:
+        return (*ids, eos_id)
+    if _continues(text, ids[end + 1 :], answer, tokenizer):
+        token = str(tokenizer.decode(ids[end]))
+        ordinary = ", which is not a special token" if ordinary_tokens([ids[end]], tokenizer) else ""
+        raise EndsEarlyError(f"{name} continues after the end token '{token}'{ordinary}")
+    return ids[: end + 1]
+
+
+def without_end(ids: TokenIds, stop_ids: Collection[int]) -> TokenIds:
+    """The completion without the stop token that closes it; a truncated completion has none."""
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+
+
+def ordinary_tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that stand for ordinary text: tokens that are neither special nor added to the vocabulary."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(token for token in ids if token < len(tokenizer) and token not in marks)
+
+
+def _continues(text: str, rest: TokenIds, answer: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokens after the first stop token hold more than what the chat template writes there."""
+    answer = (answer or "").strip()
+    if answer and answer in text:
+        template_text = "".join(text.rpartition(answer)[2].split())
+        return not template_text.endswith("".join(str(tokenizer.decode(list(rest))).split()))
+    # The template has changed the answer: only its special tokens can be recognised.
+    return bool(str(tokenizer.decode(list(rest), skip_special_tokens=True)).strip())

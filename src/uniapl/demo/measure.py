@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.config import DataConfig
-from uniapl.data.batching import Row, demonstration_row, micro_batches
+from uniapl.data.batching import Row, demonstration_rows, micro_batches
 from uniapl.data.rows import tokenize_rows
 from uniapl.demo.constraints import TaskPrompt
 from uniapl.demo.language import PLACES, fluency
@@ -82,7 +82,7 @@ def measure(
         )
     )
     texts = [str(tokenizer.decode(list(g[0].completion_ids), skip_special_tokens=True)) for g in groups]
-    expert_rows = [demonstration_row(example) for example in examples]
+    expert_rows = [row for example in examples for row in demonstration_rows(example)]
     nll = _nll(model, expert_rows, tokenizer.pad_token_id)
     measurement = score_texts(list(expert_texts), texts, list(expert_texts.values()), expert_nll=nll)
     if reference is not None:

@@ -46,6 +46,7 @@ def candidates_of(
     """Return the rollouts of a group, and the demonstration if there is one, as candidates.
 
     Args:
+        group: In the uniform form (`discriminator.ending.UniformEnding`).
         decode: Decodes the demonstration's ids as the rollouts were decoded. The text in the data lacks what
             the chat template adds, by which a discriminator that reads text could recognise it.
     """

@@ -74,7 +74,12 @@ class Comparison:
 
     @staticmethod
     def of(group: RolloutGroup, context: Context) -> "Comparison":
-        """Compare a group's demonstration with its rollouts and its rejected completion, if there is one."""
+        """Compare a group's demonstration with its rollouts and its rejected completion, if there is one.
+
+        Args:
+            group: In the uniform form (`discriminator.ending.UniformEnding`), like the context's examples.
+            context: The token ids in front of the prompt.
+        """
         example = group.example
         assert example.demonstration_ids is not None
         rejected = () if example.rejected_ids is None else (example.rejected_ids,)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from uniapl.data.batching import batch_by_length, pad_right
 from uniapl.discriminator import Candidate
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.models.loading import from_pretrained
+from uniapl.models.loading import from_pretrained, load_weights
 from uniapl.types import Prompt
 
 SEPARATOR, END = "<|reward|>", "[UNUSED_TOKEN_130]"
@@ -95,12 +95,7 @@ class Polar:
         """
         format = PolarFormat.load(name, trust_remote_code=trust_remote_code)
         tokenizer = format.tokenizer
-        trusted = {"trust_remote_code": trust_remote_code}
-        config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
-        classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-        family: Any = AutoModelForSequenceClassification if classifier else AutoModel
-        weights = {"dtype": torch.float32, "use_safetensors": True}
-        model = from_pretrained(family.from_pretrained, "discriminator", name, **weights, **trusted)
+        model = Polar.load_classifier(name, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id in (None, tokenizer.convert_tokens_to_ids(END)):
@@ -108,6 +103,26 @@ class Polar:
         model.config.pad_token_id = tokenizer.pad_token_id
         model.eval().requires_grad_(False).to(device)
         return Polar(model=model, format=format, max_tokens=max_tokens)
+
+    @staticmethod
+    def load_classifier(name: str, *, trust_remote_code: bool, headers_only: bool = False) -> Any:
+        """Load only the model. With `headers_only`, check it; see :func:`uniapl.models.loading.load_weights`.
+
+        Raises:
+            UsageError: It cannot be loaded, or does not have exactly one output.
+        """
+        trusted = {"trust_remote_code": trust_remote_code}
+        config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
+        # Without a class of its own, AutoModel would load a trunk without a head.
+        own = "AutoModel" in (getattr(config, "auto_map", None) or {})
+        classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") or not own
+        family: Any = AutoModelForSequenceClassification if classifier else AutoModel
+        model = load_weights(family, "discriminator", name, headers_only=headers_only, **trusted)
+        if classifier and model.config.num_labels != 1:
+            raise UsageError(
+                f"the discriminator '{name}' has {model.config.num_labels} outputs; a POLAR model has one"
+            )
+        return model
 
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:

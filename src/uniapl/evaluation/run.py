@@ -8,13 +8,31 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from uniapl.data.tokenization import encode_continuation
 from uniapl.evaluation import scores
-from uniapl.evaluation.suites import BATCH_SIZE, Suite
+from uniapl.evaluation.suites import BATCH_SIZE, Scores, Suite
 from uniapl.rollout import Sampler, SampleRequest
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
 """A text without content that satisfies many formal constraints."""
+
+
+def _unchanged(items: list[Any]) -> list[Any]:
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The part of a suite's prompts that this process samples and scores."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[list[Any]], list[Any]] = _unchanged
+    """Returns the items of all processes, which call it together."""
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +61,29 @@ def evaluate_suite(
     seed: int = 0,
     with_floors: bool = True,
     advance: Callable[[float], None] = lambda prompts: None,
+    part: Part = WHOLE,
 ) -> SuiteResult:
     """Sample completions of every prompt of a suite, and score them.
+
+    Several processes divide the prompts between them; each of them returns the complete result, which does
+    not depend on their number.
 
     Args:
         sampler: Samples from the model; its own settings determine whether it is greedy.
         num_samples: Completions per prompt, k in pass@k.
         with_floors: Also score baselines that use no model.
         advance: Called with the number of prompts of each finished batch.
+        part: This process's part of the prompts.
     """
     examples = [example for example in suite.examples for _ in range(num_samples)]
-    rollouts = _sample(suite, sampler, num_samples, seed, advance)
-    texts = [str(tokenizer.decode(list(r.completion_ids), skip_special_tokens=True)) for r in rollouts]
-    flat, failure = suite.score(examples, texts, [rollout.completion_ids for rollout in rollouts])
+    sampled = _sample(suite, sampler, num_samples, seed, advance, part)
+    rollouts, texts, flat, failure = _scored(suite, tokenizer, sampled, part)
     scored = [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
     sums = {name: scores.sums_of(scored, name) for name in flat[0]}
+    kind = "best" if suite.headline == "reward" else "pass"
+    best = f"{suite.headline}_{kind}@{num_samples}"
+    if num_samples > 1:
+        sums[best] = scores.pass_at_all(scored, suite.headline)
     summary: dict[str, Any] = {
         "prompts": len(suite.examples),
         "left_out": {reason: list(numbers) for reason, numbers in suite.left_out.items()},
@@ -75,13 +101,12 @@ def evaluate_suite(
     unmarked = sum(suite.answer_after not in text for text in texts) if suite.answer_after else 0
     if unmarked:
         summary["notes"].append(
-            f"{unmarked / len(texts):.0%} of the completions do not contain '{suite.answer_after}' and count "
-            "as empty"
+            f"{unmarked:,} of {len(texts):,} completions do not contain '{suite.answer_after}' and count as "
+            "empty"
         )
-    if num_samples > 1:
-        kind = "best" if suite.headline == "reward" else "pass"
-        best = scores.interval(scores.pass_at_all(scored, suite.headline))
-        summary["scores"][f"{suite.headline}_{kind}@{num_samples}"] = best
+    if num_samples > 1 and (bounds := scores.pass_bounds(scored, suite.headline)):
+        summary["scores"][best]["bounds"] = list(bounds)
+        summary["notes"].append(_unknown_note(best, sums[best], bounds))
     if with_floors:
         summary["floors"] = floors(suite, tokenizer)
     completions = [
@@ -99,24 +124,55 @@ def evaluate_suite(
 
 
 def _sample(
-    suite: Suite, sampler: Sampler, num_samples: int, seed: int, advance: Callable[[float], None]
-) -> list[Rollout]:
-    """`num_samples` rollouts per prompt, sampled in batches of prompts of similar length."""
+    suite: Suite,
+    sampler: Sampler,
+    num_samples: int,
+    seed: int,
+    advance: Callable[[float], None],
+    part: Part,
+) -> dict[int, tuple[Rollout, ...]]:
+    """Index of a prompt -> its `num_samples` rollouts, for the prompts of this process.
+
+    The prompts are sampled in batches of similar length, and each batch is divided between the processes, so
+    that all of them call the sampler equally often and have equally much to do.
+    """
     examples = suite.examples
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt_ids))
     found: dict[int, tuple[Rollout, ...]] = {}
-    for start in range(0, len(order), BATCH_SIZE):
-        batch = order[start : start + BATCH_SIZE]
+    size = BATCH_SIZE * part.world_size
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        mine = batch[part.rank :: part.world_size]
         groups = sampler.sample(
             SampleRequest(
-                prompts=[examples[index].prompt_ids for index in batch],
-                seeds=[derive_seed(seed, "evaluate", suite.name, examples[index].row) for index in batch],
+                prompts=[examples[index].prompt_ids for index in mine],
+                seeds=[derive_seed(seed, "evaluate", suite.name, examples[index].row) for index in mine],
                 num_generations=num_samples,
             )
         )
-        found |= zip(batch, groups, strict=True)
+        found |= zip(mine, groups, strict=True)
         advance(len(batch))
-    return [rollout for index in range(len(examples)) for rollout in found[index]]
+    return found
+
+
+def _scored(
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, sampled: dict[int, tuple[Rollout, ...]], part: Part
+) -> tuple[list[Rollout], list[str], list[Scores], str | None]:
+    """Rollouts, texts and scores of all prompts in their order, and the first failure.
+
+    Args:
+        sampled: Index of a prompt -> its rollouts, for the prompts of this process.
+    """
+    indices = [index for index in sorted(sampled) for _ in sampled[index]]
+    rollouts = [rollout for index in sorted(sampled) for rollout in sampled[index]]
+    texts = [str(tokenizer.decode(list(r.completion_ids), skip_special_tokens=True)) for r in rollouts]
+    scored, failure = suite.score(
+        [suite.examples[index] for index in indices], texts, [rollout.completion_ids for rollout in rollouts]
+    )
+    gathered = part.gather([*zip(indices, rollouts, texts, scored, strict=True)])
+    # A stable sort: all completions of a prompt come from one process.
+    _, rollouts, texts, scored = map(list, zip(*sorted(gathered, key=lambda entry: entry[0]), strict=True))
+    return rollouts, texts, scored, next(filter(None, part.gather([failure])), None)
 
 
 def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | None]]:
@@ -127,12 +183,21 @@ def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[s
     for name, texts in {"empty": [""] * size, "echo": prompts, "constant": [CONSTANT] * size}.items():
         # If only the text after a mark is scored, the text is put after it.
         texts = [(suite.answer_after or "") + text for text in texts]
-        ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        ids = [encode_continuation(text, tokenizer) for text in texts]
         flat, _ = suite.score(suite.examples, texts, ids)
         found[name] = {
             score: scores.mean_of(scores.sums_of([[one] for one in flat], score)) for score in flat[0]
         }
     return found
+
+
+def _unknown_note(name: str, sums: scores.Sums, bounds: tuple[float, float]) -> str:
+    low, high = bounds
+    return (
+        f"{name} is the mean over the {int(sums[:, 1].sum()):,} of {len(sums):,} prompts whose completions "
+        f"all have a score; over all prompts with a score it is from {low:.3f}, if the completions without a "
+        f"score all fail, to {high:.3f}, if they all pass"
+    )
 
 
 def _digest(example: Example) -> str:

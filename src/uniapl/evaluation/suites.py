@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from uniapl.config import Config
-from uniapl.data.reading import named_source, read_rows
+from uniapl.data.reading import FILE_TYPES, named_source, read_rows
 from uniapl.data.rows import tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
-from uniapl.rewards.base import build_rewarder
+from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
 from uniapl.types import Example
 
@@ -47,7 +47,7 @@ class Suite:
     left_out: Mapping[str, Sequence[int]]
     """Reason -> row numbers of the prompts left out."""
     notes: Sequence[str] = ()
-    """Notes of the reward functions on the rows."""
+    """Notes on the rows."""
     answer_after: str | None = None
     """If not None, only the text after this mark is scored."""
 
@@ -63,8 +63,8 @@ def parse_suite(text: str) -> tuple[str, str]:
         return name, path
     if not equals and text in BENCHMARKS:
         return text, BENCHMARKS[text]
-    if "=" not in Path(text).name and Path(text).suffix in (".jsonl", ".json", ".csv", ".parquet"):
-        return Path(text).stem, text
+    if "=" not in Path(text).name and text.endswith(FILE_TYPES):
+        return Path(text.removesuffix(".gz")).stem, text
     raise UsageError(
         f"unknown suite '{text}': use {', '.join(BENCHMARKS)}, a file, or NAME=PATH (a file or Hub id)"
     )
@@ -77,6 +77,8 @@ def load_suites(
     functions: Sequence[Callable[..., Any]] = (),
     stop_ids: Collection[int] = (),
     context_length: int | None = None,
+    state: TrainerState | None = None,
+    once: Once = here,
 ) -> tuple[Suite, ...]:
     """The suites of `evaluation.suites`, with their prompts tokenised and their scoring tried.
 
@@ -86,6 +88,8 @@ def load_suites(
         functions: Further reward functions, as callables.
         stop_ids: Tokens at which the sampler ends a completion.
         context_length: The model's context length in tokens; longer prompts are left out.
+        state: The `trainer_state` of reward functions; None: the state at the end of a run.
+        once: Tries the scoring in one of several processes.
 
     Raises:
         UsageError: A suite does not exist, two have the same name, its rows are invalid or cannot be scored.
@@ -95,28 +99,30 @@ def load_suites(
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two suites are called '{name}': rename one with NAME=PATH")
+    state = state or TrainerState(global_step=config.max_steps, max_steps=config.max_steps)
     suites: list[Suite] = []
-    unlimited = {"split": "train", "max_prompt_length": None, "max_demonstration_length": None}
+    unset = ("name", "revision", "max_prompt_length", "max_demonstration_length")
     for name, path in sources:
-        settings = config.data.model_copy(update={"path": path, **unlimited})
+        settings = config.data.model_copy(update={"path": path, "split": "train", **dict.fromkeys(unset)})
         try:
-            with named_source(path):
+            rows = read_rows(settings)
+            with named_source(rows):
                 dataset = tokenize_rows(
-                    read_rows(settings)[: config.evaluation.limit],
+                    rows[: config.evaluation.limit],
                     tokenizer,
                     settings,
                     stop_ids=stop_ids,
                     context_length=context_length,
                     max_completion_length=config.evaluation.max_completion_length,
                 )
-            examples, notes, mark = dataset.examples, [], None
+            examples, notes, mark = dataset.examples, [*dataset.notes], None
             if name in BENCHMARKS or not (config.rewards.functions or functions):
                 mark = config.evaluation.answer_after
-                score, headline = _instruction_scores(examples, mark), "prompt_strict"
+                score, headline = _instruction_scores(examples, mark, once), "prompt_strict"
             else:
-                rewarder = build_rewarder(config.rewards, functions)
+                rewarder = build_rewarder(config.rewards, functions, state, once=once)
                 rewarder.check_columns(examples)
-                notes = rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
+                notes += rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
                 rewarder.try_out(examples)
                 score, headline = _reward_scores(rewarder), "reward"
         except UsageError as error:
@@ -136,7 +142,7 @@ def load_suites(
     return tuple(suites)
 
 
-def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -> Score:
+def _instruction_scores(examples: Sequence[Example], answer_after: str | None, once: Once) -> Score:
     """IFEval's four scores, from the instructions in the rows."""
     bare = next((e.row for e in examples if e.columns.get("instruction_id_list") is None), None)
     if bare is not None:
@@ -144,7 +150,7 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None) -
             f"row {bare} has no instructions ('instruction_id_list' and 'kwargs'): name reward functions "
             "that score these rows"
         )
-    given = instructions_of_rows(examples)
+    given = once(lambda: instructions_of_rows(examples))
 
     def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
         found: list[Scores] = []

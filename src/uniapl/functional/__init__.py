@@ -24,7 +24,7 @@ from uniapl.functional.losses import (
     objective,
     sft_loss,
 )
-from uniapl.functional.schedules import learning_rate_factor, reward_threshold, warmup_cosine
+from uniapl.functional.schedules import reward_threshold, warmup_cosine
 
 __all__ = [
     "Multiplier",
@@ -37,7 +37,6 @@ __all__ = [
     "group_advantages",
     "importance_weights",
     "k3_kl",
-    "learning_rate_factor",
     "logistic_losses",
     "logprobs_from_logits",
     "multiplied_rewards",

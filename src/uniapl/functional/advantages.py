@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from uniapl.tolerance import ABSOLUTE, RELATIVE
+
 STD_EPSILON = 1e-4
 """Added to the group's standard deviation, with TRL's value, so that tests can compare the two."""
 
@@ -28,8 +30,8 @@ def group_advantages(
         min_std: Smallest standard deviation to divide by, one per prompt; None sets no limit.
 
     Returns:
-        Advantages; exactly 0 for unknown rewards and in groups whose known rewards are all equal, where
-        "group" would amplify rounding errors of the mean.
+        Advantages; exactly 0 for unknown rewards and in groups whose known rewards differ only by rounding
+        (:mod:`uniapl.tolerance`), which "group" would amplify.
 
     Examples:
         >>> group_advantages(torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[True, True, False]]))
@@ -40,7 +42,8 @@ def group_advantages(
     centred = torch.where(known, centred, 0.0)
     highest = torch.where(known, rewards, -torch.inf).amax(-1, keepdim=True)
     lowest = torch.where(known, rewards, torch.inf).amin(-1, keepdim=True)
-    centred = torch.where(highest > lowest, centred, 0.0)
+    constant = torch.isclose(lowest, highest, rtol=RELATIVE, atol=ABSOLUTE)
+    centred = torch.where(constant, 0.0, centred)
     if scale == "none":
         return centred
     variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)

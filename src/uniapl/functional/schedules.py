@@ -1,7 +1,6 @@
-"""Schedules of weights and of the learning rate, as functions of the step without state."""
+"""Schedules of weights, as functions of the step without state."""
 
 import math
-from typing import Literal
 
 
 def warmup_cosine(
@@ -47,24 +46,3 @@ def reward_threshold(mean_reward: float, *, threshold: float, peak: float, valle
         valley: Minimum of mu.
     """
     return min(peak, max(valley, threshold - mean_reward))
-
-
-def learning_rate_factor(
-    step: int, kind: Literal["constant", "linear", "cosine"], *, warmup_steps: int, total_steps: int
-) -> float:
-    """Factor of the learning rate: linear warm-up, then constant or a decay to 0 at `total_steps`.
-
-    The values are those of transformers' `get_scheduler`.
-
-    Args:
-        step: Step, from 0.
-        kind: The shape after the warm-up.
-        warmup_steps: Length of the warm-up, in steps.
-        total_steps: Length of the complete schedule, in steps.
-    """
-    if step < warmup_steps:
-        return step / warmup_steps
-    if kind == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

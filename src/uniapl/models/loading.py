@@ -1,5 +1,6 @@
 """Load models and tokenizers from a directory or the Hub."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,11 +17,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from uniapl.config import ModelConfig
+from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
-from uniapl.models.lora import add_adapter, base_of_adapter, is_adapter, merge_adapter, read_adapter
+from uniapl.models.lora import (
+    add_adapter,
+    attach_adapter,
+    base_of_adapter,
+    is_adapter,
+    merge_adapter,
+    read_adapter,
+    require_peft,
+)
+from uniapl.models.tensors import refuse_other_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +108,39 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 
+def load_weights(
+    family: Any, what: str, name: str, *, new_head: bool = False, headers_only: bool = False, **arguments: Any
+) -> Any:
+    """Load a model in fp32, and require that every tensor comes from its files.
+
+    Args:
+        family: A class of transformers such as AutoModelForCausalLM.
+        what: The name of the model in error messages.
+        name: A directory or a Hub id.
+        new_head: Whether the tensors outside the trunk may be new.
+        headers_only: Read only the names and shapes of the tensors. The result has no data; use it to check.
+        arguments: Further arguments of `from_pretrained`.
+
+    Raises:
+        UsageError: The files cannot be read, or their tensors are not the model's.
+    """
+    if headers_only:
+        arguments["device_map"] = "meta"
+    model, info = from_pretrained(
+        family.from_pretrained,
+        what,
+        name,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        # They are refused below, with their names.
+        ignore_mismatched_sizes=True,
+        **arguments,
+    )
+    refuse_other_tensors(model, info, f"cannot load the {what} '{name}'", new_head=new_head)
+    return model
+
+
 def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
     """Require a complete model: from an adapter, transformers would load the base model and freeze it.
 
@@ -110,17 +156,28 @@ def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right with its pad token, or with its end token if it has none.
+    """The tokenizer, unchanged, so that it is saved as it was.
 
     An adapter without a tokenizer, as PEFT saves it, uses that of its base model.
     """
     name = source.base
     if source.adapter is not None and any(source.adapter.glob("tokenizer*")):
         name = str(source.adapter)
-    tokenizer = _load(AutoTokenizer, "tokenizer", replace(source, base=name))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return _load(AutoTokenizer, "tokenizer", replace(source, base=name))
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that pads rows of a batch: the pad token, or the end token of a tokenizer without one.
+
+    Masks depend on lengths, so that no result depends on this token.
+
+    Raises:
+        UsageError: The tokenizer has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise UsageError("the tokenizer has neither a pad token nor an end token: set eos_token in its files")
 
 
 def load_model_config(source: ModelSource) -> Any:
@@ -151,10 +208,54 @@ def load_policy(source: ModelSource, config: ModelConfig, *, seed: int) -> PreTr
     return model
 
 
+def has_local_weights(name: str, revision: str | None = None) -> bool:
+    """Whether a model's weights can be read without a download: from a directory or the Hub's cache."""
+    if os.path.exists(name):
+        return True
+
+    def cached(file: str) -> str | None:
+        found = try_to_load_from_cache(name, file, revision=revision)
+        return found if isinstance(found, str) else None
+
+    index = cached(SAFE_WEIGHTS_INDEX_NAME)
+    files = {SAFE_WEIGHTS_NAME}
+    if index is not None:
+        files = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return all(map(cached, files))
+
+
+def check_policy(source: ModelSource, config: ModelConfig) -> bool:
+    """Check that :func:`load_policy` finds its tensors, from the headers of the weight files alone.
+
+    Returns:
+        Whether the weights were checked; they are not downloaded for it.
+
+    Raises:
+        UsageError: A tensor is missing, or has another name or shape.
+    """
+    if not has_local_weights(source.base, source.revision):
+        return False
+    model = _load_base(source, headers_only=True)
+    if source.adapter is None:
+        return True
+    if config.lora_r is None:
+        require_peft()
+        attach_adapter(model, source.adapter)
+    else:
+        add_adapter(model, config, seed=0)
+        read_adapter(model, source.adapter)
+    return True
+
+
 def load_stop_ids(
     source: ModelSource, model_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """The end tokens of the tokenizer, of the model's configuration and of its generation configuration."""
+    """The end tokens of the tokenizer, of the model's configuration and of its generation configuration.
+
+    Raises:
+        UsageError: The generation configuration is invalid, or an end token of the model's configuration is
+            ordinary text, like the class's default in a file without `eos_token_id`.
+    """
     try:
         generation = GenerationConfig.from_pretrained(source.base, revision=source.revision or "main")
         configured = generation.eos_token_id
@@ -166,16 +267,30 @@ def load_stop_ids(
                 "delete its generation_config.json"
             ) from error
         configured = None
-    found: list[Any] = [tokenizer.eos_token_id]
-    for ids in (configured, getattr(model_config.get_text_config(), "eos_token_id", None)):
-        found += ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in found if isinstance(token, int))
+
+    def known(ids: Any) -> list[int]:
+        return [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+
+    of_model = known(getattr(model_config.get_text_config(), "eos_token_id", None))
+    if ordinary := ordinary_tokens(of_model, tokenizer):
+        tokens = ", ".join(f"{token} ({tokenizer.decode(token)!r})" for token in ordinary)
+        raise UsageError(
+            f"the configuration of the model '{source.base}' has the end token {tokens}, which is ordinary "
+            "text, so every completion would end there; set eos_token_id in its config.json, which otherwise "
+            f"has its class's default, for example to the tokenizer's {tokenizer.eos_token_id} "
+            f"({tokenizer.eos_token!r})"
+        )
+    return frozenset(known(tokenizer.eos_token_id) + known(configured) + of_model)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with token ids beyond the model's embedding matrix."""
     embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
+    check_vocabulary_size(embeddings.weight.shape[0], tokenizer)
+
+
+def check_vocabulary_size(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than an embedding matrix has rows."""
     if len(tokenizer) > rows:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model has only {rows}; use the tokenizer "
@@ -183,13 +298,23 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def _load_base(source: ModelSource) -> PreTrainedModel:
-    arguments: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+def _load_base(source: ModelSource, *, headers_only: bool = False) -> PreTrainedModel:
+    arguments: dict[str, Any] = {
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+    }
     if source.attn_implementation:
         arguments["attn_implementation"] = source.attn_implementation
-    return _load(AutoModelForCausalLM, source.what, source, **arguments)
+    model = load_weights(
+        AutoModelForCausalLM, source.what, source.base, headers_only=headers_only, **arguments
+    )
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not table.weight:
+        # transformers ties two different tensors of a file only in the configuration, which is saved.
+        model.config.tie_word_embeddings = False
+    return model
 
 
-def _load(family: Any, what: str, source: ModelSource, **arguments: Any) -> Any:
-    arguments |= {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+def _load(family: Any, what: str, source: ModelSource) -> Any:
+    arguments = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     return from_pretrained(family.from_pretrained, what, source.base, **arguments)

@@ -132,7 +132,8 @@ def read_adapter(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
     shapes = {key: model.get_parameter(name).shape for key, name in names.items()}
     different = [f"{k} {theirs[k]} instead of {ours[k]}" for k in COMPARED_SETTINGS if theirs[k] != ours[k]]
     if not different and tensors.keys() != names.keys():
-        different = [f"{len(tensors)} matrices instead of {len(names)}, for other modules"]
+        example = min(tensors.keys() ^ names.keys())
+        different = [f"{len(tensors)} matrices instead of {len(names)}, for other modules ({example})"]
     for key, tensor in tensors.items() if not different else ():
         if tensor.shape != shapes[key]:
             shape = f"{key} is {list(tensor.shape)} instead of {list(shapes[key])}"
@@ -153,6 +154,16 @@ def merge_adapter(model: PreTrainedModel, path: Path) -> PreTrainedModel:
         UsageError: peft is not installed, or the adapter does not fit the model.
     """
     require_peft()
+    # peft froze the model, but a run may train it.
+    return attach_adapter(model, path).merge_and_unload().requires_grad_(True)
+
+
+def attach_adapter(model: PreTrainedModel, path: Path) -> Any:
+    """The model with the adapter in a directory, as PEFT's model.
+
+    Raises:
+        UsageError: The adapter does not fit the model.
+    """
     from peft import PeftModel
 
     _tensors(path)
@@ -160,11 +171,20 @@ def merge_adapter(model: PreTrainedModel, path: Path) -> PreTrainedModel:
         with warnings.catch_warnings():
             # peft calls a deprecated function of transformers, which users cannot change.
             warnings.simplefilter("ignore", FutureWarning)
+            # Missing tensors are an error below, and `check` loads into a model without data.
+            warnings.filterwarnings("ignore", "Found missing adapter keys|.* to a meta parameter")
             adapted: Any = PeftModel.from_pretrained(model, str(path))
+            # Loaded once more, because from_pretrained does not return the names that do not match.
+            found = adapted.load_adapter(str(path), "default")
         if tied := _adapted_tied(adapted.get_base_model()):
             raise ValueError(f"it changes {tied}, but {TIED}; train an adapter without it")
-        # peft froze the model, but a run may train it.
-        return adapted.merge_and_unload().requires_grad_(True)
+        if other := [*found.missing_keys, *found.unexpected_keys]:
+            raise ValueError(
+                f"{len(found.missing_keys)} of its tensors are missing from the file and "
+                f"{len(found.unexpected_keys)} in the file are not its own, for example {other[0]}; use the "
+                "file and the base model with which it was trained"
+            )
+        return adapted
     except Exception as error:  # peft and torch raise many types if the adapter is another model's
         raise UsageError(f"cannot load the adapter '{path}': {error!s:.300}") from error
 

@@ -48,8 +48,8 @@ def decoder_layers(trunk: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UsageError(
-        f"{type(trunk).__name__} has no list of {count} decoder layers, whose states the discriminator reads: "
-        "choose another discriminator.kind"
+        f"{type(trunk).__name__} has no list of {count} decoder layers for the discriminator to read; choose "
+        "another discriminator.kind"
     )
 
 

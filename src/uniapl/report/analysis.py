@@ -1,9 +1,9 @@
-"""Statistics for reports: distances between distributions, diversity, smoothing, intervals."""
+"""Statistics for reports: distances between distributions, diversity, smoothing, shown numbers."""
 
 import math
 import re
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,28 +11,11 @@ import numpy as np
 Item = TypeVar("Item")
 Numbers = Sequence[float | int]
 
-# Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
-STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093,
-)  # fmt: skip
-NORMAL = 1.960
-
 
 def mean(values: Iterable[float | int | None]) -> float | None:
     """The mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def mean_interval(values: Numbers) -> tuple[float, float, float]:
-    """(mean, low, high) with Student's 95 % interval of the mean; a single value is its own interval."""
-    centre = statistics.fmean(values)
-    if len(values) < 2:
-        return centre, centre, centre
-    quantile = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else NORMAL
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return centre, centre - half, centre + half
 
 
 def quantile(values: Numbers, fraction: float) -> float:
@@ -128,6 +111,31 @@ def number(value: Any) -> float | int | None:
     """The value if it is a finite number, else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
+
+
+def decimal(value: float, digits: int = 3, sign: str = "") -> str:
+    """The value with this many decimal places; with up to six if it would else look like an integer.
+
+    Example:
+        >>> [decimal(value) for value in (0.5, 1.0, 0.9998, 0.00004)]
+        ['0.500', '1.000', '0.9998', '0.00004']
+    """
+    while digits < 6 and value != round(value) == round(value, digits):
+        digits += 1
+    return f"{value:{sign}.{digits}f}"
+
+
+def interval_text(value: Mapping[str, float | None], sign: str = "") -> str:
+    """A mean with its 95 % interval in square brackets, if it has one."""
+    mean, low, high = (value[name] for name in ("mean", "low", "high"))
+    if mean is None:
+        return ""
+    text = decimal(mean, sign=sign)
+    return (
+        text
+        if low is None or high is None
+        else f"{text} [{decimal(low, sign=sign)}, {decimal(high, sign=sign)}]"
+    )
 
 
 def rounded(value: Any) -> Any:

@@ -234,9 +234,14 @@ class Drawing {
 
   band(entry) {
     const floor = (value) => (this.state.log ? Math.max(value, this.ranges.low) : value);
-    const [low, high] = [entry.low, entry.high].map((side) => smoothed(side, this.state.smoothing).map(floor));
-    const upper = this.path(entry.x, high);
-    const lower = this.path([...entry.x].reverse(), [...low].reverse());
+    // A step that only one of several seeds has reached has no interval.
+    const known = (values) => values.filter((_, i) => entry.low[i] != null);
+    const [low, high] = [entry.low, entry.high].map(
+      (side) => smoothed(known(side), this.state.smoothing).map(floor),
+    );
+    const xs = known(entry.x);
+    const upper = this.path(xs, high);
+    const lower = this.path([...xs].reverse(), [...low].reverse());
     return upper && `${upper}L${lower.slice(1)}Z`;
   }
 
@@ -270,9 +275,11 @@ class Drawing {
       entry.x.forEach((x, at) => {
         const [px, py] = [this.x(x), this.y(entry.y[at])];
         const whisker = { class: `whisker c${color(i)}` };
-        parts.push(
+        if (entry.low[at] != null) parts.push(
           svg("line", { ...whisker, x1: this.x(entry.xlow[at]), x2: this.x(entry.xhigh[at]), y1: py, y2: py }),
           svg("line", { ...whisker, x1: px, x2: px, y1: this.y(entry.low[at]), y2: this.y(entry.high[at]) }),
+        );
+        parts.push(
           svg("path", { class: `f${color(i)}`, d: marker(i), transform: `translate(${px} ${py})` }),
           svg("text", { x: px + 6, y: py - 5 }, entry.names[at]),
         );

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from uniapl.report.analysis import bin_edges, histogram, mean, mean_interval, rounded
+from uniapl.intervals import student_interval
+from uniapl.report.analysis import bin_edges, histogram, mean, rounded
 from uniapl.report.reading import RunData, step_phases
 
 Chart = dict[str, Any]
@@ -22,6 +23,7 @@ Chart = dict[str, Any]
 MAX_POINTS = 2000
 """Points of a line: more cannot be distinguished on a screen, and would make the page slow."""
 BINS = 24
+BANDS = "Bands: 95 % intervals over the seeds of a recipe (Student's t)."
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def curves(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 def cost_curves(runs: Sequence[RunData]) -> list[Chart]:
     """Reward over trained tokens and over time."""
     charts: list[Chart] = []
-    for key, label in {"num_tokens": "trained tokens", "seconds": "seconds"}.items():
+    for key, label in {"num_tokens": "tokens, prompts included", "seconds": "seconds"}.items():
         lines = [line(group, "reward", group.label, x=key) for group in grouped(runs)]
         if known := [found for found in lines if found is not None]:
             charts.append(line_chart(f"Reward over {label}", known, x=label, smooth=True))
@@ -125,29 +127,33 @@ def labels(runs: Sequence[RunData]) -> list[str]:
 
 
 def line(group: Group, key: str, label: str, *, x: str = "step", spread: str | None = None) -> Chart | None:
-    """A metric of a run, or its mean over the runs of a group with intervals; None if it has no value."""
+    """A metric of a run, or its mean over the runs of a group; None if it has no value.
+
+    The band is `spread` for one run and Student's 95 % interval over the runs of a group; a step that only
+    one of them has reached has none.
+    """
     columns: dict[int, list[tuple[float, float, float | None]]] = {}
     for run in group.runs:
         spreads = run.series(spread) if spread else [None] * len(run.metrics)
         for step, place, value, width in zip(run.steps, run.series(x), run.series(key), spreads, strict=True):
             if place is not None and value is not None:
                 columns.setdefault(step, []).append((float(place), float(value), width))
-    points: list[tuple[float, ...]] = []
+    points: list[tuple[float | None, ...]] = []
     for step in sorted(columns):
         places, values, widths = zip(*columns[step], strict=True)
-        centre, low, high = mean_interval(values)
+        centre, low, high = student_interval(values).values()
         if len(group.runs) == 1 and widths[0] is not None:
-            low, high = centre - widths[0], centre + widths[0]
-        points.append((mean(places) or 0.0, centre, low, high))
+            low, high = values[0] - widths[0], values[0] + widths[0]
+        points.append((mean(places), centre, low, high))
     if not points:
         return None
     size = -(-len(points) // MAX_POINTS)
     parts = (points[start : start + size] for start in range(0, len(points), size))
     xs, ys, lows, highs = zip(
-        *([sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts), strict=True
+        *([mean(column) for column in zip(*part, strict=True)] for part in parts), strict=True
     )
     found = {"label": label, "x": [_integral(x) for x in xs], "y": [rounded(y) for y in ys]}
-    if lows != ys:
+    if any(low is not None for low in lows):
         found |= {"low": [rounded(low) for low in lows], "high": [rounded(high) for high in highs]}
     return found
 
@@ -190,7 +196,7 @@ def _of_one(plan: Plan, group: Group) -> Iterator[Chart]:
         known = _aligned(known)
     note = plan.note if seeds == 1 or not plan.spread else ""
     if seeds > 1:
-        note = f"{note} Mean of {seeds} seeds with its 95 % interval.".strip()
+        note = f"{note} Mean of {seeds} seeds with its 95 % interval (Student's t).".strip()
     yield line_chart(plan.title, known, kind=plan.kind, log=plan.log, smooth=plan.smooth, note=note)
 
 
@@ -211,7 +217,8 @@ def _of_several(plan: Plan, groups: Sequence[Group]) -> Iterator[Chart]:
         known = [found for group in groups if (found := line(group, key, group.label)) is not None]
         if any(value for found in known for value in found["y"]):
             title = plan.title if len(plan.series) == 1 else f"{plan.title}: {label}"
-            yield line_chart(title, known, log=plan.log, smooth=plan.smooth)
+            note = BANDS if any("low" in found for found in known) else ""
+            yield line_chart(title, known, log=plan.log, smooth=plan.smooth, note=note)
 
 
 def _common(labels: Sequence[str]) -> str:

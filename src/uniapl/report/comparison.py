@@ -7,7 +7,7 @@ from typing import Any
 
 from uniapl.errors import UsageError
 from uniapl.files import write_text
-from uniapl.report.analysis import rounded
+from uniapl.report.analysis import interval_text, rounded
 from uniapl.report.charts import Chart, line_chart
 from uniapl.report.page import fill
 
@@ -61,7 +61,8 @@ def render_comparison(summary: Mapping[str, Any], *, title: str) -> str:
             f"Results on the demo task, seeds {', '.join(map(str, summary['seeds']))}. Each run samples at "
             f"most {summary['budget']['rollouts']:,} rollouts and trains on "
             f"{summary['budget']['demonstrations']:,} demonstrations (sft: more demonstrations in place of "
-            f"the rollouts). Square brackets: 95 % bootstrap intervals over seeds. {versions}."
+            f"the rollouts). Square brackets: 95 % intervals of the mean over seeds, and of differences over "
+            f"paired seeds (Student's t). {versions}."
         ),
         tables=list(_tables(summary)),
         chosen=summary["settings"],
@@ -99,7 +100,7 @@ def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
     rows: list[list[str]] = []
     for method, row in table["methods"].items():
         here, there, cost = row["held_out"], row["held_out_combinations"], row["cost"]
-        differences = row.get("minus_best_baseline", {})
+        differences = {} if method == best else row.get("minus_best_baseline", {})
         measures = ("passed", "fluency", "expert_nll", "length_distance", "reference_nll", "distinct_2")
         rows.append(
             [
@@ -149,7 +150,10 @@ def _front(name: str, front: Mapping[str, Any]) -> Chart:
         }
         for method, row in front["methods"].items()
     ]
-    note = "Points further right are closer to the expert; labels are values of the method's setting."
+    note = (
+        "Points further right are closer to the expert; labels are values of the method's setting, lines at "
+        "a point its 95 % intervals over seeds (Student's t)."
+    )
     title, x = _front_name(name).capitalize(), DISTANCES[name.split("/")[1]]
     return line_chart(title, lines, kind="points", x=x, note=note) | {"reversed": True}
 
@@ -166,8 +170,5 @@ def _front_name(name: str) -> str:
     return f"{SPLITS[split]}, {DISTANCES[distance]}"
 
 
-def _interval(value: Mapping[str, float] | None, *, sign: str = "") -> str:
-    if value is None:
-        return ""
-    mean, low, high = (format(value[name], f"{sign}.3f") for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def _interval(value: Mapping[str, float | None] | None, *, sign: str = "") -> str:
+    return "" if value is None else interval_text(value, sign)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from uniapl.errors import UsageError
 from uniapl.report.analysis import smoothed
 from uniapl.report.charts import Chart, cost_curves, curves
@@ -73,9 +75,9 @@ def _lines(axes: "Axes", chart: Chart) -> None:
         marker = "o" if len(line["x"]) == 1 else None
         axes.plot(line["x"], values, **style, label=line["label"], marker=marker)
         if "low" in line:
-            axes.fill_between(
-                line["x"], line["low"], line["high"], color=style["color"], alpha=0.12, linewidth=0
-            )
+            # NumPy turns None, for a step without an interval, into NaN, which is not drawn.
+            low, high = (np.array(line[side], dtype=float) for side in ("low", "high"))
+            axes.fill_between(line["x"], low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def _stack(axes: "Axes", chart: Chart) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from uniapl.errors import UsageError
@@ -38,7 +38,13 @@ def analyse_models(run: RunData) -> Record:
         UsageError: The run has no final model or no completions, or a model cannot be loaded.
     """
     from uniapl.config.resolve import resolve
-    from uniapl.models.loading import ModelSource, load_model, load_tokenizer
+    from uniapl.models.loading import (
+        ModelSource,
+        load_model,
+        load_model_config,
+        load_stop_ids,
+        load_tokenizer,
+    )
 
     final = run.directory / "final"
     if not final.is_dir():
@@ -46,7 +52,8 @@ def analyse_models(run: RunData) -> Record:
     config = resolve({key: run.config[key] for key in ("model", "data")}).config
     source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(source)
-    examples = _examples(run, tokenizer, config.data)
+    stop_ids = load_stop_ids(source, load_model_config(source), tokenizer)
+    examples = _examples(run, tokenizer, config.data, stop_ids)
     found: Record = {
         "base": str(config.model.model_name_or_path),
         "final": str(final),
@@ -99,9 +106,11 @@ def model_charts(found: Record | None) -> list[Chart]:
     return charts
 
 
-def _examples(run: RunData, tokenizer: Any, data: Any) -> dict[str, list["Example"]]:
+def _examples(
+    run: RunData, tokenizer: Any, data: Any, stop_ids: Collection[int]
+) -> dict[str, Sequence["Example"]]:
     """Prompts with the texts to score as their demonstrations, tokenized as in training."""
-    from uniapl.data.rows import tokenize_row
+    from uniapl.data.rows import tokenize_rows
 
     # Demonstrations of different prompts, and one completion of each of the last prompts. The end token of a
     # truncated completion was not sampled, so it must not be scored.
@@ -116,12 +125,15 @@ def _examples(run: RunData, tokenizer: Any, data: Any) -> dict[str, list["Exampl
     if not completions:
         raise UsageError("--model-analysis needs completions that ended with a stop token; the run has none")
     kinds = {"expert": list(demonstrations.values())[:SAMPLES], "policy": completions[-SAMPLES:]}
-    plain = data.model_copy(update={"columns": {}})
+    unlimited = {"columns": {}, "max_prompt_length": None, "max_demonstration_length": None}
+    plain = data.model_copy(update=unlimited)
     return {
-        kind: [
-            tokenize_row(count, {"prompt": prompt, "completion": text}, tokenizer, plain)
-            for count, (prompt, text) in enumerate(pairs, start=1)
-        ]
+        kind: tokenize_rows(
+            enumerate(({"prompt": prompt, "completion": text} for prompt, text in pairs), start=1),
+            tokenizer,
+            plain,
+            stop_ids=stop_ids,
+        ).examples
         for kind, pairs in kinds.items()
         if pairs
     }

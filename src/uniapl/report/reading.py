@@ -123,7 +123,7 @@ def _derive(metrics: Iterable[Record], completions: Iterable[Record]) -> None:
             lengths.setdefault(record["step"], []).append(record["demonstration_tokens"])
     seconds = 0.0
     for record in metrics:
-        seconds += number(record.get("step_time")) or 0.0
+        seconds += sum(number(record.get(key)) or 0.0 for key in ("step_time", "time/evaluate"))
         record |= {"expert/mean_length": mean(lengths.get(record["step"], [])), "seconds": seconds}
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from uniapl.config import Config
 from uniapl.config.resolve import flatten
-from uniapl.report.analysis import ends, mean, number, step_ranges
+from uniapl.report.analysis import decimal, ends, mean, number, step_ranges
 from uniapl.report.reading import RunData, step_phases
+from uniapl.tolerance import at_least, same
 
 ARROW = " → "
 TENTHS = "first and last tenth of the steps"
@@ -47,7 +48,9 @@ def tiles(run: RunData) -> list[dict[str, str]]:
         if key.endswith(("/reward", "/prompt_strict")):
             known = [value for value in run.series(key) if value is not None]
             detail = "first and last evaluation, held-out prompts"
-            values.append((key.removeprefix("eval/"), f"{known[0]:.3f}{ARROW}{known[-1]:.3f}", detail))
+            values.append(
+                (key.removeprefix("eval/"), f"{decimal(known[0])}{ARROW}{decimal(known[-1])}", detail)
+            )
     values.append(("Demonstration NLL", _change(run, "sft/nll"), f"nats per token, {TENTHS}"))
     detail = "0.5: not distinguishable from the demonstrations"
     values.append(("Win rate", _change(run, "discriminator/win_rate"), detail))
@@ -58,7 +61,7 @@ def tiles(run: RunData) -> list[dict[str, str]]:
         compared = f"; demonstrations {expert:.1f}" if expert is not None else ""
         values.append(("Completion length", f"{policy:.1f}", f"tokens, last tenth{compared}"))
     if (tokens := run.series("num_tokens")[-1]) is not None:
-        values.append(("Tokens", f"{tokens:,}", "tokens in the losses"))
+        values.append(("Tokens", f"{tokens:,}", "prompts and completions"))
     values.append(("Time", duration(run.series("seconds")[-1] or 0.0), _phases(run)))
     return [
         {"label": a, "value": value, "detail": detail} for a, value, detail in values if value is not None
@@ -68,7 +71,7 @@ def tiles(run: RunData) -> list[dict[str, str]]:
 def _change(run: RunData, key: str) -> str | None:
     """The means of the first and the last tenth of the steps."""
     first, last = (mean(part) for part in ends(run.series(key)))
-    return None if first is None or last is None else f"{first:.3f}{ARROW}{last:.3f}"
+    return None if first is None or last is None else f"{decimal(first)}{ARROW}{decimal(last)}"
 
 
 def _solved(run: RunData) -> str | None:
@@ -79,10 +82,10 @@ def _solved(run: RunData) -> str | None:
         for completion in record["completions"]
         if (reward := number(completion["reward"])) is not None
     ]
-    if not all(0 <= reward <= 1 for _, reward in rewards):
+    if not all(at_least(reward, 0) and at_least(1, reward) for _, reward in rewards):
         return None
-    parts = [[reward == 1 for step, reward in rewards if step in set(part)] for part in ends(run.steps)]
-    return ARROW.join(f"{sum(part) / len(part):.1%}" for part in parts) if all(parts) else None
+    parts = [[same(reward, 1) for step, reward in rewards if step in set(part)] for part in ends(run.steps)]
+    return ARROW.join(f"{decimal(100 * sum(part) / len(part), 1)}%" for part in parts) if all(parts) else None
 
 
 def _phases(run: RunData) -> str:

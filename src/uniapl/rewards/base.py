@@ -1,21 +1,39 @@
 """Named and weighted reward functions: checks before training, calls, and the combined reward."""
 
+import difflib
 import functools
 import inspect
 import itertools
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from transformers import TrainerState
+
 from uniapl.config import RewardsConfig
 from uniapl.errors import UsageError
-from uniapl.rewards.calls import RewardTimeoutError, Value, WrongFormError, arguments_of, call, error_location
+from uniapl.rewards.calls import is_async, is_async_generator
 from uniapl.rewards.finding import find_function
+from uniapl.rewards.scoring import RewardOutcome, score_samples
+from uniapl.threads import in_background
 from uniapl.types import Example
 
-STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+STANDARD_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+"""TRL's; every other parameter names a column."""
+Once = Callable[[Callable[[], Any]], Any]
+"""Calls a function in one of several processes and returns its result in all of them."""
+
+
+def here(work: Callable[[], Any]) -> Any:
+    """:data:`Once` for a single process."""
+    return work()
 
 
 class RewardFunction(Protocol):
@@ -40,6 +58,9 @@ class RowCheck:
     """Messages for the user."""
     details: Sequence[str] = ()
     """The findings that the notes summarise, for `uniapl check --json`."""
+    state: Any = None
+    """What the function needs when it scores. With several processes only one calls `check_rows`, and each
+    passes this value to the function's attribute `load_state`, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,30 +80,22 @@ class NamedReward:
         return filled and example.row not in self.unusable
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardOutcome:
-    """One function's values for some samples, and its failures."""
-
-    values: list[float | None]
-    failed: list[bool]
-    """True if the function failed on the sample, whose combined reward is then unknown."""
-    timed_out: bool = False
-    message: str | None = None
-    """The first failure."""
-    seconds: float = 0.0
-
-
 def named_reward(
     name: str, function: Callable[..., Any], *, weight: float = 1.0, args: dict[str, Any] | None = None
 ) -> NamedReward:
     """Bind the arguments, and read from the signature which columns the function requires.
 
     Raises:
-        UsageError: The function does not take one of the arguments, or has no signature.
+        UsageError: The function does not take one of the arguments, has no signature, or is an async
+            generator.
     """
     args = args or {}
     if not callable(function):
         raise UsageError(f"{function!r} is not a function: names of functions belong in rewards.functions")
+    if is_async_generator(function):
+        raise UsageError(
+            f"reward function '{name}' is an async generator: return a list instead of using `yield`"
+        )
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError as error:
@@ -102,19 +115,36 @@ def named_reward(
     return NamedReward(name=name, function=bound, weight=weight, required_columns=required)
 
 
-def build_rewarder(config: RewardsConfig, functions: Sequence[Callable[..., Any]] = ()) -> "Rewarder":
-    """The reward functions of a configuration, followed by further callables."""
+def build_rewarder(
+    config: RewardsConfig,
+    functions: Sequence[Callable[..., Any]] = (),
+    trainer_state: TrainerState | None = None,
+    *,
+    once: Once = here,
+) -> "Rewarder":
+    """The reward functions of a configuration, followed by further callables.
+
+    Args:
+        once: Runs the checks before training, which call the functions.
+    """
     named = [
         named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args) for f in config.functions
     ]
     named += [named_reward(getattr(f, "__name__", "reward"), f) for f in functions]
-    return Rewarder(named, timeout=config.timeout)
+    return Rewarder(named, timeout=config.timeout, trainer_state=trainer_state, once=once)
 
 
 class Rewarder:
     """All reward functions of a run: checks them, calls them and combines their values."""
 
-    def __init__(self, rewards: Sequence[NamedReward], *, timeout: float | None = 60.0) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[NamedReward],
+        *,
+        timeout: float | None = 60.0,
+        trainer_state: TrainerState | None = None,
+        once: Once = here,
+    ) -> None:
         self.rewards: list[NamedReward] = []
         for reward in rewards:
             # The same function with other arguments gets a number, so that its metrics have their own names.
@@ -122,6 +152,9 @@ class Rewarder:
             taken = {other.name for other in self.rewards}
             self.rewards.append(replace(reward, name=next(name for name in names if name not in taken)))
         self.timeout = timeout
+        self.trainer_state = trainer_state or TrainerState()
+        """Passed to functions that take it; a run updates it at each step."""
+        self._once = once
         self.details: list[str] = []
         """The single findings of :meth:`check_rows`."""
 
@@ -140,10 +173,13 @@ class Rewarder:
             for column in reward.required_columns:
                 if column not in known:
                     others = ", ".join(sorted(known)) or "none"
+                    close = difflib.get_close_matches(column, [*STANDARD_ARGUMENTS, *sorted(known)], n=1)
+                    meant = f" Did you mean '{close[0]}'?" if close else ""
                     raise UsageError(
                         f"reward function '{reward.name}' needs a column '{column}', but no row has a value "
-                        f"for it (columns besides prompt and completion: {others:.200}); add it, rename one "
-                        "with data.columns, or give the argument a default or a value in rewards.functions"
+                        f"for it (columns besides prompt and completion: {others:.200}).{meant} Add it, "
+                        "rename one with data.columns, or give the argument a default or a value in "
+                        f"rewards.functions. Arguments that are not columns: {', '.join(STANDARD_ARGUMENTS)}"
                     )
 
     def check_rows(self, examples: Sequence[Example], *, allow_code: bool = False) -> list[str]:
@@ -164,7 +200,10 @@ class Rewarder:
             rows = [example for example in examples if reward.applies_to(example)]
             if check is None or not rows:
                 continue
-            found: RowCheck = check(rows, **reward.function.keywords)
+            found: RowCheck = self._once(functools.partial(check, rows, **reward.function.keywords))
+            load_state = getattr(reward.function.func, "load_state", None)
+            if load_state is not None:
+                load_state(found.state)
             self.rewards[index] = replace(reward, unusable=found.unusable)
             label = f"reward '{reward.name}'"
             notes += [f"{label}: {note}" for note in found.notes]
@@ -183,17 +222,14 @@ class Rewarder:
         for reward in self.rewards:
             rows = [example for example in examples if reward.applies_to(example)][:2]
             texts = [example.demonstration or "An answer." for example in rows]
-            outcome = self.score_one(reward, rows, texts, [row.demonstration_ids or (0,) for row in rows])
+            ids = [row.demonstration_ids or (0,) for row in rows]
+            outcome = self._once(functools.partial(self.score_one, reward, rows, texts, ids))
             # A single failure may be due to that completion.
             if rows and all(outcome.failed):
-                chat = (
-                    ""
-                    if isinstance(rows[0].prompt, str)
-                    else "; completions of chat prompts are lists with one message: use c[0]['content']"
-                )
+                form = _form_hint(rows[0], outcome.message or "")
                 raise UsageError(
                     f"reward function '{reward.name}' fails on rows {_listed([row.row for row in rows])} of "
-                    f"the data: {outcome.message}{chat}"
+                    f"the data: {outcome.message}{form}"
                 )
 
     def score(
@@ -201,10 +237,20 @@ class Rewarder:
     ) -> dict[str, RewardOutcome]:
         """Function name -> its outcome over all samples; the arguments have one entry per sample.
 
-        A function that raises on the whole batch is called again for each sample, so that a failure on one
-        completion does not cost the others their reward. Time-outs and results of a wrong form are final.
+        Async functions run concurrently with each other and with the rest.
         """
-        return {r.name: self.score_one(r, examples, texts, completion_ids) for r in self.rewards}
+
+        def score_by(reward: NamedReward) -> RewardOutcome:
+            return self.score_one(reward, examples, texts, completion_ids)
+
+        started = {
+            reward.name: in_background(functools.partial(score_by, reward))
+            for reward in self.rewards
+            if is_async(reward.function)
+        }
+        found = {reward.name: score_by(reward) for reward in self.rewards if reward.name not in started}
+        found |= {name: future.result() for name, future in started.items()}
+        return {reward.name: found[reward.name] for reward in self.rewards}
 
     def score_one(
         self,
@@ -214,46 +260,14 @@ class Rewarder:
         completion_ids: Sequence[Sequence[int]],
     ) -> RewardOutcome:
         """:meth:`score` for one function."""
-        values: list[float | None] = [None] * len(examples)
-        failed = [False] * len(examples)
-        applicable = [index for index, example in enumerate(examples) if reward.applies_to(example)]
-        if not applicable:
-            return RewardOutcome(values=values, failed=failed)
-        start = time.monotonic()
-        message, timed_out = None, False
-
-        def score_some(indices: list[int]) -> list[Value]:
-            arguments = arguments_of(
-                reward.function,
-                [examples[i] for i in indices],
-                [texts[i] for i in indices],
-                [list(completion_ids[i]) for i in indices],
-            )
-            return call(reward.function, arguments, self.timeout, len(indices))
-
-        found: dict[int, Value] = {}
-        try:
-            found = dict(zip(applicable, score_some(applicable), strict=True))
-        except (RewardTimeoutError, WrongFormError) as error:
-            message, timed_out = str(error), isinstance(error, RewardTimeoutError)
-            found = dict.fromkeys(applicable, error)
-        except Exception as error:  # the user's code may raise anything
-            message = f"{type(error).__name__}: {error}{error_location(error)}"
-            for index in applicable:
-                try:
-                    found[index] = error if timed_out else score_some([index])[0]
-                except Exception as failure:
-                    found[index], timed_out = failure, isinstance(failure, RewardTimeoutError)
-        for index, value in found.items():
-            if isinstance(value, Exception):
-                failed[index], message = True, message or f"{type(value).__name__}: {value}"
-            elif value is not None and not math.isfinite(value):
-                failed[index], message = True, message or f"returned {value}"
-            else:
-                values[index] = value
-        seconds = time.monotonic() - start
-        return RewardOutcome(
-            values=values, failed=failed, timed_out=timed_out, message=message, seconds=seconds
+        return score_samples(
+            reward.function,
+            examples,
+            texts,
+            completion_ids,
+            applicable=[index for index, example in enumerate(examples) if reward.applies_to(example)],
+            timeout=self.timeout,
+            trainer_state=self.trainer_state,
         )
 
     def combine(self, outcomes: dict[str, RewardOutcome], count: int) -> list[float | None]:
@@ -275,3 +289,15 @@ class Rewarder:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+
+
+def _form_hint(example: Example, message: str) -> str:
+    """How to read completions of this row, for a function written for the other form."""
+    if not isinstance(example.prompt, str):
+        return "; completions of chat prompts are lists with one message: use c[0]['content']"
+    if "string indices must be integers" in message or "'str' object has no attribute" in message:
+        return (
+            "; completions of text prompts are strings: use c instead of c[0]['content'], or set "
+            "data.prompt_format to chat"
+        )
+    return ""

@@ -8,6 +8,7 @@ are AutoIF's (arXiv 2406.13542); the majority vote is our choice.
 
 import ast
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,8 @@ class CodeVerifiers:
     runs_code_from_data = True
 
     def __init__(self) -> None:
-        self._problems: dict[tuple[Any, ...], dict[str, str | None]] = {}
+        self._problems: dict[str, list[str | None]] = {}
+        """Digest of functions and cases -> the problem of each function."""
 
     def __call__(
         self,
@@ -68,20 +70,29 @@ class CodeVerifiers:
         return [source for source, problem in found.items() if problem is None]
 
     def problems(self, functions: Any, cases: Any, min_agreement: float) -> dict[str, str | None]:
-        """Source -> why the function is dropped, or None; each row is tested once per process."""
+        """Source -> why the function is dropped, or None; each row is tested once."""
         sources, known = _sources(functions), _cases(cases)
-        key = (*sources, None, *known, min_agreement)
+        key = hashlib.sha256(json.dumps([sources, known, min_agreement]).encode()).hexdigest()
         if key not in self._problems:
             jobs = [Job(source, text) for source in sources for text, _ in known]
             verdicts: dict[Job, Verdict] = {}
             for _ in range(ATTEMPTS):
                 verdicts |= zip(jobs, self.sandbox.run(jobs), strict=True)
                 jobs = [job for job in jobs if isinstance(verdicts[job], SandboxTimeoutError)]
-            self._problems[key] = {
-                source: _problem([verdicts[Job(source, text)] for text, _ in known], known, min_agreement)
+            self._problems[key] = [
+                _problem([verdicts[Job(source, text)] for text, _ in known], known, min_agreement)
                 for source in sources
-            }
-        return self._problems[key]
+            ]
+        return dict(zip(sources, self._problems[key], strict=True))
+
+    def load_state(self, state: Mapping[str, list[str | None]]) -> None:
+        """Take over the `state` of :meth:`check_rows` of another process, and start the sandbox.
+
+        Raises:
+            UsageError: No jail can be set up on this machine.
+        """
+        self._problems |= state
+        self.sandbox.layers  # noqa: B018  (sets up the jail)
 
     def check_rows(self, examples: Sequence[Example], *, min_agreement: float = 0.8) -> RowCheck:
         """Test every function on its cases. The reward does not apply to rows without a reliable function.
@@ -110,7 +121,7 @@ class CodeVerifiers:
             rest = len(dropped) - LISTED
             more = f"; and {rest} more (uniapl check --json lists them)" if rest > 0 else ""
             notes.append(f"dropped {len(dropped)} functions: {'; '.join(dropped[:LISTED])}{more}")
-        return RowCheck(unusable=unusable, notes=notes, details=dropped)
+        return RowCheck(unusable=unusable, notes=notes, details=dropped, state=self._problems)
 
 
 def _vote(verdicts: Sequence[Verdict]) -> float | Exception:

@@ -1,8 +1,5 @@
 """The registry of reward functions, and lookup of others by module or file."""
 
-import hashlib
-import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uniapl.errors import UsageError
+from uniapl.rewards.neighbours import load_file, load_module
 
 REGISTRY: dict[str, Callable[..., Any]] = {}
 
@@ -51,28 +49,16 @@ def find_function(name: str) -> Callable[..., Any]:
 def _import(module: str) -> Any:
     """Import a module by name, also from the working directory."""
     _add_to_path(os.getcwd())
-    return importlib.import_module(module)
+    return load_module(module, Path.cwd())
 
 
 def _load_file(path: Path) -> Any:
     """Import a Python file once; it can import the files in its directory."""
-    if not path.is_file():
-        raise FileNotFoundError(f"file not found: {path}")
-    name = f"uniapl_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        _add_to_path(str(path.parent))
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    # For other processes and for importlib.import_module; last, so that no other module's imports change.
+    _add_to_path(str(path.parent))
+    return load_file(path)
 
 
 def _add_to_path(directory: str) -> None:
     if directory not in sys.path:
-        sys.path.insert(0, directory)
+        sys.path.append(directory)

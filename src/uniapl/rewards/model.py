@@ -5,7 +5,8 @@ import os
 from typing import Any
 
 from uniapl.errors import UsageError
-from uniapl.models.loading import from_pretrained
+from uniapl.files import expand_home
+from uniapl.models.loading import from_pretrained, load_weights
 from uniapl.rewards.finding import register
 
 
@@ -36,7 +37,7 @@ def reward_model(
 
     if prompt_format not in ("text", "chat"):
         raise UsageError(f"reward_model: prompt_format must be 'text' or 'chat', not '{prompt_format}'")
-    classifier, tokenizer = _load(model)
+    classifier, tokenizer = _load(expand_home(model))
 
     def text(prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
@@ -44,6 +45,10 @@ def reward_model(
                 return prompt + completion
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
+        if prompt[-1]["role"] == "assistant":
+            # The completion continues this message.
+            *prompt, begun = prompt
+            completion = [{**begun, "content": begun["content"] + completion[0]["content"]}]
         return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
     texts = [text(*pair) for pair in zip(prompts, completions, strict=True)]
@@ -68,13 +73,7 @@ def _load(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer: Any = from_pretrained(AutoTokenizer.from_pretrained, "reward model's tokenizer", name)
-    model: Any = from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained,
-        "reward model",
-        name,
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
+    model: Any = load_weights(AutoModelForSequenceClassification, "reward model", name)
     if model.config.num_labels != 1:
         raise UsageError(f"'{name}' has {model.config.num_labels} outputs; a reward model must have one")
     if tokenizer.pad_token_id is None:

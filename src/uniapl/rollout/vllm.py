@@ -63,8 +63,18 @@ class VLLMSampler:
         Raises:
             UniAPLError: vLLM does not come back, returns malformed completions or has other weights.
         """
+        return self.sample_with(
+            request, temperature=self.temperature, max_completion_length=self.max_completion_length
+        )
+
+    def sample_with(
+        self, request: SampleRequest, *, temperature: float, max_completion_length: int
+    ) -> list[tuple[Rollout, ...]]:
+        """:meth:`sample` with other settings, for example those of evaluation. The canary keeps its own."""
         with _resume_hint():
-            return self._with_weights(request.policy_version, lambda: self._generate(request))
+            return self._with_weights(
+                request.policy_version, lambda: self._generate(request, temperature, max_completion_length)
+            )
 
     def begin(self, request: SampleRequest) -> Callable[[], list[tuple[Rollout, ...]] | None]:
         """Send the weights and start sampling in the background.
@@ -78,7 +88,7 @@ class VLLMSampler:
         """
         with _resume_hint():
             self._with_weights(request.policy_version, lambda: None)
-        pending = in_background(lambda: self._generate(request))
+        pending = in_background(lambda: self._generate(request, self.temperature, self.max_completion_length))
 
         def wait() -> list[tuple[Rollout, ...]] | None:
             try:
@@ -116,18 +126,20 @@ class VLLMSampler:
                 losses.append(str(error))
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
 
-    def _generate(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
-        groups = self._completions(request, self.max_completion_length, self.stop_ids)
+    def _generate(
+        self, request: SampleRequest, temperature: float, max_tokens: int
+    ) -> list[tuple[Rollout, ...]]:
+        groups = self._completions(request, temperature, max_tokens, self.stop_ids)
         return [make_rollouts(group, self.stop_ids, request.policy_version) for group in groups]
 
     def _completions(
-        self, request: SampleRequest, max_tokens: int, stop_ids: Collection[int]
+        self, request: SampleRequest, temperature: float, max_tokens: int, stop_ids: Collection[int]
     ) -> list[list[SampledTokens]]:
         # Every parameter that the model's generation_config.json could change is set.
         params = {
             "n": request.num_generations,
             "max_tokens": max_tokens,
-            "temperature": self.temperature,
+            "temperature": temperature,
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
@@ -174,7 +186,7 @@ class VLLMSampler:
         """
         length = min(CANARY_TOKENS, self.max_completion_length)
         request = SampleRequest(prompts=[self.canary], seeds=[0], num_generations=1)
-        (((ids, reported),),) = self._completions(request, length, ())
+        (((ids, reported),),) = self._completions(request, self.temperature, length, ())
         expected = self._logprobs(self.canary, ids)
         difference = statistics.fmean(abs(a - b) for a, b in zip(expected, reported, strict=True))
         # `difference > tolerance` would accept NaN.

@@ -2,16 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import AutoModel, PreTrainedModel
 
 from uniapl.config import Config, DiscriminatorConfig, ModelConfig
@@ -27,20 +26,22 @@ from uniapl.discriminator.bradley_terry import (
     no_context,
 )
 from uniapl.discriminator.density_ratio import DensityRatio
+from uniapl.discriminator.ending import UniformEnding
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.discriminator.remote import Remote
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.models.loading import ModelSource, check_vocabulary, from_pretrained, load_model
+from uniapl.models.loading import ModelSource, check_vocabulary, load_model, load_weights
 from uniapl.models.packing import can_pack
 from uniapl.models.policy import Policy
 from uniapl.models.reference import reference_at_start
 from uniapl.training.checkpoint.directory import load_module, load_optimizer, save_module
 from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
+from uniapl.training.optimizer import adamw
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.discriminator_step import discriminator_step
-from uniapl.types import RolloutGroup, TokenIds, derive_seed
+from uniapl.types import RolloutGroup, derive_seed
 
 DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
 """Name of the optimizer's checkpoint files, without suffix."""
@@ -95,23 +96,34 @@ class Adversary:
     trainer: DiscriminatorTrainer | None
     """None for a frozen discriminator."""
     state: AdversaryState
-    decode: Callable[[TokenIds], str]
-    """Decodes demonstrations as rollouts are decoded."""
+    ending: UniformEnding
+    """Gives demonstrations and rollouts the form in which the discriminator reads them."""
+
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it runs the policy itself, whose full parameters must then be gathered."""
+        frozen = self.discriminator
+        return isinstance(frozen, DensityRatio) and isinstance(frozen.reference, Policy)
 
     def score(
         self, groups: Sequence[RolloutGroup], states: object = None
     ) -> list[tuple[tuple[float, ...] | None, float | None]]:
         """(logits of the rollouts, logit of the demonstration) per group; None if it has none.
 
+        Equal completions of a prompt are scored once: another batch would round their logits differently.
+
         Args:
             states: Ignored: these discriminators read the tokens themselves.
         """
-        parts = [candidates_of(group, self.decode) for group in groups]
+        parts = [candidates_of(self.ending.group(group), self.ending.text) for group in groups]
         if self.discriminator.needs_reference:
             parts = [(rollouts if expert else [], expert) for rollouts, expert in parts]
         candidates = [candidate for rollouts, _ in parts for candidate in rollouts]
         candidates += [expert for _, expert in parts if expert]
-        logits = iter(self.discriminator.score(candidates))
+        keys = [(c.example.prompt_ids, c.completion_ids, c.text, c.reference) for c in candidates]
+        distinct = dict(zip(keys, candidates, strict=True))
+        scored = dict(zip(distinct, self.discriminator.score([*distinct.values()]), strict=True))
+        logits = iter([scored[key] for key in keys])
         policy = [tuple(next(logits) for _ in rollouts) or None for rollouts, _ in parts]
         return [
             (scores, next(logits) if expert else None)
@@ -155,7 +167,7 @@ class Adversary:
         if trainer is None:
             return {}
         fresh = [
-            Comparison.of(group, trainer.discriminator.context)
+            Comparison.of(self.ending.group(group), trainer.discriminator.context)
             for group in groups
             if group.example.demonstration_ids is not None and not is_held_out(group.example, config)
         ]
@@ -220,12 +232,18 @@ def build_adversary(
         source: The weights that the stage started from.
     """
     state, trainer = AdversaryState(), None
+    ending = UniformEnding.of(
+        inputs.dataset.examples,
+        inputs.tokenizer,
+        inputs.stop_ids,
+        getattr(policy.model.config.get_text_config(), "max_position_embeddings", None),
+    )
     if config.discriminator.kind == "bradley-terry":
-        trainer = _build_trainer(config, policy.model, inputs, accelerator, state)
+        trainer = _build_trainer(config, policy.model, inputs, accelerator, state, ending)
         discriminator: Discriminator = trainer.discriminator
     else:
         discriminator = _frozen_discriminator(config, policy, inputs, accelerator, source)
-    return Adversary(discriminator=discriminator, trainer=trainer, state=state, decode=inputs.decode)
+    return Adversary(discriminator=discriminator, trainer=trainer, state=state, ending=ending)
 
 
 def _frozen_discriminator(
@@ -273,6 +291,7 @@ def _build_trainer(
     inputs: RunInputs,
     accelerator: Accelerator,
     state: AdversaryState,
+    ending: UniformEnding,
 ) -> DiscriminatorTrainer:
     settings = config.discriminator
     if settings.lora_r is not None:
@@ -280,13 +299,9 @@ def _build_trainer(
     elif settings.model_name_or_path is None:
         module = ScoreModel.copy_of(model)
     else:
-        trunk = from_pretrained(
-            AutoModel.from_pretrained,
-            "discriminator",
-            settings.model_name_or_path,
-            trust_remote_code=settings.trust_remote_code,
-            dtype=torch.float32,
-            use_safetensors=True,
+        trusted = settings.trust_remote_code
+        trunk = load_weights(
+            AutoModel, "discriminator", settings.model_name_or_path, trust_remote_code=trusted
         )
         module = ScoreModel(trunk).to(accelerator.device)
     vocabulary_size = _vocabulary_size(module)
@@ -297,15 +312,13 @@ def _build_trainer(
         )
     context = no_context
     if settings.in_context_demonstration:
-        known = [example for example in inputs.dataset.examples if not is_held_out(example, config)]
+        known = [ending.example(e) for e in inputs.dataset.examples if not is_held_out(e, config)]
         context = another_example(known, config.seed)
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    adamw = functools.partial(
-        AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    wrapped, optimizer = fsdp.distribute(accelerator, module, adamw)
+    make_optimizer = functools.partial(adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
     fsdp.release(module, wrapped)
     return DiscriminatorTrainer(
         discriminator=BradleyTerryDiscriminator(

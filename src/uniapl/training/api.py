@@ -1,7 +1,8 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, chdir, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from uniapl.training.build_sampler import check_processes
 from uniapl.training.checkpoint import disk
 from uniapl.training.distributed import fsdp
 from uniapl.training.distributed.accelerator import make_accelerator
-from uniapl.training.evaluation import make_evaluate
+from uniapl.training.distributed.ranks import check_agreement, on_rank_zero
+from uniapl.training.evaluation import Evaluate, Evaluation
 from uniapl.training.inputs import RunInputs
 from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
-from uniapl.training.monitor.trackers import check_trackers, tracked
+from uniapl.training.monitor.trackers import tracked
+from uniapl.training.preflight.checks import check_evaluation
+from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.load import load_inputs
 from uniapl.training.resume import bytes_to_write, read_start
-from uniapl.training.run import Evaluate, Run, end_state_recorded, save_model, start_run
+from uniapl.training.run import Run, end_state_recorded, save_model, save_result, start_run
 from uniapl.training.stage import Stage, build_stage
 from uniapl.training.stage_checkpoint import StageCheckpoint
 
@@ -59,8 +63,9 @@ def train(
         config: A configuration, a mapping with the same keys, or the path of a YAML recipe.
         train_dataset: Rows (a `datasets.Dataset` or a list of dicts) that replace `data.path`.
         reward_functions: Callables with TRL's signature, in addition to those that the configuration names.
-        evaluate: Called after each step with the step's number and the model; the metrics that it returns are
-            logged with the step's metrics, under "eval/". It may return {} in most steps.
+        evaluate: Called after each step, and with `eval_on_start` as step 0 before the first one, with the
+            step's number and the model; the metrics that it returns are logged with the step's metrics, under
+            "eval/". It may return {} in most steps.
         quiet: Log nothing, and hide the progress bars of transformers.
 
     Raises:
@@ -69,13 +74,14 @@ def train(
         Interrupted: Ctrl-C or SIGTERM ended the run; a checkpoint was saved.
         UniAPLError: The disk failed or memory is too small; the last checkpoint is complete.
     """
+    path: str | Path | None = None
     if isinstance(config, (str, Path)):
-        config = load_recipe(config)
+        path, config = config, load_recipe(config)
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
     with progress_bars_hidden() if quiet else nullcontext():
         return train_resolved(
-            resolve(dict(config)),
+            resolve(dict(config), path=path),
             train_dataset=train_dataset,
             reward_functions=reward_functions,
             evaluate=evaluate,
@@ -92,31 +98,44 @@ def train_resolved(
     show: Show = "text",
 ) -> RunResult:
     """:func:`train` for a resolved configuration; by default it prints to the console."""
-    config, directory = resolved.config, Path(resolved.config.output_dir)
-    check_trackers(config.report_to)
+    config = resolved.config
     stages = stages_of(resolved)
-    inputs = load_inputs(
-        resolved,
-        stages,
-        train_dataset=train_dataset,
-        reward_functions=reward_functions,
-        with_suites=config.eval_steps > 0,
-    )
     accelerator = make_accelerator(config)
+    directory = Path(str(accelerator.project_dir))
+    check_agreement(accelerator, "the recipe", [stage.config for stage in stages])
+    check_evaluation(stages[-1].config, has_function=evaluate is not None)
     for stage in stages:
         check_processes(stage.config, accelerator.num_processes)
         if fsdp.shards_weights():
             fsdp.check_sharding(stage.config)
+    # Reward functions are tried, and may change the working directory, to which paths are relative.
+    with chdir("."):
+        inputs = load_inputs(
+            resolved,
+            stages,
+            train_dataset=train_dataset,
+            reward_functions=reward_functions,
+            with_suites=config.eval_steps > 0,
+            once=functools.partial(on_rank_zero, accelerator),
+        )
+    examples = [(example.prompt_ids, example.demonstration_ids) for example in inputs.dataset.examples]
+    check_agreement(accelerator, "the data", examples)
+    stages = [with_max_steps(stage, inputs) for stage in stages]
+    if not config.stages:
+        (resolved,) = stages
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
     if train_dataset is not None and config.data.path is not None:
         view.say("note: data.path is ignored because train_dataset is given")
     for note in _notes(resolved, stages, inputs, accelerator):
         view.say(f"note: {note}")
-    # Only the main process writes to the directory.
-    with disk.exclusive(directory) if accelerator.is_main_process else nullcontext():
+    with ExitStack() as locked:
+        # Only the main process writes to the directory.
+        on_rank_zero(accelerator, lambda: locked.enter_context(disk.exclusive(directory)))
         build, run, stage = _start(resolved, stages, inputs, accelerator, view)
-        run.evaluate = make_evaluate(config, inputs, accelerator, last_step=num_steps, custom=evaluate)
+        run.evaluation = Evaluation(
+            config=config, inputs=inputs, accelerator=accelerator, last_step=num_steps, custom=evaluate
+        )
         with (
             end_state_recorded(run),
             disk_errors_explained(directory, started=True),
@@ -125,6 +144,8 @@ def train_resolved(
             view,
             run.signal.handled(view.say),
         ):
+            if config.eval_on_start and run.step == 0:
+                run.evaluate_start(stage)
             run_stage(run, stage)
             for index in range(stage.index + 1, len(stages)):
                 save_model(run, stage, directory / "stages" / str(index))
@@ -134,8 +155,9 @@ def train_resolved(
                 accelerator.free_memory()
                 stage = build(index)
                 run_stage(run, stage)
-            save_model(run, stage, directory / "final")
-    view.say(f"{run.step} steps done; model: {directory / 'final'}; metrics: {run.logs['metrics'].path}")
+            save_result(run, stage, directory / "final")
+    shown = Path(config.output_dir)
+    view.say(f"{run.step} steps done; model: {shown / 'final'}; metrics: {shown / 'metrics.jsonl'}")
     return RunResult(
         output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.health.last_record
     )
@@ -149,8 +171,8 @@ def _start(
     view: RunView,
 ) -> tuple[Callable[[int], Stage], Run, Stage]:
     """(builder of the stages, run, its current stage): everything that can fail before the first step."""
-    config, directory = resolved.config, Path(resolved.config.output_dir)
-    start = read_start(resolved, stages, inputs, view)
+    config, directory, working_directory = resolved.config, Path(str(accelerator.project_dir)), Path.cwd()
+    start = on_rank_zero(accelerator, lambda: read_start(resolved, stages, inputs, view.say, directory))
     source = inputs.source.with_weights(start.checkpoint)
     model: Any = load_policy(source, config.model, seed=config.seed).to(accelerator.device)
     check_vocabulary(model, inputs.tokenizer)
@@ -158,9 +180,10 @@ def _start(
     def build(index: int) -> Stage:
         weights = start.stage_weights(index, directory)
         try:
-            stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=weights)
-            start.load(stage)
-            stage.check_sampler()
+            with chdir(working_directory):
+                stage = build_stage(stages[index].config, index, model, inputs, accelerator, start=weights)
+                start.load(stage)
+                stage.check_sampler()
         except UsageError as error:
             if index == start.stage:
                 raise
@@ -171,13 +194,12 @@ def _start(
         return stage
 
     stage = build(start.stage)
-    if accelerator.is_main_process:
-        needed = bytes_to_write(stages, StageCheckpoint(stage), start, accelerator)
-        disk.check_space(directory, needed)
+    needed = bytes_to_write(stages, StageCheckpoint(stage), start, accelerator)
+    on_rank_zero(accelerator, lambda: disk.check_space(directory, needed))
     # The run directory is changed from here on.
-    run = start_run(resolved, stages, accelerator, inputs, view, start.state)
+    run = start_run(resolved, stages, accelerator, inputs, view, start.state, stage.schedule.stopping)
     found = start.checkpoint
-    view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {directory}")
+    view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {config.output_dir}")
     if config.batching.packing and not stage.packing:
         view.say("note: the model's attention does not support packing: micro-batches are padded")
     return build, run, stage

@@ -55,12 +55,18 @@ def _vllm_sampler(
 ) -> VLLMSampler:
     rollout = config.rollout
     prompts = [example.prompt_ids for example in inputs.dataset.examples]
+    lengths = [max(map(len, prompts)) + rollout.max_completion_length]
+    lengths += [
+        len(example.prompt_ids) + config.evaluation.max_completion_length
+        for suite in inputs.suites
+        for example in suite.examples
+    ]
     if rollout.vllm_mode == "server":
         engine = Server(url=rollout.vllm_server_base_url.rstrip("/"), timeout=rollout.vllm_timeout)
     else:
         settings = {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-            "max_model_len": max(map(len, prompts)) + rollout.max_completion_length,
+            "max_model_len": max(lengths),
             "max_num_seqs": rollout.max_batch_size,
             "gpu_memory_utilization": rollout.vllm_gpu_memory_utilization,
             # Compilation pays off only on a GPU.
@@ -71,7 +77,7 @@ def _vllm_sampler(
         engine=engine,
         model=model,
         autocast=accelerator.autocast,
-        directory=Path(config.output_dir) / WEIGHTS_IN_TRANSIT,
+        directory=Path(str(accelerator.project_dir)) / WEIGHTS_IN_TRANSIT,
         canary=prompts[0],
         tolerance=rollout.vllm_max_logp_difference,
         temperature=rollout.temperature,

@@ -8,7 +8,7 @@ from uniapl.config import Config
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import split_streams
 from uniapl.evaluation import Suite
-from uniapl.models.loading import ModelSource
+from uniapl.models.loading import ModelSource, pad_id_of
 from uniapl.rewards import Rewarder
 from uniapl.types import Example, TokenIds
 
@@ -33,8 +33,7 @@ class RunInputs:
     @property
     def pad_id(self) -> int:
         """Token id that pads the rows of a batch; no mask depends on it."""
-        assert isinstance(self.tokenizer.pad_token_id, int)
-        return self.tokenizer.pad_token_id
+        return pad_id_of(self.tokenizer)
 
     def decode(self, ids: TokenIds) -> str:
         """Text of a completion, without special tokens."""

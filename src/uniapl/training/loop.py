@@ -6,6 +6,7 @@ A method is only a set of weights; no branch depends on its name.
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from uniapl.data.batching import demonstration_row, empty_micro_batch, micro_batches, shards
+from uniapl.data.batching import demonstration_rows, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
 from uniapl.models.token_states import TokenStates
-from uniapl.rewards import RewardOutcome
+from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
@@ -91,9 +92,9 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
     prompts = stream.take(stage.schedule.prompts_per_step(step))
     with stage.gathered_policy():
         rollouts = stage.sampler.sample(request(prompts, run.step)) if prompts else []
-        if stage.one_step_off is not None and step + 1 < stage.config.max_steps:
-            if following := stream.peek(stage.schedule.prompts_per_step(step + 1)):
-                stage.one_step_off.begin(request(following, run.step + 1))
+        following = stream.peek(stage.schedule.prompts_per_step(step + 1))
+        if stage.one_step_off is not None and following and step + 1 < stage.config.max_steps:
+            stage.one_step_off.begin(request(following, run.step + 1))
     decode = run.inputs.decode
     return [
         RolloutGroup(
@@ -112,6 +113,7 @@ def reward(
     """Score the rollouts. Return the groups of all processes with their rewards, and each reward function's
     outcomes, one per process."""
     rewarder = run.inputs.rewarder
+    update_trainer_state(run)
     outcomes = rewarder.score(
         [group.example for group in groups for _ in group.rollouts],
         [text for group in groups for text in group.texts],
@@ -124,11 +126,21 @@ def reward(
             group,
             rewards=tuple(combined[start:end]),
             reward_parts={name: tuple(outcome.values[start:end]) for name, outcome in outcomes.items()},
+            extra={column: tuple(values[start:end]) for column, values in extra_columns(outcomes).items()},
         )
         for group, (start, end) in zip(groups, itertools.pairwise(ends), strict=True)
     ]
     everywhere = _gather(run.accelerator, [outcomes])
     return _gather(run.accelerator, rewarded), {name: [o[name] for o in everywhere] for name in outcomes}
+
+
+def update_trainer_state(run: Run) -> None:
+    """Set what reward functions read from `trainer_state` to the run's current step, as TRL does."""
+    state = run.inputs.rewarder.trainer_state
+    state.global_step, state.epoch = run.step, run.progress.streams["prompts"].epoch
+    state.log_history = run.health.history
+    state.is_world_process_zero = run.accelerator.is_main_process
+    state.is_local_process_zero = run.accelerator.is_local_main_process
 
 
 def score_with_reference(
@@ -172,8 +184,10 @@ def score_with_discriminator(
     if stage.adversary is None or not groups:
         return list(groups)
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
-    # The frozen density-ratio discriminator can run the policy itself, so it needs the gathered parameters.
-    with stage.adversary.gathered() if stage.adversary.trainer else stage.gathered_policy():
+    with (
+        stage.adversary.gathered(),
+        stage.gathered_policy() if stage.adversary.reads_policy else nullcontext(),
+    ):
         logits = _gather(run.accelerator, stage.adversary.score(local, states))
     return [
         replace(group, policy_logits=policy, expert_logit=expert)
@@ -198,11 +212,10 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     elif config.objective.learns_from_demonstrations:
         demonstrated = stream.take(stage.schedule.demonstrations_per_step)
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
-    rows += map(demonstration_row, demonstrated)
+    rows += [row for example in demonstrated for row in demonstration_rows(example)]
     weights = stage.schedule.weights(groups)
-    # Packed batches leave out rows whose gradient is 0; `MixedBatch.counts` still includes them. Padded
-    # batches, the reference that packing is compared with, compute every row.
-    trained = [row for row in rows if row.has_gradient(weights)] if stage.packing else rows
+    # Rows whose gradient is 0 are left out; `MixedBatch.counts` still includes them.
+    trained = [row for row in rows if row.has_gradient(weights)]
     batches = micro_batches(
         shards(trained, accelerator.num_processes)[accelerator.process_index],
         pad_id=run.inputs.pad_id,

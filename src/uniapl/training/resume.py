@@ -1,12 +1,13 @@
 """Where a run starts: at its first step, or at a checkpoint that fits the recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from uniapl.config.flags import flag_of
 from uniapl.config.resolve import Resolved
 from uniapl.errors import UsageError
 from uniapl.models.lora import is_adapter
@@ -14,7 +15,6 @@ from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.checkpoint.run_directory import RUN_DIRECTORIES, changed_values, check_run_directory
 from uniapl.training.checkpoint.state import read_state
 from uniapl.training.inputs import RunInputs
-from uniapl.training.monitor.console import RunView
 from uniapl.training.stage import Stage
 from uniapl.training.stage_checkpoint import StageCheckpoint, discriminator_kind
 
@@ -63,19 +63,27 @@ class Start:
             ) from error
 
 
-def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, view: RunView) -> Start:
+def read_start(
+    resolved: Resolved,
+    stages: Sequence[Resolved],
+    inputs: RunInputs,
+    say: Callable[[str], None],
+    directory: Path,
+) -> Start:
     """Find the checkpoint that `resume` asks for and check it against the recipe; report other changes.
+
+    Args:
+        directory: The run directory.
 
     Raises:
         UsageError: There is none that can be used, or `output_dir` holds another run.
     """
     config = resolved.config
-    directory = Path(config.output_dir)
-    found = checkpoint_directory.find_checkpoint(directory, config.resume, view.say)
-    check_run_directory(config, found)
+    found = checkpoint_directory.find_checkpoint(directory, config.resume, say)
+    check_run_directory(config, directory, found)
     if found is None:
         if config.resume == "auto":
-            view.say(f"note: no checkpoint in '{directory}': starting from step 1")
+            say(f"note: no checkpoint in '{directory}': starting from step 1")
         return Start(checkpoint=None, state={"stage": 0, "step": 0})
     state = read_state(found)
     _check_recipe(found, state, resolved, stages)
@@ -85,17 +93,16 @@ def read_start(resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs
     complete = state["stage_step"] >= stage.max_steps
     state["finished"] = state["stage"] + 1 == len(stages) and (complete or reason is not None)
     if state["finished"]:
-        larger = "a larger max_steps of the last stage" if len(stages) > 1 else "a larger --max-steps"
+        key = "max_steps" if stages[-1].config.num_train_epochs is None else "num_train_epochs"
+        larger = f"a larger {key} of the last stage" if len(stages) > 1 else f"a larger {flag_of([key])}"
         remedy = larger if complete else "another early_stopping rule"
-        view.say(
-            f"note: this run is complete{f' ({reason})' if reason else ''}; to continue it, set {remedy}"
-        )
-    for change in changed_values(resolved, stages):
-        view.say(f"note: changed since the run was last started: {change}")
+        say(f"note: this run is complete{f' ({reason})' if reason else ''}; to continue it, set {remedy}")
+    for change in changed_values(resolved, stages, directory):
+        say(f"note: changed since the run was last started: {change}")
     if state["data_sha256"] != inputs.data_sha256:
-        view.say("note: the data has changed since the checkpoint; both streams continue at their positions")
+        say("note: the data has changed since the checkpoint; both streams continue at their positions")
     if state["seed"] != config.seed:
-        view.say(f"note: the seed changes from {state['seed']} (the checkpoint's) to {config.seed}")
+        say(f"note: the seed changes from {state['seed']} (the checkpoint's) to {config.seed}")
     return Start(checkpoint=found, state=state)
 
 
@@ -133,10 +140,12 @@ def bytes_to_write(
     saves = sum(-(-stage.config.max_steps // stage.config.save_steps) for stage in stages)
     # One more than the limit: the oldest is deleted after the newest is complete.
     kept = min(config.save_total_limit + 1, saves)
+    if config.load_best_model_at_end:
+        kept = config.save_total_limit + 2
     models = len(stages) * first.model_bytes
     if any(stage.config.rollout.sampler == "vllm" for stage in stages):
         # vLLM loads merged weights, in bf16 if training uses bf16.
         models += first.merged_bytes // (2 if accelerator.mixed_precision == "bf16" else 1)
-    folders = [Path(config.output_dir) / name for name in RUN_DIRECTORIES]
+    folders = [Path(str(accelerator.project_dir)) / name for name in RUN_DIRECTORIES]
     present = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return kept * first.num_bytes + models - present

@@ -1,7 +1,8 @@
 """The state shared by all stages, and the end of each step: logs, health checks, evaluation, checkpoints."""
 
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
 
 from uniapl.config import Config
 from uniapl.config.resolve import Resolved
@@ -21,11 +21,15 @@ from uniapl.report import write_report
 from uniapl.report.reading import END_STATE
 from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.checkpoint import disk
+from uniapl.training.checkpoint.best import check_best, copy_model, name_best, record_of
 from uniapl.training.checkpoint.model_card import model_card
-from uniapl.training.checkpoint.run_directory import prepare_run_directory
+from uniapl.training.checkpoint.run_directory import prepare_run_directory, recorded_config
+from uniapl.training.distributed.ranks import on_rank_zero
+from uniapl.training.evaluation import Evaluation
 from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.machine_errors import disk_errors_explained
 from uniapl.training.monitor.console import RunView
+from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.training.monitor.metrics import completion_records
 from uniapl.training.monitor.record import StepResult, step_record
 from uniapl.training.monitor.trackers import track
@@ -33,9 +37,6 @@ from uniapl.training.signals import StopSignal
 from uniapl.training.stage import Stage
 from uniapl.training.stage_checkpoint import StageCheckpoint, discriminator_kind
 from uniapl.training.step_health import SKIPPED, RunHealth
-
-Evaluate = Callable[[int, PreTrainedModel], Mapping[str, Any]]
-"""(step, model) -> metrics to log."""
 
 
 @dataclass(kw_only=True)
@@ -45,7 +46,7 @@ class Progress:
     step: int = 0
     """Finished steps."""
     num_tokens: int = 0
-    """Completion tokens that the run has trained on, demonstrations included."""
+    """Tokens of all steps' rollouts and demonstrations, with the prompt of each."""
     token_limit: int | None = None
     """Token limit per micro-batch, set after an out-of-memory error; None uses the configured limit."""
     streams: dict[str, Stream] = field(default_factory=dict)
@@ -67,8 +68,8 @@ class Run:
     progress: Progress
     health: RunHealth
     signal: StopSignal = field(default_factory=StopSignal)
-    evaluate: Evaluate | None = None
-    """Evaluates the model after each step, in the main process."""
+    evaluation: Evaluation | None = None
+    """Evaluates the policy after each step."""
 
     @property
     def step(self) -> int:
@@ -77,8 +78,8 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """The run directory."""
-        return Path(self.config.output_dir)
+        """The run directory, absolute: a reward function may change the working directory."""
+        return Path(str(self.accelerator.project_dir))
 
     def max_tokens(self, stage: Stage) -> int:
         """Token limit per micro-batch: the configured one, or a lower one after an out-of-memory error."""
@@ -100,9 +101,10 @@ class Run:
         save, it resumes from the previous checkpoint, and later log lines are removed.
         """
         progress, schedule = self.progress, stage.schedule
-        for counters in (progress, schedule):
-            counters.step += 1
-            counters.num_tokens += result.batch.num_tokens
+        progress.step += 1
+        progress.num_tokens += result.batch.num_tokens
+        schedule.step += 1
+        schedule.completion_tokens += result.batch.completion_tokens
         record = step_record(
             result,
             step=self.step,
@@ -119,9 +121,10 @@ class Run:
         interrupted = self.signal.received()
         self._evaluate(stage, record)
         self._stop_early(stage, record)
+        best = schedule.stopping.best_step == self.step
         self._log(stage, record, completion_records(self.step, result.groups, result.batch.credits))
         last = schedule.ended or bool(problem) or interrupted
-        if last or self.step % self.config.save_steps == 0:
+        if last or best or self.step % self.config.save_steps == 0:
             with self.view.phase("save"):
                 failure = stage.wait_for_rollouts()
                 save_checkpoint(self, stage)
@@ -134,13 +137,18 @@ class Run:
             path = checkpoint_directory.checkpoint_path(self.directory, self.step)
             raise Interrupted(f"interrupted; continue from {path} with --resume auto", self.signal.number)
 
+    def evaluate_start(self, stage: Stage) -> None:
+        """Evaluate the model before the first step, and log the scores as step 0."""
+        self.view.start_step(0)
+        record: dict[str, Any] = {"step": 0, "stage": stage.index}
+        self._evaluate(stage, record)
+        self._log(stage, record, [])
+
     def _evaluate(self, stage: Stage, record: dict[str, Any]) -> None:
-        if self.evaluate is None:
+        if self.evaluation is None:
             return
-        with self.view.phase("evaluate"), stage.gathered_policy():
-            found = self.evaluate(self.step, stage.model) if self.accelerator.is_main_process else {}
-            # Health rules and JSON require Python numbers, not NumPy or torch scalars.
-            found = {name: v.item() if hasattr(v, "item") else v for name, v in found.items()}
+        with self.view.phase("evaluate"):
+            found = self.evaluation.metrics(self.step, stage)
         record |= {f"eval/{name}": value for name, value in found.items()}
         shown = [f"{k} {v:.3f}" for k, v in found.items() if k.endswith(("/reward", "/prompt_strict"))]
         if shown:
@@ -148,15 +156,21 @@ class Run:
 
     def _stop_early(self, stage: Stage, record: dict[str, Any]) -> None:
         rule, schedule = stage.config.early_stopping, stage.schedule
-        watching = rule.target is not None or rule.patience is not None
+        # Of a pipeline, the last stage has the result.
+        keeps_best = self.config.load_best_model_at_end and stage.index + 1 == len(self.methods)
+        watching = rule.target is not None or rule.patience is not None or keeps_best
         # Evaluation metrics may first appear later; all other metrics exist from the first step.
         known = rule.metric in record or rule.metric.startswith("eval/")
         if watching and schedule.step == 1 and not known:
             self.view.say(
                 f"warning: early_stopping.metric '{rule.metric}' is not a metric of the stage's first step"
             )
-        schedule.stopping.update(rule, record, schedule.num_tokens)
-        # Only the main process has evaluation metrics, so its decision is broadcast.
+        schedule.stopping.update(rule, record, schedule.completion_tokens)
+        # Not at a checkpoint of an interruption: a run that was never stopped does not have it.
+        saved = self.step % self.config.save_steps == 0 or schedule.ended
+        if keeps_best and (saved or rule.metric.startswith("eval/")):
+            schedule.stopping.update_best(rule, record)
+        # Times and health warnings may differ between ranks, so rank 0 decides.
         (schedule.stopping,) = broadcast_object_list([schedule.stopping])
         if schedule.stopping.reason is not None:
             record["early_stopping/reason"] = schedule.stopping.reason
@@ -165,7 +179,8 @@ class Run:
     def _log(self, stage: Stage, record: dict[str, Any], completions: list[dict[str, Any]]) -> None:
         config, view = self.config, self.view
         record |= {f"time/{name}": seconds for name, seconds in view.times.items()}
-        record["step_time"] = view.step_seconds
+        # TRL's step_time is that of the training step, without the evaluation.
+        record["step_time"] = view.step_seconds - view.times.get("evaluate", 0.0)
         self.logs["metrics"].write([record])
         self.logs["completions"].write(completions)
         track(self.accelerator, record)
@@ -181,29 +196,39 @@ def start_run(
     inputs: RunInputs,
     view: RunView,
     state: dict[str, Any],
+    stopping: Stopping,
 ) -> Run:
-    """Create the run at step 0 or from a checkpoint's state, and delete the files of later steps."""
-    config = resolved.config
-    directory, step = Path(config.output_dir), state["step"]
-    main = accelerator.is_main_process
-    with disk_errors_explained(directory, started=False):
-        if main:
+    """Create the run at step 0 or from a checkpoint's state, and delete the files of later steps.
+
+    Args:
+        stopping: The state of the current stage's rules, which forgets a best checkpoint that is gone.
+    """
+    directory, step = Path(str(accelerator.project_dir)), state["step"]
+    config = recorded_config(resolved.config, directory) if state.get("finished") else resolved.config
+    window = max(stage.config.health.window for stage in stages)
+
+    def prepare() -> tuple[dict[str, JsonlLog], list[dict[str, Any]], Stopping, str | None]:
+        note = check_best(directory, stopping)
+        with disk_errors_explained(directory, started=False):
             checkpoint_directory.sweep(directory)
             # Keep the config.yaml of a finished run: it records how the model was trained.
             if not state.get("finished"):
-                prepare_run_directory(resolved, stages, inputs)
+                prepare_run_directory(resolved, stages, inputs, directory)
             checkpoint_directory.forget_after(directory, step)
-            # A run that was killed right after a save may have left too many checkpoints.
-            checkpoint_directory.prune(directory, config.save_total_limit)
-            for path in (directory / SKIPPED).glob("step-*.json"):
-                if int(path.stem.removeprefix("step-")) > step:
-                    path.unlink()
-        accelerator.wait_for_everyone()
-        logs = {
-            name: JsonlLog(directory / f"{name}.jsonl", last_step=step, enabled=main)
-            for name in ("metrics", "completions", "health")
-        }
-    window = max(stage.config.health.window for stage in stages)
+            name_best(directory, stopping, stages[state["stage"]].config.early_stopping.metric)
+            _delete_superfluous(directory, config, step)
+            names = ("metrics", "completions", "health")
+            # Step 0 is evaluated again.
+            logs = {name: JsonlLog(directory / f"{name}.jsonl", last_step=step or -1) for name in names}
+            history = [record for record in logs["metrics"].tail(2 * window) if record["step"]]
+            return logs, history, stopping, note
+
+    logs, history, checked, note = on_rank_zero(accelerator, prepare)
+    vars(stopping).update(vars(checked))
+    if note:
+        view.say(f"note: {note}")
+    for log in logs.values():
+        log.enabled = accelerator.is_main_process
     same_limit = state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
     return Run(
         config=config,
@@ -226,10 +251,19 @@ def start_run(
             log=logs["health"],
             skipped=directory / SKIPPED,
             window=window,
-            history=logs["metrics"].tail(2 * window),
+            history=history,
             bad_steps=state.get("bad_steps", {}),
         ),
     )
+
+
+def _delete_superfluous(directory: Path, config: Config, step: int) -> None:
+    """Delete checkpoints beyond the limit, and skipped batches of steps that the run will repeat."""
+    # A run that was killed right after a save may have left too many checkpoints.
+    checkpoint_directory.prune(directory, config.save_total_limit)
+    for path in (directory / SKIPPED).glob("step-*.json"):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
 
 
 @contextmanager
@@ -276,18 +310,50 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
         }
         (directory / checkpoint_directory.STATE).write_text(json.dumps(state), encoding="utf-8")
 
+    def write() -> None:
+        if not disk.has_space(run.directory, saved.num_bytes):
+            # Free space: keep only the newest checkpoint, which was verified after writing.
+            checkpoint_directory.prune(run.directory, 1)
+        disk.require_space(run.directory, saved.num_bytes)
+        # After a power failure the logs must not end before the checkpoint.
+        for log in run.logs.values():
+            log.sync()
+        checkpoint_directory.write_directory(
+            checkpoint_directory.checkpoint_path(run.directory, run.step), fill
+        )
+        name_best(run.directory, stage.schedule.stopping, stage.config.early_stopping.metric)
+        checkpoint_directory.prune(run.directory, run.config.save_total_limit)
+
     optimizers = saved.optimizer_states(keep=run.accelerator.is_main_process)
     with stage.gathered_policy(), stage.adversary.gathered() if stage.adversary else nullcontext():
-        if run.accelerator.is_main_process:
-            if not disk.has_space(run.directory, saved.num_bytes):
-                # Free space: keep only the newest checkpoint, which was verified after writing.
-                checkpoint_directory.prune(run.directory, 1)
-            disk.require_space(run.directory, saved.num_bytes)
-            checkpoint_directory.write_directory(
-                checkpoint_directory.checkpoint_path(run.directory, run.step), fill
-            )
-            checkpoint_directory.prune(run.directory, run.config.save_total_limit)
-    run.accelerator.wait_for_everyone()
+        on_rank_zero(run.accelerator, write)
+
+
+def save_result(run: Run, stage: Stage, path: Path) -> None:
+    """Save the model of the last step, or with `load_best_model_at_end` that of the best checkpoint."""
+    stopping, rule = stage.schedule.stopping, stage.config.early_stopping
+    step = stopping.best_step if run.config.load_best_model_at_end else None
+    if step is None and run.config.load_best_model_at_end:
+        run.view.say(
+            f"warning: early_stopping.metric '{rule.metric}' had no value at a checkpoint: the result is the "
+            "model of the last step"
+        )
+    if step is None or step == run.step:
+        save_model(run, stage, path)
+        return
+    run.view.say(f"the result is the best checkpoint: step {step}, {rule.metric} {stopping.best_value:.4g}")
+
+    def write() -> None:
+        last = record_of(run.logs["metrics"].tail(run.step - step + 1), step)
+        card = model_card(run.config, run.inputs.source, run.methods, step, last)
+
+        def fill(directory: Path) -> None:
+            copy_model(checkpoint_directory.checkpoint_path(run.directory, step), directory)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+
+        checkpoint_directory.write_directory(path, fill)
+
+    on_rank_zero(run.accelerator, write)
 
 
 def save_model(run: Run, stage: Stage, path: Path) -> None:
@@ -300,9 +366,7 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
         (directory / "README.md").write_text(card, encoding="utf-8")
 
     with stage.gathered_policy():
-        if run.accelerator.is_main_process:
-            checkpoint_directory.write_directory(path, fill)
-    run.accelerator.wait_for_everyone()
+        on_rank_zero(run.accelerator, functools.partial(checkpoint_directory.write_directory, path, fill))
 
 
 def _save_policy(run: Run, stage: Stage, directory: Path) -> None:

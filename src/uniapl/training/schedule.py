@@ -8,13 +8,13 @@ from uniapl.functional import (
     Multiplier,
     dual_ascent,
     expert_gap,
-    learning_rate_factor,
     pid,
     reward_threshold,
     warmup_cosine,
 )
 from uniapl.training.adversary import Adversary
 from uniapl.training.monitor.early_stopping import Stopping
+from uniapl.training.optimizer import learning_rates
 from uniapl.training.state_adversary import StateAdversary
 from uniapl.training.update.credit import failed_groups
 from uniapl.types import RolloutGroup
@@ -30,7 +30,7 @@ class Schedule:
     """lambda_adv, fixed or learned."""
     step: int = 0
     """Finished steps of the stage."""
-    num_tokens: int = 0
+    completion_tokens: int = 0
     """Completion tokens that the stage has trained on."""
     uses_reference: bool = False
     """The KL term has its reference: `reference_step` is reached."""
@@ -44,14 +44,9 @@ class Schedule:
     @property
     def learning_rate(self) -> float:
         """The policy's learning rate. The cold start and the steps after it have a curve each."""
-        optim, cold = self.config.optim, self.config.batching.cold_start_steps
+        cold = self.config.batching.cold_start_steps
         begin, end = (0, cold) if self.step < cold else (cold, self.config.max_steps)
-        return optim.learning_rate * learning_rate_factor(
-            self.step - begin,
-            optim.lr_scheduler_type,
-            warmup_steps=optim.warmup_steps,
-            total_steps=end - begin,
-        )
+        return learning_rates(self.config.optim, end - begin)(self.step - begin)
 
     def prompts_per_step(self, step: int) -> int:
         """Prompts of a step of the stage."""

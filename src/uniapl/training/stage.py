@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
@@ -25,6 +25,7 @@ from uniapl.training.distributed import fsdp
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor.metrics import pair_metrics
+from uniapl.training.optimizer import adamw
 from uniapl.training.schedule import Schedule
 from uniapl.training.state_adversary import STATE_KINDS, StateAdversary, build_state_adversary, state_layers
 from uniapl.training.update.activation_checkpointing import checkpointed_layers
@@ -160,14 +161,13 @@ def build_stage(
         adversary = build_state_adversary(config, reader, inputs, accelerator, size)
     elif objective.lambda_adv:
         adversary = build_adversary(config, inner, inputs, accelerator, source)
-    adamw = functools.partial(
-        AdamW,
+    make_optimizer = functools.partial(
+        adamw,
         lr=optim.learning_rate,
         betas=(optim.adam_beta1, optim.adam_beta2),
         weight_decay=optim.weight_decay,
-        fused=True,
     )
-    policy, optimizer = fsdp.distribute(accelerator, inner, adamw)
+    policy, optimizer = fsdp.distribute(accelerator, inner, make_optimizer)
     sampler = build_sampler(config, model, inputs, accelerator)
     fsdp.release(model, policy)
     return Stage(

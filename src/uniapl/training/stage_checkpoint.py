@@ -79,7 +79,7 @@ class StageCheckpoint:
         state: dict[str, Any] = {
             "stage": stage.index,
             "stage_step": schedule.step,
-            "stage_tokens": schedule.num_tokens,
+            "stage_tokens": schedule.completion_tokens,
             "stopping": asdict(schedule.stopping),
             "stop_rule": stage.config.early_stopping.model_dump(),
         }
@@ -96,10 +96,12 @@ class StageCheckpoint:
         """The inverse of :meth:`save`."""
         stage, schedule = self.stage, self.stage.schedule
         schedule.step = state["stage_step"]
-        schedule.num_tokens = state["stage_tokens"]
+        schedule.completion_tokens = state["stage_tokens"]
         # A stage that an early-stopping rule ended continues if the rule has changed.
-        if state["stop_rule"] == stage.config.early_stopping.model_dump():
-            schedule.stopping = Stopping(**state["stopping"])
+        schedule.stopping, rule = Stopping(**state["stopping"]), stage.config.early_stopping.model_dump()
+        if rule != state["stop_rule"]:
+            same = all(rule[key] == state["stop_rule"].get(key) for key in ("metric", "greater_is_better"))
+            schedule.stopping = schedule.stopping.restart(same_metric=same)
         load_optimizer(stage.optimizer, directory / POLICY_OPTIMIZER)
         if stage.reference is not None and not schedule.uses_reference and (directory / REFERENCE).exists():
             stage.reference.load(directory / REFERENCE)

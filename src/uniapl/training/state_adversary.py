@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from uniapl.config import Config, DiscriminatorConfig
 from uniapl.data.batching import batch_by_length
@@ -25,6 +25,7 @@ from uniapl.training.checkpoint.directory import load_module, load_optimizer, sa
 from uniapl.training.demonstration_states import DemonstrationStates
 from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
+from uniapl.training.optimizer import adamw
 from uniapl.training.update.credit import passing
 from uniapl.training.update.head_step import head_step
 from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
@@ -63,6 +64,11 @@ class StateAdversary:
     """See `_measure`; from `score` to `observe` of a step."""
     fresh: list[list[TokenStates]] = field(default_factory=list)
     """States of this process's rollouts, from `score` to `update` of a step."""
+
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it runs the policy itself: never."""
+        return False
 
     def score(
         self, groups: Sequence[RolloutGroup], states: Sequence[Sequence[TokenStates]] | None
@@ -247,10 +253,10 @@ def build_state_adversary(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "head"))
             module = StateHead(state_size).to(accelerator.device)
-        adamw = functools.partial(
-            AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        make_optimizer = functools.partial(
+            adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        wrapped, optimizer = fsdp.distribute(accelerator, module, adamw)
+        wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
         fsdp.release(module, wrapped)
         trainer = HeadTrainer(module=module, wrapped=wrapped, optimizer=optimizer)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import uniapl
 from support.fake_vllm import FakeServer, behind, serving
-from support.runs import lines, recipe, run_until, timeless, train, write_recipe
+from support.runs import evaluated, lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.errors import Interrupted
@@ -50,6 +50,19 @@ def staleness(run: Path) -> list[float]:
     return [record["rollout/staleness"] for record in lines(run / "metrics.jsonl")]
 
 
+def test_an_evaluation_between_the_steps_changes_no_rollout(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    """vLLM finishes the next step's rollouts before it gets the weights that are evaluated."""
+    train(ahead(model_dir, tmp_path / "evaluated", server, **evaluated(tmp_path)))
+    train(ahead(model_dir, tmp_path / "blind", server))
+    ours, theirs = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("evaluated", "blind"))
+    scores = [[record.pop(key) for key in list(record) if key.startswith("eval/")] for record in ours]
+    assert [len(values) for values in scores] == [0, 4, 0, 4]
+    assert ours == theirs
+    assert staleness(tmp_path / "evaluated") == [0, 1, 1, 1]
+
+
 def test_rollouts_are_of_the_weights_a_step_before(
     model_dir: Path, tmp_path: Path, server: FakeServer
 ) -> None:
@@ -58,8 +71,8 @@ def test_rollouts_are_of_the_weights_a_step_before(
     train(ahead(model_dir, run, server, save_steps=1, save_total_limit=10))
     assert staleness(run) == [0, 1, 1, 1]
     records = lines(run / "metrics.jsonl")
-    assert records[0]["sampling/sampling_logp_difference/max"] < 1e-4
-    assert all(r["sampling/sampling_logp_difference/mean"] > 1e-3 for r in records[1:]), "corrected for"
+    assert records[0]["trained/sampling_logp_difference/max"] < 1e-4
+    assert all(r["trained/sampling_logp_difference/mean"] > 1e-3 for r in records[1:]), "corrected for"
     # Before training, and in each step but the last, which starts no rollouts.
     assert server.loads == 1 + 3
     sampled = lines(run / "completions.jsonl")
@@ -147,7 +160,7 @@ def test_a_server_that_is_lost_on_the_way(model_dir: Path, tmp_path: Path, serve
     train(ahead(model_dir, tmp_path / "run", server))
     assert staleness(tmp_path / "run") == [0, 1, 0, 1]
     records = lines(tmp_path / "run" / "metrics.jsonl")
-    assert records[2]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert records[2]["trained/sampling_logp_difference/max"] < 1e-4
 
 
 def fails_from_the_third_step(fake: FakeServer) -> None:

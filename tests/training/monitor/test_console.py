@@ -30,7 +30,7 @@ METRICS: dict[str, Any] = {
     "pass_rate": 0.25,
     "completions/mean_length": 12.0,
     "completions/length_ratio": 1.5,
-    "entropy": 1.25,
+    "rollout/entropy_estimate": 1.25,
     "loss": 0.125,
     "loss/sft": 2.0,
     "weight/mu": 0.4,

@@ -1,5 +1,6 @@
 """Early stopping: the rules, and runs that resume or continue with the next stage."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def test_by_hand() -> None:
     assert ends_at([None, None, None], max_tokens=31) is None
 
 
+def test_rounding_neither_misses_a_target_nor_is_an_improvement() -> None:
+    below = 0.6 + 0.3 + 0.1
+    assert below < 1.0
+    assert ends_at([0.9, below], target=1.0) == (2, "target")
+    assert ends_at([0.9, 0.1 + 0.2], target=0.3, greater_is_better=False) == (2, "target")
+    assert ends_at([below, 1.0, below, 1.0], patience=2) == (3, "patience")
+    assert ends_at([0.9, 0.91, 0.90001, 0.91001], patience=2) is None
+
+
 def test_an_early_end_starts_the_next_stage_and_resumes(model_dir: Path, tmp_path: Path) -> None:
     """The first stage ends by patience (its metric never moves), the second one by its budget."""
     values = {
@@ -49,7 +59,7 @@ def test_an_early_end_starts_the_next_stage_and_resumes(model_dir: Path, tmp_pat
         r["step"]: r["early_stopping/reason"].split(":")[0] for r in records if "early_stopping/reason" in r
     }
     assert reasons == {3: "patience", len(records): "budget"}
-    learnt = [record["num_tokens"] - records[2]["num_tokens"] for record in records]
+    learnt = list(itertools.accumulate(record["tokens/rollout"] for record in records))
     assert learnt[-2] < 100 <= learnt[-1]
     assert result.steps == len(records) < 12
 

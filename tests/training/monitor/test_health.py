@@ -75,6 +75,8 @@ def test_rewards_without_a_gradient() -> None:
     assert fired(steps(**constant, frac_reward_zero_std=1.0)) == {"constant_rewards", "zero_advantage"}
     assert fired([*steps(**constant)[:4], {"reward": 0.1, "reward_std": 0.0}]) == set(), "they differ"
     assert fired([*steps(**constant)[:4], {"reward": 0.0, "reward_std": 0.1}]) == set(), "within a group"
+    rounded = [{"reward": value, "reward_std": 5e-17} for value in (1.0, 0.6 + 0.3 + 0.1) * 3][:5]
+    assert fired(rounded) == {"constant_rewards"}
     assert fired(steps(**constant)[:4]) == set(), "too early"
     assert fired(steps(reward=None, reward_std=None)) == set(), "unknown"
     assert fired(steps(frac_reward_zero_std=0.9)) == {"zero_advantage"}
@@ -87,8 +89,8 @@ def test_completions_that_never_end() -> None:
 
 
 def test_a_policy_that_stops_exploring() -> None:
-    assert fired(steps(entropy=0.019)) == {"entropy_collapse"}
-    assert fired(steps(entropy=0.021)) == set()
+    assert fired(steps(rollout__entropy_estimate=0.019)) == {"entropy_collapse"}
+    assert fired(steps(rollout__entropy_estimate=0.021)) == set()
 
 
 def test_a_jump_away_from_the_reference() -> None:
@@ -126,7 +128,7 @@ def test_discriminator_dead_or_saturated() -> None:
 
 
 def test_sampler_mismatch() -> None:
-    key = "sampling/sampling_logp_difference/mean"
+    key = "trained/sampling_logp_difference/mean"
     assert fired([*steps()[1:], {key: 0.06}]) == {"sampler_mismatch"}
     assert fired([*steps()[1:], {key: 0.04}]) == set()
     assert fired([*steps()[1:], {key: 0.06, "rollout/staleness": 0.0}]) == {"sampler_mismatch"}
@@ -145,7 +147,7 @@ def test_every_warning_has_a_remedy() -> None:
         reward_std=0.0,
         frac_reward_zero_std=1.0,
         completions__clipped_ratio=1.0,
-        entropy=0.0,
+        rollout__entropy_estimate=0.0,
         discriminator__accuracy=1.0,
         weight__mu=1.0,
         tokens__sft=0,

@@ -8,7 +8,7 @@ import pytest
 from support import reference
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import component_counts
-from uniapl.training.monitor.metrics import length_metrics, pair_metrics
+from uniapl.training.monitor.metrics import length_metrics, pair_metrics, rollout_metrics
 from uniapl.training.update.credit import assign_credit, failed_groups, rollout_rows
 from uniapl.types import Example, Rollout, RolloutGroup
 
@@ -55,6 +55,16 @@ def test_by_hand() -> None:
     assert got.adversarial_advantages == pytest.approx([u - sum(wins) / 3 for u in wins])
 
 
+def test_rewards_are_scaled_and_credit_is_chosen_as_configured() -> None:
+    item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
+    (scaled,) = assign_credit([item], scale_rewards="group", adversarial_credit="logit", expert_mean=None)
+    assert scaled.advantages == (
+        *(pytest.approx(sign * 0.5 / (math.sqrt(0.5) + 1e-4)) for sign in (1, -1)),
+        None,
+    )
+    assert scaled.adversarial_advantages == pytest.approx((-1.0, 0.0, 1.0))
+
+
 def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() -> None:
     item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
     apart = credit(item)
@@ -76,6 +86,8 @@ def test_a_prompt_without_demonstration_uses_the_running_mean() -> None:
     assert credit(group((None, None), (0.0, 0.0)), expert_mean=2.0).win_rates == pytest.approx(
         [reference.sigmoid(-2.0)] * 2
     )
+    own = credit(group((None, None), (0.0, 0.0), 1.0), expert_mean=2.0)
+    assert own.win_rates == pytest.approx([reference.sigmoid(-1.0)] * 2), "its own demonstration comes first"
     nothing = credit(group((None, None), (0.0, 0.0)))
     assert nothing.win_rates == nothing.adversarial_advantages == (None, None)
 
@@ -161,3 +173,30 @@ def test_a_prompt_fails_when_no_known_reward_is_above_the_threshold() -> None:
     ]
     assert failed_groups(groups, 0.0) == [groups[0], groups[2]]
     assert failed_groups(groups, 0.5) == [groups[0], groups[1], groups[2]]
+
+
+ROUNDED = (0.6 + 0.3 + 0.1, 0.1 + 0.3 + 0.6)
+"""One reward of 1 in two orders of addition."""
+
+
+@pytest.mark.case(22)
+def test_rounding_is_neither_a_failed_pass_nor_a_mixed_group() -> None:
+    assert ROUNDED[0] < ROUNDED[1] == 1.0
+    perfect, none = group(ROUNDED * 2), group((0.0, 0.1 + 0.2 - 0.3, -1e-17, None))
+    mixed = group((ROUNDED[0], 0.0, 0.5, ROUNDED[1]))
+    groups = [perfect, none, mixed]
+    assert credit(perfect).advantages == (0.0,) * 4
+    got = rollout_metrics(groups, [credit(one) for one in groups], step=0)
+    assert got["pass_rate"] == 6 / 11
+    assert got["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    assert got["groups/mixed"] == pytest.approx(1 / 3)
+    assert (got["groups/all_good"], got["groups/all_bad"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    alone = rollout_metrics([perfect], [credit(perfect)], step=0)
+    assert (alone["pass_rate"], alone["groups/all_good"]) == (1.0, None)
+
+
+def test_the_gate_compares_up_to_rounding() -> None:
+    example = replace(group(ROUNDED).example, demonstration_ids=(5,))
+    groups = [replace(group((value, 0.0)), example=example) for value in (*ROUNDED, 1.01)]
+    for threshold in ROUNDED:
+        assert failed_groups(groups, threshold) == groups[:2]

@@ -50,7 +50,7 @@ def slow(
     exponent: float,
     scale: str,
 ) -> list[float | None]:
-    """The definition in loops: r u^c, at most half where the verifier fails, then the group's normalization."""
+    """The definition in loops: r u^c, at most half where the verifier fails, then the normalization."""
     multiplied: list[float | None] = []
     for r, logit, accepted in zip(rewards, logits, passes, strict=True):
         if r is None:

@@ -4,6 +4,7 @@ A checkpoint is a directory that `transformers` can load, plus what an exact res
 a temporary name, with a manifest (size and SHA-256 of every file) as its last file, and then renamed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,11 +21,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from uniapl.errors import UsageError
+from uniapl.files import TEMPORARY_PREFIX, sync, sync_tree
 from uniapl.training.distributed.fsdp import like
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-TEMPORARY_PREFIX = ".incomplete-"
+BEST = "best.json"
+"""File of a run that names its best checkpoint."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -54,16 +57,17 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
             name = str(file.relative_to(temporary))
             manifest[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for written in [*temporary.rglob("*"), temporary]:
-            _fsync(written)
-        if not defects(path) and json.loads((path / MANIFEST).read_text(encoding="utf-8")) == manifest:
+        sync_tree(temporary)
+        if _read_manifest(path) == manifest and not defects(path):
             shutil.rmtree(temporary)
             return
         aside = _set_aside(path) if path.exists() else None
         temporary.rename(path)
-        _fsync(path.parent)
+        # The parent itself may be new.
+        for folder in (path.parent, path.parent.parent):
+            sync(folder)
         if aside is not None:
-            shutil.rmtree(aside)
+            _delete(aside)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if (number := _error_number(error)) is not None:
@@ -80,29 +84,47 @@ def _error_number(error: BaseException) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a directory. It is renamed first, so that no half of it is ever found under its name."""
-    shutil.rmtree(_set_aside(path))
+    """Delete a directory. It is renamed first, so that no half of it is ever found under its name.
+
+    If it is a symbolic link to a directory, the contents of that directory are deleted and the link is kept.
+    """
+    if path.is_symlink():
+        for child in path.iterdir():
+            remove(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        return
+    aside = _set_aside(path)
+    sync(path.parent)
+    _delete(aside)
 
 
 def _set_aside(path: Path) -> Path:
     aside = path.parent / f"{TEMPORARY_PREFIX}removed-{path.name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _delete(aside)
     return path.rename(aside)
 
 
+def _delete(path: Path) -> None:
+    """Delete a directory or a file, if it exists; of a symbolic link, the link only."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def sweep(run_dir: Path) -> None:
-    """Delete what a killed save or deletion left."""
-    for folder in (run_dir, run_dir / "checkpoints", run_dir / "stages"):
+    """Delete what a killed save, write or deletion left."""
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "stages", run_dir / "skipped"):
         for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _delete(path)
 
 
 def defects(path: Path) -> list[str]:
     """What is wrong with a directory that has a manifest, one line per file; empty if it is complete."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return [f"{MANIFEST}: {error}"]
+    manifest = _read_manifest(path)
+    if isinstance(manifest, Exception):
+        return [f"{MANIFEST}: {manifest}"]
     entries = manifest.values() if isinstance(manifest, dict) else ()
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         return [f"{MANIFEST}: not a mapping of files to sizes and checksums"]
@@ -115,6 +137,14 @@ def defects(path: Path) -> list[str]:
         if defect is not None:
             found.append(f"{name:.80}: {defect}")
     return found
+
+
+def _read_manifest(path: Path) -> Any:
+    """The contents of a directory's manifest, or the error of reading it."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return error
 
 
 def _defect(directory: Path, name: str, expected: dict[str, Any]) -> str | None:
@@ -174,9 +204,19 @@ def forget_after(run_dir: Path, step: int) -> None:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    best = best_step(run_dir)
     for path in checkpoints(run_dir)[:-keep]:
-        remove(path)
+        if step_of(path) != best:
+            remove(path)
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step of the run's best checkpoint; None if the run names none."""
+    try:
+        return int(json.loads((run_dir / BEST).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def save_module(module: nn.Module, path: Path) -> None:
@@ -192,9 +232,11 @@ def load_module(module: nn.Module, path: Path) -> None:
 def save_optimizer(state: dict[str, Any], stem: Path) -> None:
     """Save an optimizer's state, with full tensors, as `stem`.safetensors and `stem`.json.
 
-    Its hyperparameters are left out: at a resume they come from the configuration, which may have changed.
+    It is saved under the names of the parameters. Hyperparameters are left out: at a resume they come from
+    the configuration, which may have changed.
     """
-    values = {f"{index}.{name}": v for index, of in state["state"].items() for name, v in of.items()}
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    values = {f"{names[index]}.{key}": v for index, of in state["state"].items() for key, v in of.items()}
     tensors = {key: v.contiguous() for key, v in values.items() if isinstance(v, torch.Tensor)}
     save_file(tensors, stem.with_suffix(".safetensors"))
     scalars = {key: v for key, v in values.items() if key not in tensors}
@@ -202,17 +244,31 @@ def save_optimizer(state: dict[str, Any], stem: Path) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
-    """Load what :func:`save_optimizer` saved; every process takes its shard."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Load what :func:`save_optimizer` saved; every process takes its shard.
+
+    Raises:
+        UsageError: The state belongs to other parameters, or was saved by an earlier version.
+    """
+    named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    indices = {name: index for index, (name, _) in enumerate(named)}
     values: dict[str, Any] = load_file(stem.with_suffix(".safetensors"))
     values |= json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
     for key, value in values.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
+        name, kind = key.rsplit(".", 1)
+        if name not in indices:
+            reason = f"holds the state of '{name}', which is not trained"
+            if name.isdecimal():
+                reason = (
+                    "was written by an earlier version, which numbered the parameters and decayed norms and "
+                    "biases; start a new run from the checkpoint's weights with model.model_name_or_path"
+                )
+            raise UsageError(f"the optimizer state '{stem}.safetensors' {reason}")
+        index = indices[name]
+        parameter = named[index][1]
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
             value = like(value, parameter)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(index, {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -228,11 +284,3 @@ def _read_back(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         UsageError: Another run uses the directory, or it cannot be written.
     """
     lock = FileLock(run_dir / LOCK, timeout=0)
+    created: list[Path] = []
     try:
+        created += [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         # Some file systems have no locks; runs on them are not protected.
         with contextlib.suppress(NotImplementedError):
@@ -40,8 +43,31 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         # A run that was refused leaves nothing behind.
         with contextlib.suppress(OSError):
             if [path.name for path in run_dir.iterdir()] == [LOCK]:
-                shutil.rmtree(run_dir)
+                (run_dir / LOCK).unlink()
+                for path in created:
+                    path.rmdir()
         lock.release()
+
+
+def check_available(run_dir: Path) -> None:
+    """Refuse a run directory that :func:`exclusive` would refuse, without changing the disk.
+
+    Raises:
+        UsageError: Another run uses the directory, or it cannot be written.
+    """
+    try:
+        if (run_dir / LOCK).exists():
+            with exclusive(run_dir):
+                return
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            run_dir.stat()  # finds names that are invalid or too long
+        existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"'{existing}' is not a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(f"no permission to write in '{existing}'")
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
+        raise UsageError(f"output_dir {str(run_dir)!r} cannot be written: {error}") from error
 
 
 def has_space(run_dir: Path, needed: int) -> bool:

@@ -21,8 +21,8 @@ def model_card(
 
     Args:
         methods: Methods of the stages that were run.
-        steps: Steps over all stages.
-        last: Metrics of the last step.
+        steps: Steps over all stages up to these weights.
+        last: Metrics of the last of these steps.
     """
     rank = config.model.lora_r
     # An adapter that continues another adapter has the same base.
@@ -35,7 +35,8 @@ def model_card(
         front["base_model"] = base
     name = base if on_the_hub else Path(base).name
     numbers = [f"| {key} | {last[key]:.4g} |" for key in SHOWN if last.get(key) is not None]
-    data = Path(config.data.path).name if config.data.path else "given in Python"
+    paths = (config.data.path,) if isinstance(config.data.path, str) else config.data.path or ()
+    data = ", ".join(Path(path).name for path in paths) or "given in Python"
     rewards = ", ".join(function.name for function in config.rewards.functions) or "not named in the recipe"
     return "\n".join(
         [

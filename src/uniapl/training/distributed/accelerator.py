@@ -1,6 +1,7 @@
 """The accelerator of a run."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -38,9 +39,10 @@ def make_accelerator(config: Config) -> Accelerator:
         cpu=device is None or device.type == "mps",
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(config.report_to) or None,
-        project_dir=config.output_dir,
+        # Absolute, because a reward function may change the working directory.
+        project_dir=str(Path(config.output_dir).absolute()),
         kwargs_handlers=[
-            # Ranks wait while rank 0 evaluates and saves, for longer than NCCL's default of ten minutes.
+            # Ranks wait while rank 0 tests verifiers or saves; NCCL's default is ten minutes.
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
             # Buffers do not change, and a broadcast would hang if the forward pass of one rank fails.
             DistributedDataParallelKwargs(broadcast_buffers=False),

@@ -73,13 +73,13 @@ def check_sharding(config: Config) -> None:
 
 
 def distribute(
-    accelerator: Accelerator, module: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
+    accelerator: Accelerator, module: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
 ) -> tuple[nn.Module, Optimizer]:
     """Return the module to train and its optimizer: the module wrapped for DDP, or a sharded copy."""
     if not shards_weights():
-        return accelerator.prepare(module, make_optimizer(_trainable(module)))
+        return accelerator.prepare(module, make_optimizer(module))
     sharded = shard(accelerator, copy.deepcopy(module))
-    return sharded, make_optimizer(_trainable(sharded))
+    return sharded, make_optimizer(sharded)
 
 
 def shard(accelerator: Accelerator, module: nn.Module) -> nn.Module:
@@ -190,7 +190,3 @@ def num_empty_micro_batches(accelerator: Accelerator, count: int) -> int:
     if accelerator.num_processes == 1:
         return 0
     return max(1, *gather_object([count])) - count if shards_weights() else 1
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

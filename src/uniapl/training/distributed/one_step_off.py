@@ -11,7 +11,8 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from uniapl.rollout import SampleRequest
-from uniapl.training.distributed.rank_zero_sampler import RankZeroSampler, merged
+from uniapl.training.distributed.rank_zero_sampler import Groups, RankZeroSampler, merged
+from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.types import Rollout, TokenIds
 
 Key = tuple[TokenIds, int]
@@ -38,6 +39,11 @@ class OneStepOffSampler(RankZeroSampler):
         complete = all(len(group) == request.num_generations for group in groups)
         return groups if all(gather_object([complete])) else super().sample(request)
 
+    def evaluate(self, request: SampleRequest, *, temperature: float, max_completion_length: int) -> Groups:
+        """See :meth:`RankZeroSampler.evaluate`; vLLM first finishes the next step's rollouts."""
+        self.wait()
+        return super().evaluate(request, temperature=temperature, max_completion_length=max_completion_length)
+
     def begin(self, request: SampleRequest) -> None:
         """Send the weights and start sampling in the background, for a later :meth:`sample`."""
         everything = merged(gather_object([request]))
@@ -45,7 +51,7 @@ class OneStepOffSampler(RankZeroSampler):
         def begin() -> None:
             self._result = self.sampler.begin(everything)
 
-        self._on_rank_zero(begin)
+        on_rank_zero(self.accelerator, begin)
         self._pending = everything
 
     def wait(self) -> None:
@@ -53,7 +59,7 @@ class OneStepOffSampler(RankZeroSampler):
         if self._pending is None:
             return
         request, self._pending = self._pending, None
-        groups = self._on_rank_zero(lambda: self._result() if self._result else None)
+        groups = on_rank_zero(self.accelerator, lambda: self._result() if self._result else None)
         if groups is not None:
             self.ready |= zip(_keys(request), groups, strict=True)
 

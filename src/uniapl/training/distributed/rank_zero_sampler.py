@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
-from uniapl.errors import UniAPLError
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.vllm import VLLMSampler
+from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.types import Rollout
 
-Result = TypeVar("Result")
+Groups = list[tuple[Rollout, ...]]
 
 
 @dataclass(kw_only=True)
@@ -24,27 +23,26 @@ class RankZeroSampler:
 
     def check(self) -> None:
         """Send weights and sample the canary. See :class:`VLLMSampler`."""
-        self._on_rank_zero(self.sampler.check)
+        on_rank_zero(self.accelerator, self.sampler.check)
 
-    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+    def sample(self, request: SampleRequest) -> Groups:
         """Return the rollouts of this rank's prompts. See :class:`Sampler`."""
+        return self._sample(request, self.sampler.sample)
+
+    def evaluate(self, request: SampleRequest, *, temperature: float, max_completion_length: int) -> Groups:
+        """:meth:`sample` with the settings of evaluation."""
+        return self._sample(
+            request,
+            lambda everything: self.sampler.sample_with(
+                everything, temperature=temperature, max_completion_length=max_completion_length
+            ),
+        )
+
+    def _sample(self, request: SampleRequest, sample: Callable[[SampleRequest], Groups]) -> Groups:
         requests = gather_object([request])
-        groups = self._on_rank_zero(lambda: self.sampler.sample(merged(requests)))
+        groups = on_rank_zero(self.accelerator, lambda: sample(merged(requests)))
         start = sum(len(other.prompts) for other in requests[: self.accelerator.process_index])
         return groups[start : start + len(request.prompts)]
-
-    def _on_rank_zero(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on rank 0; every rank returns its result or raises its UniAPLError."""
-        outcome: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome = [work()]
-            except UniAPLError as error:
-                outcome = [error]
-        (result,) = broadcast_object_list(outcome)
-        if isinstance(result, UniAPLError):
-            raise result
-        return result
 
 
 def merged(requests: list[SampleRequest]) -> SampleRequest:

@@ -24,7 +24,7 @@ LINE = (
 )
 ROWS = {
     "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
-    "ratio {completions/length_ratio:.2f}  entropy {entropy:.2f}",
+    "ratio {completions/length_ratio:.2f}  entropy {rollout/entropy_estimate:.2f}",
     "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
     "rewards": "loss {loss/rl:.3f}  weight {weight/rl:.2f}  tokens {tokens/rl:,}",
     "adversary": "loss {loss/adv:.3f}  lambda {weight/lambda_adv:.2f}  tokens {tokens/adv:,}  "

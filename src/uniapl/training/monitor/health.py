@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from uniapl.config import HealthConfig
+from uniapl.tolerance import all_same
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -31,7 +32,7 @@ LIMITS = (
         "with the end token",
     ),
     (
-        *("entropy_collapse", "entropy", operator.lt, "min_entropy"),
+        *("entropy_collapse", "rollout/entropy_estimate", operator.lt, "min_entropy"),
         "the entropy fell to {:.2g} nats per token (limit {:g}): the completions of a group are nearly "
         "identical. Lower optim.learning_rate, or raise objective.epsilon_high or objective.mu_peak",
     ),
@@ -77,7 +78,7 @@ def is_number(value: int | float | None) -> TypeGuard[float]:
 
 def _constant_rewards(last: Records) -> str | None:
     means, spreads = _values(last, "reward"), _values(last, "reward_std")
-    if len(means) < len(last) or max(means) > min(means) or max(spreads) > 0:
+    if len(means) < len(last) or not all_same([*means, *(means[0] + s for s in spreads)]):
         return None
     return (
         f"every reward of the last {len(last)} steps was {means[0]:g}, so rewards have no gradient. Check "
@@ -168,7 +169,7 @@ def _multiplier_pinned(before: Records, last: Records, highest: float) -> str | 
 
 def _sampler_mismatch(newest: Mapping[str, Any], highest: float) -> str | None:
     """One step is enough. Rollouts of older weights differ by an update, so they are not checked."""
-    difference = newest.get("sampling/sampling_logp_difference/mean")
+    difference = newest.get("trained/sampling_logp_difference/mean")
     if newest.get("rollout/staleness") or not is_number(difference) or difference <= highest:
         return None
     return (

@@ -1,4 +1,7 @@
-"""A step's metrics under TRL's names, and the records of completions.jsonl."""
+"""A step's metrics, and the records of completions.jsonl.
+
+A metric with the name of a metric of TRL's GRPOTrainer or SFTTrainer is computed as TRL computes it.
+"""
 
 import math
 import statistics
@@ -7,6 +10,7 @@ from typing import Any
 
 from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
+from uniapl.tolerance import all_same, at_least, same
 from uniapl.training.update.credit import Credit
 from uniapl.training.update.policy_step import PolicyStep
 from uniapl.types import RolloutGroup
@@ -17,17 +21,23 @@ def update_metrics(
 ) -> dict[str, Any]:
     """Loss, its components (unweighted, per token of the component), clip ratios and sampler mismatch.
 
-    A component without weight has no value: the batch may leave out rows that only it would use.
+    A component without weight has no value: the batch leaves out rows that only it would use. For the same
+    reason the means named "trained/" are over the rollout tokens of rows that have a gradient.
     """
-    sums, rollout_tokens = step.sums, step.sums["rollout_tokens"]
+    sums, trained_tokens = step.sums, step.sums["rollout_tokens"]
 
     def per(component: str, name: str | None = None) -> float | None:
         value = sums.get(name or component)
         has_gradient = counts[component] and weights[component]
         return value / counts[component] if value is not None and has_gradient else None
 
-    def of_rollouts(name: str) -> float | None:
-        return sums[name] / rollout_tokens if rollout_tokens and name in sums else None
+    def of_trained(name: str) -> float | None:
+        return sums[name] / trained_tokens if trained_tokens and name in sums else None
+
+    def clipped(*names: str) -> float | None:
+        """Over all rollout tokens, as in TRL: tokens without a reward or an advantage are never clipped."""
+        has_gradient = counts["rl"] and weights["rl"]
+        return sum(sums[name] for name in names) / counts["kl"] if has_gradient else None
 
     return {
         "loss": sums["loss"],
@@ -37,7 +47,6 @@ def update_metrics(
         "loss/kl": per("kl"),
         "sft/nll": per("sft", "nll"),
         "kl": per("kl") if "kl" in sums else None,
-        "entropy": of_rollouts("entropy"),
         "weight/mu": weights["sft"],
         "weight/rl": weights["rl"],
         "tokens/sft": counts["sft"],
@@ -46,18 +55,20 @@ def update_metrics(
         # The KL counts every rollout, also those without a reward.
         "tokens/rollout": counts["kl"],
         "grad_norm": step.grad_norm,
-        "clip_ratio/low_mean": per("rl", "clip_low"),
-        "clip_ratio/high_mean": per("rl", "clip_high"),
-        "sampling/sampling_logp_difference/mean": of_rollouts("sampling_difference"),
-        "sampling/sampling_logp_difference/max": sums["sampling_difference_max"] if rollout_tokens else None,
-        "sampling/importance_sampling_ratio/mean": of_rollouts("importance"),
+        "clip_ratio/low_mean": clipped("clip_low"),
+        "clip_ratio/high_mean": clipped("clip_high"),
+        "clip_ratio/region_mean": clipped("clip_low", "clip_high"),
+        "trained/entropy": of_trained("entropy"),
+        "trained/sampling_logp_difference/mean": of_trained("sampling_difference"),
+        "trained/sampling_logp_difference/max": sums["sampling_difference_max"] if trained_tokens else None,
+        "trained/importance_sampling_ratio/mean": of_trained("importance"),
     }
 
 
 def rollout_metrics(
     groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, step: int
 ) -> dict[str, Any]:
-    """Rewards, group outcomes, completion lengths, staleness and win rate.
+    """Rewards, group outcomes, completion lengths, estimated entropy, staleness and win rate.
 
     Args:
         step: The step whose update uses the rollouts.
@@ -68,27 +79,32 @@ def rollout_metrics(
     known = [[r for r in group.rewards if r is not None] for group in groups]
     rewarded = [rewards for rewards in known if rewards]
     every = [reward for rewards in rewarded for reward in rewards]
-    constant = [rewards for rewards in rewarded if max(rewards) == min(rewards)]
-    zero_std = len(constant) / len(rewarded) if rewarded else None
+    constant = [rewards for rewards in rewarded if all_same(rewards)]
     highest, lowest = max(every, default=0.0), min(every, default=0.0)
+    in_range, varied = at_least(lowest, 0) and at_least(1, highest), not same(lowest, highest)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
     wins = [u for credit in credits for u in credit.win_rates if u is not None]
     metrics = {
         "reward": _mean(every),
         # Rewards outside [0, 1] have no known value that passes.
-        "pass_rate": _mean([float(r == 1) for r in every]) if every and 0 <= lowest <= highest <= 1 else None,
-        "reward_std": _mean([statistics.pstdev(rewards) for rewards in rewarded]),
-        "frac_reward_zero_std": zero_std,
-        "groups/mixed": None if zero_std is None else 1 - zero_std,
+        "pass_rate": _mean([float(same(r, 1)) for r in every]) if every and in_range else None,
+        "reward_std": _std(every),
+        # Of all groups; one with fewer than two rewards has no standard deviation.
+        "frac_reward_zero_std": sum(len(r) > 1 for r in constant) / len(groups) if rewarded else None,
+        "groups/mixed": 1 - len(constant) / len(rewarded) if rewarded else None,
         # Good and bad are the step's best and worst reward; if all rewards are equal, neither is known.
-        "groups/all_good": _fraction(constant, highest, rewarded) if highest > lowest else None,
-        "groups/all_bad": _fraction(constant, lowest, rewarded) if highest > lowest else None,
+        "groups/all_good": _fraction(constant, highest, rewarded) if varied else None,
+        "groups/all_bad": _fraction(constant, lowest, rewarded) if varied else None,
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/mean_terminated_length": _mean(ended),
+        "completions/min_terminated_length": min(ended, default=None),
+        "completions/max_terminated_length": max(ended, default=None),
         "completions/clipped_ratio": 1 - len(ended) / len(rollouts),
+        # Each log-probability is one draw of what the entropy is the mean of, so this needs no forward pass.
+        "rollout/entropy_estimate": _mean([-p for r in rollouts for p in r.sampling_logprobs]),
         "rollout/staleness": _mean([step - rollout.policy_version for rollout in rollouts]),
     }
     if wins:
@@ -100,7 +116,7 @@ def rollout_metrics(
     for name in groups[0].reward_parts:
         values = [v for group in groups for v in group.reward_parts[name] if v is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)
-        metrics[f"rewards/{name}/std"] = statistics.pstdev(values) if values else None
+        metrics[f"rewards/{name}/std"] = _std(values)
     return metrics
 
 
@@ -110,7 +126,7 @@ def reward_health(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, 
     for name, parts in outcomes.items():
         total = sum(len(part.values) for part in parts)
         failed = sum(sum(part.failed) for part in parts)
-        late = sum(sum(part.failed) for part in parts if part.timed_out)
+        late = sum(sum(part.timed_out) for part in parts)
         unscored = sum(value is None for part in parts for value in part.values) - failed
         metrics[f"rewards/{name}/error_rate"] = (failed - late) / total if total else None
         metrics[f"rewards/{name}/timeout_rate"] = late / total if total else None
@@ -178,6 +194,7 @@ def completion_records(
                     "finish_reason": rollout.finish_reason,
                     "reward": reward,
                     "rewards": {name: values[i] for name, values in group.reward_parts.items()},
+                    **({"extra": {k: values[i] for k, values in group.extra.items()}} if group.extra else {}),
                     "advantage": credit.advantages[i],
                     "win_rate": credit.win_rates[i],
                 }
@@ -194,5 +211,10 @@ def _mean(values: Sequence[float] | Sequence[int]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _std(values: Sequence[float]) -> float | None:
+    """Unbiased (n - 1), as in TRL; None for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
 def _fraction(constant: Sequence[list[float]], value: float, groups: Sequence[list[float]]) -> float:
-    return sum(rewards[0] == value for rewards in constant) / len(groups)
+    return sum(same(rewards[0], value) for rewards in constant) / len(groups)

@@ -1,5 +1,7 @@
 """The record of a step: one line of metrics.jsonl."""
 
+import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +33,12 @@ class StepResult:
 def step_record(
     result: StepResult, *, step: int, stage: int, learning_rate: float, epoch: float, num_tokens: int
 ) -> dict[str, Any]:
-    """All metrics of a step, except for evaluation and times."""
+    """All metrics of a step, except for evaluation and times.
+
+    A metric of a reward function that has the name of another metric gets the prefix "log_metric/".
+    """
     batch, update = result.batch, result.update
-    return {
+    record = {
         "step": step,
         "stage": stage,
         **metrics.update_metrics(update, batch.counts, batch.weights),
@@ -50,3 +55,14 @@ def step_record(
         "num_tokens": num_tokens,
         "skipped": int(not update.applied),
     }
+    logged = logged_by_rewards(result.outcomes)
+    return record | {f"log_metric/{k}" if k in record else k: value for k, value in logged.items()}
+
+
+def logged_by_rewards(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, float]:
+    """The mean over all calls and processes of each metric that reward functions log by `log_metric`."""
+    logged: dict[str, list[float]] = {}
+    for part in itertools.chain.from_iterable(outcomes.values()):
+        for name, values in part.metrics.items():
+            logged.setdefault(name, []).extend(values)
+    return {name: statistics.fmean(values) for name, values in logged.items()}

@@ -1,31 +1,115 @@
 """Checks of a stage's data, rewards and discriminator before training."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from uniapl.config import Config, ModelConfig
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import is_held_out
-from uniapl.discriminator.polar import PolarFormat
+from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.errors import UsageError
 from uniapl.http import check_url
-from uniapl.models.loading import ModelSource, load_model_config, refuse_adapter
+from uniapl.models.loading import ModelSource, check_policy, has_local_weights, load_weights, refuse_adapter
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
 from uniapl.training.inputs import stream_examples
+from uniapl.training.monitor.trackers import check_trackers
+from uniapl.training.optimizer import check_schedule
 from uniapl.types import Example
+
+MAX_UNKNOWN_FRACTION = 0.5
+"""Fraction of unknown tokens above which the tokenizer does not fit the data. Our choice."""
 
 
 def check_recipe(config: Config) -> None:
     """Check what needs no data.
 
     Raises:
-        UsageError: Evaluation has no suite, or peft is not installed.
+        UsageError: Evaluation has no suite, or a tracker or peft is not installed.
     """
+    check_trackers(config.report_to)
     if config.eval_steps and not config.evaluation.suites:
         raise UsageError("eval_steps: evaluation.suites is empty; add files or benchmarks, or unset it")
     if config.model.lora_r is not None:
         require_peft()
+
+
+def check_evaluation(config: Config, *, has_function: bool) -> None:
+    """Check that what depends on evaluation has one.
+
+    Args:
+        config: The last stage's.
+        has_function: Whether `uniapl.train` was given a function that evaluates.
+
+    Raises:
+        UsageError: A key has no effect.
+    """
+    metric = config.early_stopping.metric
+    if config.eval_steps or has_function:
+        return
+    remedy = "set eval_steps and evaluation.suites"
+    if config.eval_on_start:
+        raise UsageError(f"eval_on_start: there is nothing to evaluate; {remedy}")
+    if config.load_best_model_at_end and metric.startswith("eval/"):
+        raise UsageError(f"load_best_model_at_end: nothing measures '{metric}'; {remedy}")
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, stop_ids: Collection[int]
+) -> list[str]:
+    """Notes on rows with text that the tokenizer does not know.
+
+    Raises:
+        UsageError: Most tokens of the data are unknown or padding.
+    """
+    # GPT-2 uses one token for all of these, which is a part of normal text.
+    eos, bos, unk, pad = (getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "unk", "pad"))
+    unknown = {unk, pad} - {*stop_ids, eos, bos, None}
+    total, lost, rows = 0, 0, []
+    for example in dataset.examples:
+        ids = (*example.prompt_ids, *(example.demonstration_ids or ()))
+        found = sum(token in unknown for token in ids)
+        total, lost = total + len(ids), lost + found
+        rows += [example.row] * (found > 0)
+    if not rows:
+        return []
+    names = " or ".join(f"'{name}'" for name in sorted(map(str, tokenizer.convert_ids_to_tokens([*unknown]))))
+    if lost > MAX_UNKNOWN_FRACTION * total:
+        raise UsageError(
+            f"the tokenizer does not fit the data: {lost / total:.0%} of the tokens are {names}, for example "
+            f"in row {rows[0]}. Use the tokenizer that belongs to the model, or a model for this text"
+        )
+    return [
+        f"{len(rows)} rows contain text that the tokenizer does not know ({lost} tokens are {names}): rows "
+        f"{_first(rows)}"
+    ]
+
+
+def notes_on_lengths(stages: Sequence[Config], dataset: Dataset) -> list[str]:
+    """Notes on demonstrations that are longer than a rollout can be."""
+    limits = {
+        stage.rollout.max_completion_length
+        for stage in stages
+        if stage.objective.uses_rollouts
+        and (stage.objective.learns_from_demonstrations or stage.objective.lambda_adv > 0)
+    }
+    lengths = {e.row: len(e.demonstration_ids) for e in dataset.examples if e.demonstration_ids is not None}
+    notes: list[str] = []
+    for limit in sorted(limits):
+        if rows := [row for row, length in lengths.items() if length > limit]:
+            notes.append(
+                f"{len(rows)} of {len(lengths)} demonstrations are longer than "
+                f"rollout.max_completion_length {limit}, the longest has {max(lengths.values())} tokens, so "
+                "that rollouts cannot reach them: raise it, or leave them out with "
+                f"data.max_demonstration_length (rows {_first(rows)})"
+            )
+    return notes
+
+
+def _first(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
 
 def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Sequence[str] = ()) -> None:
@@ -37,6 +121,7 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
     Raises:
         UsageError: The first requirement that is not met.
     """
+    check_schedule(config.optim, config.max_steps)
     objective, method = config.objective, f"method '{config.method}'"
     prompts, demonstrations = stream_examples(config, dataset, rewarder)
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
@@ -106,12 +191,20 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         raise UsageError("discriminator.kind 'remote' needs discriminator.url")
     if kind == "remote":
         check_url("discriminator.url", str(settings.url))
-    if model is not None and pairwise:
-        refuse_adapter("discriminator", model)
-    elif model is not None and kind == "density-ratio":
-        trusted = settings.trust_remote_code
-        load_model_config(
-            ModelSource.resolve(ModelConfig(model_name_or_path=model, trust_remote_code=trusted))
-        )
-    elif model is not None:
-        PolarFormat.load(model, trust_remote_code=settings.trust_remote_code)
+    if model is not None:
+        _check_discriminator_model(model, kind, settings.trust_remote_code)
+
+
+def _check_discriminator_model(name: str, kind: str, trusted: bool) -> None:
+    """Check the files of a discriminator without reading its weights."""
+    if kind == "bradley-terry":
+        refuse_adapter("discriminator", name)
+        if has_local_weights(name):
+            load_weights(AutoModel, "discriminator", name, headers_only=True, trust_remote_code=trusted)
+    elif kind == "density-ratio":
+        model = ModelConfig(model_name_or_path=name, trust_remote_code=trusted)
+        check_policy(ModelSource.resolve(model), model)
+    else:
+        PolarFormat.load(name, trust_remote_code=trusted)
+        if kind == "polar" and has_local_weights(name):
+            Polar.load_classifier(name, trust_remote_code=trusted, headers_only=True)

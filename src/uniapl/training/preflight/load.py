@@ -2,17 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from uniapl.config import Config
 from uniapl.config.resolve import Resolved
-from uniapl.data.reading import named_source, read_rows
-from uniapl.data.rows import tokenize_rows
+from uniapl.data.reading import Rows, named_source, number_rows, read_rows
+from uniapl.data.rows import tokenize_rows, unused_columns
+from uniapl.data.tokenization import ordinary_tokens
 from uniapl.evaluation import Suite, load_suites
-from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids, load_tokenizer
-from uniapl.rewards.base import build_rewarder
+from uniapl.models.loading import (
+    ModelSource,
+    check_vocabulary_size,
+    load_model_config,
+    load_stop_ids,
+    load_tokenizer,
+)
+from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.training.inputs import RunInputs
-from uniapl.training.preflight.checks import check_recipe, check_stage
+from uniapl.training.preflight.checks import check_recipe, check_stage, check_tokens, notes_on_lengths
 
 
 def load_inputs(
@@ -22,8 +32,12 @@ def load_inputs(
     train_dataset: Iterable[Mapping[str, Any]] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     with_suites: bool = True,
+    once: Once = here,
 ) -> RunInputs:
     """Tokenizer, data, reward functions and suites, checked against what the stages need.
+
+    Args:
+        once: Makes the checks that call reward functions, in one of several processes.
 
     Raises:
         UsageError: Any error that would otherwise stop the run later.
@@ -33,36 +47,45 @@ def load_inputs(
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
-    rows = read_rows(config.data) if train_dataset is None else list(enumerate(train_dataset, start=1))
+    check_vocabulary_size(getattr(model_config.get_text_config(), "vocab_size", len(tokenizer)), tokenizer)
+    rows = read_rows(config.data) if train_dataset is None else number_rows(train_dataset, config.data)
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
-    context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    data_source = config.data.path if train_dataset is None else None
+    window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
-    with named_source(data_source):
+    with named_source(rows):
         dataset = tokenize_rows(
             rows,
             tokenizer,
             config.data,
             stop_ids=stop_ids,
-            context_length=context_length,
+            context_length=window,
             max_completion_length=max(longest, default=0),
         )
+        unknown = check_tokens(tokenizer, dataset, stop_ids)
     functions = [reward_functions] if callable(reward_functions) else reward_functions
-    rewarder = build_rewarder(config.rewards, functions)
-    notes: list[str] = []
+    state = _trainer_state(config, stages)
+    rewarder = build_rewarder(config.rewards, functions, state, once=once)
+    notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
     if longest:
         rewarder.check_columns(dataset.examples)
-        with named_source(data_source):
-            notes = rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
+        with named_source(rows):
+            notes += rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
+    notes = [*notes, *unknown, *notes_on_lengths([stage.config for stage in stages], dataset)]
     if longest:
         rewarder.try_out(dataset.examples)
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
     suites: tuple[Suite, ...] = ()
     if with_suites:
         suites = load_suites(
-            config, tokenizer, functions=functions, stop_ids=stop_ids, context_length=context_length
+            config,
+            tokenizer,
+            functions=functions,
+            stop_ids=stop_ids,
+            context_length=window,
+            state=state,
+            once=once,
         )
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
@@ -74,4 +97,28 @@ def load_inputs(
         data_sha256=hashlib.sha256(content.encode()).hexdigest(),
         notes=tuple(notes),
         suites=suites,
+    )
+
+
+def _data_notes(
+    rows: Sequence[tuple[int, Any]],
+    config: Config,
+    stop_ids: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    notes = [
+        f"the end token {token} ({tokenizer.decode(token)!r}) in generation_config.json is ordinary text: "
+        "every completion ends there"
+        for token in ordinary_tokens(stop_ids, tokenizer)
+    ]
+    return notes + unused_columns(rows, config.data) + list(rows.notes if isinstance(rows, Rows) else ())
+
+
+def _trainer_state(config: Config, stages: Sequence[Resolved]) -> TrainerState:
+    """What reward functions read from `trainer_state`, before the first step."""
+    return TrainerState(
+        max_steps=sum(stage.config.max_steps for stage in stages),
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
     )

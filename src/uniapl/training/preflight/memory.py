@@ -242,8 +242,8 @@ def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
         size = (_longest_prompt(inputs), config.rollout.max_completion_length)
         rows += [_row(number // generations, *size) for number in range(count)]
     if config.objective.learns_from_demonstrations:
-        demonstrated = (e for e in inputs.dataset.examples if e.demonstration_ids is not None)
-        size = max(((len(e.prompt_ids), len(e.demonstration_ids or ())) for e in demonstrated), key=sum)
+        turns = (turn for e in inputs.dataset.examples for turn in e.demonstrated_turns)
+        size = max(((len(prompt), len(completion)) for prompt, completion in turns), key=sum)
         count = min(batching.demonstrations_per_step, most)
         rows += [_row(-1 - number, *size) for number in range(count)]
     return rows

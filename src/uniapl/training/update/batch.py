@@ -31,5 +31,10 @@ class MixedBatch:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens over all processes, with the prompt of every row (TRL's `num_tokens`)."""
+        return sum(row.length for row in self.rows)
+
+    @property
+    def completion_tokens(self) -> int:
         """Completion tokens, over all processes."""
         return sum(len(row.completion_ids) for row in self.rows)

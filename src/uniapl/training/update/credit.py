@@ -9,13 +9,12 @@ import torch
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import Row
 from uniapl.functional import adversarial_advantages, group_advantages, multiplied_rewards, win_probability
+from uniapl.tolerance import at_least
 from uniapl.types import RolloutGroup
 
 STD_OF_PASSING = 0.5
 """Smallest standard deviation that divides the multiplied rewards of a group in which all completions pass:
 that of a fair coin, so that small differences of u stay small. Our choice."""
-PASS_TOLERANCE = 1e-9
-"""A reward this far below the threshold passes: the sum of its parts may have been rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ def passing(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[bool, ...]
     name = objective.pass_reward or (names[0] if names else None)
     values = group.reward_parts[name] if name is not None else group.rewards
     return tuple(
-        value is not None and value >= objective.pass_threshold - PASS_TOLERANCE
+        value is not None and at_least(value, objective.pass_threshold)
         for value in values or (None,) * len(group.rollouts)
     )
 
@@ -119,7 +118,7 @@ def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[Roll
         for group in groups
         if group.example.demonstration_ids is not None
         and (known := [reward for reward in group.rewards if reward is not None])
-        and max(known) <= threshold
+        and at_least(threshold, max(known))
     ]
 
 

@@ -1,0 +1,325 @@
+"""Render conversations with a chat template, and check that all of their text is in the result."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from uniapl.data.conversations import Message, function_of
+from uniapl.errors import UsageError
+
+MARK = "UniAPL{}mark"
+"""Appended to every text of a conversation: a text whose mark is not rendered is lost."""
+TOOL_MARK, CALL_MARK, DATE_MARK = (MARK.format(text) for text in ("tool", "call", "date"))
+CLOCK = "strftime_now"
+"""The function with which templates read the clock."""
+THOUGHT = re.compile(r"(?:<think>|\A)(?:(?!<think>).)*?</think>", re.DOTALL)
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message that hold its thought; transformers treats them as one."""
+RESERVED = {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
+DATE_NOTE = (
+    "the chat template writes today's date, so the tokens change from day to day; set "
+    "data.chat_template_kwargs: {date_string: TEXT} to keep one date"
+)
+THOUGHT_NOTE = (
+    "the chat template begins each answer with a thought, but the demonstration has none; an empty thought "
+    "(</think>) is put before it"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The texts of a row, as the chat template writes them."""
+
+    prompt: str
+    completions: list[str | None]
+    """What each completion adds to the prompt."""
+    earlier: list[tuple[str, str]]
+    """Prompt and completion of each earlier turn that is trained."""
+    notes: set[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """A tokenizer's chat template with its arguments."""
+
+    tokenizer: PreTrainedTokenizerBase
+    arguments: Mapping[str, Any]
+    """Arguments of the template. `date_string` also sets the date of templates that only read the clock."""
+    tools: Sequence[Message] = ()
+    """JSON schemas of functions."""
+    parts: bool = False
+    """Give content to the template as a list of parts, not as text."""
+    json_arguments: bool = False
+    """Give the arguments of tool calls as JSON text, not as a mapping."""
+    notes: set[str] = field(default_factory=set)
+
+    def render(self, messages: Sequence[Message], *, prompt: bool = True, marked: bool = False) -> str:
+        """Text of the messages.
+
+        Args:
+            messages: At least one message, with text as content.
+            prompt: Render a prompt: the last message is continued if it is the assistant's; otherwise the
+                beginning of an answer follows it.
+            marked: Append marks to all texts, and replace today's date by a mark.
+
+        Raises:
+            UsageError: There is no chat template, or it raised an error.
+        """
+        source = self.source
+        if CLOCK in source and (marked or "date_string" in self.arguments):
+            date = "date_string" if "date_string" in self.arguments else f"'{DATE_MARK}'"
+            source = f"{{%- macro {CLOCK}(format) -%}}{{{{ {date} }}}}{{%- endmacro -%}}{source}"
+        tools = [_with_marked_name(tool, TOOL_MARK) if marked else tool for tool in self.tools]
+        continued = prompt and messages[-1]["role"] == "assistant"
+        options = {
+            **self.arguments,
+            "chat_template": source,
+            "tools": tools or None,
+            "tokenize": False,
+            "continue_final_message": continued,
+            "add_generation_prompt": prompt and not continued,
+        }
+        if marked:
+            messages = [_marked(index, message) for index, message in enumerate(messages)]
+        template: Any = self.tokenizer.apply_chat_template
+        try:
+            return str(template([self._formed(message) for message in messages], **options))
+        except Exception as error:  # templates raise types of their authors' choice
+            raise UsageError(f"the chat template raised an error: {error}") from error
+
+    @property
+    def source(self) -> str:
+        """The template's text."""
+        if self.tokenizer.chat_template is None and "chat_template" not in self.arguments:
+            raise UsageError(
+                "a chat needs a chat template, but the tokenizer has none; use a chat model's tokenizer, or "
+                "strings as prompts with data.prompt_format: text (the default)"
+            )
+        if reserved := sorted(RESERVED & self.arguments.keys()):
+            raise UsageError(f"chat_template_kwargs cannot set '{reserved[0]}'; remove it")
+        get: Any = self.tokenizer.get_chat_template
+        return str(get(self.arguments.get("chat_template"), list(self.tools) or None))
+
+    def check(self, messages: Sequence[Message], *, prompt: bool) -> None:
+        """Check that every text is in the rendering, except thoughts, which templates remove from old turns.
+
+        Raises:
+            UsageError: A text is missing.
+        """
+        whole = self.render(messages, prompt=prompt, marked=True)
+        if self.parts and re.search(r"""['"]type['"]: ['"]text['"]""", whole):
+            raise UsageError("the chat template writes the list of content parts itself, not their text")
+        if DATE_MARK in whole:
+            self.notes.add(DATE_NOTE)
+        for name in (function_of(tool)["name"] for tool in self.tools):
+            if name + TOOL_MARK not in whole:
+                raise UsageError(
+                    f"the chat template does not render '{name}' of 'tools'; remove the column, rename it "
+                    "with data.columns if it is not for the template, or use a model whose template has tools"
+                )
+        calls: list[str] = []
+        for index, message in enumerate(messages):
+            *pieces, last = _outside_thoughts(message)
+            if message["content"].strip():
+                pieces.append(last.lstrip() + MARK.format(index))
+            for call in message.get("tool_calls", ()):
+                name = function_of(call)["name"]
+                calls.append(name)
+                pieces += _leaves(_arguments(call))
+                if whole.count(name + CALL_MARK) < calls.count(name):
+                    pieces.append(name + MARK.format("lost"))
+            lost = next((piece for piece in pieces if not _occurs(piece, whole)), None)
+            if lost is not None:
+                text = re.sub(MARK.format(r"\w+?"), "", lost).strip()
+                raise UsageError(
+                    f"message {index + 1} (role '{message['role']}'): {text!r:.60} is not in what the chat "
+                    "template renders; use a role and a form that the template supports, such as a 'system' "
+                    "message in place of a 'developer' message, or remove it"
+                )
+
+    def completion(self, messages: Sequence[Message], turn: Message) -> str:
+        """The text that the assistant message `turn` adds to the prompt `messages`.
+
+        Raises:
+            UsageError: The text cannot be found, or a part of the message is not in it.
+        """
+        prompt, joined = self.render(messages), _joined(messages, turn)
+        whole = self.render(joined, prompt=False)
+        pieces = [piece for piece in re.split("</?think>", turn["content"]) if piece.strip()]
+        pieces += [turn[key] for key in REASONING if isinstance(turn.get(key), str)]
+        if whole.startswith(prompt) and all(_occurs(piece, whole[len(prompt) :]) for piece in pieces):
+            return whole[len(prompt) :]
+        text = self._with_thought(messages, joined[-1], prompt, whole)
+        lost = next((piece for piece in pieces if not _occurs(piece, text)), None)
+        if lost is not None:
+            raise UsageError(
+                f"the chat template removes a part of the demonstration: {lost.strip()!r:.60}; write a "
+                "thought as <think>...</think> at the beginning of the content, and nothing before it"
+            )
+        return text
+
+    def _with_thought(self, messages: Sequence[Message], turn: Message, prompt: str, whole: str) -> str:
+        """The completion with the thought that the template left out, or with an empty one.
+
+        The template of DeepSeek-R1, for example, ends a prompt with "<think>" and renders answers without.
+        """
+        continued = messages[-1]["role"] == "assistant"
+        before = self.render(messages[:-1] if continued else messages, prompt=False)
+        header = prompt[len(before) :]
+        start = len(prompt) if "<think>" not in header else prompt.rindex("<think>")
+        opener = prompt[start:]
+        usable = prompt.startswith(before) and whole.startswith(prompt[:start])
+        if not usable or "</think>" in header or "</think>" not in self.source:
+            raise UsageError(
+                "the chat template renders the prompt differently when a completion follows, so the "
+                "completion's tokens are unknown; change data.chat_template_kwargs (e.g. enable_thinking), "
+                "or give 'prompt' and 'completion' as text that is already rendered"
+            )
+        rest = re.sub(r"\A(<think>\s*)?</think>", "", whole[start:])
+        thought, closed, answer = turn["content"].rpartition("</think>")
+        reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
+        if closed:
+            if thought.startswith(opener):
+                thought = thought[len(opener) :]
+            else:
+                thought = thought.removeprefix("<think>").lstrip("\n")
+            if answer.strip():
+                rest = answer[: -len(answer.lstrip())] + rest.lstrip()
+            return f"{thought}</think>{rest}"
+        if reasoning is None:
+            self.notes.add(THOUGHT_NOTE)
+        thought = str(reasoning or "").strip()
+        begin = "" if opener else "<think>\n"
+        return f"{begin}{thought}\n</think>\n\n" + rest.lstrip("\n")
+
+    def _formed(self, message: Message) -> Message:
+        """The message in the form that the template takes."""
+        message = dict(message)
+        written = THOUGHT.match(message["content"].lstrip()) if message["role"] == "assistant" else None
+        if written and "reasoning_content" in self.source and not any(key in message for key in REASONING):
+            # Some templates read thoughts only from this key; the others treat both forms alike.
+            thought = written[0].removeprefix("<think>").removesuffix("</think>")
+            message["reasoning_content"] = thought.strip("\n")
+            message["content"] = message["content"].lstrip()[len(written[0]) :].lstrip("\n")
+        if self.parts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if "tool_calls" in message:
+            message["tool_calls"] = [self._formed_call(call) for call in message["tool_calls"]]
+        return message
+
+    def _formed_call(self, call: Message) -> Message:
+        function = {**function_of(call), "arguments": _arguments(call)}
+        if self.json_arguments:
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**call, "function": function} if "function" in call else function
+
+
+def render_conversation(
+    messages: Sequence[Message],
+    completions: Sequence[Message | None],
+    earlier: Sequence[int],
+    template: ChatTemplate,
+) -> Rendered:
+    """Render a row, in the first form of content and arguments in which the template loses no text.
+
+    Args:
+        messages: The prompt.
+        completions: Assistant messages that follow it, each without the others.
+        earlier: Indices of the prompt's assistant messages that are trained.
+        template: The chat template.
+
+    Raises:
+        UsageError: The template raised an error, or a text of the conversation is not in what it rendered.
+    """
+    calls = any("tool_calls" in message for message in (*messages, *completions) if message)
+    forms = [(False, False), *([(False, True)] if calls else []), (True, False)]
+    failures: list[UsageError] = []
+    for parts, json_arguments in forms:
+        form = ChatTemplate(
+            tokenizer=template.tokenizer,
+            arguments=template.arguments,
+            tools=template.tools,
+            parts=parts,
+            json_arguments=json_arguments,
+        )
+        try:
+            given = [turn for turn in completions if turn is not None]
+            for turn in given:
+                form.check(_joined(messages, turn), prompt=False)
+            if not given:
+                form.check(messages, prompt=True)
+            turns = [(messages[:index], messages[index]) for index in earlier]
+            return Rendered(
+                prompt=form.render(messages),
+                completions=[
+                    None if turn is None else form.completion(messages, turn) for turn in completions
+                ],
+                earlier=[(form.render(before), form.completion(before, turn)) for before, turn in turns],
+                notes=form.notes,
+            )
+        except UsageError as error:
+            failures.append(error)
+    # A form that the template does not take makes it raise, or lose every text.
+    raise next((error for error in failures if error.__cause__ is None), failures[0])
+
+
+def _joined(messages: Sequence[Message], turn: Message) -> list[Message]:
+    """The messages with the assistant's turn; it continues a last message of the assistant."""
+    if messages[-1]["role"] != "assistant":
+        return [*messages, turn]
+    last = messages[-1]
+    return [*messages[:-1], {**last, **turn, "content": last["content"] + turn["content"]}]
+
+
+def _outside_thoughts(message: Message) -> list[str]:
+    """The content, split at the thoughts of an assistant message."""
+    return THOUGHT.split(message["content"]) if message["role"] == "assistant" else [message["content"]]
+
+
+def _occurs(text: str, whole: str) -> bool:
+    """Whether the text is in the rendering, as it is or as JSON; templates strip white space around it."""
+    return text.strip() in whole or json.dumps(text.strip(), ensure_ascii=False)[1:-1] in whole
+
+
+def _arguments(call: Message) -> Any:
+    """The arguments of a tool call as a mapping; OpenAI's format has them as JSON text."""
+    arguments = function_of(call).get("arguments", {})
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError as error:
+        raise UsageError(f"the arguments of a tool call are not JSON: {arguments!r:.60}") from error
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The keys and texts in the arguments of a tool call."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _marked(index: int, message: Message) -> Message:
+    """The message with marks after its content and after the names of functions."""
+    message = dict(message)
+    if message["content"].strip():
+        message["content"] += MARK.format(index)
+    if message["role"] == "tool" and isinstance(message.get("name"), str):
+        message["name"] += CALL_MARK
+    if "tool_calls" in message:
+        message["tool_calls"] = [_with_marked_name(call, CALL_MARK) for call in message["tool_calls"]]
+    return message
+
+
+def _with_marked_name(tool: Message, mark: str) -> Message:
+    """A tool or a tool call with a mark after the name of its function."""
+    function = {**function_of(tool), "name": function_of(tool)["name"] + mark}
+    return {**tool, "function": function} if "function" in tool else function

@@ -1,0 +1,56 @@
+"""The best checkpoint of a run: the file that names it, and its model as the result."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uniapl.files import write_text
+from uniapl.training.checkpoint.directory import (
+    BEST,
+    MANIFEST,
+    STATE,
+    best_step,
+    checkpoint_path,
+    defects,
+)
+from uniapl.training.monitor.early_stopping import Stopping
+
+ONLY_FOR_RESUMING = (MANIFEST, STATE, "*_optimizer.*", "discriminator.safetensors", "reference.safetensors")
+"""Files of a checkpoint that are not part of the model."""
+
+
+def name_best(run_dir: Path, stopping: Stopping, metric: str) -> None:
+    """Write which checkpoint is the best one; delete the file if there is none."""
+    step = stopping.best_step
+    if step is None:
+        (run_dir / BEST).unlink(missing_ok=True)
+    elif step != best_step(run_dir):
+        path = checkpoint_path(run_dir, step).relative_to(run_dir)
+        found = {"step": step, "checkpoint": str(path), "metric": metric, "value": stopping.best_value}
+        write_text(run_dir / BEST, json.dumps(found))
+
+
+def check_best(run_dir: Path, stopping: Stopping) -> str | None:
+    """Forget a best checkpoint that cannot be used; return the note about it."""
+    step = stopping.best_step
+    if step is None or not (found := defects(checkpoint_path(run_dir, step))):
+        return None
+    stopping.best_step = stopping.best_value = None
+    return (
+        f"the best checkpoint so far, of step {step}, cannot be used ({found[0]}): the comparison of "
+        "load_best_model_at_end starts again"
+    )
+
+
+def copy_model(checkpoint: Path, directory: Path) -> None:
+    """Copy the model of a checkpoint with its tokenizer."""
+    shutil.copytree(
+        checkpoint, directory, ignore=shutil.ignore_patterns(*ONLY_FOR_RESUMING), dirs_exist_ok=True
+    )
+
+
+def record_of(records: list[dict[str, Any]], step: int) -> Mapping[str, Any]:
+    """The metrics of a step."""
+    return next((record for record in records if record["step"] == step), {})

@@ -1,0 +1,33 @@
+"""The number of steps of a stage that is given in epochs."""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+from uniapl.config.resolve import Resolved, with_notes
+from uniapl.training.inputs import RunInputs, stream_examples
+
+
+def with_max_steps(stage: Resolved, inputs: RunInputs) -> Resolved:
+    """The stage with the `max_steps` that `num_train_epochs` asks for; the stage itself without that key.
+
+    An epoch is one pass over the usable rows of the prompt stream, or of the demonstration stream if the
+    method samples no rollouts. The last step may begin another pass.
+    """
+    config = stage.config
+    if config.num_train_epochs is None:
+        return stage
+    prompts, demonstrations = stream_examples(config, inputs.dataset, inputs.rewarder)
+    if config.objective.uses_rollouts:
+        rows, per_step = len(prompts), config.batching.prompts_per_step
+    else:
+        rows, per_step = len(demonstrations), config.batching.demonstrations_per_step
+    # In floating point, 0.1 epochs of 30 rows are more than 3 rows.
+    steps = math.ceil(Fraction(repr(config.num_train_epochs)) * rows / per_step)
+    return with_notes(
+        replace(
+            stage,
+            config=config.model_copy(update={"max_steps": steps}),
+            sources=stage.sources | {"max_steps": "num_train_epochs"},
+        )
+    )

@@ -1,0 +1,91 @@
+"""Every key of TRL and transformers, and common keys of others, leads to a key or to a reason."""
+
+import dataclasses
+
+import pytest
+import transformers
+import trl
+
+from uniapl import cli
+from uniapl.config import Config
+from uniapl.config.other_libraries import NO_EQUIVALENT, OTHER_NAMES
+from uniapl.config.resolve import flatten, resolve
+from uniapl.config.suggestions import suggestion
+from uniapl.errors import UsageError
+
+KEYS = {*flatten(Config()), *Config.model_fields}
+LEAVES = {key.rsplit(".", 1)[-1] for key in KEYS}
+NAMES = ("GRPOConfig", "SFTConfig", "ModelConfig", "ScriptArguments")
+CLASSES = (*(getattr(trl, name) for name in NAMES), transformers.TrainingArguments)
+FIELDS = sorted({field.name for one in CLASSES for field in dataclasses.fields(one)})
+LATER = {"data.name", "data.revision"}
+"""Keys that the tables may name before the configuration has them."""
+
+
+def test_there_are_as_many_fields_as_expected() -> None:
+    assert len(FIELDS) > 200
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_trl_and_transformers_has_a_key_or_a_reason(name: str) -> None:
+    assert name in LEAVES | OTHER_NAMES.keys() | NO_EQUIVALENT.keys()
+    if name in KEYS:
+        return
+    said = suggestion(name)
+    assert said.startswith(("; did you mean '", "; it has no equivalent: "))
+    with pytest.raises(UsageError) as raised:
+        resolve({name: 1})
+    assert f"unknown key '{name}'{said}" in str(raised.value)
+
+
+def test_every_suggested_key_exists() -> None:
+    assert {value.split(" ")[0] for value in OTHER_NAMES.values()} <= KEYS | LATER
+    assert not OTHER_NAMES.keys() & NO_EQUIVALENT.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gradient_accumulation_steps", "did you mean 'batching.prompts_per_step (all prompts of a step"),
+        ("warmup_ratio", "did you mean 'optim.warmup_steps (a number of steps)'?"),
+        ("loss_type", "it has no equivalent: the loss is the clipped GRPO loss over all tokens of the step"),
+        ("use_peft", "did you mean 'model.lora_r'?"),
+        ("push_to_hub", "it has no equivalent: the result is uploaded with `hf upload"),
+        ("early_stopping_patience", "did you mean 'early_stopping.patience'?"),
+        ("eval_dataset", "did you mean 'evaluation.suites'?"),
+        ("save_strategy", "did you mean 'save_steps'?"),
+        ("run_name", "did you mean 'output_dir (its last part is the run's name)'?"),
+        ("deepspeed", "it has no equivalent: processes and FSDP2 are set by `accelerate launch"),
+        ("max_length", "did you mean 'data.max_demonstration_length (longer rows are left out"),
+        ("max_prompt_length", "did you mean 'data.max_prompt_length'?"),
+        ("beta", "did you mean 'objective.beta'?"),
+        ("base_model", "did you mean 'model.model_name_or_path'?"),  # Axolotl
+        ("micro_batch_size", "did you mean 'batching.per_device_train_batch_size'?"),
+        ("sequence_len", "did you mean 'data.max_demonstration_length"),
+        ("num_epochs", "did you mean 'num_train_epochs'?"),
+        ("rlhf_type", "did you mean 'method'?"),  # ms-swift
+        ("train_type", "did you mean 'model.lora_r'?"),
+        ("chord_mu_peak", "did you mean 'objective.mu_peak'?"),
+        ("attn_impl", "did you mean 'model.attn_implementation'?"),
+    ],
+)
+def test_common_keys(name: str, said: str) -> None:
+    for key in (name, f"training.{name}"):
+        assert suggestion(key).startswith(f"; {said}")
+
+
+@pytest.mark.parametrize(
+    ("verb", "hint"),
+    [
+        ("trian", "did you mean 'train'?"),
+        ("Train", "did you mean 'train'?"),
+        ("chek", "did you mean 'check'?"),
+        ("pretrain_discriminator", "did you mean 'pretrain-discriminator'?"),
+        ("eval", "did you mean 'evaluate'?"),
+        ("sft", "did you mean 'train'?"),
+        ("xyzzy", "choose one of demo, compare, train"),
+    ],
+)
+def test_a_misspelt_verb(verb: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([verb, "recipe.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: unknown verb '{verb}'; {hint}")

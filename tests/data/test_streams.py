@@ -1,0 +1,56 @@
+"""The streams' positions and epochs, and the fraction of prompts that is held out."""
+
+import pytest
+
+from uniapl.config import Config
+from uniapl.data.streams import Stream, is_held_out
+from uniapl.types import Example
+
+
+def example(*prompt: int) -> Example:
+    return Example(
+        row=prompt[0], prompt="p", prompt_ids=prompt, demonstration=None, demonstration_ids=None, columns={}
+    )
+
+
+def test_peek_shows_what_take_gives_and_moves_nothing() -> None:
+    stream = Stream([example(n) for n in range(5)], seed=1, name="prompts")
+    shown = stream.peek(7)
+    assert stream.position == 0
+    assert stream.take(7) == shown
+    assert (stream.position, len(stream), stream.epoch) == (7, 5, 7 / 5)
+    assert stream.peek(2) == stream.take(2)
+    first, second = shown[:5], shown[5:] + stream.peek(1)
+    assert sorted(e.row for e in first) == [0, 1, 2, 3, 4]
+    assert len({e.row for e in second}) == 3
+
+
+def test_the_order_depends_on_seed_name_and_epoch() -> None:
+    examples = [example(n) for n in range(30)]
+
+    def order(seed: int, name: str) -> list[int]:
+        return [e.row for e in Stream(examples, seed=seed, name=name).take(60)]
+
+    one = order(1, "prompts")
+    assert one == order(1, "prompts")
+    assert one[:30] != one[30:]
+    assert one[:30] != order(2, "prompts")[:30]
+    assert one[:30] != order(1, "demonstrations")[:30]
+
+
+def test_an_empty_stream_gives_nothing() -> None:
+    stream = Stream([], seed=1, name="prompts")
+    assert (stream.take(3), stream.peek(3), stream.position, stream.epoch) == ([], [], 0, 0.0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9])
+def test_the_held_out_fraction_is_drawn_by_the_prompt_s_ids(fraction: float) -> None:
+    config = Config.model_validate({"discriminator": {"held_out_fraction": fraction}})
+    drawn = [is_held_out(example(n, 7), config) for n in range(2000)]
+    assert sum(drawn) / len(drawn) == pytest.approx(fraction, abs=0.03)
+    larger = Config.model_validate({"discriminator": {"held_out_fraction": min(0.95, fraction + 0.05)}})
+    assert all(is_held_out(example(n, 7), larger) for n in range(2000) if drawn[n])
+    if fraction == 0.5:
+        other = Config.model_validate({"seed": 1, "discriminator": {"held_out_fraction": fraction}})
+        same = [is_held_out(example(n, 7), other) == drawn[n] for n in range(2000)]
+        assert sum(same) / len(same) == pytest.approx(0.5, abs=0.05)

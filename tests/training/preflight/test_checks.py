@@ -1,0 +1,143 @@
+"""`uniapl check` finds what `uniapl train` would find before its first step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.runs import train, write_recipe
+from support.tiny import letter_rows, make_model, make_tokenizer
+from uniapl import cli
+from uniapl.config.resolve import load_recipe
+
+VERBS = pytest.mark.parametrize("verb", ["check", "train"])
+
+
+def notes(capsys: pytest.CaptureFixture[str], path: Path, *flags: str) -> list[str]:
+    capsys.readouterr()
+    assert cli.run(["check", str(path), "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)["notes"]
+
+
+@VERBS
+def test_a_tracker_that_is_not_installed(
+    verb: str,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = write_recipe(tmp_path, model_dir, report_to=["wandb"])
+    assert cli.run([verb, str(path)]) == 2
+    assert capsys.readouterr().err == "error: report_to: 'wandb' is not installed: pip install wandb\n"
+
+
+def test_an_output_directory_that_is_taken(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, model_dir, max_steps=2)
+    train(load_recipe(path), train_dataset=None, reward_functions=[])
+    before = sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "run").rglob("*"))
+    for verb in ("check", "train"):
+        capsys.readouterr()
+        assert cli.run([verb, str(path)]) == 2
+        said = capsys.readouterr().err
+        assert f"output_dir '{tmp_path / 'run'}' already holds a run (" in said
+        assert "continue it with --resume auto, replace it with --overwrite" in said
+    assert notes(capsys, path, "--overwrite") == []
+    assert notes(capsys, path, "--resume", "auto") == [
+        "this run is complete; to continue it, set a larger --max-steps"
+    ]
+    assert "changed since the run was last started: seed: 0 -> 3" in notes(
+        capsys, path, "--resume", "auto", "--seed", "3", "--max-steps", "4"
+    )
+    assert cli.run(["check", str(path), "--resume", "auto", "--method", "sft"]) == 2
+    assert "was made with methods uniapl; the recipe has sft" in capsys.readouterr().err
+    after = sorted((file, file.stat().st_mtime_ns) for file in (tmp_path / "run").rglob("*"))
+    assert [file for file, _ in after] == [file for file, _ in before]
+
+
+@VERBS
+def test_an_output_directory_that_cannot_be_made(
+    verb: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    path = write_recipe(tmp_path, model_dir)
+    for name in ("file", "file/run", "a\0b"):
+        assert cli.run([verb, str(path), "--output-dir", str(tmp_path / name)]) == 2
+        assert "cannot be written: " in capsys.readouterr().err
+
+
+@VERBS
+def test_a_run_that_another_process_uses(
+    verb: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from uniapl.training.checkpoint.disk import exclusive
+
+    path = write_recipe(tmp_path, model_dir)
+    with exclusive(tmp_path / "run"):
+        assert cli.run([verb, str(path)]) == 2
+    assert "another run is using output_dir" in capsys.readouterr().err
+
+
+def test_demonstrations_that_no_rollout_can_reach(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = letter_rows(6, demonstrated=())
+    for number, length in ((0, 5), (2, 6), (3, 40)):
+        rows[number]["completion"] = "a" * length  # and the end token
+    path = write_recipe(tmp_path, model_dir, rows)  # rollouts of 6 tokens
+    note = (
+        "2 of 3 demonstrations are longer than rollout.max_completion_length 6, the longest has 41 tokens, "
+        "so that rollouts cannot reach them: raise it, or leave them out with "
+        "data.max_demonstration_length (rows 3, 4)"
+    )
+    assert notes(capsys, path) == [note]
+    assert notes(capsys, path, "--rollout.max-completion-length", "41") == []
+    for method in ("grpo", "sft"):
+        assert not any("longer" in note for note in notes(capsys, path, "--method", method))
+    assert cli.run(["train", str(path), "--max-steps", "1"]) == 0
+    assert f"note: {note}" in capsys.readouterr().out
+
+
+@VERBS
+@pytest.mark.parametrize("pad_is_unknown", [False, True])
+def test_a_tokenizer_that_does_not_know_the_text(
+    verb: str, pad_is_unknown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    if pad_is_unknown:
+        tokenizer.pad_token = "<unk>"
+    make_model(scale=1.0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows: list[dict[str, Any]] = [{"prompt": "12345 6.", "completion": "789"}, {"prompt": "12 b."}]
+    path = write_recipe(tmp_path, tmp_path / "model", rows)
+    assert cli.run([verb, str(path)]) == 2
+    said = capsys.readouterr().err
+    names = "'<unk>'" if pad_is_unknown else "'<pad>' or '<unk>'"
+    # 6 + 3 + 2 digits of 8 + 4 + 5 tokens
+    assert f"the tokenizer does not fit the data: 65% of the tokens are {names}, for example in row 1" in said
+
+
+def test_a_few_unknown_characters_are_a_note(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = letter_rows()
+    rows[1]["prompt"], rows[4]["completion"] = "say 1+1.", "é"
+    path = write_recipe(tmp_path, model_dir, rows)
+    assert notes(capsys, path) == [
+        "2 rows contain text that the tokenizer does not know (4 tokens are '<pad>' or '<unk>'): rows 2, 5"
+    ]
+
+
+def test_a_tokenizer_that_is_too_large_is_found_without_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(scale=1.0).save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"word{n}" for n in range(20)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert cli.run(["check", str(write_recipe(tmp_path, tmp_path / "model"))]) == 2
+    assert f"the tokenizer has {len(tokenizer)} tokens, but the model has only 64" in capsys.readouterr().err
