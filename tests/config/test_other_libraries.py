@@ -47,7 +47,7 @@ def test_every_suggested_key_exists() -> None:
     ("name", "said"),
     [
         ("gradient_accumulation_steps", "did you mean 'batching.prompts_per_step (all prompts of a step"),
-        ("warmup_ratio", "did you mean 'optim.warmup_steps (a number of steps)'?"),
+        ("warmup_ratio", "did you mean 'optim.warmup_ratio'?"),
         ("loss_type", "it has no equivalent: the loss is the clipped GRPO loss over all tokens of the step"),
         ("use_peft", "did you mean 'model.lora_r'?"),
         ("push_to_hub", "it has no equivalent: the result is uploaded with `hf upload"),

@@ -81,7 +81,7 @@ def test_reward_functions_get_the_text_of_a_csv_file(tmp_path: Path, model_dir: 
         ("x.csv", b'"prompt"\t"answer"\n"a, ""b""\r\nc"\t1\nd\t2\n'),
         ("x.tsv", b'prompt\tanswer\n"a, ""b""\r\nc"\t1\nd\t2\n'),
         ("x.csv", b' prompt , answer\r"a, ""b""\r\nc",1\rd,2\r'),
-        ("x.csv.gz", gzip.compress(b'prompt,answer\n"a, ""b""\r\nc",1\nd,2\n')),
+        ("x.csv.gz", gzip.compress(b'prompt,answer\n"a, ""b""\r\nc",1\nd,2\n', mtime=0)),
     ],
     ids=["bom and crlf", "semicolons", "tabs", "tsv", "cr and spaces in the header", "gzip"],
 )
@@ -118,7 +118,7 @@ def test_long_cells_and_the_index_of_pandas(tmp_path: Path) -> None:
         ("x.json", '{"a": 1}\n{"a": }\n', "x.json: line 2: invalid JSON"),
         ("x.json", '{"rows": [\n{"a": 1}]}', "the file is one object"),
         ("x.jsonl.gz", b"nonsense", "x.jsonl.gz: invalid gzip data"),
-        ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], "x.jsonl.gz: invalid gzip data"),
+        ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "x.jsonl.gz: invalid gzip data"),
         ("x.jsonl.zst", b"", r"must end in .*\.jsonl\.gz"),
     ],
 )

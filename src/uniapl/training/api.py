@@ -1,8 +1,8 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, chdir, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,8 @@ def train_resolved(
     stages = stages_of(resolved)
     accelerator = make_accelerator(config)
     directory = Path(str(accelerator.project_dir))
-    check_agreement(accelerator, "the recipe", [stage.config for stage in stages])
     check_evaluation(stages[-1].config, has_function=evaluate is not None)
-    for stage in stages:
-        check_processes(stage.config, accelerator.num_processes)
-        if fsdp.shards_weights():
-            fsdp.check_sharding(stage.config)
+    _check_launch(stages, accelerator)
     # Reward functions are tried, and may change the working directory, to which paths are relative.
     with chdir("."):
         inputs = load_inputs(
@@ -118,16 +114,15 @@ def train_resolved(
             with_suites=config.eval_steps > 0,
             once=functools.partial(on_rank_zero, accelerator),
         )
-    examples = [(example.prompt_ids, example.demonstration_ids) for example in inputs.dataset.examples]
-    check_agreement(accelerator, "the data", examples)
+    check_agreement(
+        accelerator, "the data", [(e.prompt_ids, e.demonstration_ids) for e in inputs.dataset.examples]
+    )
     stages = [with_max_steps(stage, inputs) for stage in stages]
     if not config.stages:
         (resolved,) = stages
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
-    if train_dataset is not None and config.data.path is not None:
-        view.say("note: data.path is ignored because train_dataset is given")
-    for note in _notes(resolved, stages, inputs, accelerator):
+    for note in _notes(resolved, stages, inputs, accelerator, with_rows=train_dataset is not None):
         view.say(f"note: {note}")
     with ExitStack() as locked:
         # Only the main process writes to the directory.
@@ -136,14 +131,7 @@ def train_resolved(
         run.evaluation = Evaluation(
             config=config, inputs=inputs, accelerator=accelerator, last_step=num_steps, custom=evaluate
         )
-        with (
-            end_state_recorded(run),
-            disk_errors_explained(directory, started=True),
-            memory_errors_explained(view),
-            tracked(accelerator, resolved),
-            view,
-            run.signal.handled(view.say),
-        ):
+        with _explained(run), tracked(accelerator, resolved), view, run.signal.handled(view.say):
             if config.eval_on_start and run.step == 0:
                 run.evaluate_start(stage)
             run_stage(run, stage)
@@ -161,6 +149,26 @@ def train_resolved(
     return RunResult(
         output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.health.last_record
     )
+
+
+@contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Record how the run ends, and explain errors of the disk and of the memory."""
+    with (
+        end_state_recorded(run),
+        disk_errors_explained(run.directory, started=True),
+        memory_errors_explained(run.view),
+    ):
+        yield
+
+
+def _check_launch(stages: Sequence[Resolved], accelerator: Accelerator) -> None:
+    """Check that all processes have the same recipe, and that its stages can run in them."""
+    check_agreement(accelerator, "the recipe", [stage.config for stage in stages])
+    for stage in stages:
+        check_processes(stage.config, accelerator.num_processes)
+        if fsdp.shards_weights():
+            fsdp.check_sharding(stage.config)
 
 
 def _start(
@@ -206,10 +214,21 @@ def _start(
 
 
 def _notes(
-    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, accelerator: Accelerator
+    resolved: Resolved,
+    stages: Sequence[Resolved],
+    inputs: RunInputs,
+    accelerator: Accelerator,
+    *,
+    with_rows: bool,
 ) -> list[str]:
-    """Notes about configuration and data, shown before the first step."""
+    """Notes about configuration and data, shown before the first step.
+
+    Args:
+        with_rows: Whether the caller passed the rows, so that no file is read.
+    """
     notes = [*dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)]
+    if with_rows and resolved.config.data.path is not None:
+        notes.insert(0, "data.path is ignored because train_dataset is given")
     notes += dict.fromkeys(
         f"rollouts come from the vLLM server {rollout.vllm_server_base_url}; the timeout is "
         f"{rollout.vllm_timeout:g} s (rollout.vllm_timeout)"

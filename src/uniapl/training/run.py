@@ -229,7 +229,6 @@ def start_run(
         view.say(f"note: {note}")
     for log in logs.values():
         log.enabled = accelerator.is_main_process
-    same_limit = state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
     return Run(
         config=config,
         methods=[stage.config.method for stage in stages],
@@ -237,15 +236,7 @@ def start_run(
         inputs=inputs,
         view=view,
         logs=logs,
-        progress=Progress(
-            step=step,
-            num_tokens=state.get("num_tokens", 0),
-            token_limit=state["token_limit"] if same_limit else None,
-            streams={
-                name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
-                for name in ("prompts", "demonstrations")
-            },
-        ),
+        progress=_progress(state, config),
         health=RunHealth(
             view=view,
             log=logs["health"],
@@ -254,6 +245,20 @@ def start_run(
             history=history,
             bad_steps=state.get("bad_steps", {}),
         ),
+    )
+
+
+def _progress(state: dict[str, Any], config: Config) -> Progress:
+    """The progress in a checkpoint's state."""
+    same_limit = state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
+    return Progress(
+        step=state["step"],
+        num_tokens=state.get("num_tokens", 0),
+        token_limit=state["token_limit"] if same_limit else None,
+        streams={
+            name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
+            for name in ("prompts", "demonstrations")
+        },
     )
 
 

@@ -78,15 +78,8 @@ def load_inputs(
     content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
     suites: tuple[Suite, ...] = ()
     if with_suites:
-        suites = load_suites(
-            config,
-            tokenizer,
-            functions=functions,
-            stop_ids=stop_ids,
-            context_length=window,
-            state=state,
-            once=once,
-        )
+        common = {"functions": functions, "stop_ids": stop_ids, "context_length": window}
+        suites = load_suites(config, tokenizer, **common, state=state, once=once)
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
         source=model_source,
