@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uniapl.data.batching import Row, batch_sequences, collate
 from uniapl.types import TokenIds
@@ -33,7 +33,7 @@ class TokenStates:
 class TokenReader:
     """Runs a model on completions."""
 
-    model: nn.Module
+    model: Any
     """Called like :class:`uniapl.models.policy.Policy`."""
     layers: tuple[int, ...]
     """Decoder layers whose states are returned, from 1."""

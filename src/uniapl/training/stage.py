@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -15,6 +16,7 @@ from uniapl.config import Config
 from uniapl.data.streams import is_held_out
 from uniapl.errors import UniAPLError
 from uniapl.functional import Multiplier
+from uniapl.models.loading import ModelSource
 from uniapl.models.policy import Policy
 from uniapl.models.reference import Reference, reference_at_start
 from uniapl.models.token_states import TokenReader
@@ -46,10 +48,9 @@ class Stage:
     """The module to train: a :class:`Policy` around `model`, wrapped for DDP if needed; with FSDP2 a sharded
     copy."""
     optimizer: Optimizer
-    reference: Reference | None
-    """Reference of the KL term, allocated at the start so that memory does not grow at `reference_step`."""
     reader: TokenReader | None
-    """Reads completions with the reference, for the KL and for a discriminator on its states."""
+    """Reads completions with the reference, for the KL and for a discriminator on its states. The reference
+    is allocated at the start so that memory does not grow at `reference_step`."""
     loss_settings: LossSettings
     adversary: Adversary | StateAdversary | None
     sampler: Sampler
@@ -61,6 +62,11 @@ class Stage:
     def config(self) -> Config:
         """The stage's configuration."""
         return self.schedule.config
+
+    @property
+    def reference(self) -> Reference | None:
+        """The reference of the KL term."""
+        return self.reader.model if self.reader is not None else None
 
     @property
     def one_step_off(self) -> OneStepOffSampler | None:
@@ -139,28 +145,8 @@ def build_stage(
         checkpointed_layers(model)
     inner = Policy(model, accelerator.autocast)
     source = inputs.source.with_weights(start)
-    on_states = objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
-    reference = reference_at_start(inner, source) if objective.beta > 0 or on_states else None
-    reader = None
-    if reference is not None:
-        layers = state_layers(config.discriminator, model) if on_states else ()
-        reader = TokenReader(
-            model=reference,
-            layers=layers,
-            temperature=config.rollout.temperature,
-            pad_id=inputs.pad_id,
-            max_tokens=config.batching.max_tokens_per_micro_batch,
-            packed=config.batching.packing and inner.packs,
-            device=accelerator.device,
-            autocast=accelerator.autocast,
-        )
-    adversary: Adversary | StateAdversary | None = None
-    if on_states:
-        assert reader is not None
-        size = len(reader.layers) * model.config.get_text_config().hidden_size
-        adversary = build_state_adversary(config, reader, inputs, accelerator, size)
-    elif objective.lambda_adv:
-        adversary = build_adversary(config, inner, inputs, accelerator, source)
+    reader = _reader(config, inner, inputs, accelerator, source)
+    adversary = _adversary(config, inner, inputs, accelerator, source, reader)
     make_optimizer = functools.partial(
         adamw,
         lr=optim.learning_rate,
@@ -175,7 +161,6 @@ def build_stage(
         model=model,
         policy=policy,
         optimizer=optimizer,
-        reference=reference,
         reader=reader,
         loss_settings=LossSettings(
             clip_low=objective.epsilon,
@@ -190,7 +175,44 @@ def build_stage(
             config=config,
             adversary=adversary,
             multiplier=Multiplier(value=objective.lambda_adv),
-            uses_reference=reference is not None and not objective.reference_step,
+            uses_reference=reader is not None and not objective.reference_step,
         ),
         packing=config.batching.packing and inner.packs,
     )
+
+
+def _reader(
+    config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, source: ModelSource
+) -> TokenReader | None:
+    """The reader of the KL reference; None if neither the KL nor the discriminator needs one."""
+    on_states = config.objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
+    if not config.objective.beta and not on_states:
+        return None
+    return TokenReader(
+        model=reference_at_start(policy, source),
+        layers=state_layers(config.discriminator, policy.model) if on_states else (),
+        temperature=config.rollout.temperature,
+        pad_id=inputs.pad_id,
+        max_tokens=config.batching.max_tokens_per_micro_batch,
+        packed=config.batching.packing and policy.packs,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
+
+
+def _adversary(
+    config: Config,
+    policy: Policy,
+    inputs: RunInputs,
+    accelerator: Accelerator,
+    source: ModelSource,
+    reader: TokenReader | None,
+) -> Adversary | StateAdversary | None:
+    if not config.objective.lambda_adv:
+        return None
+    if config.discriminator.kind not in STATE_KINDS:
+        return build_adversary(config, policy, inputs, accelerator, source)
+    assert reader is not None
+    text_config: Any = policy.model.config.get_text_config()
+    size = len(reader.layers) * text_config.hidden_size
+    return build_state_adversary(config, reader, inputs, accelerator, size)

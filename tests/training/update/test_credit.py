@@ -57,7 +57,8 @@ def test_by_hand() -> None:
 
 def test_rewards_are_scaled_and_credit_is_chosen_as_configured() -> None:
     item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
-    (scaled,) = assign_credit([item], scale_rewards="group", adversarial_credit="logit", expert_mean=None)
+    logits = ObjectiveConfig(adversarial_credit="logit")
+    (scaled,) = assign_credit([item], logits, expert_mean=None, lambda_adv=0.0)
     assert scaled.advantages == (
         *(pytest.approx(sign * 0.5 / (math.sqrt(0.5) + 1e-4)) for sign in (1, -1)),
         None,
