@@ -91,6 +91,23 @@ def test_a_resumed_run_has_the_same_best_checkpoint(
     assert same_model(tmp_path / "cut" / "final", tmp_path / "whole" / "final")
 
 
+def test_each_checksum_is_verified_once_per_start(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a checkpoint that is both the newest one and the best one."""
+    values = recipe(model_dir, tmp_path / "run", **BEST)
+    train(values | {"max_steps": 3}, evaluate=scores)
+    newest = checkpoint.checkpoint_path(tmp_path / "run", 3)
+    read: list[Path] = []
+    verify = checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: read.append(path) or verify(path))
+    train(values | {"max_steps": 4, "resume": "auto"}, evaluate=scores)
+    names = json.loads((newest / checkpoint.MANIFEST).read_text())
+    assert sorted(path for path in read if path.is_relative_to(newest)) == sorted(
+        newest / name for name in names
+    )
+
+
 def test_a_best_checkpoint_that_is_gone_is_noted(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

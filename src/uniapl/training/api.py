@@ -1,8 +1,8 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, chdir, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, chdir, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,29 +100,18 @@ def train_resolved(
     """:func:`train` for a resolved configuration; by default it prints to the console."""
     config = resolved.config
     stages = stages_of(resolved)
-    accelerator = make_accelerator(config)
+    accelerator = _launched(config, stages)
     directory = Path(str(accelerator.project_dir))
     check_evaluation(stages[-1].config, has_function=evaluate is not None)
-    _check_launch(stages, accelerator)
-    # Reward functions are tried, and may change the working directory, to which paths are relative.
-    with chdir("."):
-        inputs = load_inputs(
-            resolved,
-            stages,
-            train_dataset=train_dataset,
-            reward_functions=reward_functions,
-            with_suites=config.eval_steps > 0,
-            once=functools.partial(on_rank_zero, accelerator),
-        )
-    check_agreement(
-        accelerator, "the data", [(e.prompt_ids, e.demonstration_ids) for e in inputs.dataset.examples]
-    )
+    inputs = _load(resolved, stages, accelerator, train_dataset, reward_functions)
     stages = [with_max_steps(stage, inputs) for stage in stages]
     if not config.stages:
         (resolved,) = stages
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
-    for note in _notes(resolved, stages, inputs, accelerator, with_rows=train_dataset is not None):
+    if train_dataset is not None and config.data.path is not None:
+        view.say("note: data.path is ignored because train_dataset is given")
+    for note in _notes(resolved, stages, inputs, accelerator):
         view.say(f"note: {note}")
     with ExitStack() as locked:
         # Only the main process writes to the directory.
@@ -131,7 +120,14 @@ def train_resolved(
         run.evaluation = Evaluation(
             config=config, inputs=inputs, accelerator=accelerator, last_step=num_steps, custom=evaluate
         )
-        with _explained(run), tracked(accelerator, resolved), view, run.signal.handled(view.say):
+        with (
+            end_state_recorded(run),
+            disk_errors_explained(directory, started=True),
+            memory_errors_explained(view),
+            tracked(accelerator, resolved),
+            view,
+            run.signal.handled(view.say),
+        ):
             if config.eval_on_start and run.step == 0:
                 run.evaluate_start(stage)
             run_stage(run, stage)
@@ -151,24 +147,38 @@ def train_resolved(
     )
 
 
-@contextmanager
-def _explained(run: Run) -> Iterator[None]:
-    """Record how the run ends, and explain errors of the disk and of the memory."""
-    with (
-        end_state_recorded(run),
-        disk_errors_explained(run.directory, started=True),
-        memory_errors_explained(run.view),
-    ):
-        yield
-
-
-def _check_launch(stages: Sequence[Resolved], accelerator: Accelerator) -> None:
-    """Check that all processes have the same recipe, and that its stages can run in them."""
-    check_agreement(accelerator, "the recipe", [stage.config for stage in stages])
+def _launched(config: Config, stages: Sequence[Resolved]) -> Accelerator:
+    """The accelerator of a run, which all ranks were started for in a way that its stages support."""
+    accelerator = make_accelerator(config)
+    check_agreement(accelerator, "the recipe", (stage.config for stage in stages))
     for stage in stages:
         check_processes(stage.config, accelerator.num_processes)
         if fsdp.shards_weights():
             fsdp.check_sharding(stage.config)
+    return accelerator
+
+
+def _load(
+    resolved: Resolved,
+    stages: Sequence[Resolved],
+    accelerator: Accelerator,
+    train_dataset: Iterable[Mapping[str, Any]] | None,
+    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any],
+) -> RunInputs:
+    """The inputs of a run, on which all ranks agree."""
+    # Reward functions are tried, and may change the working directory, to which paths are relative.
+    with chdir("."):
+        inputs = load_inputs(
+            resolved,
+            stages,
+            train_dataset=train_dataset,
+            reward_functions=reward_functions,
+            with_suites=resolved.config.eval_steps > 0,
+            once=functools.partial(on_rank_zero, accelerator),
+        )
+    examples = inputs.dataset.examples
+    check_agreement(accelerator, "the data", ((e.prompt_ids, e.demonstration_ids) for e in examples))
+    return inputs
 
 
 def _start(
@@ -205,7 +215,7 @@ def _start(
     needed = bytes_to_write(stages, StageCheckpoint(stage), start, accelerator)
     on_rank_zero(accelerator, lambda: disk.check_space(directory, needed))
     # The run directory is changed from here on.
-    run = start_run(resolved, stages, accelerator, inputs, view, start.state, stage.schedule.stopping)
+    run = start_run(resolved, stages, accelerator, inputs, view, start, stage.schedule.stopping)
     found = start.checkpoint
     view.say(f"resumed at step {run.step} from {found}" if found else f"run directory: {config.output_dir}")
     if config.batching.packing and not stage.packing:
@@ -214,21 +224,10 @@ def _start(
 
 
 def _notes(
-    resolved: Resolved,
-    stages: Sequence[Resolved],
-    inputs: RunInputs,
-    accelerator: Accelerator,
-    *,
-    with_rows: bool,
+    resolved: Resolved, stages: Sequence[Resolved], inputs: RunInputs, accelerator: Accelerator
 ) -> list[str]:
-    """Notes about configuration and data, shown before the first step.
-
-    Args:
-        with_rows: Whether the caller passed the rows, so that no file is read.
-    """
+    """Notes about configuration and data, shown before the first step."""
     notes = [*dict.fromkeys(note for part in (resolved, *stages) for note in part.notes)]
-    if with_rows and resolved.config.data.path is not None:
-        notes.insert(0, "data.path is ignored because train_dataset is given")
     notes += dict.fromkeys(
         f"rollouts come from the vLLM server {rollout.vllm_server_base_url}; the timeout is "
         f"{rollout.vllm_timeout:g} s (rollout.vllm_timeout)"

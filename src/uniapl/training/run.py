@@ -33,6 +33,7 @@ from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.training.monitor.metrics import completion_records
 from uniapl.training.monitor.record import StepResult, step_record
 from uniapl.training.monitor.trackers import track
+from uniapl.training.resume import Start
 from uniapl.training.signals import StopSignal
 from uniapl.training.stage import Stage
 from uniapl.training.stage_checkpoint import StageCheckpoint, discriminator_kind
@@ -195,7 +196,7 @@ def start_run(
     accelerator: Accelerator,
     inputs: RunInputs,
     view: RunView,
-    state: dict[str, Any],
+    start: Start,
     stopping: Stopping,
 ) -> Run:
     """Create the run at step 0 or from a checkpoint's state, and delete the files of later steps.
@@ -203,12 +204,12 @@ def start_run(
     Args:
         stopping: The state of the current stage's rules, which forgets a best checkpoint that is gone.
     """
-    directory, step = Path(str(accelerator.project_dir)), state["step"]
+    directory, state, step = Path(str(accelerator.project_dir)), start.state, start.state["step"]
     config = recorded_config(resolved.config, directory) if state.get("finished") else resolved.config
     window = max(stage.config.health.window for stage in stages)
 
     def prepare() -> tuple[dict[str, JsonlLog], list[dict[str, Any]], Stopping, str | None]:
-        note = check_best(directory, stopping)
+        note = check_best(directory, stopping, verified=start.checkpoint)
         with disk_errors_explained(directory, started=False):
             checkpoint_directory.sweep(directory)
             # Keep the config.yaml of a finished run: it records how the model was trained.
@@ -217,9 +218,7 @@ def start_run(
             checkpoint_directory.forget_after(directory, step)
             name_best(directory, stopping, stages[state["stage"]].config.early_stopping.metric)
             _delete_superfluous(directory, config, step)
-            names = ("metrics", "completions", "health")
-            # Step 0 is evaluated again.
-            logs = {name: JsonlLog(directory / f"{name}.jsonl", last_step=step or -1) for name in names}
+            logs = _open_logs(directory, step)
             history = [record for record in logs["metrics"].tail(2 * window) if record["step"]]
             return logs, history, stopping, note
 
@@ -229,6 +228,7 @@ def start_run(
         view.say(f"note: {note}")
     for log in logs.values():
         log.enabled = accelerator.is_main_process
+    same_limit = state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
     return Run(
         config=config,
         methods=[stage.config.method for stage in stages],
@@ -236,7 +236,15 @@ def start_run(
         inputs=inputs,
         view=view,
         logs=logs,
-        progress=_progress(state, config),
+        progress=Progress(
+            step=step,
+            num_tokens=state.get("num_tokens", 0),
+            token_limit=state["token_limit"] if same_limit else None,
+            streams={
+                name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
+                for name in ("prompts", "demonstrations")
+            },
+        ),
         health=RunHealth(
             view=view,
             log=logs["health"],
@@ -248,18 +256,11 @@ def start_run(
     )
 
 
-def _progress(state: dict[str, Any], config: Config) -> Progress:
-    """The progress in a checkpoint's state."""
-    same_limit = state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
-    return Progress(
-        step=state["step"],
-        num_tokens=state.get("num_tokens", 0),
-        token_limit=state["token_limit"] if same_limit else None,
-        streams={
-            name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
-            for name in ("prompts", "demonstrations")
-        },
-    )
+def _open_logs(directory: Path, step: int) -> dict[str, JsonlLog]:
+    # Step 0 is evaluated again.
+    last_step = step or -1
+    names = ("metrics", "completions", "health")
+    return {name: JsonlLog(directory / f"{name}.jsonl", last_step=last_step) for name in names}
 
 
 def _delete_superfluous(directory: Path, config: Config, step: int) -> None:

@@ -293,9 +293,10 @@ def test_without_an_active_component_the_optimizer_does_not_move() -> None:
         assert ("kl" in result.sums) == bool(weights["kl"])
 
 
-def test_counts_are_of_all_rows_and_tokens_are_completion_tokens() -> None:
+def test_counts_are_of_all_rows_and_completion_tokens() -> None:
     rows = random_rows(seed=2)
     batch = MixedBatch(rows=rows, micro_batches=[collate(rows[:1], pad_id=0)], weights=WEIGHTS)
-    assert batch.num_tokens == sum(len(row.completion_ids) for row in rows)
+    assert batch.completion_tokens == sum(len(row.completion_ids) for row in rows)
+    assert batch.num_tokens == batch.completion_tokens + sum(len(row.prompt_ids) for row in rows)
     assert batch.counts["kl"] == sum(len(r.completion_ids) for r in rows if r.sampling_logprobs is not None)
-    assert batch.counts["sft"] + batch.counts["kl"] == batch.num_tokens
+    assert batch.counts["sft"] + batch.counts["kl"] == batch.completion_tokens

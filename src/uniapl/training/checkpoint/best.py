@@ -32,10 +32,17 @@ def name_best(run_dir: Path, stopping: Stopping, metric: str) -> None:
         write_text(run_dir / BEST, json.dumps(found))
 
 
-def check_best(run_dir: Path, stopping: Stopping) -> str | None:
-    """Forget a best checkpoint that cannot be used; return the note about it."""
+def check_best(run_dir: Path, stopping: Stopping, *, verified: Path | None) -> str | None:
+    """Forget a best checkpoint that cannot be used; return the note about it.
+
+    Args:
+        verified: A checkpoint whose checksums are known to be right.
+    """
     step = stopping.best_step
-    if step is None or not (found := defects(checkpoint_path(run_dir, step))):
+    if step is None:
+        return None
+    path = checkpoint_path(run_dir, step)
+    if (verified is not None and path.resolve() == verified.resolve()) or not (found := defects(path)):
         return None
     stopping.best_step = stopping.best_value = None
     return (

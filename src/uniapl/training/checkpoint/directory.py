@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +251,8 @@ def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
     """
     named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
     indices = {name: index for index, (name, _) in enumerate(named)}
-    values: dict[str, Any] = load_file(stem.with_suffix(".safetensors"))
-    values |= json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
-    for key, value in values.items():
+    for key, value in _saved_values(stem):
         name, kind = key.rsplit(".", 1)
         if name not in indices:
             reason = f"holds the state of '{name}', which is not trained"
@@ -270,6 +268,14 @@ def load_optimizer(optimizer: Optimizer, stem: Path) -> None:
             value = like(value, parameter)
         state.setdefault(index, {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _saved_values(stem: Path) -> Iterator[tuple[str, Any]]:
+    """What :func:`save_optimizer` saved, one by one: a process that keeps shards never holds all tensors."""
+    with safe_open(stem.with_suffix(".safetensors"), framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  (the file is no mapping)
+            yield key, file.get_tensor(key)
+    yield from json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")).items()
 
 
 def _read_back(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Work that rank 0 does for all ranks, and the inputs on which all ranks must agree."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
@@ -37,16 +37,18 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], Result]) -> Result
     return result
 
 
-def check_agreement(accelerator: Accelerator, name: str, value: object) -> None:
-    """Check that a value is the same on every rank: nodes may have different copies of a file.
-
-    Args:
-        value: Its repr is compared.
+def check_agreement(accelerator: Accelerator, name: str, values: Iterable[object]) -> None:
+    """Check that values are the same on every rank: nodes may have different copies of a file.
 
     Raises:
-        UsageError: It differs; every rank raises it.
+        UsageError: The reprs of the values differ; every rank raises it.
     """
-    digests = gather_object([hashlib.sha256(repr(value).encode(errors="backslashreplace")).hexdigest()])
+    if accelerator.num_processes == 1:
+        return
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode(errors="backslashreplace"))
+    digests = gather_object([digest.hexdigest()])
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise UsageError(

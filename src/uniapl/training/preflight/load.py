@@ -51,16 +51,11 @@ def load_inputs(
     rows = read_rows(config.data) if train_dataset is None else number_rows(train_dataset, config.data)
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limits = {"stop_ids": stop_ids, "context_length": window}
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
-        dataset = tokenize_rows(
-            rows,
-            tokenizer,
-            config.data,
-            stop_ids=stop_ids,
-            context_length=window,
-            max_completion_length=max(longest, default=0),
-        )
+        most = max(longest, default=0)
+        dataset = tokenize_rows(rows, tokenizer, config.data, max_completion_length=most, **limits)
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     functions = [reward_functions] if callable(reward_functions) else reward_functions
     state = _trainer_state(config, stages)
@@ -75,11 +70,9 @@ def load_inputs(
     notes = [*notes, *unknown, *notes_on_lengths([stage.config for stage in stages], dataset)]
     if longest:
         rewarder.try_out(dataset.examples)
-    content = json.dumps([row for _, row in rows], default=repr, sort_keys=True)
     suites: tuple[Suite, ...] = ()
     if with_suites:
-        common = {"functions": functions, "stop_ids": stop_ids, "context_length": window}
-        suites = load_suites(config, tokenizer, **common, state=state, once=once)
+        suites = load_suites(config, tokenizer, functions=functions, state=state, once=once, **limits)
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
         source=model_source,
@@ -87,10 +80,15 @@ def load_inputs(
         dataset=dataset,
         rewarder=rewarder,
         stop_ids=stop_ids,
-        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        data_sha256=_sha256([row for _, row in rows]),
         notes=tuple(notes),
         suites=suites,
     )
+
+
+def _sha256(rows: Sequence[Mapping[str, Any]]) -> str:
+    content = json.dumps(rows, default=repr, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _data_notes(
