@@ -1,19 +1,23 @@
 """Discriminators on the reference's states: cold start, resume, processes, adapters, held-out texts."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from support.processes import run_processes
 from support.runs import assert_same_run, lines, recipe, run_until, timeless, train
+from uniapl.discriminator.bradley_terry import AdversaryState
 from uniapl.models.token_states import TokenStates
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.demonstration_states import DemonstrationStates
-from uniapl.types import Example
+from uniapl.training.state_adversary import StateAdversary
+from uniapl.types import Example, Rollout, RolloutGroup
 
 KINDS = ("head", "reference-likelihood")
 
@@ -190,3 +194,60 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in (0, 1, 0, 2, 0, 1):
         subject.of(subject.train[row])
     assert [sequences[0][0][0] for sequences in read] == [0, 1, 2, 1]
+
+
+def adversary(examples: list[Example], logprobs: dict[int, list[float]]) -> StateAdversary:
+    """The likelihood, on given log-probabilities of demonstrations by row; token 1 ends."""
+
+    def read(sequences: Any) -> list[TokenStates]:
+        return [
+            TokenStates(logprobs=torch.tensor(logprobs[prompt[0]]), states=torch.zeros(1, 0))
+            for prompt, _ in sequences
+        ]
+
+    return StateAdversary(
+        trainer=None,
+        likelihood_scale=4.0,
+        demonstrations=DemonstrationStates(examples, held_out=lambda _: False, read=read, seed=0),
+        text_length=lambda ids: len(ids) - (ids[-1] == 1),
+        max_tokens=100,
+        state=AdversaryState(),
+        accelerator=Accelerator(cpu=True),
+    )
+
+
+def group(example: Example, *completions: tuple[int, ...]) -> RolloutGroup:
+    return RolloutGroup(
+        example=example,
+        rollouts=tuple(
+            Rollout(
+                completion_ids=ids,
+                sampling_logprobs=(0.0,) * len(ids),
+                finish_reason="stop",
+                policy_version=0,
+            )
+            for ids in completions
+        ),
+        reward_parts={},
+    )
+
+
+def states(*logprobs: list[float]) -> list[TokenStates]:
+    return [TokenStates(logprobs=torch.tensor(x), states=torch.zeros(len(x), 0)) for x in logprobs]
+
+
+def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
+    shown, bare = demonstrated(2)
+    bare = replace(bare, demonstration_ids=None)
+    subject = adversary([shown], {0: [-1.0]})
+    found = subject.score(
+        [group(shown, (8, 9, 1), (8, 9)), group(bare, (1,))],
+        [states([-0.5, -1.0, -7.0], [-0.5, -1.0]), states([-3.0])],
+    )
+    # Both completions have the same text; the first one's end token, with -7 nats, is not read.
+    assert found == [((-3.0, -3.0), -4.0), ((0.0,), None)]
+
+
+def test_before_the_reference_exists_nothing_is_scored() -> None:
+    (shown,) = demonstrated(1)
+    assert adversary([shown], {}).score([group(shown, (8, 1))], None) == [(None, None)]
