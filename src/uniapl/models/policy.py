@@ -103,6 +103,7 @@ class Policy(nn.Module):
         temperatures = temperature.unsqueeze(-1).expand_as(selected)[selected]
         inputs = self._inputs(input_ids, attention_mask, position_ids)
         packing = Packing(spans, input_ids.shape[1], input_ids.device) if spans and self.packs else None
+        hidden = logits = input_ids.new_empty(0)
         with layer_outputs(self.model.base_model, layers) as outputs:
             if packing:
                 hidden = packed_hidden(self.model.base_model, input_ids, position_ids, packing)
