@@ -31,7 +31,7 @@ def test_help_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> 
         assert f"  {key}: " in shown
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "collect", "compose", "compare", "pretrain-discriminator"])
+@pytest.mark.parametrize("verb", ["evaluate", "collect", "compose", "compare"])
 def test_help_of_options_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.run([verb, "--help"])

@@ -306,7 +306,7 @@ def test_invalid_options(
         ({"prompt": [{"role": "user"}]}, "row 2: 'prompt' must be"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
-            "must end with a user message whose content is text",
+            "row 2: 'prompt', message 1: a part of type 'text' has no 'text'",
         ),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "must end with a user message"),
     ],

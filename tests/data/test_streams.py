@@ -50,7 +50,6 @@ def test_the_held_out_fraction_is_drawn_by_the_prompt_s_ids(fraction: float) -> 
     assert sum(drawn) / len(drawn) == pytest.approx(fraction, abs=0.03)
     larger = Config.model_validate({"discriminator": {"held_out_fraction": min(0.95, fraction + 0.05)}})
     assert all(is_held_out(example(n, 7), larger) for n in range(2000) if drawn[n])
-    if fraction == 0.5:
-        other = Config.model_validate({"seed": 1, "discriminator": {"held_out_fraction": fraction}})
-        same = [is_held_out(example(n, 7), other) == drawn[n] for n in range(2000)]
-        assert sum(same) / len(same) == pytest.approx(0.5, abs=0.05)
+    # A run that continues with another seed trains on none of them.
+    other = Config.model_validate({"seed": 1, "discriminator": {"held_out_fraction": fraction}})
+    assert [is_held_out(example(n, 7), other) for n in range(2000)] == drawn

@@ -15,7 +15,12 @@ from uniapl import cli
 from uniapl.config import DataConfig
 from uniapl.config.resolve import resolve
 from uniapl.data.rows import Dataset, tokenize_rows
-from uniapl.data.tokenization import encode_continuation, ordinary_tokens
+from uniapl.data.tokenization import (
+    EndsEarlyError,
+    encode_completion,
+    encode_continuation,
+    ordinary_tokens,
+)
 from uniapl.models.loading import ModelSource, load_stop_ids
 from uniapl.training.preflight.load import load_inputs
 
@@ -231,16 +236,14 @@ def test_text_that_a_template_writes_after_the_turn_is_not_the_demonstration(aft
     assert list(found.left_out.values()) == [(2,)]
 
 
-def test_a_template_that_changes_the_answer_is_judged_by_its_special_tokens() -> None:
-    changing = CHATML.replace("m.content", "m.content | replace('yes', 'no')").replace(
-        "|>\n", "|><|im_start|>\n"
-    )
-    rows = [
-        {"prompt": [{"role": "user", "content": "no"}], "completion": text}
-        for text in ("yes", "yes <|im_end|> no")
-    ]
-    found = dataset(trained("byte-level"), *rows, stop=("<|im_end|>",), template=changing)
-    assert [example.row for example in found.examples] == [1]
+def test_an_answer_that_the_template_changed_is_judged_by_its_special_tokens() -> None:
+    """The answer, for example one whose thought was moved, is not in the text as it is in the data."""
+    tokenizer = trained("byte-level")
+    end = id_of("<|im_end|>", tokenizer)
+    ids = encode_completion("no<|im_end|><|im_start|>\n", tokenizer, {end}, answer="yes")
+    assert (ids[-1], ids.count(end)) == (end, 1)
+    with pytest.raises(EndsEarlyError, match="continues after the end token"):
+        encode_completion("no <|im_end|> no<|im_end|>", tokenizer, {end}, answer="yes")
 
 
 def id_of(token: str, tokenizer: Any) -> int:

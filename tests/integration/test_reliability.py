@@ -179,7 +179,7 @@ def test_a_replacement_that_dies_does_not_lead_back_to_what_it_was_to_replace(
         patch.setattr(Path, "unlink", failing(Path.unlink, Killed(), 1))
         with pytest.raises(Killed):
             train(other)
-    train(other | {"resume": "auto"})
+    train(other | {"resume": "auto", "overwrite": False})
     assert "starting from step 1" in capsys.readouterr().out
 
 

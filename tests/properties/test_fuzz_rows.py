@@ -263,7 +263,9 @@ SPLIT = "\ud800"
 def test_prompts_that_no_file_can_hold_as_they_are(folder: Path) -> None:
     message = {"content": "a", "x": SPLIT}
     data = folder / "rows.jsonl"
-    data.write_bytes(jsonl([{"prompt": [{"role": "user", **message}], "completion": "b", "answer": "c"}]))
+    data.write_bytes(
+        jsonl([{"prompt": [{"role": "user", **message}], "completion": "b" * 20, "answer": "c"}])
+    )
     assert run("train", folder, data, "chat").code == 0
     lines = (folder / "run" / "completions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0])["prompt"] == [{"role": "user", **message}]

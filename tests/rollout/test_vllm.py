@@ -211,7 +211,7 @@ def test_settings_that_cannot_work(
         "--rollout.sampler vllm": "pip install 'uniapl[vllm]'",
         "--rollout.sampler vllm --rollout.top-p 0.9": "rollout.top_p and top_k need rollout.sampler local",
         "--rollout.sampler vllm --rollout.vllm-mode server --rollout.vllm-server-base-url x": "invalid URL",
-        "--use-vllm True": "did you mean 'rollout.sampler'",
+        "--use-vllm True": "did you mean '--rollout.sampler'",
     }.items():
         assert cli.run(["check", path, *flags.split()]) == 2
         assert said in " ".join(capsys.readouterr().err.split())

@@ -122,11 +122,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("data", help="prompts, with or without demonstrations, in the same format as for train")
-    add("--policies", nargs="+", required=True, help="directories or Hub ids of language models")
+    add("--policies", nargs="+", required=True, metavar="MODEL", help="directories or Hub ids")
     add("--model-name-or-path", required=True, help="backbone to start from")
     add("--output-dir", type=Path, default=Path("runs/discriminator"), help="directory to create")
     add("--samples", type=int, default=2, help="completions per policy and prompt, at least 2")
-    add("--max-completion-length", type=int, default=256, help="maximum tokens of a completion")
+    add("--max-completion-length", type=int, default=256, metavar="N", help="maximum tokens of a completion")
     add("--prompt-format", choices=("text", "chat"), default="text", help="same as data.prompt_format")
     add("--steps", type=int, default=500, help="optimizer steps")
     add("--batch-size", type=int, default=32, help="triples per step")

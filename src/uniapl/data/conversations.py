@@ -194,6 +194,8 @@ def _text(name: str, content: Any) -> str:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type", part) if isinstance(part, Mapping) else part
+            if kind == "text":
+                raise UsageError(f"{name}: a part of type 'text' has no 'text': {part!r:.60}")
             raise UsageError(f"{name}: content of type {kind!r:.40} is not supported, only text; remove it")
         texts.append(text)
     return "".join(texts)

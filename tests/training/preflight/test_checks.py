@@ -118,7 +118,8 @@ def test_a_tokenizer_that_does_not_know_the_text(
     said = capsys.readouterr().err
     names = "'<unk>'" if pad_is_unknown else "'<pad>' or '<unk>'"
     # 6 + 3 + 2 digits of 8 + 4 + 5 tokens
-    assert f"the tokenizer does not fit the data: 65% of the tokens are {names}, for example in row 1" in said
+    fits = f"the tokenizer does not fit the data, 65% of whose tokens are {names}. Use the tokenizer"
+    assert f"{tmp_path / 'train.jsonl'}: row 1 and others: {fits}" in said
 
 
 def test_a_few_unknown_characters_are_a_note(

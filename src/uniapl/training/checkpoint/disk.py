@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 from uniapl.errors import UsageError
 
 LOCK = ".lock"
+LOCK_ATTEMPTS = 100
+"""Attempts to lock a directory that other runs create and delete at the same time."""
 RESERVE = 2**20
 """Bytes left free next to a checkpoint, for the log lines until the next one. Our choice."""
 
@@ -27,10 +29,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     created: list[Path] = []
     try:
         created += [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Some file systems have no locks; runs on them are not protected.
-        with contextlib.suppress(NotImplementedError):
-            lock.acquire()
+        _acquire(lock, run_dir)
     except Timeout:
         raise UsageError(
             f"another run is using output_dir '{run_dir}': wait until it ends, or choose another --output-dir"
@@ -47,6 +46,21 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 for path in created:
                     path.rmdir()
         lock.release()
+
+
+def _acquire(lock: FileLock, run_dir: Path) -> None:
+    """Create the directory and lock it."""
+    for attempt in range(LOCK_ATTEMPTS):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            # Some file systems have no locks; runs on them are not protected.
+            with contextlib.suppress(NotImplementedError):
+                lock.acquire()
+            return
+        except FileNotFoundError:
+            # A run that was refused deleted the directory in between.
+            if attempt + 1 == LOCK_ATTEMPTS:
+                raise
 
 
 def check_available(run_dir: Path) -> None:

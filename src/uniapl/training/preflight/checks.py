@@ -79,8 +79,8 @@ def check_tokens(
     names = " or ".join(f"'{name}'" for name in sorted(map(str, tokenizer.convert_ids_to_tokens([*unknown]))))
     if lost > MAX_UNKNOWN_FRACTION * total:
         raise UsageError(
-            f"the tokenizer does not fit the data: {lost / total:.0%} of the tokens are {names}, for example "
-            f"in row {rows[0]}. Use the tokenizer that belongs to the model, or a model for this text"
+            f"row {rows[0]} and others: the tokenizer does not fit the data, {lost / total:.0%} of whose "
+            f"tokens are {names}. Use the tokenizer that belongs to the model, or a model for this text"
         )
     return [
         f"{len(rows)} rows contain text that the tokenizer does not know ({lost} tokens are {names}): rows "
