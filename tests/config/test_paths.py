@@ -89,3 +89,13 @@ def test_a_run_leaves_no_directory_called_tilde(home: Path, capsys: pytest.Captu
     for name in ("run/final", "page.html", "exported", "scores"):
         assert (home / name).exists(), name
     assert list((home.parent / "work").iterdir()) == []
+
+
+def test_errors_about_the_paths_of_the_data_name_the_key() -> None:
+    """A path or a list of paths: the error has the place in the list, not the names of the types."""
+    for wrong, key in ((5, "data.path"), ([5], "data.path.0"), (["a", "~nobody-here/b"], "data.path.1")):
+        with pytest.raises(UsageError) as caught:
+            resolve({"data": {"path": wrong}})
+        lines = str(caught.value).splitlines()
+        assert lines[-1].startswith(f"{key}: ")
+        assert not any("[" in line.partition(": ")[0] for line in lines)

@@ -159,3 +159,22 @@ def test_the_state_and_the_logs_of_a_run(model_dir: Path, tmp_path: Path) -> Non
         assert record["letters"] == pytest.approx(sum(len(c["text"]) for c in shown) / len(shown))
         assert record["log_metric/loss"] == 7.0
         assert record["loss"] != 7.0
+
+
+def test_a_reward_function_that_changes_the_working_directory(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The suite's path stays relative to the directory in which the run was started."""
+
+    def f(completions: list[str], **columns: Any) -> list[float]:
+        os.chdir(elsewhere)
+        return [float(len(c)) for c in completions]
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "say a"}\n')
+    evaluation = {"suites": ["held_out.jsonl"], "max_completion_length": 4}
+    values = recipe(model_dir, tmp_path / "run", method="grpo", max_steps=1, evaluation=evaluation)
+    found = train(values | {"eval_steps": 1}, reward_functions=[f]).metrics
+    assert found["eval/held_out/reward"] is not None

@@ -56,7 +56,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     check_evaluation(stages[-1].config, has_function=False)
     inputs = setup.load_inputs(resolved, stages)
     checked = check_policy(inputs.source, resolved.config.model)
-    stages = [with_max_steps(stage, inputs) for stage in stages]
+    stages = [with_max_steps(stage, inputs.dataset, inputs.rewarder) for stage in stages]
     if not resolved.config.stages:
         (resolved,) = stages
     said: list[str] = []

@@ -4,6 +4,7 @@ Precedence, weakest first: defaults, the method's proposals, the recipe, the fla
 """
 
 import contextlib
+import re
 import reprlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -40,6 +41,9 @@ PLAIN_MESSAGES = {
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of keys to values",
 }
+
+# pydantic puts the member of a union after the key, such as tuple[str, ...] after data.path.
+_UNION_MEMBER = re.compile(r"(function-after|tuple)\[.*\]")
 
 # Bounded, unlike repr() of YAML's aliases of aliases.
 _REPR = reprlib.Repr()
@@ -226,7 +230,7 @@ def validate(model: type[Model], values: dict[str, Any], *, flags: Collection[st
     except ValidationError as error:
         lines: list[str] = []
         for problem in error.errors():
-            parts = [str(part) for part in problem["loc"]]
+            parts = [part for part in map(str, problem["loc"]) if not _UNION_MEMBER.fullmatch(part)]
             key = ".".join(parts)
             if problem["type"] == "extra_forbidden":
                 lines.append(unknown(key))

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -200,7 +201,7 @@ class Rewarder:
             rows = [example for example in examples if reward.applies_to(example)]
             if check is None or not rows:
                 continue
-            found: RowCheck = self._once(functools.partial(check, rows, **reward.function.keywords))
+            found: RowCheck = self._tried(functools.partial(check, rows, **reward.function.keywords))
             load_state = getattr(reward.function.func, "load_state", None)
             if load_state is not None:
                 load_state(found.state)
@@ -223,7 +224,7 @@ class Rewarder:
             rows = [example for example in examples if reward.applies_to(example)][:2]
             texts = [example.demonstration or "An answer." for example in rows]
             ids = [row.demonstration_ids or (0,) for row in rows]
-            outcome = self._once(functools.partial(self.score_one, reward, rows, texts, ids))
+            outcome = self._tried(functools.partial(self.score_one, reward, rows, texts, ids))
             # A single failure may be due to that completion.
             if rows and all(outcome.failed):
                 form = _form_hint(rows[0], outcome.message or "")
@@ -231,6 +232,11 @@ class Rewarder:
                     f"reward function '{reward.name}' fails on rows {_listed([row.row for row in rows])} of "
                     f"the data: {outcome.message}{form}"
                 )
+
+    def _tried(self, work: Callable[[], Any]) -> Any:
+        # The functions may change the working directory, to which the paths of suites are relative.
+        with chdir("."):
+            return self._once(work)
 
     def score(
         self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]

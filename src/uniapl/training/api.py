@@ -104,7 +104,7 @@ def train_resolved(
     directory = Path(str(accelerator.project_dir))
     check_evaluation(stages[-1].config, has_function=evaluate is not None)
     inputs = _load(resolved, stages, accelerator, train_dataset, reward_functions)
-    stages = [with_max_steps(stage, inputs) for stage in stages]
+    stages = [with_max_steps(stage, inputs.dataset, inputs.rewarder) for stage in stages]
     if not config.stages:
         (resolved,) = stages
     num_steps = sum(stage.config.max_steps for stage in stages)

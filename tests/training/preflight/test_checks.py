@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from support.runs import train, write_recipe
-from support.tiny import letter_rows, make_model, make_tokenizer
+from support.tiny import letter_rows, make_model, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config.resolve import load_recipe
 
@@ -142,3 +142,20 @@ def test_a_tokenizer_that_is_too_large_is_found_without_weights(
     tokenizer.save_pretrained(tmp_path / "model")
     assert cli.run(["check", str(write_recipe(tmp_path, tmp_path / "model"))]) == 2
     assert f"the tokenizer has {len(tokenizer)} tokens, but the model has only 64" in capsys.readouterr().err
+
+
+@VERBS
+def test_an_adversary_with_earlier_turns_only(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `train_on: all` a row may have demonstrated turns, but none that rollouts are compared with."""
+    turns = [("user", "say a."), ("assistant", "aaa"), ("user", "say b."), ("assistant", "bbb")]
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+    messages[-1]["weight"] = 0
+    data = tmp_path / "turns.jsonl"
+    data.write_text(json.dumps({"messages": messages, "letter": "b"}) + "\n")
+    template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    model = save_model(tmp_path / "model", chat_template=template)
+    path = write_recipe(tmp_path, model, data={"path": str(data), "train_on": "all"})
+    assert cli.run([verb, str(path)]) == 2
+    assert "compares completions with demonstrations, but no row has a" in capsys.readouterr().err

@@ -21,7 +21,7 @@ def steps(model_dir: Path, rows: list[dict[str, Any]], **values: Any) -> list[in
     resolved = resolve({key: value for key, value in base.items() if key != "max_steps"})
     stages = stages_of(resolved)
     inputs = load_inputs(resolved, stages, train_dataset=rows, reward_functions=[has_letter])
-    return [with_max_steps(stage, inputs).config.max_steps for stage in stages]
+    return [with_max_steps(stage, inputs.dataset, inputs.rewarder).config.max_steps for stage in stages]
 
 
 @pytest.mark.parametrize(
@@ -121,3 +121,23 @@ def test_check_shows_the_steps_and_their_source(
     assert note not in report["notes"]
     assert cli.run(["check", str(path), "--json", "--optim.warmup-steps", "2"]) == 0
     assert note in json.loads(capsys.readouterr().out)["notes"]
+
+
+def test_reward_functions_are_told_the_steps(model_dir: Path, tmp_path: Path) -> None:
+    """Also in the calls before the first step; with stages, their sum."""
+    told: set[int] = set()
+
+    def f(completions: list[str], trainer_state: Any) -> list[float]:
+        told.add(trainer_state.max_steps)
+        return [float(len(c)) for c in completions]
+
+    stages = [{"method": "sft", "num_train_epochs": 0.5}, {"method": "grpo", "num_train_epochs": 0.25}]
+    values = recipe(model_dir, tmp_path / "run", stages=stages)
+    assert train(values, reward_functions=[f]).steps == 2
+    assert told == {2}
+
+
+def test_epochs_of_no_rows_are_refused_for_the_rows(model_dir: Path) -> None:
+    rows = letter_rows(demonstrated=())
+    with pytest.raises(uniapl.UsageError, match="method 'sft' needs demonstrations"):
+        steps(model_dir, rows, method="sft", num_train_epochs=1)

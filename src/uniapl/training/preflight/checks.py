@@ -133,7 +133,7 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
             f"{method} needs demonstrations, but no row has a 'completion' (or 'messages' that end with the "
             "assistant): add them, or choose grpo"
         )
-    if adversarial and not demonstrations:
+    if adversarial and all(example.demonstration_ids is None for example in demonstrations):
         raise UsageError(
             f"{method} compares completions with demonstrations, but no row has a 'completion': add them, or "
             "set objective.lambda_adv to 0"

@@ -5,10 +5,12 @@ from dataclasses import replace
 from fractions import Fraction
 
 from uniapl.config.resolve import Resolved, with_notes
-from uniapl.training.inputs import RunInputs, stream_examples
+from uniapl.data.rows import Dataset
+from uniapl.rewards import Rewarder
+from uniapl.training.inputs import stream_examples
 
 
-def with_max_steps(stage: Resolved, inputs: RunInputs) -> Resolved:
+def with_max_steps(stage: Resolved, dataset: Dataset, rewarder: Rewarder) -> Resolved:
     """The stage with the `max_steps` that `num_train_epochs` asks for; the stage itself without that key.
 
     An epoch is one pass over the usable rows of the prompt stream, or of the demonstration stream if the
@@ -17,13 +19,14 @@ def with_max_steps(stage: Resolved, inputs: RunInputs) -> Resolved:
     config = stage.config
     if config.num_train_epochs is None:
         return stage
-    prompts, demonstrations = stream_examples(config, inputs.dataset, inputs.rewarder)
+    prompts, demonstrations = stream_examples(config, dataset, rewarder)
     if config.objective.uses_rollouts:
         rows, per_step = len(prompts), config.batching.prompts_per_step
     else:
         rows, per_step = len(demonstrations), config.batching.demonstrations_per_step
     # In floating point, 0.1 epochs of 30 rows are more than 3 rows.
-    steps = math.ceil(Fraction(repr(config.num_train_epochs)) * rows / per_step)
+    # At least 1 also without rows, which `check_stage` refuses.
+    steps = max(1, math.ceil(Fraction(repr(config.num_train_epochs)) * rows / per_step))
     return with_notes(
         replace(
             stage,

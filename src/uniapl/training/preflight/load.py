@@ -23,6 +23,7 @@ from uniapl.models.loading import (
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import check_recipe, check_stage, check_tokens, notes_on_lengths
+from uniapl.training.preflight.epochs import with_max_steps
 
 
 def load_inputs(
@@ -58,13 +59,16 @@ def load_inputs(
         dataset = tokenize_rows(rows, tokenizer, config.data, max_completion_length=most, **limits)
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     functions = [reward_functions] if callable(reward_functions) else reward_functions
-    state = _trainer_state(config, stages)
+    state = _trainer_state(config)
     rewarder = build_rewarder(config.rewards, functions, state, once=once)
     notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(rows):
             notes += rewarder.check_rows(dataset.examples, allow_code=config.rewards.allow_code_verifiers)
+    # Their number of steps depends on the rows that a reward function applies to.
+    stages = [with_max_steps(stage, dataset, rewarder) for stage in stages]
+    state.max_steps = sum(stage.config.max_steps for stage in stages)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
     notes = [*notes, *unknown, *notes_on_lengths([stage.config for stage in stages], dataset)]
@@ -105,10 +109,9 @@ def _data_notes(
     return notes + unused_columns(rows, config.data) + list(rows.notes if isinstance(rows, Rows) else ())
 
 
-def _trainer_state(config: Config, stages: Sequence[Resolved]) -> TrainerState:
-    """What reward functions read from `trainer_state`, before the first step."""
+def _trainer_state(config: Config) -> TrainerState:
+    """What reward functions read from `trainer_state` before the first step, except for `max_steps`."""
     return TrainerState(
-        max_steps=sum(stage.config.max_steps for stage in stages),
         logging_steps=config.logging_steps,
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
