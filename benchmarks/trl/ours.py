@@ -76,13 +76,7 @@ def our_rows(work: Work, stage: Stage, rollouts: Sequence[Rollout] | None = None
         )
         for number, prompt in enumerate(work.prompts)
     ]
-    objective = stage.config.objective
-    credits = assign_credit(
-        groups,
-        scale_rewards=objective.scale_rewards,
-        adversarial_credit=objective.adversarial_credit,
-        expert_mean=None,
-    )
+    credits = assign_credit(groups, stage.config.objective, expert_mean=None, lambda_adv=0.0)
     return rollout_rows(groups, credits, temperature=stage.config.rollout.temperature)
 
 

@@ -70,6 +70,8 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     policy_version: int
     """The step whose weights the sampler used."""
+    ref_logprobs: tuple[float, ...] | None = None
+    """Nats, one per token, under the KL reference; None in a step without a KL term."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ class MicroBatch:
     """The sampling temperature of rollouts, 1 for demonstrations."""
     sampling_logprobs: Float[Tensor, "B T"]
     """Nats, from the sampler; 0 outside `rollout_mask`."""
+    ref_logprobs: Float[Tensor, "B T"]
+    """Nats, under the KL reference; 0 outside `rollout_mask` and in a step without a KL term."""
     spans: tuple[Span, ...] = ()
     """One per row for packed rows; empty for padded rows."""
 

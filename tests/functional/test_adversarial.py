@@ -7,7 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from support import reference
-from uniapl.functional import adversarial_advantages, bradley_terry_loss, win_probability
+from uniapl.functional import (
+    adversarial_advantages,
+    bradley_terry_loss,
+    logistic_losses,
+    multiplied_rewards,
+    win_probability,
+)
 
 POLICY = torch.tensor([[0.0, 2.0, -1.0], [5.0, 5.0, 5.0]], dtype=torch.float64)
 EXPERT = torch.tensor([1.0, 5.0], dtype=torch.float64)
@@ -100,3 +106,47 @@ def test_unknown_logits_are_never_read(poison: float) -> None:
         expected = adversarial_advantages(clean, EXPERT, known, adversarial_credit=credit)  # type: ignore[arg-type]
         assert torch.equal(got, expected)
         assert got[0, 2] == 0
+
+
+def test_multiplied_rewards_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 0.8, 0.8, 0.8, 0.0, -1.0]], dtype=torch.float64)
+    wins = torch.tensor([[0.9, 0.5, 0.9, 0.2, 0.9, 0.1]], dtype=torch.float64)
+    passes = torch.tensor([[True, True, False, False, False, False]])
+    once = multiplied_rewards(rewards, wins, passes, exponent=1.0)
+    # The third fails, so it keeps at most half; a penalty is not reduced by style.
+    assert once[0].tolist() == pytest.approx([0.9, 0.4, 0.4, 0.16, 0.0, -1.0])
+    twice = multiplied_rewards(rewards, wins, passes, exponent=2.0)
+    assert twice[0].tolist() == pytest.approx([0.81, 0.2, 0.4, 0.032, 0.0, -1.0])
+    root = multiplied_rewards(rewards, wins, passes, exponent=0.5)
+    assert root[0].tolist() == pytest.approx(
+        [math.sqrt(0.9), 0.8 * math.sqrt(0.5), 0.4, 0.8 * math.sqrt(0.2), 0, -1]
+    )
+
+
+def test_a_failing_completion_never_exceeds_an_even_passing_one() -> None:
+    wins = torch.linspace(0, 1, 11, dtype=torch.float64).unsqueeze(0)
+    ones, none = torch.ones_like(wins), torch.zeros_like(wins, dtype=torch.bool)
+    failing = multiplied_rewards(ones, wins, none, exponent=1.0)
+    assert failing.max() == 0.5
+    passing = multiplied_rewards(ones, wins, ~none, exponent=1.0)
+    assert_close(passing, wins)
+
+
+def test_logistic_losses_by_hand_and_their_gradients() -> None:
+    experts = torch.tensor([0.0, math.log(3.0)], dtype=torch.float64, requires_grad=True)
+    negatives = torch.tensor([math.log(3.0), -1e4, 0.0], dtype=torch.float64, requires_grad=True)
+    expert, negative = logistic_losses(experts, negatives)
+    # -ln(1/2) - ln(3/4), and -ln(1/4) - ln(1) - ln(1/2).
+    assert float(expert) == pytest.approx(math.log(2) - math.log(0.75))
+    assert float(negative) == pytest.approx(math.log(4) + math.log(2))
+    (expert + negative).backward()
+    # Against the sigmoid: the loss pushes experts up and negatives down.
+    assert experts.grad is not None
+    assert negatives.grad is not None
+    assert experts.grad.tolist() == pytest.approx([-0.5, -0.25])
+    assert negatives.grad.tolist() == pytest.approx([0.75, 0.0, 0.5])
+
+
+def test_logistic_losses_gradcheck() -> None:
+    inputs = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (3, 5)]
+    assert torch.autograd.gradcheck(lambda a, b: sum(logistic_losses(a, b)), inputs)

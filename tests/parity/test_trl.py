@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from uniapl.config import DataConfig
+from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import Row, component_counts, demonstration_rows, micro_batches
 from uniapl.data.rows import tokenize_row
 from uniapl.functional import (
@@ -41,6 +42,7 @@ from uniapl.functional import (
     sft_loss,
 )
 from uniapl.models.policy import Policy
+from uniapl.models.token_states import TokenReader
 from uniapl.training.monitor.metrics import rollout_metrics, update_metrics
 from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.credit import assign_credit, rollout_rows
@@ -449,10 +451,20 @@ def test_metrics_with_trls_names_have_trls_values(
     logged = trainer._metrics["train"]
 
     groups = rollout_groups(rewards)
-    credits = assign_credit(
-        groups, scale_rewards="none", adversarial_credit="win_probability", expert_mean=None
+    unscaled = ObjectiveConfig(scale_rewards="none")
+    credits = assign_credit(groups, unscaled, expert_mean=None, lambda_adv=0.0)
+    reader = TokenReader(
+        model=Policy(reference),
+        layers=(),
+        temperature=0.7,
+        pad_id=PAD,
+        max_tokens=10_000,
+        packed=False,
+        device=torch.device("cpu"),
     )
     rows = rollout_rows(groups, credits, temperature=0.7)
+    states = reader.read([(row.prompt_ids, row.completion_ids) for row in rows])
+    rows = [replace(r, ref_logprobs=tuple(s.logprobs.tolist())) for r, s in zip(rows, states, strict=True)]
     batch = MixedBatch(
         rows=rows,
         micro_batches=micro_batches(rows, pad_id=PAD, max_tokens=10_000, max_rows=3),
@@ -461,9 +473,7 @@ def test_metrics_with_trls_names_have_trls_values(
     )
     policy = Policy(ours)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    settings = LossSettings(
-        clip_low=CLIP["clip_low"], clip_high=CLIP["clip_high"], reference=Policy(reference)
-    )
+    settings = LossSettings(clip_low=CLIP["clip_low"], clip_high=CLIP["clip_high"])
     update = policy_step(Accelerator(cpu=True), policy, optimizer, batch, settings)
     found = rollout_metrics(groups, credits, step=0) | update_metrics(update, batch.counts, batch.weights)
 

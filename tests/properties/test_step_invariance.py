@@ -47,7 +47,7 @@ def step(
     importance_cap: float | None = None,
     accelerator: Accelerator | None = None,
 ) -> tuple[PolicyStep, list[torch.Tensor]]:
-    """One policy step on all components, with a reference; its result and the gradient of every parameter."""
+    """One policy step on all components, KL included; its result and the gradient of every parameter."""
     accelerator = accelerator or Accelerator(cpu=True)
     inner = Policy(make_model(family))
     policy = shard(accelerator, inner) if shards_weights() else accelerator.prepare_model(inner)
@@ -63,7 +63,6 @@ def step(
             clip_high=0.28,
             token_weight=token_weight,
             importance_cap=importance_cap,
-            reference=Policy(make_model(family, seed=1)),
         ),
         old_logprobs,
     )

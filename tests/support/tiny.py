@@ -108,6 +108,7 @@ def random_rows(seed: int = 0, count: int = 9) -> list[Row]:
                 adversarial_advantage=integer(-5, 6) / 10,
                 temperature=0.7,
                 sampling_logprobs=tuple(-integer(1, 30) / 10 for _ in completion),
+                ref_logprobs=tuple(-integer(1, 30) / 10 for _ in completion),
             )
         )
     return rows

@@ -151,3 +151,37 @@ def test_a_stage_ends_at_its_last_step_or_by_its_stop_rule() -> None:
     stopped = at(1, max_steps=3)
     stopped.stopping.reason = "enough"
     assert stopped.ended
+
+
+def test_the_cold_start_has_its_own_numbers_and_learning_rate() -> None:
+    """Four steps on demonstrations, then six: the linear rate falls to 0 in each part, as in two stages."""
+    batching = {"cold_start_steps": 4, "cold_start_demonstrations_per_step": 24}
+    values: dict[str, Any] = {
+        "max_steps": 10,
+        "batching": batching | {"prompts_per_step": 3, "demonstrations_per_step": 2},
+        "optim": {"learning_rate": 1.0, "lr_scheduler_type": "linear"},
+        "objective": {"mu_peak": 0.9, "mu_valley": 0.1, "mu_hold_steps": 4, "mu_decay_steps": 0},
+    }
+    subject = Schedule(config=Config.model_validate(values), adversary=None, multiplier=Multiplier(value=1.0))
+    found = []
+    for subject.step in range(10):
+        found.append(
+            (
+                subject.prompts_per_step(subject.step),
+                subject.demonstrations_per_step,
+                subject.rollout_steps,
+                round(subject.mu([]), 6),
+                round(subject.learning_rate, 6),
+            )
+        )
+    cold = [(0, 24, 0, 0.9, rate) for rate in (1.0, 0.75, 0.5, 0.25)]
+    warm = [(3, 2, n, 0.1, round(1 - n / 6, 6)) for n in range(6)]
+    assert found == cold + warm
+
+
+def test_with_rollouts_in_the_cold_start_every_step_counts() -> None:
+    values = {"batching": {"cold_start_steps": 4, "cold_start_prompts_per_step": 1}}
+    subject = Schedule(
+        config=Config.model_validate(values), adversary=None, multiplier=Multiplier(value=1.0), step=3
+    )
+    assert (subject.prompts_per_step(3), subject.prompts_per_step(4), subject.rollout_steps) == (1, 8, 3)

@@ -217,6 +217,12 @@ class BatchingConfig(Section):
     """Prompts for which each step samples rollouts."""
     demonstrations_per_step: int = Field(default=8, ge=1)
     """Demonstrations in each step."""
+    cold_start_steps: int = Field(default=0, ge=0)
+    """Steps at the start of a stage with the two following numbers in place of the two above; 0 has none."""
+    cold_start_prompts_per_step: int = Field(default=0, ge=0)
+    """Prompts of each cold-start step; 0 samples nothing."""
+    cold_start_demonstrations_per_step: int = Field(default=32, ge=1)
+    """Demonstrations of each cold-start step."""
     per_device_train_batch_size: int | None = Field(default=None, ge=1)
     """Maximum number of rows of a micro-batch; null limits only its tokens."""
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)

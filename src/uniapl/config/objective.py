@@ -16,6 +16,8 @@ class ObjectiveConfig(Section):
     """Weight mu of the demonstrations after the cosine decay."""
     mu_warmup_steps: int = Field(default=0, ge=0)
     """Steps in which mu rises linearly from 0 to mu_peak; 0 starts at mu_peak."""
+    mu_hold_steps: int = Field(default=0, ge=0)
+    """Steps in which mu stays at mu_peak before the decay; 0 decays at once."""
     mu_decay_steps: int = Field(default=50, ge=0)
     """Steps of the cosine decay from mu_peak to mu_valley; 0 drops to mu_valley without a decay."""
     mu_controller: Literal["schedule", "reward", "gate"] = "schedule"
@@ -29,7 +31,8 @@ class ObjectiveConfig(Section):
     reward_weight: float = Field(default=1.0, ge=0)
     """Factor of the rewards' loss component in addition to 1 - mu; 0 only logs the rewards."""
     lambda_adv: float = Field(default=2.0, ge=0)
-    """Weight of the adversarial loss; the initial weight if lambda_controller adapts it. 0 disables it."""
+    """Weight of the adversarial loss, or the exponent of u (adversarial_placement: multiply); the initial
+    value if lambda_controller adapts it. 0 disables the adversary."""
     lambda_controller: Literal["fixed", "dual", "pid"] = "fixed"
     """fixed keeps lambda_adv; dual and pid adapt it so that the expert gap stays below max_expert_gap, by
     dual ascent on log lambda (Safe RLHF) or with a PID controller (arXiv 2007.03964)."""
@@ -57,8 +60,15 @@ class ObjectiveConfig(Section):
     """Weight of a demonstration token with probability p: none is 1, is p, phi p(1-p), luffy p/(p+0.1)."""
     adversarial_credit: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = "win_probability"
     """Function of the discriminator's logit that is the adversarial credit of a rollout."""
-    adversarial_placement: Literal["loss", "reward"] = "loss"
-    """loss gives the credit its own loss component; reward adds lambda_adv * credit to the advantage."""
+    adversarial_placement: Literal["loss", "reward", "multiply"] = "loss"
+    """loss gives the credit its own loss component; reward adds lambda_adv * credit to the advantage;
+    multiply multiplies the reward by u ** lambda_adv, u the probability that the completion is the expert's,
+    so that a completion without a reward gains nothing by its style."""
+    pass_threshold: float = 1.0
+    """A completion passes if its reward is at least this; completions that do not pass keep at most half of
+    their reward (adversarial_placement: multiply)."""
+    pass_reward: str | None = None
+    """Reward function whose value decides whether a completion passes; null takes the first one."""
 
     @model_validator(mode="after")
     def _controllers_have_a_range(self) -> "ObjectiveConfig":
@@ -75,16 +85,21 @@ class ObjectiveConfig(Section):
         """Whether any step trains on demonstrations."""
         if self.mu_controller != "schedule":
             return self.mu_controller == "gate" or self.mu_peak > 0
-        return self.mu_valley > 0 or (self.mu_peak > 0 and self.mu_warmup_steps + self.mu_decay_steps > 0)
+        return self.mu_valley > 0 or (self.mu_peak > 0 and self._mu_changes)
 
     @property
     def learns_from_rewards(self) -> bool:
         """Whether any step trains on rewards."""
         if self.mu_controller != "schedule":
             return self.reward_weight > 0
-        constant = self.mu_warmup_steps + self.mu_decay_steps == 0
-        below_one = self.mu_valley < 1 or (not constant and (self.mu_peak < 1 or self.mu_warmup_steps > 0))
+        below_one = self.mu_valley < 1 or (
+            self._mu_changes and (self.mu_peak < 1 or self.mu_warmup_steps > 0)
+        )
         return below_one and self.reward_weight > 0
+
+    @property
+    def _mu_changes(self) -> bool:
+        return self.mu_warmup_steps + self.mu_hold_steps + self.mu_decay_steps > 0
 
     @property
     def uses_rollouts(self) -> bool:
@@ -101,9 +116,18 @@ class ObjectiveConfig(Section):
 class DiscriminatorConfig(Section):
     """The discriminator, which distinguishes the expert's completions from the policy's."""
 
-    kind: Literal["bradley-terry", "polar", "remote", "density-ratio"] = "bradley-terry"
-    """Kind of discriminator; bradley-terry is trained during the run. The others are frozen: polar is a POLAR
-    reward model, remote is one on a server, density-ratio is the likelihood ratio of a fine-tuned model."""
+    kind: Literal["head", "reference-likelihood", "bradley-terry", "polar", "remote", "density-ratio"] = (
+        "bradley-terry"
+    )
+    """Kind of discriminator. head is a small network on the hidden states of the KL reference, and
+    bradley-terry a copy of the model; both are trained during the run. The others are frozen:
+    reference-likelihood is the mean log-probability under the KL reference, polar a POLAR reward model,
+    remote one on a server, density-ratio the likelihood ratio of a fine-tuned model."""
+    layers: tuple[int, ...] = ()
+    """Decoder layers of the reference, from 1, whose states the head reads (kind: head); empty reads one at
+    two thirds of the depth."""
+    likelihood_scale: float = Field(default=4.0, gt=0)
+    """Logit per nat of mean log-probability (kind: reference-likelihood)."""
     model_name_or_path: PathText | None = None
     """Model: a backbone with the policy's vocabulary (bradley-terry; null copies the initial policy), the
     reward model (polar, remote), or the model fine-tuned on the demonstrations (density-ratio)."""

@@ -272,11 +272,17 @@ def _inactive_components(config: Config) -> list[str]:
     if config.stages:
         return []
     objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"
-    trained = objective.lambda_adv > 0 and discriminator.kind == "bradley-terry"
+    adversary = objective.lambda_adv > 0
+    warmup = discriminator.warmup_steps if discriminator.kind in ("bradley-terry", "head") else 0
+    batching = config.batching
+    if warmup and not batching.cold_start_prompts_per_step:
+        warmup += batching.cold_start_steps
+    on_reference = adversary and discriminator.kind in ("head", "reference-likelihood")
     rising = objective.mu_controller == "schedule" and objective.mu_peak > 0
     limits = (
         ("the KL is never used", "objective.reference_step", objective.reference_step, objective.beta > 0),
-        ("the adversary is never used", "discriminator.warmup_steps", discriminator.warmup_steps, trained),
+        ("the adversary is never used", "discriminator.warmup_steps", warmup, adversary),
+        ("the adversary is never used", "objective.reference_step", objective.reference_step, on_reference),
         ("the learning rate never reaches its value", "optim.warmup_steps", config.optim.warmup_steps, True),
         ("mu never reaches mu_peak", "objective.mu_warmup_steps", objective.mu_warmup_steps, rising),
     )

@@ -24,6 +24,8 @@ class Row:
     temperature: float = 1.0
     sampling_logprobs: tuple[float, ...] | None = None
     """Nats, one per completion token; None for a demonstration."""
+    ref_logprobs: tuple[float, ...] | None = None
+    """As `sampling_logprobs`, under the KL reference; None without a KL term."""
 
     @property
     def length(self) -> int:
@@ -213,6 +215,13 @@ def collate(
     def per_row(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
+    def per_token(values: Iterable[Sequence[float] | None]) -> Tensor:
+        filled = (
+            (0.0,) * len(prompt) + tuple(value or (0.0,) * len(ids))
+            for value, (prompt, ids) in zip(values, sequences, strict=True)
+        )
+        return padded(filled, 0, torch.float32)
+
     def mask(selected: Iterable[bool]) -> Tensor:
         return in_completion & per_row(selected, torch.bool).unsqueeze(-1)
 
@@ -232,13 +241,7 @@ def collate(
         advantages=per_row(row.advantage for row in rows),
         adversarial_advantages=per_row(row.adversarial_advantage for row in rows),
         temperature=per_row(row.temperature for row in rows),
-        sampling_logprobs=padded(
-            (
-                (0.0,) * len(row.prompt_ids) + (row.sampling_logprobs or (0.0,) * len(row.completion_ids))
-                for row in rows
-            ),
-            0,
-            torch.float32,
-        ),
+        sampling_logprobs=per_token(row.sampling_logprobs for row in rows),
+        ref_logprobs=per_token(row.ref_logprobs for row in rows),
         spans=spans_of(sequences, starts) if packed else (),
     )

@@ -7,7 +7,13 @@ D hidden size, V vocabulary size.
 """
 
 from uniapl.functional.advantages import group_advantages
-from uniapl.functional.adversarial import adversarial_advantages, bradley_terry_loss, win_probability
+from uniapl.functional.adversarial import (
+    adversarial_advantages,
+    bradley_terry_loss,
+    logistic_losses,
+    multiplied_rewards,
+    win_probability,
+)
 from uniapl.functional.controllers import Multiplier, dual_ascent, expert_gap, pid
 from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
 from uniapl.functional.losses import (
@@ -31,7 +37,9 @@ __all__ = [
     "group_advantages",
     "importance_weights",
     "k3_kl",
+    "logistic_losses",
     "logprobs_from_logits",
+    "multiplied_rewards",
     "objective",
     "pid",
     "reward_threshold",

@@ -17,6 +17,7 @@ def group_advantages(
     known: Bool[Tensor, "P G"],
     *,
     scale: Literal["none", "group"] = "none",
+    min_std: Float[Tensor, " P"] | None = None,
 ) -> Float[Tensor, "P G"]:
     """Reward minus the mean of its group, optionally divided by the group's standard deviation.
 
@@ -26,6 +27,7 @@ def group_advantages(
         rewards: One row per prompt, in any unit. Values where `known` is False have no effect.
         known: False for a rollout without a reward, which the group's mean and deviation exclude.
         scale: "none" keeps the reward's unit; "group" divides by the unbiased standard deviation.
+        min_std: Smallest standard deviation to divide by, one per prompt; None sets no limit.
 
     Returns:
         Advantages; exactly 0 for unknown rewards and in groups whose known rewards differ only by rounding
@@ -45,4 +47,7 @@ def group_advantages(
     if scale == "none":
         return centred
     variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    return centred / (variance.sqrt() + STD_EPSILON)
+    std = variance.sqrt()
+    if min_std is not None:
+        std = torch.maximum(std, min_std.unsqueeze(-1))
+    return centred / (std + STD_EPSILON)

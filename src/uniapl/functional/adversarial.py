@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from uniapl.functional.advantages import group_advantages
 
@@ -36,6 +36,46 @@ def bradley_terry_loss(
     margin = expert_logits - policy_logits
     right, wrong = logsigmoid(margin).sum(), logsigmoid(-margin).sum()
     return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+def logistic_losses(
+    expert_logits: Float[Tensor, " P"], negative_logits: Float[Tensor, " N"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Sums of `-log sigmoid(d)` over demonstrations and of `-log sigmoid(-d)` over negatives.
+
+    Source: the discriminator's loss of Goodfellow et al. (arXiv 1406.2661). Unlike Bradley-Terry pairs, the
+    negatives need no demonstration of the same prompt.
+
+    Args:
+        expert_logits: d(x, y*) of demonstrations. Carries the gradient.
+        negative_logits: d of rollouts, or of demonstrations next to the prompt of another. Carries the
+            gradient.
+    """
+    return softplus(-expert_logits).sum(), softplus(negative_logits).sum()
+
+
+def multiplied_rewards(
+    rewards: Float[Tensor, "P G"],
+    win_probabilities: Float[Tensor, "P G"],
+    passes: Bool[Tensor, "P G"],
+    *,
+    exponent: float,
+) -> Float[Tensor, "P G"]:
+    """`r_i * u_i ** c` for completions that pass, `r_i * min(u_i ** c, 1/2)` for the others.
+
+    A completion without a reward gains nothing by its style, and a completion unlike the expert's loses its
+    reward. Source: VARL (arXiv 2607.01181); the bound for completions that fail is our choice, so that a
+    partial reward never exceeds that of a completion that passes and is as likely the expert's as not.
+
+    Args:
+        rewards: r_i. A negative reward, a penalty, is not multiplied: style would otherwise reduce it.
+        win_probabilities: u_i, see :func:`win_probability`.
+        passes: Whether the verifier accepts the completion.
+        exponent: c; 0 leaves the rewards of passing completions unchanged.
+    """
+    factor = win_probabilities**exponent
+    factor = torch.where(passes, factor, factor.clamp(max=0.5))
+    return torch.where(rewards > 0, rewards * factor, rewards)
 
 
 def win_probability(

@@ -105,10 +105,15 @@ class Adversary:
         frozen = self.discriminator
         return isinstance(frozen, DensityRatio) and isinstance(frozen.reference, Policy)
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...] | None, float | None]]:
+    def score(
+        self, groups: Sequence[RolloutGroup], states: object = None
+    ) -> list[tuple[tuple[float, ...] | None, float | None]]:
         """(logits of the rollouts, logit of the demonstration) per group; None if it has none.
 
         Equal completions of a prompt are scored once: another batch would round their logits differently.
+
+        Args:
+            states: Ignored: these discriminators read the tokens themselves.
         """
         parts = [candidates_of(self.ending.group(group), self.ending.text) for group in groups]
         if self.discriminator.needs_reference:
@@ -127,8 +132,12 @@ class Adversary:
 
     def observe(
         self, groups: Sequence[RolloutGroup], pairs: Mapping[str, float], settings: DiscriminatorConfig
-    ) -> None:
-        """Update the moving averages by a step's logits and pair metrics, and pause or resume training."""
+    ) -> dict[str, float]:
+        """Update the moving averages by a step's logits and pair metrics, and pause or resume training.
+
+        Returns:
+            Further metrics: none.
+        """
         experts = [group.expert_logit for group in groups]
         finite = [logit for logit in experts if logit is not None and math.isfinite(logit)]
         # Held-out demonstrations, if there are any, show what the discriminator has learned of the expert.
@@ -138,6 +147,7 @@ class Adversary:
             expert_logit=sum(finite) / len(finite) if finite else None,
             band=settings.accuracy_band,
         )
+        return {}
 
     def update(
         self,

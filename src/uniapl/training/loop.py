@@ -16,6 +16,7 @@ from torch import Tensor
 
 from uniapl.data.batching import demonstration_rows, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
+from uniapl.models.token_states import TokenStates
 from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
@@ -49,7 +50,8 @@ def run_stage(run: Run, stage: Stage) -> None:
         with phase("reward"):
             groups, outcomes = reward(run, groups)
         with phase("score"):
-            groups = score_with_discriminator(run, stage, groups)
+            groups, states = score_with_reference(run, stage, groups)
+            groups = score_with_discriminator(run, stage, groups, states)
             pair_metrics = stage.update_controllers(groups)
         with phase("update"):
             batch = mix(run, stage, groups, demonstrations)
@@ -86,12 +88,13 @@ def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
             policy_version=run.step,
         )
 
-    count = stage.config.batching.prompts_per_step
-    prompts = stream.take(count)
+    step = stage.schedule.step
+    prompts = stream.take(stage.schedule.prompts_per_step(step))
     with stage.gathered_policy():
-        rollouts = stage.sampler.sample(request(prompts, run.step))
-        if stage.one_step_off is not None and stage.schedule.step + 1 < stage.config.max_steps:
-            stage.one_step_off.begin(request(stream.peek(count), run.step + 1))
+        rollouts = stage.sampler.sample(request(prompts, run.step)) if prompts else []
+        following = stream.peek(stage.schedule.prompts_per_step(step + 1))
+        if stage.one_step_off is not None and following and step + 1 < stage.config.max_steps:
+            stage.one_step_off.begin(request(following, run.step + 1))
     decode = run.inputs.decode
     return [
         RolloutGroup(
@@ -140,20 +143,52 @@ def update_trainer_state(run: Run) -> None:
     state.is_local_process_zero = run.accelerator.is_local_main_process
 
 
-def score_with_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+def score_with_reference(
+    run: Run, stage: Stage, groups: Sequence[RolloutGroup]
+) -> tuple[list[RolloutGroup], list[list[TokenStates]] | None]:
+    """Add the reference's log-probabilities to the rollouts, for the KL; each process reads its part.
+
+    Returns:
+        The groups, and the states of this process's part for a discriminator that reads them; None in a step
+        without a reference.
+    """
+    if stage.reader is None or not stage.schedule.uses_reference:
+        return list(groups), None
+    local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
+    sequences = [(g.example.prompt_ids, rollout.completion_ids) for g in local for rollout in g.rollouts]
+    found = iter(replace(stage.reader, max_tokens=run.max_tokens(stage)).read(sequences))
+    states = [[next(found) for _ in group.rollouts] for group in local]
+    if not stage.config.objective.beta:
+        return list(groups), states
+    logprobs = _gather(run.accelerator, [[part.logprobs.tolist() for part in parts] for parts in states])
+    return [
+        replace(
+            group,
+            rollouts=tuple(
+                replace(rollout, ref_logprobs=tuple(values))
+                for rollout, values in zip(group.rollouts, parts, strict=True)
+            ),
+        )
+        for group, parts in zip(groups, logprobs, strict=True)
+    ], states
+
+
+def score_with_discriminator(
+    run: Run, stage: Stage, groups: Sequence[RolloutGroup], states: list[list[TokenStates]] | None
+) -> list[RolloutGroup]:
     """Add the discriminator's logits to the groups; each process scores its part.
 
     The logits are plain floats: no gradient flows from the discriminator to the policy. They act on the
     policy only through the advantages (`assign_credit`) and through lambda_adv.
     """
-    if stage.adversary is None:
+    if stage.adversary is None or not groups:
         return list(groups)
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
     with (
         stage.adversary.gathered(),
         stage.gathered_policy() if stage.adversary.reads_policy else nullcontext(),
     ):
-        logits = _gather(run.accelerator, stage.adversary.score(local))
+        logits = _gather(run.accelerator, stage.adversary.score(local, states))
     return [
         replace(group, policy_logits=policy, expert_logit=expert)
         for group, (policy, expert) in zip(groups, logits, strict=True)
@@ -165,10 +200,9 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     config, accelerator, lambda_adv = stage.config, run.accelerator, stage.schedule.lambda_adv
     credits = assign_credit(
         groups,
-        scale_rewards=config.objective.scale_rewards,
-        adversarial_credit=config.objective.adversarial_credit,
+        config.objective,
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
-        adversarial_weight=lambda_adv if config.objective.adversarial_placement == "reward" else 0.0,
+        lambda_adv=lambda_adv,
     )
     demonstrated: list[Example] = []
     if config.objective.mu_controller == "gate":
@@ -176,7 +210,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [group.example for group in failed]
     elif config.objective.learns_from_demonstrations:
-        demonstrated = stream.take(config.batching.demonstrations_per_step)
+        demonstrated = stream.take(stage.schedule.demonstrations_per_step)
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
     rows += [row for example in demonstrated for row in demonstration_rows(example)]
     weights = stage.schedule.weights(groups)

@@ -15,6 +15,7 @@ from uniapl.functional import (
 from uniapl.training.adversary import Adversary
 from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.training.optimizer import learning_rates
+from uniapl.training.state_adversary import StateAdversary
 from uniapl.training.update.credit import failed_groups
 from uniapl.types import RolloutGroup
 
@@ -24,7 +25,7 @@ class Schedule:
     """Position of a stage, and the values that follow from it."""
 
     config: Config
-    adversary: Adversary | None
+    adversary: Adversary | StateAdversary | None
     multiplier: Multiplier
     """lambda_adv, fixed or learned."""
     step: int = 0
@@ -42,14 +43,36 @@ class Schedule:
 
     @property
     def learning_rate(self) -> float:
-        """The policy's learning rate."""
-        return learning_rates(self.config.optim, self.config.max_steps)(self.step)
+        """The policy's learning rate. The cold start and the steps after it have a curve each."""
+        cold = self.config.batching.cold_start_steps
+        begin, end = (0, cold) if self.step < cold else (cold, self.config.max_steps)
+        return learning_rates(self.config.optim, end - begin)(self.step - begin)
+
+    def prompts_per_step(self, step: int) -> int:
+        """Prompts of a step of the stage."""
+        batching = self.config.batching
+        cold = step < batching.cold_start_steps
+        return batching.cold_start_prompts_per_step if cold else batching.prompts_per_step
+
+    @property
+    def demonstrations_per_step(self) -> int:
+        """Demonstrations of the current step."""
+        batching = self.config.batching
+        cold = self.step < batching.cold_start_steps
+        return batching.cold_start_demonstrations_per_step if cold else batching.demonstrations_per_step
+
+    @property
+    def rollout_steps(self) -> int:
+        """Finished steps of the stage that sampled rollouts."""
+        batching = self.config.batching
+        without = 0 if batching.cold_start_prompts_per_step else batching.cold_start_steps
+        return max(0, self.step - without)
 
     @property
     def lambda_adv(self) -> float:
         """The adversary's weight; 0 during its warm-up, and while its accuracy is below `min_accuracy`."""
         settings, objective = self.config.discriminator, self.config.objective
-        if self.adversary is None or (self.adversary.trainer and self.step < settings.warmup_steps):
+        if self.adversary is None or (self.adversary.trainer and self.rollout_steps < settings.warmup_steps):
             return 0.0
         # gad: no other component has a gradient.
         only_component = not (objective.learns_from_rewards or objective.learns_from_demonstrations)
@@ -74,6 +97,7 @@ class Schedule:
         return warmup_cosine(
             self.step,
             warmup_steps=objective.mu_warmup_steps,
+            hold_steps=objective.mu_hold_steps,
             decay_steps=objective.mu_decay_steps,
             peak=objective.mu_peak,
             valley=objective.mu_valley,

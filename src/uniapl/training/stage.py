@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -15,8 +16,10 @@ from uniapl.config import Config
 from uniapl.data.streams import is_held_out
 from uniapl.errors import UniAPLError
 from uniapl.functional import Multiplier
+from uniapl.models.loading import ModelSource
 from uniapl.models.policy import Policy
 from uniapl.models.reference import Reference, reference_at_start
+from uniapl.models.token_states import TokenReader
 from uniapl.rollout import Sampler
 from uniapl.training.adversary import Adversary, build_adversary
 from uniapl.training.build_sampler import build_sampler
@@ -26,6 +29,7 @@ from uniapl.training.inputs import RunInputs
 from uniapl.training.monitor.metrics import pair_metrics
 from uniapl.training.optimizer import adamw
 from uniapl.training.schedule import Schedule
+from uniapl.training.state_adversary import STATE_KINDS, StateAdversary, build_state_adversary, state_layers
 from uniapl.training.update.activation_checkpointing import checkpointed_layers
 from uniapl.training.update.policy_step import LossSettings
 from uniapl.types import RolloutGroup
@@ -44,10 +48,11 @@ class Stage:
     """The module to train: a :class:`Policy` around `model`, wrapped for DDP if needed; with FSDP2 a sharded
     copy."""
     optimizer: Optimizer
-    reference: Reference | None
-    """Reference of the KL term, allocated at the start so that memory does not grow at `reference_step`."""
+    reader: TokenReader | None
+    """Reads completions with the reference, for the KL and for a discriminator on its states. The reference
+    is allocated at the start so that memory does not grow at `reference_step`."""
     loss_settings: LossSettings
-    adversary: Adversary | None
+    adversary: Adversary | StateAdversary | None
     sampler: Sampler
     schedule: Schedule
     packing: bool = False
@@ -57,6 +62,11 @@ class Stage:
     def config(self) -> Config:
         """The stage's configuration."""
         return self.schedule.config
+
+    @property
+    def reference(self) -> Reference | None:
+        """The reference of the KL term."""
+        return self.reader.model if self.reader is not None else None
 
     @property
     def one_step_off(self) -> OneStepOffSampler | None:
@@ -103,8 +113,8 @@ class Stage:
         """
         held_out = pair_metrics([group for group in groups if is_held_out(group.example, self.config)])
         pairs = pair_metrics(groups) | {k.replace("/", "/held_out_"): v for k, v in held_out.items()}
-        if self.adversary is not None:
-            self.adversary.observe(groups, pairs, self.config.discriminator)
+        if self.adversary is not None and groups:
+            pairs |= self.adversary.observe(groups, pairs, self.config.discriminator)
         return pairs | self.schedule.control_lambda(pairs.get("discriminator/pair_win_rate"))
 
     def gathered_policy(self) -> AbstractContextManager[None]:
@@ -135,8 +145,8 @@ def build_stage(
         checkpointed_layers(model)
     inner = Policy(model, accelerator.autocast)
     source = inputs.source.with_weights(start)
-    reference = reference_at_start(inner, source) if objective.beta > 0 else None
-    adversary = build_adversary(config, inner, inputs, accelerator, source) if objective.lambda_adv else None
+    reader = _reader(config, inner, inputs, accelerator, source)
+    adversary = _adversary(config, inner, inputs, accelerator, source, reader)
     make_optimizer = functools.partial(
         adamw,
         lr=optim.learning_rate,
@@ -151,14 +161,13 @@ def build_stage(
         model=model,
         policy=policy,
         optimizer=optimizer,
-        reference=reference,
+        reader=reader,
         loss_settings=LossSettings(
             clip_low=objective.epsilon,
             clip_high=objective.clip_high,
             token_weight=objective.sft_token_weight,
             importance_cap=config.rollout.importance_cap,
             max_grad_norm=optim.max_grad_norm,
-            reference=reference,
         ),
         adversary=adversary,
         sampler=sampler,
@@ -166,7 +175,44 @@ def build_stage(
             config=config,
             adversary=adversary,
             multiplier=Multiplier(value=objective.lambda_adv),
-            uses_reference=reference is not None and not objective.reference_step,
+            uses_reference=reader is not None and not objective.reference_step,
         ),
         packing=config.batching.packing and inner.packs,
     )
+
+
+def _reader(
+    config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, source: ModelSource
+) -> TokenReader | None:
+    """The reader of the KL reference; None if neither the KL nor the discriminator needs one."""
+    on_states = config.objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
+    if not config.objective.beta and not on_states:
+        return None
+    return TokenReader(
+        model=reference_at_start(policy, source),
+        layers=state_layers(config.discriminator, policy.model) if on_states else (),
+        temperature=config.rollout.temperature,
+        pad_id=inputs.pad_id,
+        max_tokens=config.batching.max_tokens_per_micro_batch,
+        packed=config.batching.packing and policy.packs,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
+
+
+def _adversary(
+    config: Config,
+    policy: Policy,
+    inputs: RunInputs,
+    accelerator: Accelerator,
+    source: ModelSource,
+    reader: TokenReader | None,
+) -> Adversary | StateAdversary | None:
+    if not config.objective.lambda_adv:
+        return None
+    if config.discriminator.kind not in STATE_KINDS:
+        return build_adversary(config, policy, inputs, accelerator, source)
+    assert reader is not None
+    text_config: Any = policy.model.config.get_text_config()
+    size = len(reader.layers) * text_config.hidden_size
+    return build_state_adversary(config, reader, inputs, accelerator, size)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from support.runs import lines, recipe, train
+from uniapl.config.objective import ObjectiveConfig
 from uniapl.training.monitor.metrics import rollout_metrics
 from uniapl.training.update.credit import assign_credit
 from uniapl.types import Example, Rollout, RolloutGroup
@@ -37,7 +38,8 @@ def group(
 
 
 def metrics(*groups: RolloutGroup) -> dict[str, Any]:
-    credits = assign_credit(groups, scale_rewards="none", adversarial_credit="logit", expert_mean=None)
+    objective = ObjectiveConfig(scale_rewards="none", adversarial_credit="logit")
+    credits = assign_credit(groups, objective, expert_mean=None, lambda_adv=0.0)
     return rollout_metrics(groups, credits, step=5)
 
 

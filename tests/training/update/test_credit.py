@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 
 from support import reference
+from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import component_counts
 from uniapl.training.monitor.metrics import length_metrics, pair_metrics, rollout_metrics
 from uniapl.training.update.credit import assign_credit, failed_groups, rollout_rows
 from uniapl.types import Example, Rollout, RolloutGroup
+
+UNSCALED = ObjectiveConfig(scale_rewards="none")
 
 
 def group(
@@ -41,9 +44,7 @@ def group(
 
 
 def credit(item: RolloutGroup, expert_mean: float | None = None):
-    return assign_credit(
-        [item], scale_rewards="none", adversarial_credit="win_probability", expert_mean=expert_mean
-    )[0]
+    return assign_credit([item], UNSCALED, expert_mean=expert_mean, lambda_adv=0.0)[0]
 
 
 def test_by_hand() -> None:
@@ -56,7 +57,8 @@ def test_by_hand() -> None:
 
 def test_rewards_are_scaled_and_credit_is_chosen_as_configured() -> None:
     item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
-    (scaled,) = assign_credit([item], scale_rewards="group", adversarial_credit="logit", expert_mean=None)
+    logits = ObjectiveConfig(adversarial_credit="logit")
+    (scaled,) = assign_credit([item], logits, expert_mean=None, lambda_adv=0.0)
     assert scaled.advantages == (
         *(pytest.approx(sign * 0.5 / (math.sqrt(0.5) + 1e-4)) for sign in (1, -1)),
         None,
@@ -67,13 +69,8 @@ def test_rewards_are_scaled_and_credit_is_chosen_as_configured() -> None:
 def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() -> None:
     item = group((1.0, 0.0, None), (0.0, 1.0, 2.0), 1.0)
     apart = credit(item)
-    (inside,) = assign_credit(
-        [item],
-        scale_rewards="none",
-        adversarial_credit="win_probability",
-        expert_mean=None,
-        adversarial_weight=0.25,
-    )
+    in_reward = UNSCALED.model_copy(update={"adversarial_placement": "reward"})
+    (inside,) = assign_credit([item], in_reward, expert_mean=None, lambda_adv=0.25)
     # The group's mean of u is over all three, also over the one whose reward is not known.
     wins = [reference.sigmoid(x - 1.0) for x in (0.0, 1.0, 2.0)]
     mean = sum(wins) / 3
@@ -82,13 +79,7 @@ def test_in_the_reward_the_adversary_s_credit_is_added_where_both_are_known() ->
     assert inside.advantages[2] is None
     assert inside.adversarial_advantages == apart.adversarial_advantages
     without_logits = group((1.0, 0.0))
-    (inside,) = assign_credit(
-        [without_logits],
-        scale_rewards="none",
-        adversarial_credit="win_probability",
-        expert_mean=None,
-        adversarial_weight=0.25,
-    )
+    (inside,) = assign_credit([without_logits], in_reward, expert_mean=None, lambda_adv=0.25)
     assert inside.advantages == (0.5, -0.5)
 
 

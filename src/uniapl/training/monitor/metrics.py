@@ -110,6 +110,9 @@ def rollout_metrics(
     if wins:
         metrics["discriminator/win_rate"] = win_rate = statistics.fmean(wins)
         metrics["discriminator/expert_gap"] = expert_gap(win_rate)
+    if changes := [c for credit in credits for c in credit.reward_changes]:
+        metrics["adversary/reward_change"] = statistics.fmean(changes)
+        metrics["adversary/advantage_change"] = _mean([c for k in credits for c in k.advantage_changes])
     for name in groups[0].reward_parts:
         values = [v for group in groups for v in group.reward_parts[name] if v is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)

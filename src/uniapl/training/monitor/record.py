@@ -44,6 +44,7 @@ def step_record(
         **metrics.update_metrics(update, batch.counts, batch.weights),
         "weight/lambda_adv": batch.lambda_adv,
         **result.gradient_metrics,
+        "adversary/active": int(batch.lambda_adv > 0 and bool(result.groups)),
         **metrics.rollout_metrics(result.groups, batch.credits, step=step - 1),
         **metrics.length_metrics(result.groups),
         **result.pair_metrics,

@@ -17,6 +17,7 @@ from uniapl.rollout.engines import check_vllm
 from uniapl.training.inputs import stream_examples
 from uniapl.training.monitor.trackers import check_trackers
 from uniapl.training.optimizer import check_schedule
+from uniapl.training.state_adversary import STATE_KINDS
 from uniapl.types import Example
 
 MAX_UNKNOWN_FRACTION = 0.5
@@ -137,8 +138,14 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
             f"{method} compares completions with demonstrations, but no row has a 'completion': add them, or "
             "set objective.lambda_adv to 0"
         )
-    if adversarial and not rewarded and objective.adversarial_placement == "reward":
+    if adversarial and not rewarded and objective.adversarial_placement != "loss":
         raise UsageError(f"{method} uses no rewards: set objective.adversarial_placement to loss")
+    names = [reward.name for reward in rewarder.rewards]
+    if objective.pass_reward is not None and objective.pass_reward not in names:
+        raise UsageError(
+            f"objective.pass_reward: no reward function is called '{objective.pass_reward}'; choose one of "
+            f"{', '.join(names) or 'none'}"
+        )
     if objective.mu_controller != "schedule" and not rewarder.rewards:
         name = objective.mu_controller
         raise UsageError(f"objective.mu_controller '{name}' needs rewards: set rewards.functions")
@@ -161,6 +168,12 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
 def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
     settings = config.discriminator
     kind, model, pairwise = settings.kind, settings.model_name_or_path, settings.kind == "bradley-terry"
+    if model is not None and kind in STATE_KINDS:
+        raise UsageError(
+            f"discriminator.kind '{kind}' reads the KL reference: remove discriminator.model_name_or_path"
+        )
+    if settings.layers and kind != "head":
+        raise UsageError("discriminator.layers needs discriminator.kind head")
     if settings.lora_r is not None and (model or not pairwise):
         raise UsageError(
             "discriminator.lora_r trains adapters on the policy: remove discriminator.model_name_or_path and "
@@ -185,7 +198,7 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         raise UsageError(
             "discriminator.in_context_demonstration needs demonstrations of at least two different prompts"
         )
-    if model is None and not pairwise:
+    if model is None and kind in ("polar", "remote", "density-ratio"):
         raise UsageError(f"discriminator.kind '{kind}' needs discriminator.model_name_or_path")
     if kind == "remote" and settings.url is None:
         raise UsageError("discriminator.kind 'remote' needs discriminator.url")

@@ -15,7 +15,9 @@ from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
 from uniapl.rollout.fused import supports_fused
 from uniapl.training.checkpoint.disk import format_bytes
+from uniapl.training.demonstration_states import CACHE_BYTES, MISMATCHES
 from uniapl.training.inputs import RunInputs
+from uniapl.training.state_adversary import STATE_KINDS
 from uniapl.types import TokenIds
 
 MOST_ROWS = 100_000
@@ -172,8 +174,11 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
     largest = _batch(_largest(rows, batching, packed=packed), packed=packed)
     stays = {"process": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
     stays |= {"policy": policy.weights, "optimizer": MOMENTS * policy.trained}
-    if objective.beta > 0:
+    on_states = objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
+    if objective.beta > 0 or on_states:
         stays["reference"] = policy.trained
+    if on_states:
+        stays["states of completions"] = _states(config, inputs, policy)
     passes = {"update": policy.update(largest, checkpointing=config.optim.gradient_checkpointing)}
     rollout = config.rollout
     if objective.uses_rollouts and rollout.sampler == "vllm":
@@ -193,7 +198,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
             fused=rollout.decoding == "fused" and supports_fused(model),
         )
     settings = config.discriminator
-    if objective.lambda_adv > 0 and settings.kind != "remote":
+    if objective.lambda_adv > 0 and settings.kind not in ("remote", *STATE_KINDS):
         trunk, pairwise = model.base_model, settings.kind == "bradley-terry"
         if settings.model_name_or_path is not None:
             trunk = _model(AutoModel, ModelSource.resolve(_discriminator_model(config)))
@@ -209,6 +214,16 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
             most = max(2, batching.max_tokens_per_micro_batch // max(row.length for row in rows))
             passes["discriminator"] = discriminator.discriminate(_batch(rows[:most], packed=packed))
     return MemoryEstimate(device=device.type, available=_available(device), stays=stays, passes=passes)
+
+
+def _states(config: Config, inputs: RunInputs, policy: Footprint) -> int:
+    """The reference's states of a step's rollouts, and those of the demonstrations, which stay in a cache."""
+    rollout, settings = config.rollout, config.discriminator
+    features = policy.config.hidden_size * (len(settings.layers) or 1) if settings.kind == "head" else 0
+    per_token = 4 * (features + 1)
+    rollouts = config.batching.prompts_per_step * rollout.num_generations * rollout.max_completion_length
+    shown = [len(e.demonstration_ids) for e in inputs.dataset.examples if e.demonstration_ids is not None]
+    return per_token * rollouts + min(CACHE_BYTES, per_token * (1 + MISMATCHES) * sum(shown))
 
 
 def _discriminator_model(config: Config) -> ModelConfig:

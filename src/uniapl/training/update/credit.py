@@ -3,15 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
+from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import Row
-from uniapl.functional import adversarial_advantages, group_advantages, win_probability
-from uniapl.functional.adversarial import AdversarialCredit
+from uniapl.functional import adversarial_advantages, group_advantages, multiplied_rewards, win_probability
 from uniapl.tolerance import at_least
 from uniapl.types import RolloutGroup
+
+STD_OF_PASSING = 0.5
+"""Smallest standard deviation that divides the multiplied rewards of a group in which all completions pass:
+that of a fair coin, so that small differences of u stay small. Our choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,10 @@ class Credit:
     adversarial_advantages: tuple[float | None, ...]
     win_rates: tuple[float | None, ...]
     """u_i = sigmoid(d(x, y_i) - d(x, y*))."""
+    reward_changes: tuple[float, ...] = ()
+    """What the multiplication subtracted from each known reward; empty where it did not act."""
+    advantage_changes: tuple[float, ...] = ()
+    """Difference that the multiplication made to each known advantage; empty where it did not act."""
 
     def without_rewards(self) -> "Credit":
         """The same credit with every reward unknown."""
@@ -30,19 +37,18 @@ class Credit:
 
 def assign_credit(
     groups: Sequence[RolloutGroup],
+    objective: ObjectiveConfig,
     *,
-    scale_rewards: Literal["none", "group"],
-    adversarial_credit: AdversarialCredit,
     expert_mean: float | None,
-    adversarial_weight: float = 0.0,
+    lambda_adv: float,
 ) -> list[Credit]:
     """Group-relative advantages of the rewards and of the adversary.
 
     Args:
         expert_mean: Used as the expert's logit if a prompt has no demonstration; None gives such a group no
-            adversarial advantages.
-        adversarial_weight: The adversarial advantage, times this weight, is added to the reward's where both
-            are known.
+            adversarial credit.
+        lambda_adv: The adversary's weight in this step: of the adversarial advantage that is added to the
+            reward's (adversarial_placement: reward), or the exponent of u (multiply). 0 changes no reward.
     """
     credits: list[Credit] = []
     for group in groups:
@@ -56,19 +62,50 @@ def assign_credit(
         logits, usable = _with_mask(policy_logits)
         expert_logits = torch.tensor([expert], dtype=torch.float64)
         adversarial = adversarial_advantages(
-            logits, expert_logits, usable, adversarial_credit=adversarial_credit
+            logits, expert_logits, usable, adversarial_credit=objective.adversarial_credit
         )
         wins = win_probability(logits, expert_logits)
         # Unknown advantages are 0.
-        advantages = group_advantages(rewards, known, scale=scale_rewards) + adversarial_weight * adversarial
+        advantages = group_advantages(rewards, known, scale=objective.scale_rewards)
+        changes: dict[str, tuple[float, ...]] = {}
+        if lambda_adv and objective.adversarial_placement == "reward":
+            advantages += lambda_adv * adversarial
+        elif lambda_adv and objective.adversarial_placement == "multiply" and bool(usable.any()):
+            passes = torch.tensor([passing(group, objective)])
+            # Without a logit it is undecided whether the completion is the expert's.
+            multiplied = multiplied_rewards(
+                rewards, torch.where(usable, wins, 0.5), passes, exponent=lambda_adv
+            )
+            all_pass = bool(passes[known].all())
+            least = torch.tensor([STD_OF_PASSING if all_pass else 0.0], dtype=torch.float64)
+            before = advantages
+            advantages = group_advantages(multiplied, known, scale=objective.scale_rewards, min_std=least)
+            changes["reward_changes"] = tuple((rewards - multiplied)[known].tolist())
+            changes["advantage_changes"] = tuple((advantages - before)[known].abs().tolist())
         credits.append(
             Credit(
                 advantages=_where_known(advantages, known),
                 adversarial_advantages=_where_known(adversarial, usable),
                 win_rates=_where_known(wins, usable),
+                **changes,
             )
         )
     return credits
+
+
+def passing(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[bool, ...]:
+    """Whether each rollout passes: the value of the deciding reward function reaches `pass_threshold`.
+
+    The weighted sum does not decide, because other functions, such as a bonus for length, could make a wrong
+    completion pass.
+    """
+    names = [*group.reward_parts]
+    name = objective.pass_reward or (names[0] if names else None)
+    values = group.reward_parts[name] if name is not None else group.rewards
+    return tuple(
+        value is not None and at_least(value, objective.pass_threshold)
+        for value in values or (None,) * len(group.rollouts)
+    )
 
 
 def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
@@ -100,6 +137,7 @@ def rollout_rows(
             adversarial_advantage=adversarial or 0.0,
             temperature=temperature,
             sampling_logprobs=rollout.sampling_logprobs,
+            ref_logprobs=rollout.ref_logprobs,
         )
         for group, credit in zip(groups, credits, strict=True)
         for rollout, advantage, adversarial in zip(

@@ -34,8 +34,6 @@ class LossSettings:
     importance_cap: float | None = None
     """Upper bound of the importance weights that correct for a separate sampler; None uses no weights."""
     max_grad_norm: float = math.inf
-    reference: nn.Module | None = None
-    """Policy that the KL term refers to; used in steps where the weight of "kl" is positive."""
 
 
 @dataclass
@@ -80,11 +78,7 @@ def policy_step(
         kept.append(old)
         sums = component_sums(logprobs, old, micro_batch, settings)
         if batch.weights["kl"]:
-            assert settings.reference is not None
-            mask = micro_batch.rollout_mask
-            with torch.no_grad(), accelerator.autocast():
-                ref_logprobs, _ = settings.reference(*inputs_of(micro_batch, mask))
-            sums["kl"] = k3_kl(logprobs, ref_logprobs, mask)
+            sums["kl"] = k3_kl(logprobs, micro_batch.ref_logprobs, micro_batch.rollout_mask)
         loss = objective(sums, batch.weights, batch.counts)
         values = {"loss": loss, **sums}
         measured.append(

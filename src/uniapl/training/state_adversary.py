@@ -1,0 +1,283 @@
+"""Discriminators that read the reference's states of completions: a trained head, or the likelihood alone."""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.optim import Optimizer
+
+from uniapl.config import Config, DiscriminatorConfig
+from uniapl.data.batching import batch_by_length
+from uniapl.data.streams import is_held_out
+from uniapl.discriminator.bradley_terry import AdversaryState
+from uniapl.discriminator.head import StateHead, head_logits
+from uniapl.errors import UsageError
+from uniapl.models.token_states import TokenReader, TokenStates
+from uniapl.training.checkpoint.directory import load_module, load_optimizer, save_module
+from uniapl.training.demonstration_states import DemonstrationStates
+from uniapl.training.distributed import fsdp
+from uniapl.training.inputs import RunInputs
+from uniapl.training.optimizer import adamw
+from uniapl.training.update.credit import passing
+from uniapl.training.update.head_step import head_step
+from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
+
+STATE_KINDS = ("head", "reference-likelihood")
+"""Kinds of discriminators on the reference's states."""
+MOST_HELD_OUT = 64
+"""Held-out examples on which the head is measured in each step. Our choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTrainer:
+    """A head that is trained together with the policy."""
+
+    module: StateHead
+    wrapped: nn.Module
+    """`module`, wrapped for DDP if needed; with FSDP2 a sharded copy."""
+    optimizer: Optimizer
+
+
+@dataclass(kw_only=True)
+class StateAdversary:
+    """The discriminator of a stage, on the states that the reference's forward pass gives."""
+
+    trainer: HeadTrainer | None
+    """The head; None for the likelihood, which is not trained."""
+    likelihood_scale: float
+    """d(x, y) is this times the mean log-probability under the reference, without a head."""
+    demonstrations: DemonstrationStates
+    text_length: Callable[[TokenIds], int]
+    """Tokens of a completion without its end token, which must not identify the writer."""
+    max_tokens: int
+    state: AdversaryState
+    accelerator: Accelerator
+    measured: tuple[float, int] = (0.0, 0)
+    """See `_measure`; from `score` to `observe` of a step."""
+    fresh: list[list[TokenStates]] = field(default_factory=list)
+    """States of this process's rollouts, from `score` to `update` of a step."""
+
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it runs the policy itself: never."""
+        return False
+
+    def score(
+        self, groups: Sequence[RolloutGroup], states: Sequence[Sequence[TokenStates]] | None
+    ) -> list[tuple[tuple[float, ...] | None, float | None]]:
+        """(logits of the rollouts, logit of the demonstration) per group.
+
+        Args:
+            states: The reference's states of each rollout; None before the reference exists, when nothing has
+                a logit.
+        """
+        if states is None:
+            self.fresh = []
+            return [(None, None) for _ in groups]
+        self.fresh = [
+            [
+                part.first(self.text_length(rollout.completion_ids))
+                for rollout, part in zip(group.rollouts, parts, strict=True)
+            ]
+            for group, parts in zip(groups, states, strict=True)
+        ]
+        shown = [group.example.demonstration_ids is not None for group in groups]
+        experts = [
+            self.demonstrations.of(g.example).demonstration for g, s in zip(groups, shown, strict=True) if s
+        ]
+        logits = iter(self.logits([*(item for parts in self.fresh for item in parts), *experts]))
+        policy = [tuple(next(logits) for _ in parts) for parts in self.fresh]
+        if self.trainer is not None:
+            self.measured = self._measure()
+        return [(scores, next(logits) if s else None) for scores, s in zip(policy, shown, strict=True)]
+
+    @torch.no_grad()
+    def logits(self, completions: Sequence[TokenStates]) -> list[float]:
+        """The logit of each completion."""
+        if self.trainer is None:
+            means = [c.logprobs.double().sum() / max(1, len(c.logprobs)) for c in completions]
+            return [self.likelihood_scale * float(mean) for mean in means]
+        found = [0.0] * len(completions)
+        lengths = [max(1, len(c.logprobs)) for c in completions]
+        for batch in batch_by_length(lengths, max_tokens=self.max_tokens):
+            logits = head_logits(self.trainer.module, [completions[index] for index in batch])
+            for index, logit in zip(batch, logits.tolist(), strict=True):
+                found[index] = logit
+        return found
+
+    def observe(
+        self, groups: Sequence[RolloutGroup], pairs: Mapping[str, float], settings: DiscriminatorConfig
+    ) -> dict[str, float]:
+        """Update the moving average of the demonstrations' logits, and what the head knows of relevance."""
+        experts = [group.expert_logit for group in groups if group.expert_logit is not None]
+        if not experts:
+            return {}
+        self.state.observe(
+            accuracy=None, expert_logit=sum(experts) / len(experts), band=settings.accuracy_band
+        )
+        if self.trainer is None:
+            self.state.accuracy = 1.0
+            return {}
+        # Counts of several processes: all of them must come to the same result.
+        wins, pairs_measured = (
+            sum(gather_object([count])) if self.accelerator.num_processes > 1 else count
+            for count in self.measured
+        )
+        self.state.accuracy = wins / pairs_measured if pairs_measured else 0.5
+        return {"discriminator/held_out_mismatched_accuracy": self.state.accuracy}
+
+    def _measure(self) -> tuple[float, int]:
+        """Number of held-out pairs of a demonstration and a mismatched one in which the former wins, and of
+        all pairs; this process's part of them."""
+        known = self.demonstrations.held_out or self.demonstrations.train
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        states = [self.demonstrations.of(example) for example in known[:MOST_HELD_OUT][rank::processes]]
+        pairs = [(s.demonstration, other) for s in states for other in s.mismatched]
+        logits = self.logits([item for pair in pairs for item in pair])
+        own, others = logits[::2], logits[1::2]
+        return sum((a > b) + (a == b) / 2 for a, b in zip(own, others, strict=True)), len(pairs)
+
+    def update(
+        self,
+        accelerator: Accelerator,
+        groups: Sequence[RolloutGroup],
+        config: Config,
+        step: int,
+        stage_step: int,
+    ) -> dict[str, Any]:
+        """Update the head on demonstrations, passing rollouts and mismatched demonstrations."""
+        settings, trainer = config.discriminator, self.trainer
+        if trainer is None or not any(group.policy_logits for group in groups):
+            return {}
+        frozen = settings.freeze_after_steps is not None and stage_step >= settings.freeze_after_steps
+        accepted = [
+            [] if is_held_out(group.example, config) else [*passing(group, config.objective)]
+            for group in groups
+        ]
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        fresh = [
+            item
+            for parts, accepts in zip(self.fresh, accepted[rank::processes], strict=True)
+            for item, passes in zip(parts, accepts or [False] * len(parts), strict=True)
+            if passes
+        ]
+        num_passing = sum(sum(accepts) for accepts in accepted)
+        updates: list[tuple[float, bool]] = []
+        for number in range(0 if frozen else settings.updates_per_step):
+            rng = random.Random(derive_seed(config.seed, "head", step, number))
+            train = self.demonstrations.train
+            drawn = rng.sample(train, min(len(train), max(len(groups), num_passing)))
+            states = [self.demonstrations.of(example) for example in drawn[rank::processes]]
+            chosen = [rng.random() for _ in drawn][rank::processes]
+            mismatched = [
+                s.mismatched[int(x * len(s.mismatched))]
+                for s, x in zip(states, chosen, strict=True)
+                if s.mismatched
+            ]
+            negatives = [*fresh, *mismatched, *(s.rejected for s in states if s.rejected)]
+            others = len(negatives) - len(fresh)
+            if processes > 1:
+                others = sum(gather_object([others]))
+            updates.append(
+                head_step(
+                    accelerator,
+                    trainer.wrapped,
+                    trainer.optimizer,
+                    [s.demonstration for s in states],
+                    negatives,
+                    counts={"expert": len(drawn), "negative": num_passing + others},
+                    max_grad_norm=settings.max_grad_norm,
+                    max_tokens=self.max_tokens,
+                )
+            )
+        self.fresh = []
+        num_applied = sum(applied for _, applied in updates)
+        return {
+            "discriminator/loss": sum(loss for loss, _ in updates) / len(updates) if updates else None,
+            "discriminator/updates": num_applied,
+            "discriminator/skipped": len(updates) - num_applied,
+        }
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """The head with its weights; all processes enter and leave together."""
+        if self.trainer is None:
+            return nullcontext()
+        return fsdp.gathered(self.trainer.module, self.trainer.wrapped)
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Write the head's weights; return the rest as JSON values."""
+        if self.trainer is not None:
+            save_module(self.trainer.module, directory / "discriminator.safetensors")
+        return {"adversary": asdict(self.state)}
+
+    def load(self, directory: Path, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`save`."""
+        vars(self.state).update(state["adversary"])
+        if self.trainer is not None:
+            with self.gathered():
+                load_module(self.trainer.module, directory / "discriminator.safetensors")
+                fsdp.scatter(self.trainer.module, self.trainer.wrapped)
+            load_optimizer(self.trainer.optimizer, directory / "discriminator_optimizer")
+
+
+def state_layers(settings: DiscriminatorConfig, model: Any) -> tuple[int, ...]:
+    """The decoder layers that the discriminator reads, from 1.
+
+    Raises:
+        UsageError: The model does not have a configured layer.
+    """
+    if settings.kind != "head":
+        return ()
+    count = model.config.get_text_config().num_hidden_layers
+    layers = tuple(sorted(set(settings.layers))) or (max(1, round(2 * count / 3)),)
+    if layers[0] < 1 or layers[-1] > count:
+        raise UsageError(f"discriminator.layers: the model has layers 1 to {count}, got {[*settings.layers]}")
+    return layers
+
+
+def build_state_adversary(
+    config: Config, reader: TokenReader, inputs: RunInputs, accelerator: Accelerator, state_size: int
+) -> StateAdversary:
+    """Build the head, or the likelihood, that the configuration names."""
+    settings = config.discriminator
+    trainer = None
+    if settings.kind == "head":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "head"))
+            module = StateHead(state_size).to(accelerator.device)
+        make_optimizer = functools.partial(
+            adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
+        fsdp.release(module, wrapped)
+        trainer = HeadTrainer(module=module, wrapped=wrapped, optimizer=optimizer)
+
+    def text_length(ids: TokenIds) -> int:
+        return len(ids) - (ids[-1] in inputs.stop_ids)
+
+    def read(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[TokenStates]:
+        states = reader.read(sequences)
+        return [s.first(text_length(ids)) for s, (_, ids) in zip(states, sequences, strict=True)]
+
+    shown = [example for example in inputs.dataset.examples if example.demonstration_ids is not None]
+
+    def held_out(example: Example) -> bool:
+        return is_held_out(example, config)
+
+    return StateAdversary(
+        trainer=trainer,
+        likelihood_scale=settings.likelihood_scale,
+        demonstrations=DemonstrationStates(shown, held_out=held_out, read=read, seed=config.seed),
+        text_length=text_length,
+        max_tokens=config.batching.max_tokens_per_micro_batch,
+        state=AdversaryState(),
+        accelerator=accelerator,
+    )

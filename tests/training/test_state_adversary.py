@@ -1,0 +1,253 @@
+"""Discriminators on the reference's states: cold start, resume, processes, adapters, held-out texts."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from support.processes import run_processes
+from support.runs import assert_same_run, lines, recipe, run_until, timeless, train
+from uniapl.discriminator.bradley_terry import AdversaryState
+from uniapl.models.token_states import TokenStates
+from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.demonstration_states import DemonstrationStates
+from uniapl.training.state_adversary import StateAdversary
+from uniapl.types import Example, Rollout, RolloutGroup
+
+KINDS = ("head", "reference-likelihood")
+
+
+def scheduled(model: Path, output: Path, kind: str, **changes: Any) -> dict[str, Any]:
+    """Two cold-start steps on demonstrations, then four with rollouts; the KL reference is taken between."""
+    objective = {
+        "mu_peak": 1.0,
+        "mu_valley": 0.1,
+        "mu_hold_steps": 2,
+        "mu_decay_steps": 0,
+        "reference_step": 2,
+    }
+    objective |= {"lambda_adv": 1.0, "adversarial_placement": "multiply", "pass_threshold": 0.2}
+    discriminator = {"kind": kind, "warmup_steps": 0, "min_accuracy": 0.0, "learning_rate": 1e-2}
+    batching = {"cold_start_steps": 2, "cold_start_demonstrations_per_step": 6}
+    return recipe(
+        model,
+        output,
+        **{
+            "max_steps": 6,
+            "save_steps": 3,
+            "objective": objective | {"beta": 0.05},
+            "discriminator": discriminator,
+            "batching": batching,
+        }
+        | changes,
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each kind."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(scheduled(model_dir, folder / "run", request.param))
+    (folder / "kind").write_text(request.param)
+    return folder
+
+
+def test_the_cold_start_samples_nothing_and_the_rest_multiplies(run: Path) -> None:
+    records = lines(run / "run" / "metrics.jsonl")
+    assert [record["tokens/rollout"] > 0 for record in records] == [False, False, True, True, True, True]
+    assert [record["weight/mu"] for record in records] == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1])
+    assert [record["adversary/active"] for record in records] == [0, 0, 1, 1, 1, 1]
+    assert [record.get("kl") is not None for record in records] == [False, False, True, True, True, True]
+    changed = [record["adversary/reward_change"] for record in records if "adversary/reward_change" in record]
+    assert sum(changed) > 0
+    # Six demonstrations of three letters and the end token each in a cold-start step, five after it.
+    assert [record["tokens/sft"] for record in records] == [24, 24, 20, 20, 20, 20]
+
+
+def test_resume_is_exact(run: Path, model_dir: Path, tmp_path: Path) -> None:
+    kind = (run / "kind").read_text()
+    values = scheduled(model_dir, tmp_path / "run", kind)
+    run_until(5 - 2, values)
+    train(values | {"resume": "auto"})
+    mine, theirs = (timeless(lines(path / "run" / "metrics.jsonl")) for path in (tmp_path, run))
+    assert mine == theirs
+    if kind == "head":
+        assert_same_run(tmp_path / "run", run / "run", 6)
+
+
+def _train(folder: Path, launch: dict[str, str], values: dict[str, Any]) -> None:
+    os.environ |= launch
+    train(values)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "launch", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["ddp", "fsdp2"]
+)
+def test_two_processes_give_the_same_run(
+    run: Path, model_dir: Path, tmp_path: Path, launch: dict[str, str]
+) -> None:
+    kind = (run / "kind").read_text()
+    values = scheduled(model_dir, tmp_path / "run", kind)
+    assert run_processes(2, _train, tmp_path, launch, values) == [0, 0]
+    mine, theirs = (timeless(lines(path / "run" / "metrics.jsonl")) for path in (tmp_path, run))
+    for one, other in zip(mine, theirs, strict=True):
+        for name in ("reward", "loss", "kl", "adversary/reward_change", "discriminator/win_rate"):
+            expected = other.get(name)
+            assert one.get(name) == (expected and pytest.approx(expected, rel=1e-4, abs=1e-6)), name
+    if kind == "head":
+        heads = [
+            load_file(checkpoint.checkpoint_path(path / "run", 6) / "discriminator.safetensors")
+            for path in (tmp_path, run)
+        ]
+        for name, tensor in heads[1].items():
+            torch.testing.assert_close(heads[0][name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_with_an_adapter_the_reference_is_the_base(model_dir: Path, tmp_path: Path) -> None:
+    """Before its first update an adapter changes nothing: the first scores are those of the whole model."""
+    changes = {"max_steps": 1, "save_steps": 1, "batching": {"cold_start_steps": 0}}
+    changes["objective"] = {"reference_step": 0, "mu_peak": 0.1, "mu_hold_steps": 0}
+    records = []
+    for name, model in {"whole": {}, "lora": {"lora_r": 2}}.items():
+        values = scheduled(model_dir, tmp_path / name, "head")
+        for key, value in changes.items():
+            values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        values["model"] = values["model"] | model
+        train(values)
+        records += lines(tmp_path / name / "metrics.jsonl")
+    assert records[0]["discriminator/loss"] == pytest.approx(records[1]["discriminator/loss"], rel=1e-4)
+    assert records[0]["reward"] == records[1]["reward"]
+
+
+def test_without_a_kl_the_start_is_read(model_dir: Path, tmp_path: Path) -> None:
+    values = scheduled(model_dir, tmp_path / "run", "head")
+    values["objective"] |= {"beta": 0.0}
+    train(values)
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["adversary/active"] for record in records] == [0, 0, 1, 1, 1, 1]
+    assert all(record.get("kl") is None for record in records)
+
+
+def demonstrated(count: int) -> list[Example]:
+    return [
+        Example(
+            row=n,
+            prompt=f"p{n}",
+            prompt_ids=(n,),
+            demonstration=f"d{n}",
+            demonstration_ids=(100 + n, 1),
+            columns={},
+        )
+        for n in range(count)
+    ]
+
+
+def states_of(examples: list[Example], read: list[Any], held_out: set[int]) -> DemonstrationStates:
+    def reader(sequences: Any) -> list[TokenStates]:
+        read.append(list(sequences))
+        return [TokenStates(logprobs=torch.zeros(1), states=torch.zeros(1, 2)) for _ in sequences]
+
+    return DemonstrationStates(examples, held_out=lambda e: e.row in held_out, read=reader, seed=0)
+
+
+def test_mismatches_are_of_other_prompts_and_held_out_texts_are_never_learned() -> None:
+    read: list[Any] = []
+    subject = states_of(demonstrated(12), read, {3, 7, 9})
+    for example in (*subject.train, *subject.held_out, *subject.train):
+        subject.of(example)
+    assert len(read) == 12, "each example is read once"
+    for sequences in read:
+        (prompt, own), *others = sequences
+        assert own == (100 + prompt[0], 1)
+        assert all(at == prompt for at, _ in others)
+        rows = {ids[0] - 100 for _, ids in others}
+        assert prompt[0] not in rows
+        if prompt[0] in {3, 7, 9}:
+            assert rows == {3, 7, 9} - {prompt[0]}
+        else:
+            assert len(rows) == 3
+            assert not rows & {3, 7, 9}
+
+
+def test_states_do_not_depend_on_what_was_read_before() -> None:
+    first: list[Any] = []
+    second: list[Any] = []
+    forward, backward = states_of(demonstrated(8), first, set()), states_of(demonstrated(8), second, set())
+    for example in forward.train:
+        forward.of(example)
+    for example in reversed(backward.train):
+        backward.of(example)
+    assert first == second[::-1]
+
+
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    subject = states_of(demonstrated(8), read, set())
+    # An example has four completions of one token with a log-probability and two states in fp32.
+    monkeypatch.setattr("uniapl.training.demonstration_states.CACHE_BYTES", 2 * 4 * 3 * 4)
+    for row in (0, 1, 0, 2, 0, 1):
+        subject.of(subject.train[row])
+    assert [sequences[0][0][0] for sequences in read] == [0, 1, 2, 1]
+
+
+def adversary(examples: list[Example], logprobs: dict[int, list[float]]) -> StateAdversary:
+    """The likelihood, on given log-probabilities of demonstrations by row; token 1 ends."""
+
+    def read(sequences: Any) -> list[TokenStates]:
+        return [
+            TokenStates(logprobs=torch.tensor(logprobs[prompt[0]]), states=torch.zeros(1, 0))
+            for prompt, _ in sequences
+        ]
+
+    return StateAdversary(
+        trainer=None,
+        likelihood_scale=4.0,
+        demonstrations=DemonstrationStates(examples, held_out=lambda _: False, read=read, seed=0),
+        text_length=lambda ids: len(ids) - (ids[-1] == 1),
+        max_tokens=100,
+        state=AdversaryState(),
+        accelerator=Accelerator(cpu=True),
+    )
+
+
+def group(example: Example, *completions: tuple[int, ...]) -> RolloutGroup:
+    return RolloutGroup(
+        example=example,
+        rollouts=tuple(
+            Rollout(
+                completion_ids=ids,
+                sampling_logprobs=(0.0,) * len(ids),
+                finish_reason="stop",
+                policy_version=0,
+            )
+            for ids in completions
+        ),
+        reward_parts={},
+    )
+
+
+def states(*logprobs: list[float]) -> list[TokenStates]:
+    return [TokenStates(logprobs=torch.tensor(x), states=torch.zeros(len(x), 0)) for x in logprobs]
+
+
+def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
+    shown, bare = demonstrated(2)
+    bare = replace(bare, demonstration_ids=None)
+    subject = adversary([shown], {0: [-1.0]})
+    found = subject.score(
+        [group(shown, (8, 9, 1), (8, 9)), group(bare, (1,))],
+        [states([-0.5, -1.0, -7.0], [-0.5, -1.0]), states([-3.0])],
+    )
+    # Both completions have the same text; the first one's end token, with -7 nats, is not read.
+    assert found == [((-3.0, -3.0), -4.0), ((0.0,), None)]
+
+
+def test_before_the_reference_exists_nothing_is_scored() -> None:
+    (shown,) = demonstrated(1)
+    assert adversary([shown], {}).score([group(shown, (8, 1))], None) == [(None, None)]
