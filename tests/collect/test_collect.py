@@ -591,6 +591,7 @@ def test_an_end_of_thinking_in_a_text_cuts_only_if_thinking_was_asked_for(
     ("number", "error"),
     [
         (429, {"message": "You exceeded your current quota.", "code": "insufficient_quota"}),
+        (200, {"message": "Payment required.", "code": "402"}),
         (429, {"message": "You exceeded your current quota.", "type": "insufficient_quota", "code": None}),
         (429, {"message": "Your account has insufficient balance.", "code": "1113"}),
         (429, {"message": "Suspended.", "type": "exceeded_current_quota_error"}),

@@ -92,7 +92,8 @@ def test_text_parts_are_joined(name: str) -> None:
 def test_other_parts_are_refused_by_name(part: Any) -> None:
     row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
     kind = part["type"] if isinstance(part, dict) else part
-    with pytest.raises(UsageError, match=rf"row 7: 'prompt', message 1: content of type {kind!r}"):
+    words = "a part of type 'text' has no 'text'" if kind == "text" else f"content of type {kind!r}"
+    with pytest.raises(UsageError, match=f"row 7: 'prompt', message 1: {words}"):
         dataset(family("qwen3"), row)
 
 
@@ -289,3 +290,13 @@ def test_notes_count_their_rows() -> None:
     rows = [(number, {"prompt": "<s>a"}) for number in (3, 4, 9)]
     (note,) = tokenize_rows(rows, byte_tokenizer(None, bos=True), DataConfig()).notes
     assert note.startswith("row 3 and 2 other rows: the prompt's text begins with")
+
+
+def test_an_empty_thought_that_the_template_writes_is_noted() -> None:
+    """Qwen3 writes it before the answer, or, with enable_thinking: false, at the end of the prompt."""
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": "yo"}
+    (note,) = dataset(family("qwen3"), row).notes
+    assert "an empty thought (<think></think>) before each demonstration" in note
+    assert not dataset(family("qwen3"), row, chat_template_kwargs={"enable_thinking": False}).notes
+    assert not dataset(family("qwen3"), row | {"completion": "<think>\nOne.\n</think>\n\nyo"}).notes
+    assert not dataset(family("qwen2_5"), row).notes

@@ -96,6 +96,11 @@ def test_preferences() -> None:
             chat.demonstration_ids == one({"prompt": [user], "completion": "yo"}, TEMPLATE).demonstration_ids
         )
         assert chat.rejected_ids == one({"prompt": [user], "completion": "no"}, TEMPLATE).demonstration_ids
+    # UltraFeedback's form: the prompt as text, next to whole conversations.
+    mixed = {"prompt": "hi", "chosen": [user, good], "rejected": [user, bad]}
+    assert one(mixed).demonstration_ids == one({"prompt": "hi", "completion": "yo"}).demonstration_ids
+    as_chat = one(mixed, TEMPLATE, prompt_format="chat")
+    assert (as_chat.prompt_ids, as_chat.rejected_ids) == (explicit.prompt_ids, explicit.rejected_ids)
     assert one({"prompt": "a", "completion": "x", "rejected": "y"}).rejected_ids is not None
     assert one({"prompt": "a", "completion": "x"}).rejected_ids is None
 

@@ -363,3 +363,9 @@ def test_check_downloads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cache["model.safetensors"] = "there"
     assert has_local_weights("an/id")
     assert has_local_weights(str(tmp_path))
+
+
+def test_weights_in_bin_files_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "model")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    assert_refused(path, "its weights are in .bin files.*convert them to safetensors")

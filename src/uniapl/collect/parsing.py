@@ -89,7 +89,7 @@ def account_problem(status: int, found: Any) -> str | None:
     named = f"{code} {error.get('type')}"
     # The message of another status may quote the prompt.
     exhausted = EXHAUSTED.search(f"{named} {message}" if status == 429 else named)
-    if exhausted or (status == 200 and code in REFUSED_ACCOUNT):
+    if exhausted or (status == 200 and str(code) in map(str, REFUSED_ACCOUNT)):
         label = f" ({code})" if code is not None and str(code) not in message else ""
         return f"status {status}: {message or error.get('type')}{label}"
     return None

@@ -84,7 +84,10 @@ def _completion_of(row: Mapping[str, Any], column: str, prompt: Prompt) -> str |
     if value is None or isinstance(value, str):
         return value
     messages = checked_messages(f"'{column}'", value)
-    if not isinstance(prompt, str) and messages[: len(prompt)] == prompt:
+    if isinstance(prompt, str) and messages[0] == {"role": "user", "content": prompt}:
+        # UltraFeedback's form: the prompt as text, and whole conversations as completions.
+        messages = messages[1:]
+    elif not isinstance(prompt, str) and messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
     if not messages or messages[-1]["role"] != "assistant" or (len(messages) > 1 and column != "completion"):
         raise UsageError(

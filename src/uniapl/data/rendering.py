@@ -29,6 +29,12 @@ THOUGHT_NOTE = (
     "(</think>) is put before it"
 )
 
+EMPTY_THOUGHT_NOTE = (
+    "the chat template writes an empty thought (<think></think>) before each demonstration, so the model is "
+    "trained not to think; if the template has an argument for this, such as enable_thinking: false in "
+    "data.chat_template_kwargs, the empty thought becomes part of the prompt"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
@@ -152,6 +158,9 @@ class ChatTemplate:
         pieces = [piece for piece in re.split("</?think>", turn["content"]) if piece.strip()]
         pieces += [turn[key] for key in REASONING if isinstance(turn.get(key), str)]
         if whole.startswith(prompt) and all(_occurs(piece, whole[len(prompt) :]) for piece in pieces):
+            thought = "</think>" in turn["content"] or any(turn.get(key) for key in REASONING)
+            if "</think>" in whole[len(prompt) :] and not thought:
+                self.notes.add(EMPTY_THOUGHT_NOTE)
             return whole[len(prompt) :]
         text = self._with_thought(messages, joined[-1], prompt, whole)
         lost = next((piece for piece in pieces if not _occurs(piece, text)), None)

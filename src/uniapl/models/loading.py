@@ -105,6 +105,12 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
                 f"cannot load the {what} '{name}': it is a run directory; did you mean {final}?"
             ) from error
         hint = "" if exists else " (not a local directory)"
+        if exists and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+            raise UsageError(
+                f"cannot load the {what} '{name}': its weights are in .bin files, which can run code when "
+                "loaded. If you trust them, convert them to safetensors, for example by from_pretrained "
+                "and save_pretrained of transformers"
+            ) from error
         raise UsageError(f"cannot load the {what} '{name}'{hint}: {error}") from error
 
 
