@@ -309,6 +309,12 @@ def test_a_missing_recipe_is_named() -> None:
         load_recipe("nowhere.yaml")
 
 
+def test_a_missing_recipe_is_named_with_the_nearest_file(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("method: sft")
+    with pytest.raises(UsageError, match=r"base.yml': file not found. Did you mean '.*base.yaml'\?"):
+        load_recipe(tmp_path / "base.yml")
+
+
 def test_every_key_is_described() -> None:
     """`--help-all` is the reference, so that every key needs a description."""
     for section in Config().model_fields_set | set(Config.model_fields):

@@ -369,3 +369,9 @@ def test_weights_in_bin_files_are_refused_with_the_remedy(tmp_path: Path) -> Non
     path = save_model(tmp_path / "model")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     assert_refused(path, "its weights are in .bin files.*convert them to safetensors")
+
+
+def test_a_file_in_place_of_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.jsonl").write_text("{}")
+    with pytest.raises(uniapl.UsageError, match=r"model.jsonl': it is a file; name a model's directory"):
+        load_model(source_of(tmp_path / "model.jsonl"))

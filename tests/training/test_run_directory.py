@@ -105,3 +105,13 @@ def test_a_reward_that_changes_the_working_directory(
     train(values | {"resume": "runs/x/checkpoints/step-000002"}, reward_functions=[wandering])
     assert timeless(lines(run / "metrics.jsonl")) == first
     assert not names(tmp_path / "elsewhere")
+
+
+def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with (
+        pytest.raises(uniapl.UsageError, match=r"rows.jsonl' cannot be written: it is a file"),
+        exclusive(tmp_path / "rows.jsonl"),
+    ):
+        pass
+    assert (tmp_path / "rows.jsonl").read_text() == "{}"

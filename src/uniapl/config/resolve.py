@@ -101,6 +101,12 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     """
     try:
         text = Path(expand_home(str(path))).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        folder = Path(expand_home(str(path))).parent
+        others = [str(other) for suffix in ("yaml", "yml") for other in folder.glob(f"*.{suffix}")]
+        near = difflib.get_close_matches(str(path), others, n=1)
+        hint = f". Did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"cannot read the recipe '{path}': file not found{hint}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the recipe '{path}': {error}") from error
     try:

@@ -97,6 +97,8 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
     exists = os.path.exists(name)
     if not exists and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise UsageError(f"cannot load the {what} '{name}': directory not found")
+    if os.path.isfile(name):
+        raise UsageError(f"cannot load the {what} '{name}': it is a file; name a model's directory or Hub id")
     try:
         return load(name, **arguments)
     except Exception as error:  # transformers and the Hub client raise many types

@@ -179,7 +179,8 @@ def find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> P
         return None
     if resume != "auto":
         path = Path(resume)
-        if not path.is_dir():
+        # os.path.isdir also accepts names that are too long for a file, unlike Path.is_dir.
+        if not os.path.isdir(path):
             raise UsageError(
                 f"resume: '{path}' is not a directory; give a checkpoint's directory, or auto for the newest "
                 "checkpoint in output_dir"

@@ -34,6 +34,10 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         raise UsageError(
             f"another run is using output_dir '{run_dir}': wait until it ends, or choose another --output-dir"
         ) from None
+    except FileExistsError as error:
+        raise UsageError(
+            f"output_dir '{run_dir}' cannot be written: it is a file; choose another --output-dir"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: not a valid file name
         raise UsageError(f"output_dir {str(run_dir)!r} cannot be written: {error}") from error
     try:
