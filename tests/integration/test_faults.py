@@ -22,6 +22,7 @@ from uniapl import cli
 from uniapl.discriminator.bradley_terry import ScoreModel
 from uniapl.errors import UniAPLError
 from uniapl.models.policy import Policy
+from uniapl.models.reference import Reference
 from uniapl.training import step_health as watch
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.checkpoint.disk import exclusive, format_bytes
@@ -38,12 +39,12 @@ def with_little_memory(
     sizes: list[int] = []
     forward: Callable[..., Any] = module.forward
 
-    def small(self: Any, input_ids: torch.Tensor, *args: Any) -> Any:
+    def small(self: Any, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
         if torch.is_grad_enabled():
             sizes.append(packed_tokens(args[-1]) if args[-1] else input_ids.numel())
             if sizes[-1] > limit:
                 raise torch.OutOfMemoryError(FULL)
-        return forward(self, input_ids, *args)
+        return forward(self, input_ids, *args, **options)
 
     monkeypatch.setattr(module, "forward", small)
     return sizes
@@ -96,12 +97,12 @@ def test_a_second_update_that_does_not_fit_keeps_its_old_logprobs(
     train(recipe(model_dir, tmp_path / "whole", **values))
     forward, calls = Policy.forward, 0
 
-    def second_fails(self: Any, *args: Any) -> Any:
+    def second_fails(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += torch.is_grad_enabled()
         if torch.is_grad_enabled() and calls == 2:
             raise torch.OutOfMemoryError(FULL)
-        return forward(self, *args)
+        return forward(self, *args, **options)
 
     monkeypatch.setattr(Policy, "forward", second_fails)
     train(recipe(model_dir, tmp_path / "small", **values))
@@ -118,12 +119,12 @@ def test_the_batch_that_does_not_fit_need_not_be_the_one_with_most_tokens(
     train(recipe(model_dir, tmp_path / "whole", **values), train_dataset=rows)
     forward, sizes = Policy.forward, list[tuple[int, int]]()
 
-    def few_rows(self: Any, input_ids: Any, *args: Any) -> Any:
+    def few_rows(self: Any, input_ids: Any, *args: Any, **options: Any) -> Any:
         if torch.is_grad_enabled():
             sizes.append((len(input_ids), input_ids.numel()))
             if len(input_ids) > 2:
                 raise torch.OutOfMemoryError(FULL)
-        return forward(self, input_ids, *args)
+        return forward(self, input_ids, *args, **options)
 
     monkeypatch.setattr(Policy, "forward", few_rows)
     train(recipe(model_dir, tmp_path / "small", **values), train_dataset=rows)
@@ -141,6 +142,37 @@ def test_a_discriminator_s_update_that_does_not_fit(
     assert max(sizes) > 40
     assert max(sizes[-8:]) <= 40, "it tried, and then knew"
     assert_close_runs(tmp_path / "small", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_completions_that_the_reference_cannot_read_at_once_are_read_in_parts(
+    most: int, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"batching": {"max_tokens_per_micro_batch": 1000}, "max_steps": 2}
+    train(recipe(model_dir, tmp_path / "whole", **values))
+    forward, sizes = Reference.forward, list[int]()
+
+    def few_rows(self: Any, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError(FULL)
+        return forward(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(Reference, "forward", few_rows)
+    train(recipe(model_dir, tmp_path / "small", **values))
+    assert max(sizes) > 5
+    assert_close_runs(tmp_path / "small", tmp_path / "whole")
+
+
+def test_a_completion_that_the_reference_cannot_read_ends_the_run(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(Reference, "forward", full)
+    with pytest.raises(UniAPLError, match="out of memory: the KL reference cannot read one completion of"):
+        train(recipe(model_dir, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(("module", "said"), [(Policy, "one row of"), (ScoreModel, "a pair of")])
@@ -161,7 +193,7 @@ def test_what_fits_in_no_part_ends_the_run(
 def test_an_error_that_is_not_about_memory_is_not_hidden(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Any, *_: Any) -> Any:
+    def broken(self: Any, *_: Any, **__: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(Policy, "forward", broken)

@@ -101,10 +101,10 @@ from uniapl.models.policy import Policy
 
 forward = Policy.forward
 
-def full(self, *inputs):
+def full(self, *inputs, **options):
     if torch.is_grad_enabled() and os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    return forward(self, *inputs)
+    return forward(self, *inputs, **options)
 
 Policy.forward = full
 sys.exit(cli.run(sys.argv[1:]))

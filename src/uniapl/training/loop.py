@@ -21,7 +21,7 @@ from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
-from uniapl.training.oom_retry import split_micro_batches
+from uniapl.training.oom_retry import read_in_parts, split_micro_batches
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
 from uniapl.training.update.accumulate import OutOfMemoryError
@@ -156,7 +156,8 @@ def score_with_reference(
         return list(groups), None
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
     sequences = [(g.example.prompt_ids, rollout.completion_ids) for g in local for rollout in g.rollouts]
-    found = iter(replace(stage.reader, max_tokens=run.max_tokens(stage)).read(sequences))
+    reader = replace(stage.reader, max_tokens=run.max_tokens(stage))
+    found = iter(read_in_parts(reader, sequences))
     states = [[next(found) for _ in group.rollouts] for group in local]
     if not stage.config.objective.beta:
         return list(groups), states

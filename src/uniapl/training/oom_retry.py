@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from uniapl.data.batching import halves
 from uniapl.errors import UniAPLError
+from uniapl.models.token_states import TokenReader, Tokens, TokenStates
 from uniapl.training.run import Run
 from uniapl.training.update.batch import MixedBatch
 
@@ -41,3 +43,28 @@ def split_micro_batches(
         return split, None
     sizes = [[len(half.input_ids) for half in part] for part in parts]
     return split, [half for old, rows in zip(old_logprobs, sizes, strict=True) for half in old.split(rows)]
+
+
+def read_in_parts(reader: TokenReader, sequences: Sequence[Tokens]) -> list[TokenStates]:
+    """:meth:`TokenReader.read`, in halves if the sequences do not fit in memory at once.
+
+    No other process takes part, so that each one splits by itself.
+
+    Raises:
+        UniAPLError: A single sequence does not fit.
+    """
+    try:
+        return reader.read(sequences)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        if len(sequences) == 1:
+            tokens = sum(map(len, sequences[0]))
+            raise UniAPLError(
+                f"out of memory: the KL reference cannot read one completion of {tokens} tokens with its "
+                "prompt; lower rollout.max_completion_length or data.max_prompt_length, or train a smaller "
+                "model"
+            ) from error
+    clear_device_cache(garbage_collection=True)
+    middle = len(sequences) // 2
+    return [*read_in_parts(reader, sequences[:middle]), *read_in_parts(reader, sequences[middle:])]

@@ -55,15 +55,15 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 def _acquire(lock: FileLock, run_dir: Path) -> None:
     """Create the directory and lock it."""
     for attempt in range(LOCK_ATTEMPTS):
-        run_dir.mkdir(parents=True, exist_ok=True)
         try:
+            run_dir.mkdir(parents=True, exist_ok=True)
             # Some file systems have no locks; runs on them are not protected.
             with contextlib.suppress(NotImplementedError):
                 lock.acquire()
             return
-        except FileNotFoundError:
-            # A run that was refused deleted the directory in between.
-            if attempt + 1 == LOCK_ATTEMPTS:
+        except (FileNotFoundError, FileExistsError):
+            # A run that was refused deleted the directory in between; mkdir reports this as an existing file.
+            if attempt + 1 == LOCK_ATTEMPTS or run_dir.is_file():
                 raise
 
 
