@@ -16,7 +16,7 @@ from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.update.accumulate import accumulate_gradients, clip_gradient, reduce_sums
 
 WEIGHTS = {"expert": 0.5, "negative": 0.5}
-"""Demonstrations and negatives have the same weight, whatever their numbers are."""
+"""Demonstrations and negatives have the same weight, independent of their numbers."""
 
 
 def head_step(
