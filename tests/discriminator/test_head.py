@@ -93,7 +93,7 @@ def stepped(module: StateHead, experts: list[TokenStates], negatives: list[Token
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 1000])
 def test_the_step_is_half_of_each_mean(max_tokens: int) -> None:
-    """Whatever the batches, and however many negatives there are per demonstration."""
+    """For every size of batches, and with more negatives than demonstrations."""
     experts, negatives = completions(3, 5), completions(2, 4, 1, 6, 3, seed=2)
     module = head()
     loss, gradients = stepped(module, experts, negatives, max_tokens)

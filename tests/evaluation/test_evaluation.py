@@ -272,7 +272,7 @@ def test_best_of_k() -> None:
 
 
 def test_pass_at_k_with_unknown_answers_is_not_biased() -> None:
-    """Half of the completions pass, a fifth is unknown: pass@2 is 0.75, whatever is unknown."""
+    """Half of the completions pass, a fifth is unknown: pass@2 is 0.75 for every choice of unknown ones."""
     rng = random.Random(3)
 
     def completion() -> dict[str, list[float]]:

@@ -73,24 +73,9 @@ def test_states_are_the_reference_s_and_carry_no_gradient() -> None:
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.05)
-    found = TokenReader(
-        model=Reference(policy, start),
-        layers=(2,),
-        temperature=1.0,
-        pad_id=0,
-        max_tokens=100,
-        packed=policy.packs,
-        device=torch.device("cpu"),
-    ).read(SEQUENCES)
+    common = {**vars(reader("qwen3", layers=(2,))), "packed": policy.packs, "temperature": 1.0}
+    found = TokenReader(**{**common, "model": Reference(policy, start)}).read(SEQUENCES)
     at_start = Policy(make_model("qwen3", seed=3))
-    expected = TokenReader(
-        model=at_start,
-        layers=(2,),
-        temperature=1.0,
-        pad_id=0,
-        max_tokens=100,
-        packed=at_start.packs,
-        device=torch.device("cpu"),
-    ).read(SEQUENCES)
+    expected = TokenReader(**{**common, "model": at_start}).read(SEQUENCES)
     assert_same(found, expected)
     assert not any(s.logprobs.requires_grad or s.states.requires_grad for s in found)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from support.processes import run_processes
 from support.runs import assert_same_run, lines, recipe, run_until, timeless, train
+from uniapl.config import DiscriminatorConfig
 from uniapl.discriminator.bradley_terry import AdversaryState
+from uniapl.discriminator.head import StateHead
 from uniapl.models.token_states import TokenStates
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.demonstration_states import DemonstrationStates
@@ -251,3 +253,34 @@ def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
 def test_before_the_reference_exists_nothing_is_scored() -> None:
     (shown,) = demonstrated(1)
     assert adversary([shown], {}).score([group(shown, (8, 1))], None) == [(None, None)]
+
+
+def test_a_logit_that_is_not_finite_does_not_reach_the_running_mean() -> None:
+    (shown,) = demonstrated(1)
+    subject = adversary([shown], {})
+    scored = [replace(group(shown, (8, 1)), expert_logit=logit) for logit in (float("nan"), -2.0, None)]
+    subject.observe(scored, {}, DiscriminatorConfig())
+    assert subject.state.expert_mean == -2.0
+
+
+def test_an_update_of_the_head_that_does_not_fit_is_done_in_smaller_parts(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(scheduled(model_dir, tmp_path / "whole", "head"))
+    forward, sizes = StateHead.forward, list[int]()
+
+    def small(self: Any, states: torch.Tensor, *others: Any) -> Any:
+        if torch.is_grad_enabled():
+            sizes.append(states.shape[0])
+            if states.shape[0] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, states, *others)
+
+    monkeypatch.setattr(StateHead, "forward", small)
+    train(scheduled(model_dir, tmp_path / "small", "head"))
+    assert max(sizes) > 2
+    assert max(sizes[-8:]) <= 2, "it tried, and then knew"
+    whole, parts = (lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "small"))
+    for mine, other in zip(parts, whole, strict=True):
+        loss = other.get("discriminator/loss")
+        assert mine.get("discriminator/loss") == (loss and pytest.approx(loss, rel=1e-3))

@@ -40,7 +40,7 @@ from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
 from uniapl.training.optimizer import adamw
 from uniapl.training.update.accumulate import OutOfMemoryError
-from uniapl.training.update.discriminator_step import discriminator_step
+from uniapl.training.update.discriminator_step import discriminator_step, update_metrics
 from uniapl.types import RolloutGroup, derive_seed
 
 DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
@@ -180,13 +180,7 @@ class Adversary:
             if comparisons := fresh + trainer.replay.draw(num_replayed, seed=seed):
                 updates.append(trainer.update(accelerator, comparisons, config))
         trainer.replay.add(fresh)
-        num_applied = sum(applied for _, applied in updates)
-        return {
-            "discriminator/loss": sum(loss for loss, _ in updates) / len(updates) if updates else None,
-            "discriminator/updates": num_applied,
-            "discriminator/skipped": len(updates) - num_applied,
-            "discriminator/paused": int(self.state.paused),
-        }
+        return {**update_metrics(updates), "discriminator/paused": int(self.state.paused)}
 
     def gathered(self) -> AbstractContextManager[None]:
         """The discriminator with its weights; all processes enter and leave together."""

@@ -1,6 +1,7 @@
 """Discriminators that read the reference's states of completions: a trained head, or the likelihood alone."""
 
 import functools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +20,16 @@ from uniapl.data.batching import batch_by_length
 from uniapl.data.streams import is_held_out
 from uniapl.discriminator.bradley_terry import AdversaryState
 from uniapl.discriminator.head import StateHead, head_logits
-from uniapl.errors import UsageError
+from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.token_states import TokenReader, TokenStates
 from uniapl.training.checkpoint.directory import load_module, load_optimizer, save_module
 from uniapl.training.demonstration_states import DemonstrationStates
 from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
 from uniapl.training.optimizer import adamw
+from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.credit import passing
+from uniapl.training.update.discriminator_step import update_metrics
 from uniapl.training.update.head_step import head_step
 from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
 
@@ -117,7 +120,8 @@ class StateAdversary:
         self, groups: Sequence[RolloutGroup], pairs: Mapping[str, float], settings: DiscriminatorConfig
     ) -> dict[str, float]:
         """Update the moving average of the demonstrations' logits, and what the head knows of relevance."""
-        experts = [group.expert_logit for group in groups if group.expert_logit is not None]
+        logits = [group.expert_logit for group in groups]
+        experts = [logit for logit in logits if logit is not None and math.isfinite(logit)]
         if not experts:
             return {}
         self.state.observe(
@@ -186,25 +190,42 @@ class StateAdversary:
             others = len(negatives) - len(fresh)
             if processes > 1:
                 others = sum(gather_object([others]))
+            counts = {"expert": len(drawn), "negative": num_passing + others}
             updates.append(
-                head_step(
-                    accelerator,
-                    trainer.wrapped,
-                    trainer.optimizer,
-                    [s.demonstration for s in states],
-                    negatives,
-                    counts={"expert": len(drawn), "negative": num_passing + others},
-                    max_grad_norm=settings.max_grad_norm,
-                    max_tokens=self.max_tokens,
-                )
+                self._head_step(trainer, [s.demonstration for s in states], negatives, counts, settings)
             )
         self.fresh = []
-        num_applied = sum(applied for _, applied in updates)
-        return {
-            "discriminator/loss": sum(loss for loss, _ in updates) / len(updates) if updates else None,
-            "discriminator/updates": num_applied,
-            "discriminator/skipped": len(updates) - num_applied,
-        }
+        return update_metrics(updates)
+
+    def _head_step(
+        self,
+        trainer: HeadTrainer,
+        experts: Sequence[TokenStates],
+        negatives: Sequence[TokenStates],
+        counts: dict[str, int],
+        settings: DiscriminatorConfig,
+    ) -> tuple[float, bool]:
+        """One :func:`head_step`; batches that do not fit in memory are halved, also from then on."""
+        while True:
+            limit = min(self.max_tokens, self.state.max_tokens or self.max_tokens)
+            try:
+                return head_step(
+                    self.accelerator,
+                    trainer.wrapped,
+                    trainer.optimizer,
+                    experts,
+                    negatives,
+                    counts=counts,
+                    max_grad_norm=settings.max_grad_norm,
+                    max_tokens=limit,
+                )
+            except OutOfMemoryError:
+                if limit <= 1:
+                    raise UniAPLError(
+                        "out of memory in the update of the discriminator's head: one completion does not "
+                        "fit; lower rollout.max_completion_length or data.max_demonstration_length"
+                    ) from None
+                self.state.max_tokens = limit // 2
 
     def gathered(self) -> AbstractContextManager[None]:
         """The head with its weights; all processes enter and leave together."""

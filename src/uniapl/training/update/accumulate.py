@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from uniapl.errors import UniAPLError
 from uniapl.training.distributed.fsdp import full, is_sharded
@@ -89,3 +91,25 @@ def clip_gradient(accelerator: Accelerator, module: nn.Module, max_norm: float) 
     norm = accelerator.clip_grad_norm_(module.parameters(), max_norm)
     assert norm is not None
     return float(full(norm))
+
+
+def finish_update(
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: Optimizer,
+    measured: Sequence[Mapping[str, Tensor]],
+    *,
+    max_grad_norm: float,
+) -> tuple[float, bool]:
+    """Step on the accumulated gradient, unless it or the loss is not finite.
+
+    Returns:
+        The loss, summed over all parts and processes, and whether the step was taken.
+    """
+    grad_norm = clip_gradient(accelerator, module, max_grad_norm)
+    loss = reduce_sums(accelerator, measured)["loss"]
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, applied

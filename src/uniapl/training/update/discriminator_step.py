@@ -1,6 +1,5 @@
 """One Bradley-Terry update of the discriminator."""
 
-import math
 from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
@@ -10,7 +9,7 @@ from torch.optim import Optimizer
 from uniapl.discriminator.bradley_terry import BradleyTerryDiscriminator, Comparison
 from uniapl.functional import objective
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
-from uniapl.training.update.accumulate import accumulate_gradients, clip_gradient, reduce_sums
+from uniapl.training.update.accumulate import accumulate_gradients, finish_update
 
 
 def discriminator_step(
@@ -48,10 +47,14 @@ def discriminator_step(
     for _ in range(num_empty_micro_batches(accelerator, len(batch_losses))):
         batch_losses += discriminator.losses([], module)
     accumulate_gradients(accelerator, module, loss_of, batch_losses)
-    grad_norm = clip_gradient(accelerator, module, max_grad_norm)
-    loss = reduce_sums(accelerator, measured)["loss"]
-    applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    if applied:
-        optimizer.step()
-    optimizer.zero_grad()
-    return loss, applied
+    return finish_update(accelerator, module, optimizer, measured, max_grad_norm=max_grad_norm)
+
+
+def update_metrics(updates: Sequence[tuple[float, bool]]) -> dict[str, float | None]:
+    """Mean loss of a step's updates, and how many were applied and skipped."""
+    num_applied = sum(applied for _, applied in updates)
+    return {
+        "discriminator/loss": sum(loss for loss, _ in updates) / len(updates) if updates else None,
+        "discriminator/updates": num_applied,
+        "discriminator/skipped": len(updates) - num_applied,
+    }

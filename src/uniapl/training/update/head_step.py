@@ -1,6 +1,5 @@
 """One logistic update of a discriminator's head."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from uniapl.discriminator.head import head_logits
 from uniapl.functional import logistic_losses, objective
 from uniapl.models.token_states import TokenStates
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
-from uniapl.training.update.accumulate import accumulate_gradients, clip_gradient, reduce_sums
+from uniapl.training.update.accumulate import accumulate_gradients, finish_update
 
 WEIGHTS = {"expert": 0.5, "negative": 0.5}
 """Demonstrations and negatives have the same weight, independent of their numbers."""
@@ -39,6 +38,9 @@ def head_step(
 
     Returns:
         The loss, and whether the update was applied: it is skipped if it is not finite.
+
+    Raises:
+        OutOfMemoryError: The same update with a smaller `max_tokens` has the same result.
     """
     completions = [(item, True) for item in experts] + [(item, False) for item in negatives]
     lengths = [max(1, len(item.logprobs)) for item, _ in completions]
@@ -58,13 +60,7 @@ def head_step(
 
     optimizer.zero_grad()
     accumulate_gradients(accelerator, module, loss_of, parts)
-    grad_norm = clip_gradient(accelerator, module, max_grad_norm)
-    loss = reduce_sums(accelerator, measured)["loss"]
-    applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    if applied:
-        optimizer.step()
-    optimizer.zero_grad()
-    return loss, applied
+    return finish_update(accelerator, module, optimizer, measured, max_grad_norm=max_grad_norm)
 
 
 def _nothing(module: nn.Module, device: torch.device) -> TokenStates:
