@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from support.processes import run_processes
 from support.runs import assert_same_run, lines, recipe, run_until, timeless, train
-from uniapl.config import DiscriminatorConfig
+from uniapl.config import Config, DiscriminatorConfig
 from uniapl.discriminator.bradley_terry import AdversaryState
 from uniapl.discriminator.head import StateHead
 from uniapl.models.token_states import TokenStates
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.demonstration_states import DemonstrationStates
-from uniapl.training.state_adversary import StateAdversary
+from uniapl.training.state_adversary import HeadTrainer, StateAdversary
 from uniapl.types import Example, Rollout, RolloutGroup
 
 KINDS = ("head", "reference-likelihood")
@@ -284,3 +284,35 @@ def test_an_update_of_the_head_that_does_not_fit_is_done_in_smaller_parts(
     for mine, other in zip(parts, whole, strict=True):
         loss = other.get("discriminator/loss")
         assert mine.get("discriminator/loss") == (loss and pytest.approx(loss, rel=1e-3))
+
+
+def test_the_head_learns_from_passing_rollouts_and_from_mismatched_demonstrations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    examples = demonstrated(4)
+    subject = adversary(examples, {row: [-float(row)] for row in range(4)})
+    vars(subject)["trainer"] = HeadTrainer(module=Any, wrapped=Any, optimizer=Any)  # type: ignore[arg-type]
+    given: list[Any] = []
+
+    def record(*arguments: Any, counts: dict[str, int], **_: Any) -> tuple[float, bool]:
+        given.append((*arguments[3:], counts))
+        return 1.0, True
+
+    monkeypatch.setattr("uniapl.training.state_adversary.head_step", record)
+    scored = replace(
+        group(examples[0], (8, 1), (9, 1), (7, 1)),
+        reward_parts={"check": (1.0, 0.5, None)},
+        policy_logits=(0.0, 0.0, 0.0),
+    )
+    subject.fresh = [states([-0.1], [-0.2], [-0.3])]
+    config = Config.model_validate(
+        {"discriminator": {"kind": "head", "held_out_fraction": 0.0, "updates_per_step": 1}}
+    )
+    found = subject.update(Accelerator(cpu=True), [scored], config, step=3, stage_step=3)
+    ((experts, negatives, counts),) = given
+    passing, *mismatched = negatives
+    # The failing and the unknown rollout are no negatives.
+    assert passing.logprobs.tolist() == pytest.approx([-0.1])
+    assert len(experts) == len(mismatched) == 1
+    assert counts == {"expert": 1, "negative": 2}
+    assert found == {"discriminator/loss": 1.0, "discriminator/updates": 1, "discriminator/skipped": 0}
