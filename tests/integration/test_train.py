@@ -318,7 +318,13 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             "set objective.adversarial_placement to loss",
         ),
         (
-            {"objective": {"mu_controller": "gate", "reward_weight": 0.0}, "rewards": {}},
+            {
+                "objective": {
+                    **{"mu_controller": "gate", "reward_weight": 0.0},
+                    "adversarial_placement": "loss",
+                },
+                "rewards": {},
+            },
             None,
             "'gate' needs rewards: set rewards.functions",
         ),

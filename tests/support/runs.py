@@ -26,10 +26,19 @@ def recipe(model_dir: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "save_steps": 2,
         "model": {"model_name_or_path": str(model_dir)},
         "rollout": {"num_generations": 4, "max_completion_length": 6},
-        "objective": {"mu_decay_steps": 4, "beta": 0.05, "reference_step": 0},
-        "discriminator": {"warmup_steps": 1, "min_accuracy": 0.0, "learning_rate": 1e-3, "replay_size": 4},
+        "objective": {
+            **{"mu_peak": 0.5, "mu_valley": 0.02, "mu_decay_steps": 4, "beta": 0.05, "reference_step": 0},
+            **{"lambda_adv": 2.0, "adversarial_placement": "loss"},
+        },
+        "discriminator": {
+            **{"kind": "bradley-terry", "warmup_steps": 1, "min_accuracy": 0.0, "learning_rate": 1e-3},
+            "replay_size": 4,
+        },
         "optim": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine"},
-        "batching": {"prompts_per_step": 3, "demonstrations_per_step": 5, "max_tokens_per_micro_batch": 120},
+        "batching": {
+            **{"cold_start_steps": 0, "prompts_per_step": 3, "demonstrations_per_step": 5},
+            "max_tokens_per_micro_batch": 120,
+        },
     }
     for key, value in changes.items():
         base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value

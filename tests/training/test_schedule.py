@@ -160,7 +160,7 @@ def test_the_cold_start_has_its_own_numbers_and_learning_rate() -> None:
         "max_steps": 10,
         "batching": batching | {"prompts_per_step": 3, "demonstrations_per_step": 2},
         "optim": {"learning_rate": 1.0, "lr_scheduler_type": "linear"},
-        "objective": {"mu_peak": 0.9, "mu_valley": 0.1, "mu_hold_steps": 4, "mu_decay_steps": 0},
+        "objective": {"mu_peak": 0.9, "mu_valley": 0.1, "mu_decay_steps": 0},
     }
     subject = Schedule(config=Config.model_validate(values), adversary=None, multiplier=Multiplier(value=1.0))
     found = []
@@ -177,6 +177,17 @@ def test_the_cold_start_has_its_own_numbers_and_learning_rate() -> None:
     cold = [(0, 24, 0, 0.9, rate) for rate in (1.0, 0.75, 0.5, 0.25)]
     warm = [(3, 2, n, 0.1, round(1 - n / 6, 6)) for n in range(6)]
     assert found == cold + warm
+
+
+def test_the_cold_start_may_be_a_fraction_and_has_as_many_demonstrations_as_completions() -> None:
+    values: dict[str, Any] = {"max_steps": 30, "batching": {"cold_start_steps": 0.2, "prompts_per_step": 3}}
+    values["rollout"] = {"num_generations": 4}
+    config = Config.model_validate(values)
+    subject = Schedule(config=config, adversary=None, multiplier=Multiplier(value=1.0), step=5)
+    assert (config.cold_start_steps, config.reference_step) == (6, 6)
+    assert (subject.in_cold_start, subject.demonstrations_per_step) == (True, 12)
+    subject.step = 6
+    assert (subject.in_cold_start, subject.demonstrations_per_step) == (False, 8)
 
 
 def test_with_rollouts_in_the_cold_start_every_step_counts() -> None:

@@ -29,9 +29,7 @@ def scheduled(model: Path, output: Path, kind: str, **changes: Any) -> dict[str,
     objective = {
         "mu_peak": 1.0,
         "mu_valley": 0.1,
-        "mu_hold_steps": 2,
         "mu_decay_steps": 0,
-        "reference_step": 2,
     }
     objective |= {"lambda_adv": 1.0, "adversarial_placement": "multiply", "pass_threshold": 0.2}
     discriminator = {"kind": kind, "warmup_steps": 0, "min_accuracy": 0.0, "learning_rate": 1e-2}
@@ -114,7 +112,7 @@ def test_two_processes_give_the_same_run(
 def test_with_an_adapter_the_reference_is_the_base(model_dir: Path, tmp_path: Path) -> None:
     """Before its first update an adapter changes nothing: the first scores are those of the whole model."""
     changes = {"max_steps": 1, "save_steps": 1, "batching": {"cold_start_steps": 0}}
-    changes["objective"] = {"reference_step": 0, "mu_peak": 0.1, "mu_hold_steps": 0}
+    changes["objective"] = {"reference_step": 0, "mu_peak": 0.1}
     records = []
     for name, model in {"whole": {}, "lora": {"lora_r": 2}}.items():
         values = scheduled(model_dir, tmp_path / name, "head")

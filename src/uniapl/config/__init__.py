@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from uniapl.config.batching import BatchingConfig
 from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
 from uniapl.config.section import Names, Paths, PathText, Section
 
@@ -210,29 +211,6 @@ class OptimConfig(Section):
         return self
 
 
-class BatchingConfig(Section):
-    """Contents of one step, and its split into micro-batches, which does not change the loss."""
-
-    prompts_per_step: int = Field(default=8, ge=1)
-    """Prompts for which each step samples rollouts."""
-    demonstrations_per_step: int = Field(default=8, ge=1)
-    """Demonstrations in each step."""
-    cold_start_steps: int = Field(default=0, ge=0)
-    """Steps at the start of a stage with the two following numbers in place of the two above; 0 has none."""
-    cold_start_prompts_per_step: int = Field(default=0, ge=0)
-    """Prompts of each cold-start step; 0 samples nothing."""
-    cold_start_demonstrations_per_step: int = Field(default=32, ge=1)
-    """Demonstrations of each cold-start step."""
-    per_device_train_batch_size: int | None = Field(default=None, ge=1)
-    """Maximum number of rows of a micro-batch; null limits only its tokens."""
-    max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Maximum number of tokens of a micro-batch, which has at least one row. A shared prompt counts once, and
-    padding counts if rows are not packed."""
-    packing: bool = True
-    """Pack rows without padding and with each prompt once, if the model's attention supports it; false pads
-    rows, which is the reference."""
-
-
 class HealthConfig(Section):
     """Thresholds at which a run prints a warning or stops (exit code 3)."""
 
@@ -358,6 +336,24 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def cold_start_steps(self) -> int:
+        """Number of steps of the cold start."""
+        value = self.batching.cold_start_steps
+        return round(value * self.max_steps) if value < 1 else int(value)
+
+    @property
+    def reference_step(self) -> int:
+        """Step whose policy is the reference."""
+        step = self.objective.reference_step
+        return self.cold_start_steps if step is None else step
+
+    @property
+    def learns_from_demonstrations(self) -> bool:
+        """Whether any step trains on demonstrations."""
+        cold = self.cold_start_steps > 0 and self.objective.mu_peak > 0
+        return cold or self.objective.learns_from_demonstrations
 
     @model_validator(mode="after")
     def _resume_keeps_the_run(self) -> "Config":

@@ -11,13 +11,12 @@ class ObjectiveConfig(Section):
     """Weights and shapes of the loss components: demonstrations, rewards, adversary and KL."""
 
     mu_peak: float = Field(default=0.5, ge=0, le=1)
-    """Weight mu of the demonstrations after the warm-up; the rewards' weight is 1 - mu."""
+    """Weight mu of the demonstrations in the cold start and after the warm-up; the rewards' weight is
+    1 - mu."""
     mu_valley: float = Field(default=0.02, ge=0, le=1)
     """Weight mu of the demonstrations after the cosine decay."""
     mu_warmup_steps: int = Field(default=0, ge=0)
-    """Steps in which mu rises linearly from 0 to mu_peak; 0 starts at mu_peak."""
-    mu_hold_steps: int = Field(default=0, ge=0)
-    """Steps in which mu stays at mu_peak before the decay; 0 decays at once."""
+    """Steps after the cold start in which mu rises linearly from 0 to mu_peak; 0 starts at mu_peak."""
     mu_decay_steps: int = Field(default=50, ge=0)
     """Steps of the cosine decay from mu_peak to mu_valley; 0 drops to mu_valley without a decay."""
     mu_controller: Literal["schedule", "reward", "gate"] = "schedule"
@@ -46,8 +45,9 @@ class ObjectiveConfig(Section):
     """Lower and upper bound of an adapted lambda."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL to a reference model; 0 disables it and keeps no reference in memory."""
-    reference_step: int = Field(default=0, ge=0)
-    """Step of the stage whose policy is the reference; no KL applies before it. 0 uses the initial policy."""
+    reference_step: int | None = Field(default=None, ge=0)
+    """Step of the stage whose policy is the reference; no KL applies before it. 0 uses the initial policy,
+    null the policy at the end of the cold start."""
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clip width of the ratio, and the upper one if epsilon_high is null."""
     epsilon_high: float | None = Field(default=None, gt=0)
@@ -82,7 +82,7 @@ class ObjectiveConfig(Section):
 
     @property
     def learns_from_demonstrations(self) -> bool:
-        """Whether any step trains on demonstrations."""
+        """Whether any step after the cold start trains on demonstrations."""
         if self.mu_controller != "schedule":
             return self.mu_controller == "gate" or self.mu_peak > 0
         return self.mu_valley > 0 or (self.mu_peak > 0 and self._mu_changes)
@@ -99,7 +99,7 @@ class ObjectiveConfig(Section):
 
     @property
     def _mu_changes(self) -> bool:
-        return self.mu_warmup_steps + self.mu_hold_steps + self.mu_decay_steps > 0
+        return self.mu_warmup_steps + self.mu_decay_steps > 0
 
     @property
     def uses_rollouts(self) -> bool:

@@ -138,7 +138,7 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = (), *, path: str | Pa
     method = dict(parsed).get(("method",))
     with _named(path if method is None else None):
         method = _method(recipe.get("method", Config().method) if method is None else method)
-    proposed = {"method": method, "objective": METHODS[method]["proposed"]}
+    proposed = {"method": method, **METHODS[method]["proposed"]}
     with _named(path):
         base = validate(Config, merge(proposed, recipe))
     named = {".".join(key) for key, _ in parsed}
@@ -192,11 +192,11 @@ def stages_of(resolved: Resolved) -> list[Resolved]:
 def _stages(resolved: Resolved) -> list[Resolved]:
     config = resolved.config
     base = config.model_dump(exclude={"stages", *LENGTH})
-    given = {
-        key: value
-        for key, value in base["objective"].items()
-        if resolved.sources[f"objective.{key}"] in ("recipe", "flag")
-    }
+    # What the run's method proposes or fixes is not a setting of its stages, which have their own methods.
+    for key, source in resolved.sources.items():
+        section, dot, name = key.partition(".")
+        if dot and source not in ("recipe", "flag"):
+            base[section].pop(name, None)
     stages: list[Resolved] = []
     for number, stage in enumerate(config.stages, start=1):
         if "method" not in stage:
@@ -209,7 +209,7 @@ def _stages(resolved: Resolved) -> list[Resolved]:
                 raise UsageError(f"stage {number}: {unknown(key)}")
             raise UsageError(f"stage {number} cannot change '{key}', only {', '.join(STAGE_KEYS)}")
         try:
-            stages.append(resolve(merge({**base, **_length(config, stage), "objective": given}, stage)))
+            stages.append(resolve(merge({**base, **_length(config, stage)}, stage)))
         except UsageError as error:
             raise UsageError(f"stage {number}: {error}") from error
     return stages
@@ -280,15 +280,14 @@ def _inactive_components(config: Config) -> list[str]:
     objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"
     adversary = objective.lambda_adv > 0
     warmup = discriminator.warmup_steps if discriminator.kind in ("bradley-terry", "head") else 0
-    batching = config.batching
-    if warmup and not batching.cold_start_prompts_per_step:
-        warmup += batching.cold_start_steps
+    if warmup and not config.batching.cold_start_prompts_per_step:
+        warmup += config.cold_start_steps
     on_reference = adversary and discriminator.kind in ("head", "reference-likelihood")
     rising = objective.mu_controller == "schedule" and objective.mu_peak > 0
     limits = (
-        ("the KL is never used", "objective.reference_step", objective.reference_step, objective.beta > 0),
+        ("the KL is never used", "objective.reference_step", config.reference_step, objective.beta > 0),
         ("the adversary is never used", "discriminator.warmup_steps", warmup, adversary),
-        ("the adversary is never used", "objective.reference_step", objective.reference_step, on_reference),
+        ("the adversary is never used", "objective.reference_step", config.reference_step, on_reference),
         ("the learning rate never reaches its value", "optim.warmup_steps", config.optim.warmup_steps, True),
         ("mu never reaches mu_peak", "objective.mu_warmup_steps", objective.mu_warmup_steps, rising),
     )

@@ -3,10 +3,8 @@
 import math
 
 
-def warmup_cosine(
-    step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float, hold_steps: int = 0
-) -> float:
-    """Linear warm-up from 0 to `peak`, constant for `hold_steps`, half a cosine down to `valley`, constant.
+def warmup_cosine(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
+    """Linear warm-up from 0 to `peak`, half a cosine down to `valley`, then constant.
 
     Source: mu of CHORD (arXiv 2508.11408, section 4.3, and its authors' code). `peak == valley` with
     `warmup_steps == decay_steps == 0` gives a constant.
@@ -17,7 +15,6 @@ def warmup_cosine(
         decay_steps: Length of the decay, in steps.
         peak: The weight at the end of the warm-up.
         valley: The weight at the end of the decay.
-        hold_steps: Length of the constant part at `peak`, in steps (our addition).
 
     Examples:
         >>> [warmup_cosine(s, warmup_steps=2, decay_steps=2, peak=0.8, valley=0.2) for s in (0, 1, 2, 3, 4)]
@@ -25,9 +22,7 @@ def warmup_cosine(
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
-    step = step - warmup_steps - hold_steps
-    if step < 0:
-        return peak
+    step = step - warmup_steps
     if step >= decay_steps:
         return valley
     progress = step / decay_steps

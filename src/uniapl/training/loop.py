@@ -206,11 +206,11 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         lambda_adv=lambda_adv,
     )
     demonstrated: list[Example] = []
-    if config.objective.mu_controller == "gate":
+    if config.objective.mu_controller == "gate" and not stage.schedule.in_cold_start:
         failed = failed_groups(groups, config.objective.gate_threshold)
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [group.example for group in failed]
-    elif config.objective.learns_from_demonstrations:
+    elif config.learns_from_demonstrations:
         demonstrated = stream.take(stage.schedule.demonstrations_per_step)
     rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
     rows += [row for example in demonstrated for row in demonstration_rows(example)]

@@ -42,30 +42,36 @@ class Schedule:
         return self.step >= self.config.max_steps or self.stopping.reason is not None
 
     @property
+    def in_cold_start(self) -> bool:
+        """The current step belongs to the cold start."""
+        return self.step < self.config.cold_start_steps
+
+    @property
     def learning_rate(self) -> float:
         """The policy's learning rate. The cold start and the steps after it have a curve each."""
-        cold = self.config.batching.cold_start_steps
+        cold = self.config.cold_start_steps
         begin, end = (0, cold) if self.step < cold else (cold, self.config.max_steps)
         return learning_rates(self.config.optim, end - begin)(self.step - begin)
 
     def prompts_per_step(self, step: int) -> int:
         """Prompts of a step of the stage."""
         batching = self.config.batching
-        cold = step < batching.cold_start_steps
+        cold = step < self.config.cold_start_steps
         return batching.cold_start_prompts_per_step if cold else batching.prompts_per_step
 
     @property
     def demonstrations_per_step(self) -> int:
         """Demonstrations of the current step."""
         batching = self.config.batching
-        cold = self.step < batching.cold_start_steps
-        return batching.cold_start_demonstrations_per_step if cold else batching.demonstrations_per_step
+        if not self.in_cold_start:
+            return batching.demonstrations_per_step
+        completions = batching.prompts_per_step * self.config.rollout.num_generations
+        return batching.cold_start_demonstrations_per_step or completions
 
     @property
     def rollout_steps(self) -> int:
         """Finished steps of the stage that sampled rollouts."""
-        batching = self.config.batching
-        without = 0 if batching.cold_start_prompts_per_step else batching.cold_start_steps
+        without = 0 if self.config.batching.cold_start_prompts_per_step else self.config.cold_start_steps
         return max(0, self.step - without)
 
     @property
@@ -75,13 +81,15 @@ class Schedule:
         if self.adversary is None or (self.adversary.trainer and self.rollout_steps < settings.warmup_steps):
             return 0.0
         # gad: no other component has a gradient.
-        only_component = not (objective.learns_from_rewards or objective.learns_from_demonstrations)
+        only_component = not (objective.learns_from_rewards or self.config.learns_from_demonstrations)
         accurate = self.adversary.state.accuracy >= settings.min_accuracy
         return self.multiplier.value if accurate or only_component else 0.0
 
     def mu(self, groups: Sequence[RolloutGroup]) -> float:
         """The demonstrations' weight, which may depend on the rewards of the step's rollouts."""
         objective = self.config.objective
+        if self.in_cold_start:
+            return objective.mu_peak
         if objective.mu_controller == "gate":
             return len(failed_groups(groups, objective.gate_threshold)) / len(groups)
         if objective.mu_controller == "reward":
@@ -95,9 +103,8 @@ class Schedule:
                 valley=objective.mu_valley,
             )
         return warmup_cosine(
-            self.step,
+            self.step - self.config.cold_start_steps,
             warmup_steps=objective.mu_warmup_steps,
-            hold_steps=objective.mu_hold_steps,
             decay_steps=objective.mu_decay_steps,
             peak=objective.mu_peak,
             valley=objective.mu_valley,

@@ -98,7 +98,7 @@ class Stage:
             group["lr"] = self.schedule.learning_rate
         if self.reference is None or self.schedule.uses_reference:
             return
-        if self.schedule.step >= self.config.objective.reference_step:
+        if self.schedule.step >= self.config.reference_step:
             with self.gathered_policy():
                 self.reference.copy_policy()
             self.schedule.uses_reference = True
@@ -175,7 +175,7 @@ def build_stage(
             config=config,
             adversary=adversary,
             multiplier=Multiplier(value=objective.lambda_adv),
-            uses_reference=reader is not None and not objective.reference_step,
+            uses_reference=reader is not None and not config.reference_step,
         ),
         packing=config.batching.packing and inner.packs,
     )

@@ -50,7 +50,7 @@ class StageCheckpoint:
         if stage.one_step_off is not None:
             rows = stage.config.batching.prompts_per_step * rollout.num_generations
             total += rows * rollout.max_completion_length * BYTES_PER_TOKEN
-        if stage.reference is not None and stage.config.objective.reference_step > 0:
+        if stage.reference is not None and stage.config.reference_step > 0:
             total += self.model_bytes
         if stage.adversary is not None and stage.adversary.trainer is not None:
             total += _trained_bytes(stage.adversary.trainer.wrapped) * TENSORS_PER_WEIGHT
@@ -83,7 +83,7 @@ class StageCheckpoint:
             "stopping": asdict(schedule.stopping),
             "stop_rule": stage.config.early_stopping.model_dump(),
         }
-        if stage.reference is not None and schedule.uses_reference and stage.config.objective.reference_step:
+        if stage.reference is not None and schedule.uses_reference and stage.config.reference_step:
             stage.reference.save(directory / REFERENCE)
         if stage.adversary is not None:
             state |= stage.adversary.save(directory)

@@ -94,7 +94,7 @@ def notes_on_lengths(stages: Sequence[Config], dataset: Dataset) -> list[str]:
         stage.rollout.max_completion_length
         for stage in stages
         if stage.objective.uses_rollouts
-        and (stage.objective.learns_from_demonstrations or stage.objective.lambda_adv > 0)
+        and (stage.learns_from_demonstrations or stage.objective.lambda_adv > 0)
     }
     lengths = {e.row: len(e.demonstration_ids) for e in dataset.examples if e.demonstration_ids is not None}
     notes: list[str] = []
@@ -128,7 +128,7 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
     if rewarded and not rewarder.rewards:
         raise UsageError(f"{method} needs rewards: set rewards.functions, or choose sft, a-sft or gad")
-    if objective.learns_from_demonstrations and not demonstrations:
+    if config.learns_from_demonstrations and not demonstrations:
         raise UsageError(
             f"{method} needs demonstrations, but no row has a 'completion' (or 'messages' that end with the "
             "assistant): add them, or choose grpo"

@@ -14,7 +14,8 @@ def with_max_steps(stage: Resolved, dataset: Dataset, rewarder: Rewarder) -> Res
     """The stage with the `max_steps` that `num_train_epochs` asks for; the stage itself without that key.
 
     An epoch is one pass over the usable rows of the prompt stream, or of the demonstration stream if the
-    method samples no rollouts. The last step may begin another pass.
+    method samples no rollouts. The last step may begin another pass. Steps of a cold start without prompts
+    are added.
     """
     config = stage.config
     if config.num_train_epochs is None:
@@ -27,6 +28,9 @@ def with_max_steps(stage: Resolved, dataset: Dataset, rewarder: Rewarder) -> Res
     # In floating point, 0.1 epochs of 30 rows are more than 3 rows.
     # At least 1 also without rows, which `check_stage` refuses.
     steps = max(1, math.ceil(Fraction(repr(config.num_train_epochs)) * rows / per_step))
+    cold = config.batching.cold_start_steps
+    if cold and config.objective.uses_rollouts and not config.batching.cold_start_prompts_per_step:
+        steps = math.ceil(steps / (1 - Fraction(repr(cold)))) if cold < 1 else steps + int(cold)
     return with_notes(
         replace(
             stage,

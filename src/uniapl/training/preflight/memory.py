@@ -256,7 +256,7 @@ def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
         count = min(batching.prompts_per_step * generations, most)
         size = (_longest_prompt(inputs), config.rollout.max_completion_length)
         rows += [_row(number // generations, *size) for number in range(count)]
-    if config.objective.learns_from_demonstrations:
+    if config.learns_from_demonstrations:
         turns = (turn for e in inputs.dataset.examples for turn in e.demonstrated_turns)
         size = max(((len(prompt), len(completion)) for prompt, completion in turns), key=sum)
         count = min(batching.demonstrations_per_step, most)
