@@ -149,7 +149,8 @@ def test_a_key_may_be_written_with_its_section() -> None:
 
 
 def test_a_component_that_cannot_act_within_the_run_is_noted() -> None:
-    short, long = resolve({"max_steps": 10}), resolve({"max_steps": 26})
+    head = {"discriminator.kind": "head"}
+    short, long = resolve({"max_steps": 10, **head}), resolve({"max_steps": 26, **head})
     assert short.notes == (
         "the adversary is never used: discriminator.warmup_steps 12 is not below max_steps 10",
     )

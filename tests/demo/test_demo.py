@@ -27,7 +27,8 @@ from uniapl.demo.language import (
 )
 from uniapl.demo.measure import measure, score_texts
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
-from uniapl.demo.task import as_row, embedded_constraints, make_task, make_tokenizer
+from uniapl.demo.rewards import constraints_satisfied
+from uniapl.demo.task import as_row, make_task, make_tokenizer
 from uniapl.demo.writers import EXPERT, SLOPPY, write
 from uniapl.models.loading import ModelSource, load_model
 from uniapl.rollout import SampleRequest
@@ -197,7 +198,7 @@ def test_the_reward_is_the_fraction_of_constraints() -> None:
     prompt = TaskPrompt(sentences=1, topic="king", extras=(Constraint("include", "cup"), Constraint("place")))
     row = as_row(prompt)
     chat = [[{"role": "assistant", "content": PLAIN}], "nonsense"]
-    assert embedded_constraints(chat, [row["constraints"]] * 2) == [0.5, 0.0]
+    assert constraints_satisfied(chat, [row["constraints"]] * 2) == [0.5, 0.0]
 
 
 def test_every_word_is_one_token() -> None:
@@ -267,7 +268,8 @@ def test_excluded_prompts_do_not_occur() -> None:
 def test_the_demo_runs_from_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = make_task(prompts=24, demonstrations=12, held_out=16)
     flags = ["--output-dir", str(tmp_path / "run"), "--max-steps", "2", "--batching.prompts-per-step", "2"]
-    before, after = demo(flags, task=task)
+    measured = demo(flags, task=task)
+    before, after = measured["base"], measured["uniapl"]
     assert before.fluency > 0.85, "the base writes well-formed sentences"
     assert before.expert_nll < 2
     assert before != after

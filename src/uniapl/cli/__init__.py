@@ -31,7 +31,7 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("[--key value ...]", "train on a small bundled task, in minutes"),
+    "demo": Verb("[--reward NAME] [--key value ...]", "train on a small bundled task, in minutes"),
     "compare": Verb(
         "[--methods a,b] [--seeds 5]",
         "compare methods on the demo task at equal budget, with intervals",

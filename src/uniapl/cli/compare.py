@@ -14,6 +14,7 @@ from rich.table import Table
 from uniapl.compare import plan, results
 from uniapl.compare.plan import PIPELINES, SEARCH_SEED, Cell
 from uniapl.compare.runner import run_cells, search
+from uniapl.demo.rewards import REWARDS
 from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.report.comparison import render_comparison
@@ -30,23 +31,25 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
     """
     options = _parse(arguments)
     directory, methods, seeds, jobs = options.output_dir, options.methods, options.seeds, options.jobs
+    reward: str = options.reward
     summary: dict[str, Any] = {
         "versions": {name: importlib.metadata.version(name) for name in ("uniapl", "torch", "transformers")},
         "seeds": list(range(seeds)),
         "budget": {"rollouts": plan.ROLLOUTS, "demonstrations": plan.DEMONSTRATIONS},
-        "settings": {method: plan.SETTINGS[method] for method in methods},
+        "reward": reward,
+        "settings": {method: plan.settings_of(method, reward) for method in methods},
     }
 
     def run(cells: Sequence[Cell]) -> list[results.Outcome]:
         return run_cells(cells, directory, jobs=jobs)
 
     if "search" in options.parts:
-        summary["search"] = search(methods, directory, jobs=jobs)
+        summary["search"] = search(methods, directory, jobs=jobs, reward=reward)
     base = run([Cell(method="base", settings={}, seed=seed) for seed in range(seeds)])
     # One call runs all cells of a part, so that no process is idle; then the outcomes are read by method.
     if "table" in options.parts:
-        run(plan.table_cells(methods, seeds))
-        by_method = {"base": base} | {m: run(plan.table_cells([m], seeds)) for m in methods}
+        run(plan.table_cells(methods, seeds, reward=reward))
+        by_method = {"base": base} | {m: run(plan.table_cells([m], seeds, reward=reward)) for m in methods}
         summary["table"] = results.table(by_method)
         summary["curves"] = {m: results.mean_curve(by_method[m], base) for m in methods}
     if "fronts" in options.parts:
@@ -55,9 +58,9 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         outcomes = {m: [run(cells) for cells in fronts] for m, fronts in swept.items()}
         summary["fronts"] = results.fronts(outcomes, base) if outcomes else {}
     if "ablations" in options.parts:
-        variants = plan.ablation_cells(seeds)
+        variants = plan.ablation_cells(seeds, reward=reward)
         run([cell for cells in variants.values() for cell in cells])
-        uniapl = run(plan.table_cells(["uniapl"], seeds))
+        uniapl = run(plan.table_cells(["uniapl"], seeds, reward=reward))
         summary["ablations"] = results.ablations({n: run(cells) for n, cells in variants.items()}, uniapl)
     write_text(directory / "results.json", json.dumps(summary, indent=1))
     write_text(directory / "compare.html", render_comparison(summary, title=directory.resolve().name))
@@ -76,6 +79,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     help_ = f"comma-separated methods (default: all of {', '.join(PIPELINES)})"
     add("--methods", type=_list_of(tuple(PIPELINES), "method"), default=list(PIPELINES), help=help_)
     add("--seeds", type=int, default=5, help="number of seeds, from 0 (default: %(default)s)")
+    add("--reward", choices=REWARDS, default="honest", help="reward of the demo task (default: %(default)s)")
     help_ = "simultaneous processes (default: %(default)s)"
     add("--jobs", type=int, default=os.cpu_count() or 1, help=help_)
     help_ = f"comma-separated parts of {', '.join(PARTS)} (default: table)"

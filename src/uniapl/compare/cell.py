@@ -22,14 +22,17 @@ from uniapl.training.api import train_resolved
 
 EVAL_STEPS = 10
 """Steps between the points of a curve."""
+HELD_OUT = 1024
+"""Held-out prompts, and as many with new combinations, one text each."""
 CURVE_PROMPTS = 128
 """Held-out prompts for each point of a curve; the final model is measured on all of them."""
 CURVE_METRICS = (
     "reward",
     "trained/entropy",
     "discriminator/win_rate",
-    "discriminator/accuracy",
-    "discriminator/paused",
+    "adversary/active",
+    "adversary/reward_change",
+    "adversary/advantage_change",
 )
 """Metrics of the training step that a point of a curve keeps."""
 REFERENCE_ROWS, REFERENCE_STEPS = 4096, 192
@@ -82,8 +85,8 @@ def _train(
 def task_of(cell: Cell) -> Task:
     """The task drawn from the cell's seed; test cells share no prompt with the search."""
     demonstrations = int(cell.settings.get("demonstrations", 256))
-    without = () if cell.seed >= SEARCH_SEED else make_task(seed=SEARCH_SEED).texts
-    return make_task(seed=cell.seed, demonstrations=demonstrations, without=without)
+    without = () if cell.seed >= SEARCH_SEED else make_task(seed=SEARCH_SEED, held_out=HELD_OUT).texts
+    return make_task(seed=cell.seed, demonstrations=demonstrations, held_out=HELD_OUT, without=without)
 
 
 def make_reference(path: Path) -> None:

@@ -76,7 +76,9 @@ def _run_missing(
         raise UniAPLError(f"{len(failures)} cells failed:\n" + "\n".join(failures))
 
 
-def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, dict[str, Any]]:
+def search(
+    methods: Sequence[str], directory: Path, *, jobs: int, reward: str = "honest"
+) -> dict[str, dict[str, Any]]:
     """The same search for every method, on validation prompts: the learning rate, then the method's setting.
 
     Returns:
@@ -85,7 +87,7 @@ def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, d
     """
     low, *_, high = LEARNING_RATES
     beyond = {low: low / 2, high: high * 2}
-    tried = {method: search_cells(method, LEARNING_RATES) for method in methods}
+    tried = {method: search_cells(method, LEARNING_RATES, reward=reward) for method in methods}
 
     def best() -> dict[str, dict[str, Any]]:
         run_cells([cell for cells in tried.values() for cell in cells], directory, jobs=jobs)
@@ -93,9 +95,10 @@ def search(methods: Sequence[str], directory: Path, *, jobs: int) -> dict[str, d
 
     for method, settings in best().items():
         if (rate := settings["optim.learning_rate"]) in beyond:
-            tried[method] += search_cells(method, [beyond[rate]])
+            tried[method] += search_cells(method, [beyond[rate]], reward=reward)
     for method, settings in best().items():
-        tried[method] += search_cells(method, [settings["optim.learning_rate"]], KNOBS[method][1])
+        rate = settings["optim.learning_rate"]
+        tried[method] += search_cells(method, [rate], KNOBS[method][1], reward=reward)
     return best()
 
 

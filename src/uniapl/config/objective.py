@@ -116,13 +116,13 @@ class ObjectiveConfig(Section):
 class DiscriminatorConfig(Section):
     """The discriminator, which distinguishes the expert's completions from the policy's."""
 
-    kind: Literal["head", "reference-likelihood", "bradley-terry", "polar", "remote", "density-ratio"] = (
-        "bradley-terry"
+    kind: Literal["reference-likelihood", "head", "bradley-terry", "polar", "remote", "density-ratio"] = (
+        "reference-likelihood"
     )
-    """Kind of discriminator. head is a small network on the hidden states of the KL reference, and
-    bradley-terry a copy of the model; both are trained during the run. The others are frozen:
-    reference-likelihood is the mean log-probability under the KL reference, polar a POLAR reward model,
-    remote one on a server, density-ratio the likelihood ratio of a fine-tuned model."""
+    """Kind of discriminator. reference-likelihood is the mean log-probability under the KL reference and is
+    not trained. head is a small network on the hidden states of the KL reference, and bradley-terry a copy of
+    the model; both are trained during the run. The others are frozen: polar is a POLAR reward model, remote
+    one on a server, density-ratio the likelihood ratio of a fine-tuned model."""
     layers: tuple[int, ...] = ()
     """Decoder layers of the reference, from 1, whose states the head reads (kind: head); empty reads one at
     two thirds of the depth."""
