@@ -351,8 +351,8 @@ class Config(Section):
 
     @property
     def adversary_step(self) -> int:
-        """First step in which the adversary may act: after the steps without rollouts or without the reference
-        that the discriminator reads, and after its warm-up."""
+        """First step in which the adversary may act: after the steps without rollouts, or without the
+        reference that the discriminator reads, and after its warm-up."""
         first = 0 if self.batching.cold_start_prompts_per_step else self.cold_start_steps
         if self.discriminator.reads_reference:
             first = max(first, self.reference_step)

@@ -29,8 +29,8 @@ Context = Callable[[Example], TokenIds]
 ACCURACY_DECAY = 0.9
 """Decay of the moving averages in :class:`AdversaryState`: about the last ten steps. Our choice."""
 ACCURACY_MARGIN = 0.05
-"""Distance below `min_accuracy` at which an accurate discriminator becomes inaccurate: about twice the standard
-deviation of the moving average, so that noise does not switch lambda off and on. Our choice."""
+"""Distance below `min_accuracy` at which an accurate discriminator becomes inaccurate: about twice the
+standard deviation of the moving average, so that noise does not switch lambda off and on. Our choice."""
 
 
 def no_context(example: Example) -> TokenIds:
@@ -299,7 +299,8 @@ class AdversaryState:
             self.paused = False
 
     def compare_accuracy(self, minimum: float) -> None:
-        """Set `accurate` at the minimum, and clear it only ACCURACY_MARGIN below; a minimum of 0 always holds."""
+        """Set `accurate` at the minimum, and clear it only ACCURACY_MARGIN below; a minimum of 0 is always
+        reached."""
         if self.accuracy >= minimum:
             self.accurate = True
         elif self.accuracy <= minimum - ACCURACY_MARGIN:
