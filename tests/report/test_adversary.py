@@ -36,8 +36,8 @@ def test_the_sentence_by_hand() -> None:
         steps=6, rollout_steps=5, active_steps=4, changed_steps=3, reward_change=0.75, advantage_change=0.75
     )
     assert AdversaryEffect.of(RECORDS).sentence == (
-        "the adversary acted in 4 of 5 steps with rollouts; it changed rewards by 0.25 and advantages by 0.25 "
-        "on average"
+        "the adversary acted in 4 of 5 steps with rollouts; "
+        "it changed rewards by 0.25 and advantages by 0.25 on average"
     )
 
 

@@ -43,7 +43,6 @@ METRICS: dict[str, Any] = {
     "weight/lambda_adv": 1.0,
     "tokens/adv": 99,
     "discriminator/win_rate": 0.3,
-    "discriminator/expert_gap": 0.2,
     "adversary/reward_change": 0.21,
     "step_time": 1.5,
 }
@@ -79,9 +78,7 @@ def test_the_table_on_a_terminal(width: int) -> None:
     for part in ("update", "7/100", "1.5 s/step", "reward 0.500", "pass 0.25", "length 12.0", "entropy 1.25"):
         assert part in shown
     assert re.search(r"demonstrations +loss 2.000 +mu 0.40 +tokens 1,234", shown)
-    assert re.search(
-        r"adversary +loss 0.250 +lambda 1.00 +tokens 99 +win rate 0.30 +gap 0.20 +change 0.21", shown
-    )
+    assert re.search(r"adversary +loss 0.250 +lambda 1.00 +tokens 99 +win rate 0.30 +change 0.21", shown)
     assert "rewards" not in shown.replace("max_completion", ""), "the component has no tokens in this step"
     assert re.search(r"truncation +raise", shown)
 

@@ -29,8 +29,7 @@ ROWS = {
     "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
     "rewards": "loss {loss/rl:.3f}  weight {weight/rl:.2f}  tokens {tokens/rl:,}",
     "adversary": "loss {loss/adv:.3f}  lambda {weight/lambda_adv:.2f}  tokens {tokens/adv:,}  "
-    "win rate {discriminator/win_rate:.2f}  gap {discriminator/expert_gap:.2f}  "
-    "change {adversary/reward_change:.2f}",
+    "win rate {discriminator/win_rate:.2f}  change {adversary/reward_change:.2f}",
 }
 """The table below the progress bar on a terminal."""
 TOKENS = {"demonstrations": "tokens/sft", "rewards": "tokens/rl", "adversary": "tokens/adv"}
