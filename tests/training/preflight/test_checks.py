@@ -97,8 +97,8 @@ def test_prompts_whose_reward_the_adversary_cannot_change(
     path = write_recipe(tmp_path, model_dir, rows=rows, objective=multiply, rewards=rewards)
     changed = (
         "2 of 6 sampled prompts have no reward that objective.adversarial_placement multiply could change, "
-        "so that the adversary does not act on their completions: add a reward function that applies to them, "
-        "or set objective.adversarial_placement to loss (rows 1, 5)"
+        "so that the adversary does not act on their completions: add a reward function that applies to "
+        "them, or set objective.adversarial_placement to loss (rows 1, 5)"
     )
     assert notes(capsys, path) == [changed]
     assert notes(capsys, path, "--objective.adversarial-placement", "loss") == []
@@ -117,8 +117,8 @@ def test_a_discriminator_that_needs_demonstrations_where_the_rewards_are() -> No
 
     never = (
         "the adversary is never used: discriminator.kind polar compares a completion with the demonstration "
-        "of its prompt, objective.adversarial_placement reward changes its reward, and no row has both. Add a "
-        "'completion' to rows with a reward"
+        "of its prompt, objective.adversarial_placement reward changes its reward, and no row has both. Add "
+        "a 'completion' to rows with a reward"
     )
     assert found("polar", "reward", disjoint) == [never]
     assert found("polar", "loss", disjoint) == []
