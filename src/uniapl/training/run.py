@@ -234,6 +234,7 @@ def start_run(
         view.say(f"note: {note}")
     for log in logs.values():
         log.enabled = accelerator.is_main_process
+    names = ("prompts", "demonstrations")
     same_limit = state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
     return Run(
         config=config,
@@ -247,10 +248,7 @@ def start_run(
             num_tokens=state.get("num_tokens", 0),
             token_limit=state["token_limit"] if same_limit else None,
             adversary=AdversaryEffect(**state.get("adversary_effect", {})),
-            streams={
-                name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
-                for name in ("prompts", "demonstrations")
-            },
+            streams={n: Stream((), seed=config.seed, name=n, position=state.get(n, 0)) for n in names},
         ),
         health=RunHealth(
             view=view,

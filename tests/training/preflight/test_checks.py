@@ -135,7 +135,7 @@ def example(row: int, demonstration_ids: tuple[int, ...] | None, *, reward: bool
         row=row,
         prompt="p",
         prompt_ids=(5,),
-        demonstration=demonstration_ids and "d",
+        demonstration="d" if demonstration_ids else None,
         demonstration_ids=demonstration_ids,
         columns={"reward": reward},
     )
