@@ -1,5 +1,6 @@
 """Discriminators on the reference's states: cold start, resume, processes, adapters, held-out texts."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,9 @@ def test_the_cold_start_samples_nothing_and_the_rest_multiplies(run: Path) -> No
     records = lines(run / "run" / "metrics.jsonl")
     assert [record["tokens/rollout"] > 0 for record in records] == [False, False, True, True, True, True]
     assert [record["weight/mu"] for record in records] == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1])
-    assert [record["adversary/active"] for record in records] == [0, 0, 1, 1, 1, 1]
+    # No prompt of the third step has a demonstration, and no earlier one gave its mean logit.
+    assert [record["adversary/active"] for record in records] == [0, 0, 0, 1, 1, 1]
+    assert ["discriminator/win_rate" in record for record in records] == [False] * 3 + [True] * 3
     assert [record.get("kl") is not None for record in records] == [False, False, True, True, True, True]
     changed = [record["adversary/reward_change"] for record in records if "adversary/reward_change" in record]
     assert sum(changed) > 0
@@ -76,6 +79,10 @@ def test_resume_is_exact(run: Path, model_dir: Path, tmp_path: Path) -> None:
     train(values | {"resume": "auto"})
     mine, theirs = (timeless(lines(path / "run" / "metrics.jsonl")) for path in (tmp_path, run))
     assert mine == theirs
+    sentence = "the adversary acted in 3 of 4 steps with rollouts; it changed rewards by "
+    cards = [(path / "run" / "final" / "README.md").read_text() for path in (tmp_path, run)]
+    assert sentence in cards[0]
+    assert cards[0] == cards[1]
     if kind == "head":
         assert_same_run(tmp_path / "run", run / "run", 6)
 
@@ -130,7 +137,7 @@ def test_without_a_kl_the_start_is_read(model_dir: Path, tmp_path: Path) -> None
     values["objective"] |= {"beta": 0.0}
     train(values)
     records = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [record["adversary/active"] for record in records] == [0, 0, 1, 1, 1, 1]
+    assert [record["adversary/active"] for record in records] == [0, 0, 0, 1, 1, 1]
     assert all(record.get("kl") is None for record in records)
 
 
@@ -251,6 +258,17 @@ def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
 def test_before_the_reference_exists_nothing_is_scored() -> None:
     (shown,) = demonstrated(1)
     assert adversary([shown], {}).score([group(shown, (8, 1))], None) == [(None, None)]
+
+
+def test_a_checkpoint_keeps_whether_the_discriminator_is_accurate(tmp_path: Path) -> None:
+    """Between the two limits the accuracy alone does not decide."""
+    for accurate in (True, False):
+        saved = adversary([], {})
+        saved.state = AdversaryState(accuracy=0.52, accurate=accurate)
+        loaded = adversary([], {})
+        loaded.load(tmp_path, json.loads(json.dumps(saved.save(tmp_path))))
+        loaded.state.compare_accuracy(0.55)
+        assert loaded.state == saved.state
 
 
 def test_a_logit_that_is_not_finite_does_not_reach_the_running_mean() -> None:

@@ -350,6 +350,15 @@ class Config(Section):
         return self.cold_start_steps if step is None else step
 
     @property
+    def adversary_step(self) -> int:
+        """First step in which the adversary may act: after the steps without rollouts, or without the
+        reference that the discriminator reads, and after its warm-up."""
+        first = 0 if self.batching.cold_start_prompts_per_step else self.cold_start_steps
+        if self.discriminator.reads_reference:
+            first = max(first, self.reference_step)
+        return first + (self.discriminator.warmup_steps if self.discriminator.is_trained else 0)
+
+    @property
     def learns_from_demonstrations(self) -> bool:
         """Whether any step trains on demonstrations."""
         cold = self.cold_start_steps > 0 and self.objective.mu_peak > 0

@@ -169,7 +169,18 @@ class DiscriminatorConfig(Section):
     freeze_after_steps: int | None = Field(default=None, ge=1)
     """Stop training the discriminator after this many steps of the stage; null trains it throughout."""
     min_accuracy: float = Field(default=0.55, ge=0, le=1)
-    """Set lambda to 0 while the discriminator's accuracy on new pairs is below this."""
+    """Set lambda to 0 until the discriminator's accuracy on new pairs reaches this, and again when it has
+    fallen 0.05 below; 0 never sets it to 0."""
     accuracy_band: FractionInterval = (0.85, 0.95)
     """Pause the discriminator's training when its accuracy on new pairs exceeds the upper bound, until it is
     below the lower bound."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is trained during the run."""
+        return self.kind in ("bradley-terry", "head")
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it reads the KL reference, and therefore has no logit before that exists."""
+        return self.kind in ("head", "reference-likelihood")

@@ -28,6 +28,9 @@ Context = Callable[[Example], TokenIds]
 
 ACCURACY_DECAY = 0.9
 """Decay of the moving averages in :class:`AdversaryState`: about the last ten steps. Our choice."""
+ACCURACY_MARGIN = 0.05
+"""Distance below `min_accuracy` at which an accurate discriminator becomes inaccurate: about twice the
+standard deviation of the moving average, so that noise does not switch lambda off and on. Our choice."""
 
 
 def no_context(example: Example) -> TokenIds:
@@ -272,6 +275,8 @@ class AdversaryState:
 
     accuracy: float = 0.5
     """Moving average of the accuracy on new pairs, measured before the update that uses them."""
+    accurate: bool = False
+    """The accuracy reached `min_accuracy`, and has not fallen clearly below it since."""
     paused: bool = False
     """Training is paused because the accuracy rose above the band."""
     expert_mean: float | None = None
@@ -292,3 +297,11 @@ class AdversaryState:
             self.paused = True
         elif self.accuracy < band[0]:
             self.paused = False
+
+    def compare_accuracy(self, minimum: float) -> None:
+        """Set `accurate` at the minimum, and clear it only ACCURACY_MARGIN below; a minimum of 0 is always
+        reached."""
+        if self.accuracy >= minimum:
+            self.accurate = True
+        elif self.accuracy <= minimum - ACCURACY_MARGIN:
+            self.accurate = False

@@ -136,7 +136,7 @@ class Adversary:
         """Update the moving averages by a step's logits and pair metrics, and pause or resume training.
 
         Returns:
-            Further metrics: none.
+            The average that is compared with `min_accuracy`.
         """
         experts = [group.expert_logit for group in groups]
         finite = [logit for logit in experts if logit is not None and math.isfinite(logit)]
@@ -147,7 +147,7 @@ class Adversary:
             expert_logit=sum(finite) / len(finite) if finite else None,
             band=settings.accuracy_band,
         )
-        return {}
+        return {"adversary/accuracy": self.state.accuracy}
 
     def update(
         self,

@@ -104,7 +104,7 @@ class Stage:
             self.schedule.uses_reference = True
 
     def update_controllers(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Update the discriminator's moving averages and pause flag, and lambda_adv, from the step's pairs.
+        """Update the discriminator's moving averages and flags, and lambda_adv, from the step's pairs.
 
         `mix` and `update_discriminator` use the updated values in this step.
 
@@ -115,6 +115,7 @@ class Stage:
         pairs = pair_metrics(groups) | {k.replace("/", "/held_out_"): v for k, v in held_out.items()}
         if self.adversary is not None and groups:
             pairs |= self.adversary.observe(groups, pairs, self.config.discriminator)
+            self.adversary.state.compare_accuracy(self.config.discriminator.min_accuracy)
         return pairs | self.schedule.control_lambda(pairs.get("discriminator/pair_win_rate"))
 
     def gathered_policy(self) -> AbstractContextManager[None]:

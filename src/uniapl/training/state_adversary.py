@@ -136,7 +136,8 @@ class StateAdversary:
             for count in self.measured
         )
         self.state.accuracy = wins / pairs_measured if pairs_measured else 0.5
-        return {"discriminator/held_out_mismatched_accuracy": self.state.accuracy}
+        accuracy = self.state.accuracy
+        return {"discriminator/held_out_mismatched_accuracy": accuracy, "adversary/accuracy": accuracy}
 
     def _measure(self) -> tuple[float, int]:
         """Number of held-out pairs of a demonstration and a mismatched one in which the former wins, and of

@@ -109,6 +109,32 @@ def notes_on_lengths(stages: Sequence[Config], dataset: Dataset) -> list[str]:
     return notes
 
 
+def notes_on_adversary(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
+    """Notes on sampled prompts without a reward that the adversary could change."""
+    notes: list[str] = []
+    for stage in stages:
+        placement, kind = stage.objective.adversarial_placement, stage.discriminator.kind
+        if not stage.objective.lambda_adv or placement == "loss":
+            continue
+        prompts, _ = stream_examples(stage, dataset, rewarder)
+        rewarded = [example for example in prompts if rewarder.applies_to(example)]
+        rows = [example.row for example in prompts if not rewarder.applies_to(example)]
+        if kind in ("polar", "remote") and all(example.demonstration_ids is None for example in rewarded):
+            notes.append(
+                f"the adversary is never used: discriminator.kind {kind} compares a completion with the "
+                f"demonstration of its prompt, objective.adversarial_placement {placement} changes its "
+                "reward, and no row has both. Add a 'completion' to rows with a reward"
+            )
+        elif rows:
+            notes.append(
+                f"{len(rows)} of {len(prompts)} sampled prompts have no reward that "
+                f"objective.adversarial_placement {placement} could change, so that the adversary does not "
+                "act on their completions: add a reward function that applies to them, or set "
+                f"objective.adversarial_placement to loss (rows {_first(rows)})"
+            )
+    return [*dict.fromkeys(notes)]
+
+
 def _first(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
