@@ -25,7 +25,7 @@ def schedule(controller: str, *, accuracy: float = 1.0, step: int = 10) -> Sched
     objective |= {"lambda_learning_rate": 1.0}
     values = {
         "objective": {**objective, "lambda_gains": (0.0, 1.0, 0.0)},
-        "discriminator": {"warmup_steps": 5},
+        "discriminator": {"kind": "bradley-terry", "warmup_steps": 5},
     }
     config, multiplier = Config.model_validate(values), Multiplier(value=2.0)
     subject = Schedule(config=config, adversary=None, multiplier=multiplier, step=step)
@@ -87,7 +87,8 @@ def test_the_learning_rate_by_hand() -> None:
 def test_lambda_acts_after_the_warm_up_from_the_minimum_accuracy_on(
     step: int, accuracy: float, weight: float
 ) -> None:
-    values: dict[str, Any] = {"discriminator": {"warmup_steps": 5, "min_accuracy": 0.55}}
+    trained = {"kind": "bradley-terry", "warmup_steps": 5, "min_accuracy": 0.55}
+    values: dict[str, Any] = {"discriminator": trained}
     subject = at(step, **values)
     vars(subject)["adversary"] = with_accuracy(accuracy, subject.config)
     assert subject.lambda_adv == weight

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -214,6 +213,4 @@ def _adversary(
     if config.discriminator.kind not in STATE_KINDS:
         return build_adversary(config, policy, inputs, accelerator, source)
     assert reader is not None
-    text_config: Any = policy.model.config.get_text_config()
-    size = len(reader.layers) * text_config.hidden_size
-    return build_state_adversary(config, reader, inputs, accelerator, size)
+    return build_state_adversary(config, reader, inputs, accelerator, policy.model.config.get_text_config())
