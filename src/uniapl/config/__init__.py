@@ -344,6 +344,12 @@ class Config(Section):
         return round(value * self.max_steps) if value < 1 else int(value)
 
     @property
+    def cold_start_demonstrations_per_step(self) -> int:
+        """Demonstrations of each cold-start step."""
+        completions = self.batching.prompts_per_step * self.rollout.num_generations
+        return self.batching.cold_start_demonstrations_per_step or completions
+
+    @property
     def reference_step(self) -> int:
         """Step whose policy is the reference."""
         step = self.objective.reference_step

@@ -62,11 +62,9 @@ class Schedule:
     @property
     def demonstrations_per_step(self) -> int:
         """Demonstrations of the current step."""
-        batching = self.config.batching
-        if not self.in_cold_start:
-            return batching.demonstrations_per_step
-        completions = batching.prompts_per_step * self.config.rollout.num_generations
-        return batching.cold_start_demonstrations_per_step or completions
+        config = self.config
+        cold, later = config.cold_start_demonstrations_per_step, config.batching.demonstrations_per_step
+        return cold if self.in_cold_start else later
 
     @property
     def lambda_adv(self) -> float:

@@ -11,7 +11,12 @@ from support.runs import lines, recipe, run_until, timeless, train
 from uniapl.config import Config
 from uniapl.training.monitor.health import warnings
 
-CONFIG = Config.model_validate({"health": {"window": 5}, "objective": {"lambda_bounds": (0.1, 8.0)}})
+VALUES: dict[str, Any] = {
+    "health": {"window": 5},
+    "objective": {"lambda_bounds": (0.1, 8.0)},
+    "discriminator": {"kind": "bradley-terry"},
+}
+CONFIG = Config.model_validate(VALUES)
 WINDOW = CONFIG.health.window
 NOISE = (0.01, -0.01, 0.0, 0.02, -0.02)
 
@@ -126,6 +131,9 @@ def test_discriminator_dead_or_saturated() -> None:
     assert seen(0.98, 0.8) == set()
     first = steps(discriminator__accuracy=0.6, completions__length_auc=0.8)
     assert fired(first) == set(), "the first window"
+    untrained = Config.model_validate(VALUES | {"discriminator": {"kind": "reference-likelihood"}})
+    given = steps(discriminator__accuracy=0.3, completions__length_auc=0.8) * 2
+    assert warnings(given, untrained, stage_step=100) == {}
 
 
 def test_sampler_mismatch() -> None:

@@ -63,7 +63,10 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
         "constant_rewards": _constant_rewards(last),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
         "length_explosion": _length_explosion(before, last, config.max_length_growth),
-        "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage),
+        # A head learns which text belongs to the prompt, and a likelihood is not trained.
+        "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage)
+        if stage.discriminator.kind == "bradley-terry"
+        else None,
         "discriminator_saturated": _discriminator_saturated(last, config.max_discriminator_accuracy),
         "divergence": _divergence(before, last),
         "multiplier_pinned": _multiplier_pinned(before, last, stage.objective.lambda_bounds[1]),
