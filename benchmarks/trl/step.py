@@ -42,16 +42,18 @@ from uniapl.config.resolve import merge
 from uniapl.data.rows import tokenize_row
 
 STEADY = {
-    # The steady state of a long run: the discriminator is past its warm-up and the KL reference is in use.
+    # The steady state of a long run: the cold start is over, and the KL reference is in use.
     "method": "uniapl",
-    "objective": {"reference_step": 0},
-    "discriminator": {"warmup_steps": 0},
+    "batching": {"cold_start_steps": 0},
 }
-LESS = {
-    "one discriminator update": STEADY | {"discriminator": {"warmup_steps": 0, "updates_per_step": 1}},
-    "no discriminator": STEADY | {"objective": {"reference_step": 0, "lambda_adv": 0.0}},
+TRAINED = {"learning_rate": 1e-3, "warmup_steps": 0}
+VARIANTS = {
+    "no discriminator": STEADY | {"objective": {"lambda_adv": 0.0}},
+    "head": STEADY | {"discriminator": {"kind": "head", **TRAINED}},
+    "copy": STEADY | {"discriminator": {"kind": "bradley-terry", **TRAINED}},
+    "grpo with the KL": {"method": "grpo", "objective": {"beta": 0.1}},
 }
-"""Variants without a part of the method, which show what that part costs."""
+"""Variants of the method, which show what its parts cost."""
 PARTS = ("rollout", "reward", "score", "update", "discriminator")
 
 
@@ -157,7 +159,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         sides = {
             "uniapl, grpo": our_run(shape, folder, options),
             "uniapl, uniapl": our_run(shape, folder, options, **STEADY),
-            **{f"uniapl, {part}": our_run(shape, folder, options, **steady) for part, steady in LESS.items()},
+            **{f"uniapl, {part}": our_run(shape, folder, options, **steady) for part, steady in VARIANTS.items()},
             "TRL, defaults": their_run(shape, folder, options, 8),
             "TRL, best": their_run(shape, folder, options, options.micro_batch, **BEST),
         }
