@@ -1,17 +1,26 @@
 """`uniapl demo`: train on the demo task, starting from the base model that ships with the package."""
 
-from collections.abc import Sequence
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from uniapl.config.resolve import merge, resolve
+from uniapl.config.resolve import explicit, merge, resolve
 from uniapl.demo.measure import Measurement, measure
-from uniapl.demo.recipe import RECIPE
-from uniapl.demo.task import Task, make_task
+from uniapl.demo.metrics import METRICS
+from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE
+from uniapl.demo.rewards import REWARDS
+from uniapl.demo.task import Task, as_row, make_task
+from uniapl.errors import UsageError
+from uniapl.files import write_text
 from uniapl.models.loading import ModelSource, load_model
 from uniapl.training.api import train_resolved
 
@@ -26,12 +35,29 @@ SHOWN = (
 )
 
 
-def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measurement, Measurement]:
-    """Train, then print measurements and texts of the base and of the trained model on held-out prompts."""
+def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measurement, Measurement] | None:
+    """Train, then print measurements and texts of the base and of the trained model on held-out prompts.
+
+    `--reward NAME` replaces the reward by one of `uniapl.demo.rewards`. With `--write DIRECTORY` the task is
+    written as files, with a recipe, instead: see :func:`write_task`.
+
+    Raises:
+        UsageError: A flag is not valid, or the directory cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="uniapl demo", add_help=False, allow_abbrev=False)
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--reward", default="honest")
+    options, flags = parser.parse_known_args(flags)
+    if options.reward not in REWARDS:
+        raise UsageError(f"--reward: unknown reward '{options.reward}': choose from {', '.join(REWARDS)}")
+    recipe = RECIPE if options.reward == "honest" else merge(RECIPE, REWARDS[options.reward])
     task = task or make_task()
+    if options.write is not None:
+        write_task(task, recipe, options.write, flags)
+        return None
     console = Console(highlight=False)
     with as_file(files("uniapl.demo") / "base") as base:
-        resolved = resolve(merge(RECIPE, {"model": {"model_name_or_path": str(base)}}), flags)
+        resolved = resolve(merge(recipe, {"model": {"model_name_or_path": str(base)}}), flags)
         result = train_resolved(resolved, train_dataset=task.rows)
         (before, old), (after, new) = (_measured(path, task) for path in (base, result.final_dir))
     title = f"{len(task.held_out)} held-out prompts, one text each"
@@ -43,6 +69,48 @@ def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measur
         console.print(f"\n{prompt.text}\n  before: {texts[0]}\n  after:  {texts[1]}", markup=False)
     console.print(f"\nmodel, metrics and all sampled texts: {result.output_dir}", markup=False)
     return before, after
+
+
+def write_task(task: Task, recipe: Mapping[str, Any], directory: Path, flags: Sequence[str] = ()) -> None:
+    """Write the task as a user's task: train.jsonl, two suites of held-out rows, the base model and
+    recipe.yaml.
+
+    Args:
+        flags: Changes to the recipe.
+
+    Raises:
+        UsageError: The directory is not empty or cannot be written.
+    """
+    held_out, combinations = directory / "held_out.jsonl", directory / "held_out_combinations.jsonl"
+    changes = {
+        "output_dir": str(directory / "run"),
+        "model": {"model_name_or_path": str(directory / "base")},
+        "data": {"path": str(directory / "train.jsonl")},
+        "evaluation": {
+            "suites": [str(held_out), str(combinations)],
+            "metrics": list(METRICS),
+            "max_completion_length": MAX_COMPLETION_LENGTH,
+            "temperature": 1.0,
+        },
+    }
+    resolved = resolve(merge(dict(recipe), changes), flags)
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UsageError(f"--write '{directory}' is not empty: choose another directory")
+    rows = {
+        directory / "train.jsonl": task.rows,
+        held_out: [as_row(*pair) for pair in task.held_out.items()],
+        combinations: [as_row(*pair) for pair in task.held_out_combinations.items()],
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, found in rows.items():
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in found))
+        with as_file(files("uniapl.demo") / "base") as base:
+            shutil.copytree(base, directory / "base")
+        write_text(directory / "recipe.yaml", yaml.safe_dump(explicit(resolved), sort_keys=False))
+    except OSError as error:
+        raise UsageError(f"--write '{directory}' cannot be written: {error}") from error
+    Console(highlight=False).print(f"uniapl compare {directory / 'recipe.yaml'}", markup=False)
 
 
 def _measured(path: Path, task: Task) -> tuple[Measurement, list[str]]:
