@@ -281,11 +281,12 @@ def _without(values: Mapping[str, Any], pattern: re.Pattern[str], prefix: str = 
 
 def _only(values: Mapping[str, Any], pattern: re.Pattern[str]) -> dict[str, Any]:
     """The dotted keys of a mapping of sections that match."""
-    return {
+    found = {
         section: {key: value for key, value in inner.items() if pattern.match(f"{section}.{key}")}
         for section, inner in values.items()
         if isinstance(inner, dict)
     }
+    return {section: inner for section, inner in found.items() if inner}
 
 
 def _value(text: str) -> Value:

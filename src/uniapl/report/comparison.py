@@ -1,7 +1,7 @@
 """The page of a comparison: the results of `uniapl compare` as a verdict, tables and charts."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def _introduction(summary: Mapping[str, Any]) -> str:
 
 
 def _tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tables = [_main_table(summary), _measures_table(summary), _scores_table(summary), _costs_table(summary)]
+    scores = _scores_tables(summary)
+    tables = [_main_table(summary), _measures_table(summary), *scores, _costs_table(summary)]
     if summary["fronts"]:
         tables.append(_front_table(summary["fronts"]))
     return tables
@@ -129,15 +130,15 @@ def _measures_table(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"title": "Measures", "header": ["method", *(MEASURES[name] for name in names)], "rows": rows}
 
 
-def _scores_table(summary: Mapping[str, Any]) -> dict[str, Any]:
-    rows: list[list[str]] = []
-    for label, row in summary["methods"].items():
-        for suite, named in row["scores"].items():
-            for name, value in named.items():
-                error = value["prompt_error"]
-                rows.append([label, suite, name, _interval(value), "" if error is None else decimal(error)])
-    header = ["method", "suite", "score", "mean", "prompt s.e."]
-    return {"title": "Scores of all suites", "header": header, "rows": rows}
+def _scores_tables(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One table per suite."""
+    methods = summary["methods"]
+    for suite, named in methods[summary["best"]]["scores"].items():
+        rows = [
+            [label, *(_with_error(row["scores"][suite].get(name)) for name in named)]
+            for label, row in methods.items()
+        ]
+        yield {"title": f"Scores on {suite} (prompt s.e.)", "header": ["method", *named], "rows": rows}
 
 
 def _costs_table(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,3 +209,8 @@ def _curves(curves: Mapping[str, Any]) -> list[Chart]:
 
 def _interval(value: Mapping[str, float | None] | None, *, sign: str = "") -> str:
     return "" if value is None else interval_text(value, sign)
+
+
+def _with_error(value: Mapping[str, float | None] | None) -> str:
+    error = value and value["prompt_error"]
+    return _interval(value) + ("" if error is None else f" ({decimal(error)})")
