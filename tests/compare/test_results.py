@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.compared import MADE_UP, MAIN, outcome, runs, summary
+from support.compared import MADE_UP, MAIN, outcome, results_of, runs
 from uniapl.compare import results, verdict
 from uniapl.compare.plan import parse_methods
 from uniapl.errors import UniAPLError
@@ -15,7 +15,7 @@ from uniapl.report.comparison import render_comparison
 
 
 def test_the_table_by_hand() -> None:
-    found = summary(**MADE_UP)
+    found = results_of(**MADE_UP)
     assert found["best"] == "grpo"
     ours = found["methods"]["uniapl"]
     assert ours["measures"]["score"]["mean"] == pytest.approx(0.61)
@@ -36,7 +36,7 @@ def test_the_table_by_hand() -> None:
 
 
 def test_the_recommended_method_is_the_closest_of_the_best() -> None:
-    found = summary(**MADE_UP)
+    found = results_of(**MADE_UP)
     assert verdict.equals(found["methods"], "grpo") == ["grpo", "uniapl"]
     assert found["recommended"]["method"] == "uniapl"
     text = " ".join(found["verdict"])
@@ -74,13 +74,13 @@ def test_a_cheaper_method_that_cannot_be_distinguished_is_named() -> None:
 
 def test_no_method_is_recommended_if_none_is_above_the_base() -> None:
     values = MADE_UP | {"base": ([0.2, 1.0, 0.6], 1.5)}
-    found = summary(**values)
+    found = results_of(**values)
     assert "recommended" not in found
     assert "No method's score is measurably above that of the model before training" in found["verdict"][-1]
 
 
 def test_curves_begin_with_the_base() -> None:
-    curve = summary(**MADE_UP)["curves"]["grpo"]
+    curve = results_of(**MADE_UP)["curves"]["grpo"]
     assert curve["rollout_tokens"] == [0, 50]
     assert curve["step"] == [0, 5]
     assert curve["score"] == pytest.approx([0.2, (0.62 + 0.2) / 2])
@@ -117,7 +117,7 @@ def test_an_unscored_suite_is_an_error() -> None:
 
 
 def test_the_short_table() -> None:
-    header, *rows = verdict.short_table(summary(**MADE_UP))
+    header, *rows = verdict.short_table(results_of(**MADE_UP))
     assert header[:5] == ["method", "reward", "difference from grpo", "prompt s.e.", "expert nll"]
     assert [row[0] for row in rows] == ["base", "sft", "grpo", "uniapl"]
     assert rows[1][1:6] == ["0.420", "-0.200 [-0.250, -0.150]", "0.100", "1.200", "1.00"]
@@ -129,7 +129,7 @@ def test_the_page_has_every_part() -> None:
         "grpo[objective.beta=0]": ([0.6, 0.6, 0.6], 1.9),
         "grpo[objective.beta=0.5]": ([0.4, 0.4, 0.4], 1.7),
     }
-    found = summary(**MADE_UP)
+    found = results_of(**MADE_UP)
     text = render_comparison(found, title="one")
     assert "a&lt;b = 2.0" in text
     assert "-0.200 [-0.250, -0.150]" in text

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.compared import MADE_UP, summary
+from support.compared import MADE_UP, results_of
 from support.report_runs import answer, large_run, metric_rows, prompt_row, write_lines, write_run
 from support.runs import has_letter, recipe, train
 from support.tiny import save_model
@@ -538,7 +538,7 @@ def test_figures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_page_of_a_comparison(tmp_path: Path) -> None:
-    results = summary(**MADE_UP)
+    results = results_of(**MADE_UP)
     (tmp_path / "compared").mkdir()
     (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
     output = tmp_path / "report.html"

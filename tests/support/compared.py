@@ -60,7 +60,7 @@ def runs(**values: tuple[list[float], float]) -> dict[str, list[dict[str, Any]]]
     }
 
 
-def summary(**values: tuple[list[float], float]) -> dict[str, Any]:
+def results_of(**values: tuple[list[float], float]) -> dict[str, Any]:
     """The contents of results.json."""
     found = runs(**values)
     variants = parse_methods(",".join(label for label in found if label != "base"))
