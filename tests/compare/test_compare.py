@@ -210,6 +210,16 @@ def test_bad_input_is_an_error_before_the_first_cell(
     assert not (tmp_path / "compared").exists()
 
 
+def test_training_prompts_in_a_suite_are_noted(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, model_dir)
+    with (tmp_path / "held_out.jsonl").open("a") as file:
+        file.write('{"prompt": "say c.", "letter": "c"}\n')
+    compare(arguments(path, "--dry-run"))
+    assert "note: 1 training prompts are also in the suite 'held_out'" in capsys.readouterr().out
+
+
 def test_a_recipe_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare([])

@@ -374,7 +374,7 @@ def test_wrong_metrics_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "held_out.jsonl"
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(
-        UsageError, match="suite 'held_out'.*has no function 'leters'.*Did you mean 'letters'"
+        UsageError, match=r"suite 'held_out'.*has no function 'leters'.*Did you mean 'letters'"
     ):
         load_suite(str(path), with_metrics(tmp_path, "leters"), make_tokenizer())
     with pytest.raises(UsageError, match="two functions have the same name"):

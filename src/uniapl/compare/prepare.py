@@ -16,6 +16,7 @@ from uniapl.config.resolve import Resolved, explicit, resolve, stages_of
 from uniapl.config.section import flatten
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite
+from uniapl.evaluation.contamination import overlap
 from uniapl.files import write_text
 from uniapl.models.loading import check_policy
 from uniapl.rewards.finding import find_function
@@ -23,7 +24,7 @@ from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import check_stage
 from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.load import load_inputs
-from uniapl.types import Example, derive_seed
+from uniapl.types import Example, derive_seed, prompt_text
 
 CUT_FRACTION, CUT_MOST, CUT_LEAST = 0.1, 128, 10
 """A suite that is cut from the training rows has this fraction of their prompts, and at most so many; a cut
@@ -85,8 +86,20 @@ def prepare(resolved: Resolved, variants: Sequence[Variant], *, search: bool) ->
         cut=cut,
         main=(first.name, first.headline),
         fingerprint=_fingerprint(plan, inputs),
-        notes=inputs.notes,
+        notes=[*inputs.notes, *_overlaps(inputs)],
     )
+
+
+def _overlaps(inputs: RunInputs) -> list[str]:
+    """Notes on suites whose prompts are trained on."""
+    ours = [prompt_text(example.prompt) for example in inputs.dataset.examples]
+    found = {s.name: overlap(ours, [prompt_text(e.prompt) for e in s.examples]).exact for s in inputs.suites}
+    return [
+        f"{len(exact)} training prompts are also in the suite '{name}', whose scores are therefore not those of "
+        "held-out prompts (uniapl check lists them)"
+        for name, exact in found.items()
+        if exact
+    ]
 
 
 def _check(variant: Variant, plan: Plan, inputs: RunInputs) -> None:
