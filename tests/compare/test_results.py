@@ -109,6 +109,16 @@ def test_fronts_by_hand() -> None:
     assert theirs["minus_best_front"]["mean"] == pytest.approx((25 * 0.2 + 24 * 0.4 + 0.6) / 50 - 0.6)
 
 
+def test_a_measure_that_a_seed_lacks_is_left_out() -> None:
+    found = runs(**MADE_UP)
+    found["sft"][1]["final"]["held_out"]["texts"] = ["one", "word"]
+    methods = results.summarize(found, parse_methods("sft,grpo,uniapl"), main=MAIN)["methods"]
+    assert "distinct_2" not in methods["sft"]["measures"]
+    assert methods["grpo"]["measures"]["distinct_2"]["mean"] == 1.0
+    text = {**results_of(**MADE_UP), "methods": methods}
+    assert "distinct-2" in render_comparison(text, title="one")
+
+
 def test_an_unscored_suite_is_an_error() -> None:
     found = runs(base=([0.2, 0.2], 1.5), sft=([0.4, 0.4], 1.2))
     found["sft"][1]["final"]["held_out"]["scores"] = {"reward": [[0, 0], [0, 0]]}

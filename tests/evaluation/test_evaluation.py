@@ -377,8 +377,12 @@ def test_wrong_metrics_are_reported(tmp_path: Path) -> None:
         UsageError, match=r"suite 'held_out'.*has no function 'leters'.*Did you mean 'letters'"
     ):
         load_suite(str(path), with_metrics(tmp_path, "leters"), make_tokenizer())
+    config = with_metrics(tmp_path, "letters")
+    (tmp_path / "others.py").write_text(METRICS)
+    names = (*config.evaluation.metrics, f"{tmp_path / 'others.py'}:letters")
+    config = config.model_copy(update={"evaluation": EvaluationConfig(metrics=names)})
     with pytest.raises(UsageError, match="two functions have the same name"):
-        load_suite(str(path), with_metrics(tmp_path, "letters", "letters"), make_tokenizer())
+        load_suite(str(path), config, make_tokenizer())
 
 
 def test_rows_without_instructions_or_rewards_are_reported(tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def _overlaps(inputs: RunInputs) -> list[str]:
     ours = [prompt_text(example.prompt) for example in inputs.dataset.examples]
     found = {s.name: overlap(ours, [prompt_text(e.prompt) for e in s.examples]).exact for s in inputs.suites}
     return [
-        f"{len(exact)} training prompts are also in the suite '{name}', whose scores are therefore not those of "
-        "held-out prompts (uniapl check lists them)"
+        f"{len(exact)} training prompts are also in the suite '{name}', whose scores are therefore not those "
+        "of held-out prompts (uniapl check lists them)"
         for name, exact in found.items()
         if exact
     ]

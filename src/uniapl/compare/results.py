@@ -73,7 +73,7 @@ def summarize(
             **planned(runs[label][0]["cell"]["recipe"]),
             "settings": dict(runs[label][0]["cell"]["settings"]),
             "scores": _scores(found),
-            "measures": {name: student_interval(_values(found, name)) for name in found[0].values},
+            "measures": _measures(found),
             "prompt_error": _prompt_error(found, main),
             "cost": {
                 name: fmean(run["cost"][name] for run in runs[label]) for name in runs[label][0]["cost"]
@@ -112,6 +112,12 @@ def planned(recipe: Mapping[str, Any]) -> dict[str, int]:
         "rollouts": budget.rollouts,
         "demonstrations": budget.demonstrations,
     }
+
+
+def _measures(found: Sequence[Numbers]) -> dict[str, Any]:
+    """The measures that every seed has: completions of one word have no pairs of words."""
+    names = [name for name in found[0].values if all(name in one.values for one in found)]
+    return {name: student_interval(_values(found, name)) for name in names}
 
 
 def _values(found: Sequence[Numbers], name: str) -> list[float]:

@@ -126,7 +126,9 @@ def _main_table(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _measures_table(summary: Mapping[str, Any]) -> dict[str, Any]:
     methods = summary["methods"]
     names = [name for name in MEASURES if name in methods[summary["best"]]["measures"]]
-    rows = [[label, *(_interval(row["measures"][name]) for name in names)] for label, row in methods.items()]
+    rows = [
+        [label, *(_interval(row["measures"].get(name)) for name in names)] for label, row in methods.items()
+    ]
     return {"title": "Measures", "header": ["method", *(MEASURES[name] for name in names)], "rows": rows}
 
 
