@@ -52,12 +52,13 @@ def test_a_cheaper_method_that_cannot_be_distinguished_is_named() -> None:
     values = MADE_UP | {"chord-mu": ([0.60, 0.63, 0.61], 1.3)}
     found = runs(**values)
     found["chord-mu"] = [
-        outcome("chord-mu", seed, s, 1.31, flops=5e14) for seed, s in enumerate([0.6, 0.63, 0.61])
+        outcome("chord-mu", seed, s, 1.31 + seed / 1000, flops=5e14)
+        for seed, s in enumerate([0.6, 0.63, 0.61])
     ]
     variants = parse_methods("sft,grpo,uniapl,chord-mu")
     same = results.summarize(found, variants, main=MAIN)
     assert same["recommended"]["method"] == "uniapl"
-    # 0.01 nats further on every seed is measurable, so that it is not an equal.
+    # 0.010 to 0.012 nats further is measurable, so that it is not an equal.
     assert not any("is cheaper" in sentence for sentence in same["verdict"])
     found["chord-mu"] = [
         outcome("chord-mu", seed, s, 1.31 + d, flops=5e14)
@@ -131,7 +132,7 @@ def test_the_short_table() -> None:
     assert header[:5] == ["method", "reward", "difference from grpo", "prompt s.e.", "expert nll"]
     assert [row[0] for row in rows] == ["base", "sft", "grpo", "uniapl"]
     assert rows[1][1:6] == ["0.420", "-0.200 [-0.250, -0.150]", "0.100", "1.200", "1.00"]
-    assert rows[1][-2:] == ["1", "10"]
+    assert rows[1][-2:] == ["1e+15", "10"]
 
 
 def test_the_page_has_every_part() -> None:

@@ -8,10 +8,11 @@ from uniapl.compare.statistics import LEVELS, distinguishable, paired_difference
 
 
 def test_a_paired_difference_removes_variation_between_seeds() -> None:
-    ours, theirs = [0.1, 0.5, 0.9], [0.0, 0.4, 0.8]
+    ours, theirs = [0.1, 0.5, 0.91], [0.0, 0.4, 0.8]
     interval = paired_difference(ours, theirs)
-    assert interval["low"] == pytest.approx(0.1)
-    assert interval["high"] == pytest.approx(0.1)
+    assert interval["low"] == pytest.approx(0.1033333 - 4.302653 * 0.0057735 / 3**0.5, abs=1e-6)
+    equal = paired_difference([0.1, 0.5], [0.0, 0.4])
+    assert equal == {"mean": pytest.approx(0.1), "low": None, "high": None}
     with pytest.raises(ValueError, match="longer"):
         paired_difference([0.1], theirs)
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -41,7 +42,8 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
     variants = parse_methods(options.methods)
     prepared = prepare(resolved, variants, search=options.search)
     judge = load_judge(options.judge) if options.judge else None
-    console = Console(highlight=False)
+    # The width of a pipe is not defined.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for note in prepared.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     directory = options.output_dir

@@ -27,9 +27,9 @@ DESCRIPTIONS = {
 """The measures and their meanings."""
 
 
-def scores(sample: Sample) -> dict[str, dict[str, dict[str, float | None]]]:
+def scores(sample: Sample) -> dict[str, dict[str, dict[str, Any]]]:
     """Suite -> score -> its mean, and the standard error of the mean over prompts (None for one prompt)."""
-    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for suite, entry in sample.items():
         values = {name: [(s, n) for s, n in pairs if n] for name, pairs in entry["scores"].items()}
         found[suite] = {

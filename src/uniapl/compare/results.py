@@ -31,7 +31,7 @@ class Numbers:
 
     values: Mapping[str, float]
     """`score`, the main score, and the measures."""
-    scores: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+    scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """Suite -> score -> mean and standard error over prompts."""
 
 

@@ -73,6 +73,10 @@ class Runner:
         """
         distinct = {cell.name: cell for cell in cells}.values()
         missing = [cell for cell in distinct if not self.finished(cell)]
+        for cell in distinct:
+            if self.finished(cell):
+                # Left behind if the comparison was killed just after the cell was finished.
+                self.file(cell).with_suffix(".log").unlink(missing_ok=True)
         if missing:
             text = f"{len(distinct)} cells, {len(missing)} to run, {self.jobs} at a time"
             self.console.print(text, markup=False)

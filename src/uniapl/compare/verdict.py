@@ -104,7 +104,7 @@ def short_table(summary: Mapping[str, Any]) -> list[list[str]]:
     best = summary["best"]
     judge = any("judge" in row["measures"] for row in summary["methods"].values())
     header = ["method", summary["main"]["score"], f"difference from {best}", "prompt s.e.", "expert nll"]
-    rows = [[*header, "length distance", *(["judge"] if judge else []), "tokens", "PFLOPs", "seconds"]]
+    rows = [[*header, "length distance", *(["judge"] if judge else []), "tokens", "FLOPs", "seconds"]]
     for label, row in summary["methods"].items():
         measures, cost = row["measures"], row["cost"]
         rows.append(
@@ -117,7 +117,7 @@ def short_table(summary: Mapping[str, Any]) -> list[list[str]]:
                 decimal(measures["length_distance"]["mean"], 2),
                 *([decimal(measures["judge"]["mean"])] if judge else []),
                 f"{cost['trained_tokens']:,.0f}",
-                f"{cost['flops'] / 1e15:.3g}",
+                f"{cost['flops']:.2g}",
                 f"{cost['seconds']:,.0f}",
             ]
         )

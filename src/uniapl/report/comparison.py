@@ -214,5 +214,5 @@ def _interval(value: Mapping[str, float | None] | None, *, sign: str = "") -> st
 
 
 def _with_error(value: Mapping[str, float | None] | None) -> str:
-    error = value and value["prompt_error"]
+    error = None if value is None else value["prompt_error"]
     return _interval(value) + ("" if error is None else f" ({decimal(error)})")
