@@ -1,13 +1,17 @@
 """Measures of samples, by hand."""
 
 import math
+import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from uniapl.compare.judge import load_judge
 from uniapl.compare.measures import closeness, criterion, judged, scores
-from uniapl.errors import UniAPLError
+from uniapl.errors import UniAPLError, UsageError
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -83,6 +87,23 @@ def test_the_judge_by_hand() -> None:
     # A point of a curve has no expert's texts of its own.
     point = {key: value for key, value in three.items() if key != "expert"}
     assert judged({"one": point}, {"one": three}, same_words) == found
+
+
+def test_the_judge_is_the_cosine_of_sentence_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SentenceTransformer:
+        def __init__(self, name: str) -> None:
+            if name != "mine":
+                raise OSError("no such model")
+
+        def encode(self, texts: list[str], normalize_embeddings: bool) -> Any:
+            assert normalize_embeddings
+            return np.array([{"a": [1.0, 0.0], "b": [0.6, 0.8]}[text] for text in texts])
+
+    module = SimpleNamespace(SentenceTransformer=SentenceTransformer)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    assert load_judge("mine")(["a", "a"], ["b", "a"]) == pytest.approx([0.6, 1.0])
+    with pytest.raises(UsageError, match="--judge: cannot load 'other': no such model"):
+        load_judge("other")
 
 
 def test_the_criterion_of_the_search() -> None:

@@ -15,8 +15,8 @@ Point = tuple[float, float]
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """The mean of our values minus theirs, seed by seed, with Student's 95 % interval.
 
-    The interval is unknown if all differences are equal, which happens with few prompts and says nothing about
-    other seeds.
+    The interval is unknown if all differences are equal, which happens with few prompts and tells nothing
+    about other seeds.
     """
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
     found = student_interval(values)
