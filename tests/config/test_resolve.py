@@ -149,11 +149,6 @@ def test_a_key_may_be_written_with_its_section() -> None:
 
 
 def test_a_component_that_cannot_act_within_the_run_is_noted() -> None:
-    short, long = resolve({"max_steps": 10}), resolve({"max_steps": 26})
-    assert short.notes == (
-        "the adversary is never used: discriminator.warmup_steps 12 is not below max_steps 10",
-    )
-    assert long.notes == ()
     assert resolve({"max_steps": 10, "method": "grpo"}).notes == ()
     warmup = {
         "optim.warmup_steps": 10,
@@ -166,6 +161,50 @@ def test_a_component_that_cannot_act_within_the_run_is_noted() -> None:
         "mu never reaches mu_peak: objective.mu_warmup_steps 12 is not below max_steps 10",
     )
     assert resolve(warmup | {"max_steps": 13}).notes == ()
+
+
+COLD, HALF = "batching.cold_start_steps", "batching.cold_start_steps 0.5 (5 steps)"
+COPY, HEAD, LIKELIHOOD = (
+    {"discriminator.kind": kind} for kind in ("bradley-terry", "head", "reference-likelihood")
+)
+SAMPLED = {"batching.cold_start_prompts_per_step": 1}
+WARMUP, REFERENCE = "discriminator.warmup_steps", "objective.reference_step"
+NEVER = "the adversary is never used"
+
+
+@pytest.mark.parametrize(
+    ("values", "notes"),
+    [
+        (COPY | {WARMUP: 4, COLD: 0.5}, []),
+        (COPY | {WARMUP: 5, COLD: 0.5}, [f"{NEVER}: {HALF} plus {WARMUP} 5"]),
+        (COPY | {WARMUP: 10, COLD: 0}, [f"{NEVER}: {WARMUP} 10"]),
+        (COPY | {WARMUP: 5, COLD: 0.5} | SAMPLED, []),
+        (HEAD | {WARMUP: 4, COLD: 5}, []),
+        (HEAD | {WARMUP: 5, COLD: 5}, [f"{NEVER}: {COLD} 5 plus {WARMUP} 5"]),
+        (HEAD | {WARMUP: 5, COLD: 0.5} | SAMPLED, [f"{NEVER}: {HALF} plus {WARMUP} 5"]),
+        (HEAD | {WARMUP: 3, COLD: 2, REFERENCE: 6}, []),
+        (HEAD | {WARMUP: 4, COLD: 2, REFERENCE: 6}, [f"{NEVER}: {REFERENCE} 6 plus {WARMUP} 4"]),
+        (HEAD | {WARMUP: 8, COLD: 2, REFERENCE: 0}, [f"{NEVER}: {COLD} 2 plus {WARMUP} 8"]),
+        (LIKELIHOOD | {WARMUP: 50, COLD: 9}, []),
+        (LIKELIHOOD | {COLD: 10}, [f"no rollouts are sampled: {COLD} 10"]),
+        (LIKELIHOOD | {COLD: 0.99}, [f"no rollouts are sampled: {COLD} 0.99 (10 steps)"]),
+        (
+            LIKELIHOOD | {COLD: 0.1, REFERENCE: 10},
+            [f"the KL is never used: {REFERENCE} 10", f"{NEVER}: {REFERENCE} 10"],
+        ),
+        (LIKELIHOOD | {COLD: 10} | SAMPLED, [f"the KL is never used: {COLD} 10", f"{NEVER}: {COLD} 10"]),
+        (COPY | {COLD: 12, "method": "sft"}, []),
+    ],
+)
+def test_notes_name_what_takes_all_steps(values: dict[str, Any], notes: list[str]) -> None:
+    found = resolve(values | {"max_steps": 10}).notes
+    assert found == tuple(f"{note} is not below max_steps 10" for note in notes)
+
+
+def test_a_cold_start_without_a_step_is_noted() -> None:
+    note = "there is no cold start: batching.cold_start_steps 0.2 of max_steps 2 is rounded to 0 steps"
+    assert resolve(LIKELIHOOD | {"max_steps": 2}).notes == (note,)
+    assert resolve(LIKELIHOOD | {"max_steps": 3}).notes == ()
 
 
 def test_reward_functions_may_be_names() -> None:

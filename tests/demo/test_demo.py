@@ -31,7 +31,8 @@ from uniapl.demo.language import (
 )
 from uniapl.demo.measure import measure, score_texts
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE
-from uniapl.demo.task import as_row, embedded_constraints, make_task, make_tokenizer
+from uniapl.demo.rewards import constraints_satisfied
+from uniapl.demo.task import as_row, make_task, make_tokenizer
 from uniapl.demo.writers import EXPERT, SLOPPY, write
 from uniapl.errors import UsageError
 from uniapl.evaluation import load_suites
@@ -203,7 +204,7 @@ def test_the_reward_is_the_fraction_of_constraints() -> None:
     prompt = TaskPrompt(sentences=1, topic="king", extras=(Constraint("include", "cup"), Constraint("place")))
     row = as_row(prompt)
     chat = [[{"role": "assistant", "content": PLAIN}], "nonsense"]
-    assert embedded_constraints(chat, [row["constraints"]] * 2) == [0.5, 0.0]
+    assert constraints_satisfied(chat, [row["constraints"]] * 2) == [0.5, 0.0]
 
 
 def test_every_word_is_one_token() -> None:
@@ -273,9 +274,8 @@ def test_excluded_prompts_do_not_occur() -> None:
 def test_the_demo_runs_from_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = make_task(prompts=24, demonstrations=12, held_out=16)
     flags = ["--output-dir", str(tmp_path / "run"), "--max-steps", "2", "--batching.prompts-per-step", "2"]
-    found = demo(flags, task=task)
-    assert found is not None
-    before, after = found
+    measured = demo(flags, task=task)
+    before, after = measured["base"], measured["uniapl"]
     assert before.fluency > 0.85, "the base writes well-formed sentences"
     assert before.expert_nll < 2
     assert before != after
@@ -299,7 +299,7 @@ def test_the_task_is_written_as_files_with_a_recipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     task = make_task(prompts=6, demonstrations=4, held_out=3)
-    assert demo(["--write", "task", "--max-steps", "7", "--reward", "half"], task=task) is None
+    assert demo(["--write", "task", "--max-steps", "7", "--reward", "half"], task=task) == {}
     assert "uniapl compare task/recipe.yaml" in capsys.readouterr().out
     names = ("train", "held_out", "held_out_combinations")
     rows = {name: lines(Path(f"task/{name}.jsonl")) for name in names}
@@ -318,7 +318,7 @@ def test_the_task_is_written_as_files_with_a_recipe(
     assert [score["good"] for score in scores] == [[1.0]] * 3, "the expert is good"
     with pytest.raises(UsageError, match="'task' is not empty"):
         demo(["--write", "task"], task=task)
-    with pytest.raises(UsageError, match="unknown reward 'hones': choose from honest"):
+    with pytest.raises(UsageError, match="unknown reward 'hones': choose one of honest"):
         demo(["--write", "other", "--reward", "hones"], task=task)
 
 

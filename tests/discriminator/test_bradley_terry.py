@@ -66,7 +66,7 @@ def test_the_last_token_is_found_by_length() -> None:
 @pytest.mark.parametrize("max_tokens", [1, 25, 10_000])
 def test_the_loss_is_bradley_terry_over_all_pairs(max_tokens: int) -> None:
     subject = discriminator(max_tokens)
-    total = sum(loss().item() for loss in subject.losses(COMPARISONS))
+    total = sum(losses()["pairs"].item() for losses in subject.losses(COMPARISONS))
     logits = iter(discriminator().logits(sequences()))
     expected = 0.0
     for comparison in COMPARISONS:
@@ -108,10 +108,13 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone() -> None:
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
-def test_no_comparisons_still_run_a_backward_pass() -> None:
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_no_comparisons_still_run_a_backward_pass(unpaired: bool) -> None:
     """A rank without comparisons must take part in the gradient synchronisation."""
-    subject = discriminator()
-    (loss,) = [compute() for compute in subject.losses([])]
+    subject = replace(discriminator(), unpaired=unpaired)
+    (losses,) = [compute() for compute in subject.losses([])]
+    assert losses.keys() == subject.counts([]).keys()
+    loss = sum(losses.values(), torch.zeros(()))
     loss.backward()
     assert loss.item() == 0.0
     assert subject.module.head.weight.grad is not None

@@ -62,6 +62,17 @@ def test_the_log_probabilities_and_the_states_both_count() -> None:
     assert (head_logits(module, [moved]) - base).abs() > 1e-4
 
 
+def test_without_log_probabilities_only_the_states_count() -> None:
+    torch.manual_seed(0)
+    module, (item,) = StateHead(SIZE, log_probability_features=False), completions(4)
+    torch.nn.init.normal_(module.out.weight)
+    base = head_logits(module, [item])
+    other = TokenStates(logprobs=item.logprobs - 2, states=item.states)
+    moved = TokenStates(logprobs=item.logprobs, states=item.states.flip(-1))
+    assert torch.equal(head_logits(module, [other]), base)
+    assert (head_logits(module, [moved]) - base).abs() > 1e-4
+
+
 def test_a_completion_without_text_has_a_finite_logit() -> None:
     logits = head_logits(head(), completions(0, 3))
     assert logits.isfinite().all()

@@ -73,8 +73,8 @@ def test_it_learns_and_the_policy_does_not_notice() -> None:
 
 def test_every_adapter_learns() -> None:
     subject = on(make_model(), trained=True)
-    for loss in subject.losses(COMPARISONS):
-        loss().backward()
+    for losses in subject.losses(COMPARISONS):
+        losses()["pairs"].backward()
     assert all(
         parameter.grad is not None and bool(parameter.grad.any()) for parameter in subject.module.parameters()
     )

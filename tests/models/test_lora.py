@@ -235,8 +235,8 @@ def test_a_discriminator_of_adapters_reads_with_the_policy_s_base(model_dir: Pat
     assert subject.module.state_dict().keys() == plainly.module.state_dict().keys()
     assert subject.logits(sequences()) == pytest.approx(plainly.logits(sequences()), abs=1e-6)
     before = logits(model)
-    for loss in subject.losses([]):
-        loss().backward()
+    for losses in subject.losses([]):
+        losses()["pairs"].backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.grad is not None for parameter in subject.module.parameters())
     assert_close(logits(model), before, atol=0.0, rtol=0.0)

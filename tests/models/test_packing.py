@@ -300,8 +300,8 @@ def test_windows_that_attention_is_not_told_of_are_refused() -> None:
     assert not can_pack(model.base_model)
 
 
-@pytest.mark.parametrize("lora", [None, 2])
-def test_the_discriminator_packs(lora: int | None) -> None:
+@pytest.mark.parametrize(("lora", "unpaired"), [(None, False), (2, False), (2, True)])
+def test_the_discriminator_packs(lora: int | None, unpaired: bool) -> None:
     comparisons = [
         Comparison(prompt_ids=(5, 9, n), demonstration_ids=(7, 8), completions=((4,), (6, 6, 6, n), (8, 9)))
         for n in (10, 11, 12)
@@ -312,10 +312,12 @@ def test_the_discriminator_packs(lora: int | None) -> None:
         module = ScoreModel(LoraTrunk(model, lora, seed=0)) if lora else ScoreModel.copy_of(model)
         assert can_pack(module.trunk)
         torch.nn.init.normal_(module.head.weight, generator=torch.Generator().manual_seed(0))
-        subject = BradleyTerryDiscriminator(module=module, pad_id=0, max_tokens=40, packed=packed)
+        subject = BradleyTerryDiscriminator(
+            module=module, pad_id=0, max_tokens=40, packed=packed, unpaired=unpaired
+        )
         logits = subject.logits([s for c in comparisons for s in c.sequences])
         for compute in subject.losses(comparisons):
-            compute().backward()
+            torch.stack([*compute().values()]).sum().backward()
         grads = [p.grad for p in module.parameters() if p.grad is not None]
         results.append((logits, grads))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)

@@ -1,5 +1,6 @@
 """The adversary by hand: whose logits are whose, what an update is trained on, and the sizes of its parts."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from support.runs import recipe, train
-from support.tiny import make_model, make_tokenizer, save_model
+from support.processes import run_processes
+from support.runs import assert_same_run, lines, recipe, run_until, train
+from support.tiny import letter_rows, make_model, make_tokenizer, save_model
 from uniapl import UniAPLError
 from uniapl.config import Config
 from uniapl.data.streams import is_held_out
@@ -25,9 +28,11 @@ from uniapl.discriminator.bradley_terry import (
     another_example,
     no_context,
 )
+from uniapl.discriminator.demonstrations import Demonstrations
 from uniapl.discriminator.ending import UniformEnding
 from uniapl.training import adversary as adversary_module
 from uniapl.training.adversary import Adversary, DiscriminatorTrainer
+from uniapl.training.checkpoint.directory import checkpoint_path
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.types import Example, Rollout, RolloutGroup, derive_seed
 
@@ -216,6 +221,158 @@ def test_held_out_prompts_are_never_in_an_update_or_in_the_replay(recorded: Reco
         recorded.update(groups, step, **settings)
         assert recorded.updates[0][: len(trained)] == comparisons(trained)
         assert all(c in comparisons(trained) for c in recorded.updates[0])
+
+
+def with_different_demonstrations(subject: Recorded, *, unpaired: bool) -> list[RolloutGroup]:
+    """Groups of 20 prompts, each with its own demonstration; those not held out are the trainer's."""
+    groups = [group(prompt, prompt * 3, "b", "c") for prompt in "adefghijklmnopqrstuv"]
+    groups = [replace(g, example=replace(g.example, row=row)) for row, g in enumerate(groups)]
+    known = [g.example for g in groups if not is_held_out(g.example, config_of(held_out_fraction=0.4))]
+    assert 5 < len(known) < 17
+    trainer: Any = subject.adversary.trainer
+    vars(trainer)["demonstrations"] = Demonstrations(known, seed=0)
+    vars(trainer)["discriminator"] = replace(trainer.discriminator, unpaired=unpaired)
+    return groups
+
+
+MISMATCHED = {"held_out_fraction": 0.4, "mismatched_demonstrations": 2, "updates_per_step": 2}
+
+
+def test_mismatched_demonstrations_are_further_negatives_of_a_pair(recorded: Recorded) -> None:
+    groups = with_different_demonstrations(recorded, unpaired=False)
+    trained = [g.example for g in groups if not is_held_out(g.example, config_of(**MISMATCHED))]
+    shown = {example.demonstration_ids for example in trained}
+    steps: list[list[Comparison]] = []
+    for step in (0, 1, 0):
+        assert recorded.adversary.trainer is not None
+        recorded.adversary.trainer.replay.items = []
+        recorded.update(groups, step, **MISMATCHED)
+        first, second = recorded.updates
+        assert first == second, "drawn once per step, so that a replayed comparison is an old one"
+        assert recorded.adversary.trainer.replay.items == first
+        steps.append(first)
+        for comparison, example in zip(first, trained, strict=True):
+            *rollouts, one, other = comparison.completions
+            assert rollouts == [spelled("b"), spelled("c")]
+            assert comparison.demonstration_ids == example.demonstration_ids
+            assert {one, other} <= shown - {example.demonstration_ids}
+            assert one != other
+    assert steps[0] == steps[2] != steps[1]
+
+
+def test_an_unpaired_update_has_all_rollouts_and_drawn_demonstrations(recorded: Recorded) -> None:
+    groups = with_different_demonstrations(recorded, unpaired=True)
+    config = config_of(**MISMATCHED)
+    trained = {g.example.demonstration_ids: g.example for g in groups if not is_held_out(g.example, config)}
+    # Two prompts of the step: one that is held out, and one without a demonstration.
+    held_out = next(g for g in groups if is_held_out(g.example, config))
+    bare = group("w", None, "x", "yy", rejected="zz")
+    bare = next(
+        g
+        for g in (replace(bare, example=replace(bare.example, prompt_ids=(n, n))) for n in range(20, 40))
+        if not is_held_out(g.example, config)
+    )
+    recorded.update([held_out, bare], 0, **MISMATCHED)
+    for rollouts, drawn in recorded.updates:
+        assert rollouts == Comparison(
+            prompt_ids=bare.example.prompt_ids,
+            demonstration_ids=None,
+            completions=(spelled("x"), spelled("yy")),
+        )
+        example = trained[drawn.demonstration_ids]
+        assert drawn.prompt_ids == example.prompt_ids
+        assert len({*drawn.completions} & (trained.keys() - {example.demonstration_ids})) == 2
+        assert len(drawn.completions) == 2
+    assert recorded.updates[0][1] != recorded.updates[1][1], "each update draws by itself"
+    assert recorded.adversary.trainer is not None
+    assert recorded.adversary.trainer.replay.items == [recorded.updates[0][0]]
+    recorded.update([bare], 1, replay_fraction=0.5, **MISMATCHED)
+    for update in recorded.updates:
+        assert [c.demonstration_ids is None for c in update] == [True, True, False, False]
+
+
+def negatives(model: Path, output: Path, loss: str, **changes: Any) -> dict[str, Any]:
+    settings = {"loss": loss, "mismatched_demonstrations": 2, "held_out_fraction": 0.2}
+    return recipe(model, output, max_steps=4, save_steps=2, discriminator=settings, **changes)
+
+
+@pytest.fixture(scope="module", params=["paired", "unpaired"])
+def run(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with mismatched negatives, in which half of the prompts have no demonstration."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(negatives(model_dir, folder / request.param, request.param))
+    return folder / request.param
+
+
+def test_a_run_with_mismatched_negatives_resumes_exactly(run: Path, model_dir: Path, tmp_path: Path) -> None:
+    values = negatives(model_dir, tmp_path / "run", run.name)
+    run_until(2, values)
+    train(values | {"resume": "auto"})
+    assert_same_run(tmp_path / "run", run, 4)
+
+
+@pytest.mark.parametrize("loss", ["paired", "unpaired"])
+def test_a_run_s_updates_never_have_a_held_out_demonstration(
+    loss: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[Comparison] = []
+
+    def recorded_update(self: Any, accelerator: Any, comparisons: Sequence[Comparison], config: Any) -> Any:
+        compared.extend(comparisons)
+        return 0.5, True
+
+    monkeypatch.setattr(DiscriminatorTrainer, "update", recorded_update)
+    rows = letter_rows(26, demonstrated=range(26))
+    values = negatives(model_dir, tmp_path / "run", loss)
+    train(values, train_dataset=rows)
+    config = Config.model_validate({"discriminator": values["discriminator"]})
+    texts = {spelled(row["completion"]): group(row["prompt"], "b").example for row in rows}
+    held_out = {ids for ids, example in texts.items() if is_held_out(example, config)}
+    assert 2 < len(held_out) < 13
+    experts = {ids for comparison in compared for ids in comparison.expert}
+    mismatched = [sum(ids in texts for ids in comparison.completions) for comparison in compared]
+    assert len(experts) > 5
+    assert any(not comparison.expert for comparison in compared) == (loss == "unpaired")
+    assert max(mismatched) >= 2
+    read = {ids for comparison in compared for ids in comparison.completions}
+    assert not (read | experts) & held_out
+
+
+def test_a_checkpoint_of_the_other_loss_can_be_resumed(run: Path, model_dir: Path, tmp_path: Path) -> None:
+    values = negatives(model_dir, tmp_path / "run", run.name)
+    run_until(2, values)
+    other = "paired" if run.name == "unpaired" else "unpaired"
+    train(negatives(model_dir, tmp_path / "run", other) | {"resume": "auto"})
+    updates = [record["discriminator/updates"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
+    # The prompts of the last step have no demonstration.
+    assert updates[2:] == ([2, 2] if other == "unpaired" else [2, 0])
+
+
+def _train(folder: Path, launch: dict[str, str], values: dict[str, Any]) -> None:
+    os.environ |= launch
+    train(values)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", ["unpaired"], indirect=True)
+@pytest.mark.parametrize(
+    "launch", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["ddp", "fsdp2"]
+)
+def test_two_processes_train_on_the_same_negatives(
+    run: Path, model_dir: Path, tmp_path: Path, launch: dict[str, str]
+) -> None:
+    values = negatives(model_dir, tmp_path / "run", run.name)
+    assert run_processes(2, _train, tmp_path, launch, values) == [0, 0]
+    mine, theirs = (lines(path / "metrics.jsonl") for path in (tmp_path / "run", run))
+    for one, other in zip(mine, theirs, strict=True):
+        for name in ("loss", "discriminator/loss", "discriminator/accuracy", "discriminator/win_rate"):
+            expected = other.get(name)
+            assert one.get(name) == (expected and pytest.approx(expected, rel=1e-4, abs=1e-5)), name
+    weights = [
+        load_file(checkpoint_path(path, 4) / "discriminator.safetensors") for path in (tmp_path / "run", run)
+    ]
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_a_frozen_or_paused_discriminator_is_not_trained_but_fills_its_replay(recorded: Recorded) -> None:

@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 
 from uniapl import Config
+from uniapl.discriminator.bradley_terry import AdversaryState
 from uniapl.functional import Multiplier
 from uniapl.training.schedule import Schedule
 from uniapl.types import Example, RolloutGroup
+
+
+def with_accuracy(accuracy: float, config: Config) -> Any:
+    """An adversary after a step in which the average of its accuracy was this."""
+    state = AdversaryState(accuracy=accuracy)
+    state.compare_accuracy(config.discriminator.min_accuracy)
+    return SimpleNamespace(state=state)
 
 
 def schedule(controller: str, *, accuracy: float = 1.0, step: int = 10) -> Schedule:
@@ -17,12 +25,11 @@ def schedule(controller: str, *, accuracy: float = 1.0, step: int = 10) -> Sched
     objective |= {"lambda_learning_rate": 1.0}
     values = {
         "objective": {**objective, "lambda_gains": (0.0, 1.0, 0.0)},
-        "discriminator": {"warmup_steps": 5},
+        "discriminator": {"kind": "bradley-terry", "warmup_steps": 5},
     }
     config, multiplier = Config.model_validate(values), Multiplier(value=2.0)
     subject = Schedule(config=config, adversary=None, multiplier=multiplier, step=step)
-    state = SimpleNamespace(accuracy=accuracy)
-    vars(subject)["adversary"] = SimpleNamespace(trainer=object(), state=state)
+    vars(subject)["adversary"] = with_accuracy(accuracy, config)
     return subject
 
 
@@ -63,10 +70,6 @@ def at(step: int, adversary: Any = None, **values: Any) -> Schedule:
     )
 
 
-def trained_adversary(accuracy: float) -> Any:
-    return SimpleNamespace(trainer=object(), state=SimpleNamespace(accuracy=accuracy))
-
-
 def test_the_learning_rate_by_hand() -> None:
     values = {
         "max_steps": 10,
@@ -84,14 +87,35 @@ def test_the_learning_rate_by_hand() -> None:
 def test_lambda_acts_after_the_warm_up_from_the_minimum_accuracy_on(
     step: int, accuracy: float, weight: float
 ) -> None:
-    values: dict[str, Any] = {"discriminator": {"warmup_steps": 5, "min_accuracy": 0.55}}
+    trained = {"kind": "bradley-terry", "warmup_steps": 5, "min_accuracy": 0.55}
+    values: dict[str, Any] = {"discriminator": trained}
     subject = at(step, **values)
-    vars(subject)["adversary"] = trained_adversary(accuracy)
+    vars(subject)["adversary"] = with_accuracy(accuracy, subject.config)
     assert subject.lambda_adv == weight
     vars(subject)["adversary"] = None
     assert subject.lambda_adv == 0.0
-    vars(subject)["adversary"] = SimpleNamespace(trainer=None, state=SimpleNamespace(accuracy=0.9))
-    assert subject.lambda_adv == 2.0, "a frozen discriminator has no warm-up"
+    frozen = at(step, discriminator=values["discriminator"] | {"kind": "polar"})
+    vars(frozen)["adversary"] = with_accuracy(0.9, frozen.config)
+    assert frozen.lambda_adv == 2.0, "a frozen discriminator has no warm-up"
+
+
+def test_lambda_does_not_flicker_around_the_minimum_accuracy() -> None:
+    """On at 0.55, off at 0.5 and below; a minimum of 0 is always on."""
+    accuracies = [0.5, 0.54, 0.55, 0.53, 0.56, 0.51, 0.5, 0.52, 0.549, 0.6, 0.2, 0.9]
+    expected = {
+        0.55: [0, 0, 2, 2, 2, 2, 0, 0, 0, 2, 0, 2],
+        0.6: [0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 2],
+        0.0: [2] * 12,
+    }
+    for minimum, weights in expected.items():
+        subject = at(5, discriminator={"warmup_steps": 5, "min_accuracy": minimum})
+        state = AdversaryState()
+        vars(subject)["adversary"] = SimpleNamespace(state=state)
+        found: list[float] = []
+        for state.accuracy in accuracies:
+            state.compare_accuracy(minimum)
+            found.append(subject.lambda_adv)
+        assert found == weights
 
 
 def test_an_adversary_that_is_the_only_component_needs_no_accuracy() -> None:
@@ -103,7 +127,7 @@ def test_an_adversary_that_is_the_only_component_needs_no_accuracy() -> None:
         ({**alone, "mu_peak": 0.1}, 0.0),
     ):
         subject = at(5, objective=objective, discriminator=settings)
-        vars(subject)["adversary"] = trained_adversary(0.1)
+        vars(subject)["adversary"] = with_accuracy(0.1, subject.config)
         assert subject.lambda_adv == weight
 
 
@@ -137,12 +161,12 @@ def test_the_weights_by_hand() -> None:
     steps = {"mu_warmup_steps": 0, "mu_decay_steps": 0, "mu_peak": 0.25, "mu_valley": 0.25}
     objective: dict[str, Any] = {**steps, "reward_weight": 3.0, "beta": 0.05}
     subject = at(20, objective=objective, discriminator={"warmup_steps": 5, "min_accuracy": 0.5})
-    vars(subject)["adversary"] = trained_adversary(0.9)
+    vars(subject)["adversary"] = with_accuracy(0.9, subject.config)
     assert subject.weights([]) == {"sft": 0.25, "rl": 0.75 * 3.0, "adv": 2.0, "kl": 0.0}
     subject.uses_reference = True
     assert subject.weights([])["kl"] == 0.05
     inside = at(20, objective={**objective, "adversarial_placement": "reward"})
-    vars(inside)["adversary"] = trained_adversary(0.9)
+    vars(inside)["adversary"] = with_accuracy(0.9, inside.config)
     assert inside.weights([])["adv"] == 0.0
 
 
@@ -169,13 +193,12 @@ def test_the_cold_start_has_its_own_numbers_and_learning_rate() -> None:
             (
                 subject.prompts_per_step(subject.step),
                 subject.demonstrations_per_step,
-                subject.rollout_steps,
                 round(subject.mu([]), 6),
                 round(subject.learning_rate, 6),
             )
         )
-    cold = [(0, 24, 0, 0.9, rate) for rate in (1.0, 0.75, 0.5, 0.25)]
-    warm = [(3, 2, n, 0.1, round(1 - n / 6, 6)) for n in range(6)]
+    cold = [(0, 24, 0.9, rate) for rate in (1.0, 0.75, 0.5, 0.25)]
+    warm = [(3, 2, 0.1, round(1 - n / 6, 6)) for n in range(6)]
     assert found == cold + warm
 
 
@@ -190,9 +213,35 @@ def test_the_cold_start_may_be_a_fraction_and_has_as_many_demonstrations_as_comp
     assert (subject.in_cold_start, subject.demonstrations_per_step) == (False, 8)
 
 
-def test_with_rollouts_in_the_cold_start_every_step_counts() -> None:
-    values = {"batching": {"cold_start_steps": 4, "cold_start_prompts_per_step": 1}}
-    subject = Schedule(
-        config=Config.model_validate(values), adversary=None, multiplier=Multiplier(value=1.0), step=3
-    )
-    assert (subject.prompts_per_step(3), subject.prompts_per_step(4), subject.rollout_steps) == (1, 8, 3)
+def test_a_cold_start_may_have_rollouts() -> None:
+    subject = at(3, batching={"cold_start_steps": 4, "cold_start_prompts_per_step": 1})
+    assert (subject.prompts_per_step(3), subject.prompts_per_step(4)) == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batching", "objective", "first"),
+    [
+        ("bradley-terry", {}, {}, 3),
+        ("bradley-terry", {"cold_start_steps": 4}, {}, 7),
+        ("bradley-terry", {"cold_start_steps": 4, "cold_start_prompts_per_step": 1}, {}, 3),
+        ("head", {"cold_start_steps": 0.2}, {}, 7),
+        ("head", {"cold_start_steps": 4, "cold_start_prompts_per_step": 1}, {}, 7),
+        ("head", {"cold_start_steps": 4}, {"reference_step": 0}, 7),
+        ("head", {}, {"reference_step": 6}, 9),
+        ("reference-likelihood", {"cold_start_steps": 4}, {}, 4),
+        ("reference-likelihood", {"cold_start_steps": 4}, {"reference_step": 6}, 6),
+        ("polar", {"cold_start_steps": 4}, {"reference_step": 6}, 4),
+    ],
+)
+def test_the_first_step_of_the_adversary_by_hand(
+    kind: str, batching: dict[str, Any], objective: dict[str, Any], first: int
+) -> None:
+    """After the steps without rollouts or the reference that it reads, and a warm-up of what is trained."""
+    values = {"batching": batching, "objective": objective, "max_steps": 20}
+    settings = {"kind": kind, "warmup_steps": 3, "min_accuracy": 0.0}
+    weights: list[float] = []
+    for step in range(20):
+        subject = at(step, discriminator=settings, **values)
+        vars(subject)["adversary"] = with_accuracy(0.9, subject.config)
+        weights.append(subject.lambda_adv)
+    assert weights == [0.0] * first + [2.0] * (20 - first)

@@ -1,5 +1,6 @@
 """Discriminators on the reference's states: cold start, resume, processes, adapters, held-out texts."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,9 @@ def test_the_cold_start_samples_nothing_and_the_rest_multiplies(run: Path) -> No
     records = lines(run / "run" / "metrics.jsonl")
     assert [record["tokens/rollout"] > 0 for record in records] == [False, False, True, True, True, True]
     assert [record["weight/mu"] for record in records] == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1])
-    assert [record["adversary/active"] for record in records] == [0, 0, 1, 1, 1, 1]
+    # No prompt of the third step has a demonstration, and no earlier one gave its mean logit.
+    assert [record["adversary/active"] for record in records] == [0, 0, 0, 1, 1, 1]
+    assert ["discriminator/win_rate" in record for record in records] == [False] * 3 + [True] * 3
     assert [record.get("kl") is not None for record in records] == [False, False, True, True, True, True]
     changed = [record["adversary/reward_change"] for record in records if "adversary/reward_change" in record]
     assert sum(changed) > 0
@@ -76,6 +79,10 @@ def test_resume_is_exact(run: Path, model_dir: Path, tmp_path: Path) -> None:
     train(values | {"resume": "auto"})
     mine, theirs = (timeless(lines(path / "run" / "metrics.jsonl")) for path in (tmp_path, run))
     assert mine == theirs
+    sentence = "the adversary acted in 3 of 4 steps with rollouts; it changed rewards by "
+    cards = [(path / "run" / "final" / "README.md").read_text() for path in (tmp_path, run)]
+    assert sentence in cards[0]
+    assert cards[0] == cards[1]
     if kind == "head":
         assert_same_run(tmp_path / "run", run / "run", 6)
 
@@ -130,8 +137,22 @@ def test_without_a_kl_the_start_is_read(model_dir: Path, tmp_path: Path) -> None
     values["objective"] |= {"beta": 0.0}
     train(values)
     records = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [record["adversary/active"] for record in records] == [0, 0, 1, 1, 1, 1]
+    assert [record["adversary/active"] for record in records] == [0, 0, 0, 1, 1, 1]
     assert all(record.get("kl") is None for record in records)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_the_log_probability_is_a_feature_unless_it_is_switched_off(
+    used: bool, model_dir: Path, tmp_path: Path
+) -> None:
+    """Also without mismatched negatives, the head is measured on mismatched demonstrations."""
+    values = scheduled(model_dir, tmp_path / "run", "head")
+    values["discriminator"] |= {"log_probability_features": used, "mismatched_demonstrations": 0}
+    train(values)
+    weights = load_file(checkpoint.checkpoint_path(tmp_path / "run", 6) / "discriminator.safetensors")
+    assert weights["project.weight"].shape[1] == len(weights["norm.weight"]) + used
+    records = lines(tmp_path / "run" / "metrics.jsonl")
+    assert any("discriminator/held_out_mismatched_accuracy" in record for record in records)
 
 
 def demonstrated(count: int) -> list[Example]:
@@ -148,12 +169,16 @@ def demonstrated(count: int) -> list[Example]:
     ]
 
 
-def states_of(examples: list[Example], read: list[Any], held_out: set[int]) -> DemonstrationStates:
+def states_of(
+    examples: list[Example], read: list[Any], held_out: set[int], num_mismatched: int | None = 3
+) -> DemonstrationStates:
     def reader(sequences: Any) -> list[TokenStates]:
         read.append(list(sequences))
         return [TokenStates(logprobs=torch.zeros(1), states=torch.zeros(1, 2)) for _ in sequences]
 
-    return DemonstrationStates(examples, held_out=lambda e: e.row in held_out, read=reader, seed=0)
+    return DemonstrationStates(
+        examples, held_out=lambda e: e.row in held_out, read=reader, seed=0, num_mismatched=num_mismatched
+    )
 
 
 def test_mismatches_are_of_other_prompts_and_held_out_texts_are_never_learned() -> None:
@@ -173,6 +198,23 @@ def test_mismatches_are_of_other_prompts_and_held_out_texts_are_never_learned() 
         else:
             assert len(rows) == 3
             assert not rows & {3, 7, 9}
+
+
+@pytest.mark.parametrize(("number", "trained"), [(0, 0), (1, 1), (5, 5), (None, 0)])
+def test_what_is_measured_does_not_depend_on_what_is_trained(number: int | None, trained: int) -> None:
+    """Without mismatched negatives, held-out examples still have mismatched demonstrations."""
+    held_out = {3, 7, 9, 10}
+    read: list[Any] = []
+    subject = states_of(demonstrated(14), read, held_out, number)
+    for example in (*subject.train, *subject.held_out):
+        measured = 0 if number is None else 3
+        assert len(subject.of(example).mismatched) == (measured if example.row in held_out else trained)
+    assert {example.row for example in subject.measured} == (set() if number is None else held_out)
+    # Without held-out examples, the training's own are measured.
+    everything = states_of(demonstrated(14), read, set(), number)
+    if number is not None:
+        assert everything.measured == everything.train
+        assert len(everything.of(everything.train[0]).mismatched) == max(3, trained)
 
 
 def test_states_do_not_depend_on_what_was_read_before() -> None:
@@ -208,7 +250,9 @@ def adversary(examples: list[Example], logprobs: dict[int, list[float]]) -> Stat
     return StateAdversary(
         trainer=None,
         likelihood_scale=4.0,
-        demonstrations=DemonstrationStates(examples, held_out=lambda _: False, read=read, seed=0),
+        demonstrations=DemonstrationStates(
+            examples, held_out=lambda _: False, read=read, seed=0, num_mismatched=3
+        ),
         text_length=lambda ids: len(ids) - (ids[-1] == 1),
         max_tokens=100,
         state=AdversaryState(),
@@ -253,6 +297,17 @@ def test_before_the_reference_exists_nothing_is_scored() -> None:
     assert adversary([shown], {}).score([group(shown, (8, 1))], None) == [(None, None)]
 
 
+def test_a_checkpoint_keeps_whether_the_discriminator_is_accurate(tmp_path: Path) -> None:
+    """Between the two limits the accuracy alone does not decide."""
+    for accurate in (True, False):
+        saved = adversary([], {})
+        saved.state = AdversaryState(accuracy=0.52, accurate=accurate)
+        loaded = adversary([], {})
+        loaded.load(tmp_path, json.loads(json.dumps(saved.save(tmp_path))))
+        loaded.state.compare_accuracy(0.55)
+        assert loaded.state == saved.state
+
+
 def test_a_logit_that_is_not_finite_does_not_reach_the_running_mean() -> None:
     (shown,) = demonstrated(1)
     subject = adversary([shown], {})
@@ -284,8 +339,12 @@ def test_an_update_of_the_head_that_does_not_fit_is_done_in_smaller_parts(
         assert mine.get("discriminator/loss") == (loss and pytest.approx(loss, rel=1e-3))
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_mismatched"),
+    [({}, 1), ({"mismatched_demonstrations": 1}, 1), ({"mismatched_demonstrations": 0}, 0)],
+)
 def test_the_head_learns_from_passing_rollouts_and_from_mismatched_demonstrations(
-    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any], num_mismatched: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = demonstrated(4)
     subject = adversary(examples, {row: [-float(row)] for row in range(4)})
@@ -304,13 +363,18 @@ def test_the_head_learns_from_passing_rollouts_and_from_mismatched_demonstration
     )
     subject.fresh = [states([-0.1], [-0.2], [-0.3])]
     config = Config.model_validate(
-        {"discriminator": {"kind": "head", "held_out_fraction": 0.0, "updates_per_step": 1}}
+        {"discriminator": {"kind": "head", "held_out_fraction": 0.0, "updates_per_step": 1, **settings}}
     )
     found = subject.update(Accelerator(cpu=True), [scored], config, step=3, stage_step=3)
     ((experts, negatives, counts),) = given
     passing, *mismatched = negatives
     # The failing and the unknown rollout are no negatives.
     assert passing.logprobs.tolist() == pytest.approx([-0.1])
-    assert len(experts) == len(mismatched) == 1
-    assert counts == {"expert": 1, "negative": 2}
+    assert (len(experts), len(mismatched)) == (1, num_mismatched)
+    assert counts == {"expert": 1, "negative": 1 + num_mismatched}
     assert found == {"discriminator/loss": 1.0, "discriminator/updates": 1, "discriminator/skipped": 0}
+    failed = replace(scored, reward_parts={"check": (0.0, 0.0, 0.0)})
+    subject.fresh = [states([-0.1], [-0.2], [-0.3])]
+    found = subject.update(Accelerator(cpu=True), [failed], config, step=4, stage_step=4)
+    # Demonstrations without a negative would only raise every logit.
+    assert found["discriminator/updates"] == num_mismatched

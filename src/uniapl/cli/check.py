@@ -167,20 +167,26 @@ def _memory(config: Config, inputs: RunInputs) -> dict[str, Any]:
 def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
     """The number of rows in a step of a stage, and of passes over the data."""
     prompts, demonstrations = stream_examples(config, inputs.dataset, inputs.rewarder)
-    objective, batching = config.objective, config.batching
+    objective, batching, cold = config.objective, config.batching, config.cold_start_steps
     report: dict[str, Any] = {"method": config.method, "steps": config.max_steps}
+    if cold:
+        report["steps of the cold start"] = cold
     if objective.uses_rollouts:
-        drawn = batching.prompts_per_step * config.max_steps
+        drawn = batching.prompts_per_step * (config.max_steps - cold)
+        drawn += batching.cold_start_prompts_per_step * cold
         report["prompts"] = len(prompts)
         report["rollouts per step"] = batching.prompts_per_step * config.rollout.num_generations
         report["passes over the prompts"] = round(drawn / len(prompts), 2)
     paired = [e for e in prompts if e.demonstration_ids is not None]
     if objective.mu_controller == "gate":
         report["prompts with a demonstration"] = len(paired)
-    elif objective.learns_from_demonstrations:
-        drawn = batching.demonstrations_per_step * config.max_steps
+    elif config.learns_from_demonstrations:
+        drawn = batching.demonstrations_per_step * (config.max_steps - cold)
+        drawn += config.cold_start_demonstrations_per_step * cold
         report["demonstrations"] = len(demonstrations)
         report["demonstrations per step"] = batching.demonstrations_per_step
+        if cold:
+            report["demonstrations per step of the cold start"] = config.cold_start_demonstrations_per_step
         report["passes over the demonstrations"] = round(drawn / len(demonstrations), 2)
     if objective.lambda_adv > 0 and config.discriminator.kind == "bradley-terry":
         report["prompts for training the discriminator"] = sum(not is_held_out(e, config) for e in paired)

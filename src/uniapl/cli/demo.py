@@ -26,7 +26,7 @@ from uniapl.training.api import train_resolved
 
 SHOWN = (
     ("good", "{:.2f}", "satisfies every constraint and is fluent"),
-    ("passed", "{:.2f}", "satisfies every constraint, which is all that the reward measures"),
+    ("passed", "{:.2f}", "satisfies every constraint, which is all that the honest reward measures"),
     ("fluency", "{:.3f}", "fraction of well-formed, distinct sentences"),
     ("length_distance", "{:.2f}", "distance of the lengths from the expert's, in words"),
     ("place_habit", "{:.2f}", "mentions a place that the prompt does not ask for: a habit of the expert"),
@@ -35,11 +35,14 @@ SHOWN = (
 )
 
 
-def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measurement, Measurement] | None:
-    """Train, then print measurements and texts of the base and of the trained model on held-out prompts.
+def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> dict[str, Measurement]:
+    """Train, then print measurements and texts of the base and of the trained models on held-out prompts.
 
-    `--reward NAME` replaces the reward by one of `uniapl.demo.rewards`. With `--write DIRECTORY` the task is
-    written as files, with a recipe, instead: see :func:`write_task`.
+    With a reward that is not the honest one, grpo is trained too, for comparison. With `--write DIRECTORY`,
+    the task is written as files, with a recipe, instead: see :func:`write_task`.
+
+    Returns:
+        The measurements of the base and of the trained models, by name.
 
     Raises:
         UsageError: A flag is not valid, or the directory cannot be written.
@@ -48,32 +51,41 @@ def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> tuple[Measur
     parser.add_argument("--write", type=Path)
     parser.add_argument("--reward", default="honest")
     options, flags = parser.parse_known_args(flags)
-    if options.reward not in REWARDS:
-        raise UsageError(f"--reward: unknown reward '{options.reward}': choose from {', '.join(REWARDS)}")
-    recipe = RECIPE if options.reward == "honest" else merge(RECIPE, REWARDS[options.reward])
+    reward = options.reward
+    if reward not in REWARDS:
+        raise UsageError(f"--reward: unknown reward '{reward}': choose one of {', '.join(REWARDS)}")
     task = task or make_task()
     if options.write is not None:
-        write_task(task, recipe, options.write, flags)
-        return None
+        write_task(task, merge(RECIPE, REWARDS[reward]), options.write, flags)
+        return {}
     console = Console(highlight=False)
     with as_file(files("uniapl.demo") / "base") as base:
-        resolved = resolve(merge(recipe, {"model": {"model_name_or_path": str(base)}}), flags)
-        result = train_resolved(resolved, train_dataset=task.rows)
-        (before, old), (after, new) = (_measured(path, task) for path in (base, result.final_dir))
+        recipe = merge(merge(RECIPE, REWARDS[reward]), {"model": {"model_name_or_path": str(base)}})
+        ours = resolve(recipe, flags)
+        runs = [ours]
+        if reward != "honest" and ours.config.method != "grpo":
+            beside = f"{ours.config.output_dir}-grpo"
+            runs.insert(0, resolve(recipe, [*flags, "--method", "grpo", "--output-dir", beside]))
+        models = {"base": base}
+        for run in runs:
+            console.print(f"\ntraining {run.config.method} with the reward '{reward}'", markup=False)
+            models[run.config.method] = train_resolved(run, train_dataset=task.rows).final_dir
+        measured = {name: _measured(path, task) for name, path in models.items()}
     title = f"{len(task.held_out)} held-out prompts, one text each"
-    table = Table("", "base", resolved.config.method, "", title=title)
+    table = Table("", *models, "", title=title)
     for name, form, meaning in SHOWN:
-        table.add_row(name, form.format(getattr(before, name)), form.format(getattr(after, name)), meaning)
+        table.add_row(name, *(form.format(getattr(m, name)) for m, _ in measured.values()), meaning)
     console.print(table)
-    for prompt, *texts in list(zip(task.held_out, old, new, strict=True))[:5]:
-        console.print(f"\n{prompt.text}\n  before: {texts[0]}\n  after:  {texts[1]}", markup=False)
-    console.print(f"\nmodel, metrics and all sampled texts: {result.output_dir}", markup=False)
-    return before, after
+    for index, prompt in enumerate(list(task.held_out)[:5]):
+        console.print(f"\n{prompt.text}", markup=False)
+        for name, (_, texts) in measured.items():
+            console.print(f"  {name + ':':<8} {texts[index]}", markup=False)
+    console.print(f"\nmodel, metrics and all sampled texts: {ours.config.output_dir}", markup=False)
+    return {name: measurement for name, (measurement, _) in measured.items()}
 
 
 def write_task(task: Task, recipe: Mapping[str, Any], directory: Path, flags: Sequence[str] = ()) -> None:
-    """Write the task as a user's task: train.jsonl, two suites of held-out rows, the base model and
-    recipe.yaml.
+    """Write the rows for training, two suites of held-out rows, the base model and recipe.yaml.
 
     Args:
         flags: Changes to the recipe.

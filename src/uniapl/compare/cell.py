@@ -30,7 +30,9 @@ CURVE = (
     "trained/entropy",
     "rollout/entropy_estimate",
     "discriminator/win_rate",
-    "discriminator/accuracy",
+    "adversary/active",
+    "adversary/reward_change",
+    "adversary/advantage_change",
 )
 """Metrics of the training step that a point of a curve keeps."""
 

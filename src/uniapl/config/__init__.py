@@ -347,10 +347,25 @@ class Config(Section):
         return round(value * self.max_steps) if value < 1 else int(value)
 
     @property
+    def cold_start_demonstrations_per_step(self) -> int:
+        """Demonstrations of each cold-start step."""
+        completions = self.batching.prompts_per_step * self.rollout.num_generations
+        return self.batching.cold_start_demonstrations_per_step or completions
+
+    @property
     def reference_step(self) -> int:
         """Step whose policy is the reference."""
         step = self.objective.reference_step
         return self.cold_start_steps if step is None else step
+
+    @property
+    def adversary_step(self) -> int:
+        """First step in which the adversary may act: after the steps without rollouts, or without the
+        reference that the discriminator reads, and after its warm-up."""
+        first = 0 if self.batching.cold_start_prompts_per_step else self.cold_start_steps
+        if self.discriminator.reads_reference:
+            first = max(first, self.reference_step)
+        return first + (self.discriminator.warmup_steps if self.discriminator.is_trained else 0)
 
     @property
     def learns_from_demonstrations(self) -> bool:

@@ -113,19 +113,26 @@ class ObjectiveConfig(Section):
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
+MISMATCHED_OF_HEAD = 3
+"""Default of `mismatched_demonstrations` for the head. Our choice."""
+
+
 class DiscriminatorConfig(Section):
     """The discriminator, which distinguishes the expert's completions from the policy's."""
 
-    kind: Literal["head", "reference-likelihood", "bradley-terry", "polar", "remote", "density-ratio"] = (
-        "bradley-terry"
+    kind: Literal["reference-likelihood", "head", "bradley-terry", "polar", "remote", "density-ratio"] = (
+        "reference-likelihood"
     )
-    """Kind of discriminator. head is a small network on the hidden states of the KL reference, and
-    bradley-terry a copy of the model; both are trained during the run. The others are frozen:
-    reference-likelihood is the mean log-probability under the KL reference, polar a POLAR reward model,
-    remote one on a server, density-ratio the likelihood ratio of a fine-tuned model."""
+    """Kind of discriminator. reference-likelihood is the mean log-probability under the KL reference and is
+    not trained. head is a small network on the hidden states of the KL reference, and bradley-terry a copy of
+    the model; both are trained during the run. The others are frozen: polar is a POLAR reward model, remote
+    one on a server, density-ratio the likelihood ratio of a fine-tuned model."""
     layers: tuple[int, ...] = ()
     """Decoder layers of the reference, from 1, whose states the head reads (kind: head); empty reads one at
     two thirds of the depth."""
+    log_probability_features: bool = True
+    """Give the head each token's log-probability under the reference, in addition to its states (kind:
+    head)."""
     likelihood_scale: float = Field(default=4.0, gt=0)
     """Logit per nat of mean log-probability (kind: reference-likelihood)."""
     model_name_or_path: PathText | None = None
@@ -154,8 +161,15 @@ class DiscriminatorConfig(Section):
     """Decoupled weight decay of the discriminator's AdamW; norms and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the discriminator's gradient to this norm."""
+    loss: Literal["paired", "unpaired"] | None = None
+    """paired compares a demonstration with the rollouts of the same prompt (Bradley-Terry); unpaired
+    distinguishes demonstrations, which are drawn from all, from the rollouts of any prompt (logistic loss).
+    null uses paired (kind: bradley-terry) or unpaired (kind: head, which has no other loss)."""
+    mismatched_demonstrations: int | None = Field(default=None, ge=0)
+    """Demonstrations of other prompts that are negatives for each prompt, so that the discriminator learns
+    which completions answer the prompt; null uses 3 (kind: head) or 0 (kind: bradley-terry)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Fraction of pairs that the loss assumes to be labeled incorrectly."""
+    """Fraction of pairs that the loss assumes to be labeled incorrectly (loss: paired)."""
     warmup_steps: int = Field(default=10, ge=0)
     """Steps at the start of the stage in which the discriminator is trained and lambda is 0."""
     updates_per_step: int = Field(default=2, ge=1)
@@ -169,7 +183,30 @@ class DiscriminatorConfig(Section):
     freeze_after_steps: int | None = Field(default=None, ge=1)
     """Stop training the discriminator after this many steps of the stage; null trains it throughout."""
     min_accuracy: float = Field(default=0.55, ge=0, le=1)
-    """Set lambda to 0 while the discriminator's accuracy on new pairs is below this."""
+    """Set lambda to 0 until the discriminator's accuracy on new pairs reaches this, and again when it has
+    fallen 0.05 below; 0 never sets it to 0."""
     accuracy_band: FractionInterval = (0.85, 0.95)
     """Pause the discriminator's training when its accuracy on new pairs exceeds the upper bound, until it is
     below the lower bound."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is trained during the run."""
+        return self.kind in ("bradley-terry", "head")
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it reads the KL reference, and therefore has no logit before that exists."""
+        return self.kind in ("head", "reference-likelihood")
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the loss compares completions of the same prompt."""
+        return self.kind == "bradley-terry" and self.loss != "unpaired"
+
+    @property
+    def num_mismatched(self) -> int:
+        """`mismatched_demonstrations`, with its default filled in."""
+        if self.mismatched_demonstrations is not None:
+            return self.mismatched_demonstrations
+        return MISMATCHED_OF_HEAD if self.kind == "head" else 0

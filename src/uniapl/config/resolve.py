@@ -293,25 +293,55 @@ def _inactive_components(config: Config) -> list[str]:
     """Notes on what is enabled and would begin, or be complete, only after the last step."""
     if config.stages:
         return []
-    objective, discriminator, last = config.objective, config.discriminator, f"max_steps {config.max_steps}"
-    adversary = objective.lambda_adv > 0
-    warmup = discriminator.warmup_steps if discriminator.kind in ("bradley-terry", "head") else 0
-    if warmup and not config.batching.cold_start_prompts_per_step:
-        warmup += config.cold_start_steps
-    on_reference = adversary and discriminator.kind in ("head", "reference-likelihood")
+    objective, batching, last = config.objective, config.batching, f"max_steps {config.max_steps}"
+    cold = f"batching.cold_start_steps {batching.cold_start_steps:g}"
+    if config.cold_start_steps and batching.cold_start_steps < 1:
+        cold += f" ({config.cold_start_steps} steps)"
+    reference = (
+        cold if objective.reference_step is None else f"objective.reference_step {config.reference_step}"
+    )
+    samples = objective.uses_rollouts and not batching.cold_start_prompts_per_step
+    only_cold = samples and config.cold_start_steps >= config.max_steps
+    warmup, mu_warmup = config.optim.warmup_steps, objective.mu_warmup_steps
     rising = objective.mu_controller == "schedule" and objective.mu_peak > 0
     limits = (
-        ("the KL is never used", "objective.reference_step", config.reference_step, objective.beta > 0),
-        ("the adversary is never used", "discriminator.warmup_steps", warmup, adversary),
-        ("the adversary is never used", "objective.reference_step", config.reference_step, on_reference),
-        ("the learning rate never reaches its value", "optim.warmup_steps", config.optim.warmup_steps, True),
-        ("mu never reaches mu_peak", "objective.mu_warmup_steps", objective.mu_warmup_steps, rising),
+        ("no rollouts are sampled", cold, config.cold_start_steps, samples),
+        ("the KL is never used", reference, config.reference_step, objective.beta > 0 and not only_cold),
+        (
+            "the adversary is never used",
+            _adversary_wait(config, cold, reference),
+            config.adversary_step,
+            objective.lambda_adv > 0 and not only_cold,
+        ),
+        ("the learning rate never reaches its value", f"optim.warmup_steps {warmup}", warmup, True),
+        ("mu never reaches mu_peak", f"objective.mu_warmup_steps {mu_warmup}", mu_warmup, rising),
     )
-    return [
-        f"{problem}: {key} {steps} is not below {last}"
-        for problem, key, steps, enabled in limits
+    notes = [
+        f"{problem}: {keys} is not below {last}"
+        for problem, keys, steps, enabled in limits
         if enabled and steps >= config.max_steps
     ]
+    if batching.cold_start_steps and not config.cold_start_steps:
+        notes.append(f"there is no cold start: {cold} of {last} is rounded to 0 steps")
+    return notes
+
+
+def _adversary_wait(config: Config, cold: str, reference: str) -> str:
+    """The keys that make up `adversary_step`, with their values.
+
+    Args:
+        cold: The key and value of the cold start.
+        reference: Those of the step at which the KL reference begins to exist.
+    """
+    settings, keys = config.discriminator, []
+    without = 0 if config.batching.cold_start_prompts_per_step else config.cold_start_steps
+    if settings.reads_reference and config.reference_step > without:
+        keys.append(reference)
+    elif without:
+        keys.append(cold)
+    if settings.is_trained and settings.warmup_steps:
+        keys.append(f"discriminator.warmup_steps {settings.warmup_steps}")
+    return " plus ".join(keys)
 
 
 def _method(method: Any) -> str:

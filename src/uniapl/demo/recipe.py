@@ -7,13 +7,12 @@ MAX_COMPLETION_LENGTH = 48
 RECIPE: dict[str, Any] = {
     "method": "uniapl",
     "output_dir": "runs/demo",
-    "max_steps": 100,
-    "save_steps": 100,
+    "max_steps": 125,
+    "save_steps": 125,
     "logging_steps": 10,
     "rollout": {"num_generations": 8, "max_completion_length": MAX_COMPLETION_LENGTH},
-    "rewards": {"functions": ["uniapl.demo.task:embedded_constraints"]},
-    "discriminator": {"learning_rate": 1e-3, "warmup_steps": 10},
-    "optim": {"learning_rate": 5e-4, "lr_scheduler_type": "linear"},
+    "rewards": {"functions": ["uniapl.demo.rewards:constraints_satisfied"]},
+    "optim": {"learning_rate": 1e-3, "lr_scheduler_type": "linear"},
     # On a CPU, less padding in small micro-batches outweighs more rows per micro-batch.
-    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 32, "max_tokens_per_micro_batch": 1024},
+    "batching": {"prompts_per_step": 12, "demonstrations_per_step": 8, "max_tokens_per_micro_batch": 1024},
 }

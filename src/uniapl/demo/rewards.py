@@ -76,20 +76,17 @@ def preference_model(completions: list[Any], constraints: list[Any]) -> list[flo
     return torch.sigmoid(features @ weights - offset).tolist()
 
 
+_HERE = "uniapl.demo.rewards"
 REWARDS: dict[str, dict[str, Any]] = {
-    "honest": {"rewards": {"functions": ["uniapl.demo.rewards:constraints_satisfied"]}},
-    "length": {
-        "rewards": {"functions": ["uniapl.demo.rewards:content_satisfied", "uniapl.demo.rewards:length"]}
-    },
-    "keywords": {
-        "rewards": {"functions": ["uniapl.demo.rewards:content_satisfied", "uniapl.demo.rewards:adjectives"]}
-    },
-    "phrase": {"rewards": {"functions": ["uniapl.demo.rewards:phrase_or_constraints"]}},
+    "honest": {"rewards": {"functions": [f"{_HERE}:constraints_satisfied"]}},
+    "gameable": {"rewards": {"functions": [f"{_HERE}:content_satisfied", f"{_HERE}:length"]}},
+    "keywords": {"rewards": {"functions": [f"{_HERE}:content_satisfied", f"{_HERE}:adjectives"]}},
+    "phrase": {"rewards": {"functions": [f"{_HERE}:phrase_or_constraints"]}},
     "preferences": {
-        "rewards": {"functions": ["uniapl.demo.rewards:preference_model"]},
+        "rewards": {"functions": [f"{_HERE}:preference_model"]},
         "objective": {"pass_threshold": 0.5},
     },
-    "half": {"rewards": {"functions": ["uniapl.demo.rewards:limits_satisfied"]}},
+    "half": {"rewards": {"functions": [f"{_HERE}:limits_satisfied"]}},
 }
 """Changes to the demo's recipe, by the name of the reward."""
 

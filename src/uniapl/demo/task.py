@@ -1,4 +1,4 @@
-"""The data of the demo task: tokenizer, splits of prompts, data rows, reward."""
+"""The data of the demo task: tokenizer, splits of prompts, data rows."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -9,10 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from uniapl.demo.constraints import NUMBERS, Constraint, TaskPrompt, draw_prompts
+from uniapl.demo.constraints import NUMBERS, TaskPrompt, draw_prompts
 from uniapl.demo.language import CLASS_OF, DETERMINERS, PREPOSITIONS
 from uniapl.demo.writers import EXPERT, write
-from uniapl.rewards import register
 from uniapl.types import derive_seed
 
 PROMPT_WORDS = (
@@ -91,17 +90,6 @@ def as_row(prompt: TaskPrompt, demonstration: str | None = None) -> dict[str, An
     if demonstration is not None:
         row["completion"] = [{"role": "assistant", "content": demonstration}]
     return row
-
-
-@register("embedded_constraints")
-def embedded_constraints(completions: list[Any], constraints: list[Any]) -> list[float]:
-    """Fraction of a row's constraints that the completion satisfies; fluency and style do not matter."""
-    rewards: list[float] = []
-    for completion, wanted in zip(completions, constraints, strict=True):
-        text = completion if isinstance(completion, str) else completion[0]["content"]
-        satisfied = [Constraint(kind, argument).satisfied_by(text) for kind, argument in wanted]
-        rewards.append(sum(satisfied) / len(satisfied))
-    return rewards
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""The co-trained discriminator: its model, its Bradley-Terry loss, its replay and its accuracy band."""
+"""The co-trained discriminator: its model, its loss, its replay and its accuracy band."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ from uniapl.data.batching import pad_right, spans_of
 from uniapl.discriminator import Candidate, batched_logits
 from uniapl.discriminator.lora import LoraTrunk
 from uniapl.errors import UsageError
-from uniapl.functional import bradley_terry_loss
+from uniapl.functional import bradley_terry_loss, logistic_losses
 from uniapl.models.lora import merge_in_place
 from uniapl.models.packing import Packing, packed_hidden
 from uniapl.types import Example, RolloutGroup, Span, TokenIds, derive_seed
@@ -28,6 +28,9 @@ Context = Callable[[Example], TokenIds]
 
 ACCURACY_DECAY = 0.9
 """Decay of the moving averages in :class:`AdversaryState`: about the last ten steps. Our choice."""
+ACCURACY_MARGIN = 0.05
+"""Distance below `min_accuracy` at which an accurate discriminator becomes inaccurate: about twice the
+standard deviation of the moving average, so that noise does not switch lambda off and on. Our choice."""
 
 
 def no_context(example: Example) -> TokenIds:
@@ -65,47 +68,68 @@ def another_example(examples: Sequence[Example], seed: int) -> Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A demonstration and completions of the same prompt: one Bradley-Terry pair per completion."""
+    """A demonstration and negatives of the same prompt; paired, there is one pair per negative."""
 
     prompt_ids: TokenIds
     """The context and the prompt."""
-    demonstration_ids: TokenIds
+    demonstration_ids: TokenIds | None
+    """None for negatives only, which the unpaired loss can learn from."""
     completions: tuple[TokenIds, ...]
+    """The negatives."""
 
     @staticmethod
-    def of(group: RolloutGroup, context: Context) -> "Comparison":
-        """Compare a group's demonstration with its rollouts and its rejected completion, if there is one.
+    def of(group: RolloutGroup, context: Context, mismatched: Sequence[TokenIds] = ()) -> "Comparison":
+        """Compare a group's demonstration with its rollouts and with other negatives.
 
         Args:
             group: In the uniform form (`discriminator.ending.UniformEnding`), like the context's examples.
             context: The token ids in front of the prompt.
+            mismatched: Demonstrations of other prompts, which are negatives, as is the rejected completion.
         """
-        example = group.example
-        assert example.demonstration_ids is not None
-        rejected = () if example.rejected_ids is None else (example.rejected_ids,)
+        rejected = () if group.example.rejected_ids is None else (group.example.rejected_ids,)
+        rollouts = Comparison.of_rollouts(group, context)
+        return replace(
+            rollouts,
+            demonstration_ids=group.example.demonstration_ids,
+            completions=(*rollouts.completions, *rejected, *mismatched),
+        )
+
+    @staticmethod
+    def of_rollouts(group: RolloutGroup, context: Context) -> "Comparison":
+        """A group's rollouts as negatives, without its demonstration."""
         return Comparison(
-            prompt_ids=context(example) + example.prompt_ids,
-            demonstration_ids=example.demonstration_ids,
-            completions=(*(rollout.completion_ids for rollout in group.rollouts), *rejected),
+            prompt_ids=context(group.example) + group.example.prompt_ids,
+            demonstration_ids=None,
+            completions=tuple(rollout.completion_ids for rollout in group.rollouts),
         )
 
     @property
+    def expert(self) -> tuple[TokenIds, ...]:
+        """The demonstration, if there is one."""
+        return () if self.demonstration_ids is None else (self.demonstration_ids,)
+
+    @property
     def sequences(self) -> list[Tokens]:
-        """The demonstration, then the completions."""
-        return [(self.prompt_ids, ids) for ids in (self.demonstration_ids, *self.completions)]
+        """The demonstration, if there is one, then the negatives."""
+        return [(self.prompt_ids, ids) for ids in (*self.expert, *self.completions)]
 
     @property
     def width(self) -> int:
         """Tokens of the longest sequence."""
-        return len(self.prompt_ids) + max(map(len, (self.demonstration_ids, *self.completions)))
+        return len(self.prompt_ids) + max(map(len, (*self.expert, *self.completions)), default=0)
 
     def split(self, max_tokens: int) -> list["Comparison"]:
-        """Split into comparisons of at most `max_tokens` padded tokens, or of one pair."""
-        size = max(1, max_tokens // self.width - 1)
+        """Split into comparisons of at most `max_tokens` padded tokens, or of one negative."""
+        size = max(1, max_tokens // self.width - len(self.expert))
         return [
             replace(self, completions=self.completions[start : start + size])
             for start in range(0, max(1, len(self.completions)), size)
         ]
+
+    def apart(self) -> list["Comparison"]:
+        """The demonstration, if there is one, and the negatives, if there are any, one without the other."""
+        expert: list[Comparison] = [replace(self, completions=())] if self.expert else []
+        return [*expert, replace(self, demonstration_ids=None)] if self.completions else expert
 
 
 class ScoreModel(nn.Module):
@@ -163,8 +187,11 @@ class BradleyTerryDiscriminator:
     module: ScoreModel
     pad_id: int
     max_tokens: int
-    """Tokens per batch; a batch has at least one row for scoring, one pair for the loss."""
+    """Tokens per batch; a batch has at least one row for scoring, one pair for the paired loss."""
+    unpaired: bool = False
+    """Classify each sequence, instead of comparing those of a prompt."""
     label_smoothing: float = 0.0
+    """Of the paired loss."""
     context: Context = no_context
     packed: bool = False
     """Read packed rows, which the trunk must support (:func:`uniapl.models.packing.can_pack`)."""
@@ -193,26 +220,46 @@ class BradleyTerryDiscriminator:
         module: nn.Module | None = None,
         *,
         max_tokens: int | None = None,
-    ) -> Iterator[Callable[[], Tensor]]:
-        """Yield one function per batch of comparisons, which computes the SUM of the loss over its pairs.
+    ) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Yield one function per batch, which computes the SUMS of its losses, by the keys of :meth:`counts`.
 
         Args:
-            comparisons: Without any, the only loss is a differentiable zero.
+            comparisons: Each with a demonstration unless the loss is unpaired. Without any, the only losses
+                are differentiable zeros.
             module: The DDP or FSDP module to call instead of the discriminator's own.
             max_tokens: Replaces the discriminator's own limit.
         """
-        if not comparisons:
-            pad = (self.pad_id,)
-            comparisons = [Comparison(prompt_ids=pad, demonstration_ids=pad, completions=())]
+        module = module or self.module
+        if self.unpaired:
+            comparisons = [part for comparison in comparisons for part in comparison.apart()]
         for batch in _batches(comparisons, max_tokens or self.max_tokens):
-            yield lambda batch=batch: self._loss(batch, module or self.module)
+            yield lambda batch=batch: self._loss(batch, module)
+        if not comparisons:
+            yield lambda: self._no_loss(module)
 
-    def _loss(self, comparisons: list[Comparison], module: nn.Module) -> Tensor:
+    def counts(self, comparisons: Sequence[Comparison]) -> dict[str, int]:
+        """Terms of each loss."""
+        negatives = sum(len(c.completions) for c in comparisons)
+        if self.unpaired:
+            return {"expert": sum(len(c.expert) for c in comparisons), "negative": negatives}
+        return {"pairs": negatives}
+
+    def _loss(self, comparisons: list[Comparison], module: nn.Module) -> dict[str, Tensor]:
         logits = module(*self._pad([s for c in comparisons for s in c.sequences]))
-        groups = logits.split([1 + len(c.completions) for c in comparisons])
-        expert = torch.cat([group[:1].expand(len(group) - 1) for group in groups])
-        policy = torch.cat([group[1:] for group in groups])
-        return bradley_terry_loss(expert, policy, label_smoothing=self.label_smoothing)
+        parts = logits.split([size for c in comparisons for size in (len(c.expert), len(c.completions))])
+        experts, negatives = parts[::2], parts[1::2]
+        if self.unpaired:
+            expert, negative = logistic_losses(torch.cat(experts), torch.cat(negatives))
+            return {"expert": expert, "negative": negative}
+        pairs = [e.expand(len(n)) for e, n in zip(experts, negatives, strict=True)]
+        loss = bradley_terry_loss(
+            torch.cat(pairs), torch.cat(negatives), label_smoothing=self.label_smoothing
+        )
+        return {"pairs": loss}
+
+    def _no_loss(self, module: nn.Module) -> dict[str, Tensor]:
+        zero = module(*self._pad([((self.pad_id,), (self.pad_id,))]))[:0].sum()
+        return {"expert": zero, "negative": zero} if self.unpaired else {"pairs": zero}
 
     def _pad(self, sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor, tuple[Span, ...]]:
         rows = [prompt + completion for prompt, completion in sequences]
@@ -221,7 +268,7 @@ class BradleyTerryDiscriminator:
 
 
 def _batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[list[Comparison]]:
-    """Split comparisons, in order, into batches of at most `max_tokens` padded tokens, or of one pair."""
+    """Split comparisons, in order, into batches of at most `max_tokens` padded tokens, or of one negative."""
     batches: list[list[Comparison]] = []
     rows = width = 0
     for comparison in [part for one in comparisons for part in one.split(max_tokens)]:
@@ -259,7 +306,7 @@ class Replay:
         self.items = [
             Comparison(
                 prompt_ids=tuple(item["prompt_ids"]),
-                demonstration_ids=tuple(item["demonstration_ids"]),
+                demonstration_ids=item["demonstration_ids"] and tuple(item["demonstration_ids"]),
                 completions=tuple(map(tuple, item["completions"])),
             )
             for item in state
@@ -272,6 +319,8 @@ class AdversaryState:
 
     accuracy: float = 0.5
     """Moving average of the accuracy on new pairs, measured before the update that uses them."""
+    accurate: bool = False
+    """The accuracy reached `min_accuracy`, and has not fallen clearly below it since."""
     paused: bool = False
     """Training is paused because the accuracy rose above the band."""
     expert_mean: float | None = None
@@ -292,3 +341,11 @@ class AdversaryState:
             self.paused = True
         elif self.accuracy < band[0]:
             self.paused = False
+
+    def compare_accuracy(self, minimum: float) -> None:
+        """Set `accurate` at the minimum, and clear it only ACCURACY_MARGIN below; a minimum of 0 is always
+        reached."""
+        if self.accuracy >= minimum:
+            self.accurate = True
+        elif self.accuracy <= minimum - ACCURACY_MARGIN:
+            self.accurate = False

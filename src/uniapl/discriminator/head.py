@@ -22,15 +22,21 @@ QUERIES = 4
 class StateHead(nn.Module):
     """d(x, y) from the states and log-probabilities of the tokens of y.
 
-    Each token has its normalized state and its log-probability, which shows what the reference finds
-    implausible for this prompt. Source: our choice (docs/log.md).
+    Each token has its normalized state and, by default, its log-probability, which shows what the reference
+    finds implausible for this prompt. Source: our choice (docs/log.md).
     """
 
-    def __init__(self, size: int) -> None:
-        """`size` is the number of features of a token's states."""
+    def __init__(self, size: int, *, log_probability_features: bool = True) -> None:
+        """Create a head that is undecided.
+
+        Args:
+            size: Number of features of a token's states.
+            log_probability_features: Whether a token's log-probability is one of its features.
+        """
         super().__init__()
+        self.log_probability_features = log_probability_features
         self.norm = nn.LayerNorm(size)
-        self.project = nn.Linear(size + 1, WIDTH)
+        self.project = nn.Linear(size + log_probability_features, WIDTH)
         # A bias would cancel in the softmax over tokens.
         self.query = nn.Linear(WIDTH, QUERIES, bias=False)
         self.hidden = nn.Linear(QUERIES * WIDTH, WIDTH)
@@ -47,7 +53,9 @@ class StateHead(nn.Module):
             logprobs: [B, T], in nats.
             mask: [B, T], False for padding; a completion without tokens has the logit of zero features.
         """
-        features = torch.cat([self.norm(states), logprobs.unsqueeze(-1)], dim=-1)
+        features = self.norm(states)
+        if self.log_probability_features:
+            features = torch.cat([features, logprobs.unsqueeze(-1)], dim=-1)
         features = F.gelu(self.project(features))
         scores = self.query(features).masked_fill(~mask.unsqueeze(-1), torch.finfo(features.dtype).min)
         weights = torch.where(mask.unsqueeze(-1), scores.softmax(dim=1), 0.0)

@@ -6,6 +6,7 @@ from typing import Any
 
 from uniapl.config import Config
 from uniapl.config.resolve import flatten
+from uniapl.report.adversary import AdversaryEffect
 from uniapl.report.analysis import decimal, ends, mean, number, step_ranges
 from uniapl.report.reading import RunData, step_phases
 from uniapl.tolerance import at_least, same
@@ -54,6 +55,9 @@ def tiles(run: RunData) -> list[dict[str, str]]:
     values.append(("Demonstration NLL", _change(run, "sft/nll"), f"nats per token, {TENTHS}"))
     detail = "0.5: not distinguishable from the demonstrations"
     values.append(("Win rate", _change(run, "discriminator/win_rate"), detail))
+    effect = AdversaryEffect.of(run.metrics)
+    detail = "of those with rollouts" + (f"; {effect.changes}" if effect.changes else "")
+    values.append(("Steps in which the adversary acted", effect.acted, detail))
     policy, expert = (
         mean(ends(run.series(key))[1]) for key in ("completions/mean_length", "expert/mean_length")
     )

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from uniapl.discriminator.bradley_terry import (
     another_example,
     no_context,
 )
+from uniapl.discriminator.demonstrations import Demonstrations
 from uniapl.discriminator.density_ratio import DensityRatio
 from uniapl.discriminator.ending import UniformEnding
 from uniapl.discriminator.lora import LoraTrunk
@@ -58,12 +59,43 @@ class DiscriminatorTrainer:
     replay: Replay
     state: AdversaryState
     """The same object as `Adversary.state`: an out-of-memory error in an update lowers its `max_tokens`."""
+    demonstrations: Demonstrations = field(default_factory=Demonstrations)
+    """Those that are not held out, in the uniform form; none if only those of a step's prompts are used."""
+
+    def fresh(self, groups: Sequence[RolloutGroup], config: Config, step: int) -> list[Comparison]:
+        """A step's comparisons; for the unpaired loss, the rollouts of all prompts without demonstrations.
+
+        Args:
+            groups: In the uniform form.
+        """
+        context, count = self.discriminator.context, config.discriminator.num_mismatched
+        groups = [group for group in groups if not is_held_out(group.example, config)]
+        if self.discriminator.unpaired:
+            return [Comparison.of_rollouts(group, context) for group in groups]
+        return [
+            Comparison.of(group, context, self.demonstrations.mismatched(group.example, count, step))
+            for group in groups
+            if group.example.demonstration_ids is not None
+        ]
+
+    def drawn(self, count: int, config: Config, step: int, number: int) -> list[Comparison]:
+        """Up to `count` demonstrations with their negatives, drawn from all, for one unpaired update."""
+        context, mismatched = self.discriminator.context, config.discriminator.num_mismatched
+        return [
+            Comparison.of(
+                RolloutGroup(example=example, rollouts=(), reward_parts={}),
+                context,
+                self.demonstrations.mismatched(example, mismatched, step, number),
+            )
+            for example in self.demonstrations.draw(count, "demonstrations", step, number)
+        ]
 
     def update(
         self, accelerator: Accelerator, comparisons: Sequence[Comparison], config: Config
     ) -> tuple[float, bool]:
         """One :func:`discriminator_step`; batches that do not fit in memory are halved, also from then on."""
-        smallest = 2 * max(comparison.width for comparison in comparisons)
+        unpaired = self.discriminator.unpaired
+        smallest = (1 if unpaired else 2) * max(comparison.width for comparison in comparisons)
         while True:
             configured = config.batching.max_tokens_per_micro_batch
             limit = min(configured, self.state.max_tokens or configured)
@@ -80,8 +112,9 @@ class DiscriminatorTrainer:
             except OutOfMemoryError:
                 if limit <= smallest:
                     raise UniAPLError(
-                        f"out of memory in the discriminator's update: a pair of {smallest} tokens does not "
-                        "fit; lower rollout.max_completion_length or data.max_demonstration_length, or use a "
+                        "out of memory in the discriminator's update: "
+                        f"a {'sequence' if unpaired else 'pair'} of {smallest} tokens does not fit; "
+                        "lower rollout.max_completion_length or data.max_demonstration_length, or use a "
                         "smaller discriminator (discriminator.model_name_or_path, discriminator.lora_r)"
                     ) from None
             total = sum(len(c.sequences) for c in comparisons) * smallest
@@ -136,7 +169,7 @@ class Adversary:
         """Update the moving averages by a step's logits and pair metrics, and pause or resume training.
 
         Returns:
-            Further metrics: none.
+            The average that is compared with `min_accuracy`.
         """
         experts = [group.expert_logit for group in groups]
         finite = [logit for logit in experts if logit is not None and math.isfinite(logit)]
@@ -147,7 +180,7 @@ class Adversary:
             expert_logit=sum(finite) / len(finite) if finite else None,
             band=settings.accuracy_band,
         )
-        return {}
+        return {"adversary/accuracy": self.state.accuracy}
 
     def update(
         self,
@@ -166,11 +199,7 @@ class Adversary:
         settings, trainer = config.discriminator, self.trainer
         if trainer is None:
             return {}
-        fresh = [
-            Comparison.of(self.ending.group(group), trainer.discriminator.context)
-            for group in groups
-            if group.example.demonstration_ids is not None and not is_held_out(group.example, config)
-        ]
+        fresh = trainer.fresh([self.ending.group(group) for group in groups], config, step)
         frozen = settings.freeze_after_steps is not None and stage_step >= settings.freeze_after_steps
         num_updates = 0 if self.state.paused or frozen else settings.updates_per_step
         num_replayed = round(len(fresh) * settings.replay_fraction / (1 - settings.replay_fraction))
@@ -178,6 +207,8 @@ class Adversary:
         for number in range(num_updates):
             seed = derive_seed(config.seed, "replay", step, number)
             if comparisons := fresh + trainer.replay.draw(num_replayed, seed=seed):
+                if trainer.discriminator.unpaired:
+                    comparisons += trainer.drawn(len(comparisons), config, step, number)
                 updates.append(trainer.update(accelerator, comparisons, config))
         trainer.replay.add(fresh)
         return {**update_metrics(updates), "discriminator/paused": int(self.state.paused)}
@@ -209,6 +240,9 @@ class Adversary:
             vocabulary_size = _vocabulary_size(module)
         load_optimizer(trainer.optimizer, directory / DISCRIMINATOR_OPTIMIZER)
         trainer.replay.load(state["replay"])
+        if not trainer.discriminator.unpaired:
+            # A run whose loss was unpaired kept rollouts of prompts without a demonstration.
+            trainer.replay.items = [item for item in trainer.replay.items if item.expert]
         sequences = [ids for item in trainer.replay.items for pair in item.sequences for ids in pair]
         if any(max(ids, default=0) >= vocabulary_size for ids in sequences):
             raise UsageError(
@@ -304,10 +338,12 @@ def _build_trainer(
             f"discriminator.model_name_or_path: the model has {vocabulary_size} token embeddings, but the "
             f"policy's tokenizer has {len(inputs.tokenizer)} tokens; choose a model with the same vocabulary"
         )
-    context = no_context
-    if settings.in_context_demonstration:
+    context, demonstrations = no_context, Demonstrations()
+    if settings.in_context_demonstration or settings.num_mismatched or not settings.is_paired:
         known = [ending.example(e) for e in inputs.dataset.examples if not is_held_out(e, config)]
-        context = another_example(known, config.seed)
+        demonstrations = Demonstrations(known, seed=config.seed, context_length=ending.context_length)
+        if settings.in_context_demonstration:
+            context = another_example(known, config.seed)
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
@@ -319,6 +355,7 @@ def _build_trainer(
             module=module,
             pad_id=inputs.pad_id,
             max_tokens=config.batching.max_tokens_per_micro_batch,
+            unpaired=not settings.is_paired,
             label_smoothing=settings.label_smoothing,
             context=context,
             packed=config.batching.packing and packs,
@@ -328,6 +365,7 @@ def _build_trainer(
         optimizer=optimizer,
         replay=Replay(settings.replay_size),
         state=state,
+        demonstrations=demonstrations,
     )
 
 

@@ -141,6 +141,8 @@ def train_resolved(
                 run_stage(run, stage)
             save_result(run, stage, directory / "final")
     shown = Path(config.output_dir)
+    if (effect := run.progress.adversary.sentence) is not None:
+        view.say(effect)
     view.say(f"{run.step} steps done; model: {shown / 'final'}; metrics: {shown / 'metrics.jsonl'}")
     return RunResult(
         output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.health.last_record

@@ -1,15 +1,17 @@
 """Reference states of demonstrations, next to their own prompt and next to other prompts, computed once."""
 
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from uniapl.discriminator.demonstrations import Demonstrations
 from uniapl.models.token_states import TokenStates
-from uniapl.types import Example, TokenIds, derive_seed
+from uniapl.types import Example, TokenIds
 
-MISMATCHES = 3
-"""Demonstrations of other prompts per prompt. Our choice."""
+MOST_MEASURED = 64
+"""Examples on which the head is measured in each step. Our choice."""
+MEASURED_MISMATCHES = 3
+"""Mismatched demonstrations of each of them, independent of the number that is trained on. Our choice."""
 CACHE_BYTES = 2**31
 """Size of the cache, beyond which the states that were used least recently are dropped. Our choice."""
 
@@ -44,6 +46,8 @@ class DemonstrationStates:
         held_out: Callable[[Example], bool],
         read: Callable[[Sequence[tuple[TokenIds, TokenIds]]], list[TokenStates]],
         seed: int,
+        num_mismatched: int | None,
+        context_length: int | None = None,
     ) -> None:
         """Split the examples, all of which have a demonstration.
 
@@ -51,10 +55,20 @@ class DemonstrationStates:
             held_out: Whether an example is reserved to measure what the discriminator knows.
             read: Reads the text of (prompt, completion) pairs: :meth:`TokenReader.read` without end tokens.
             seed: Seed of the draw of mismatched demonstrations.
+            num_mismatched: Mismatched demonstrations of an example that are trained on; None reads none, also
+                not to measure.
+            context_length: Maximum tokens of a prompt and a completion; None has no limit.
         """
-        self.train = [example for example in examples if not held_out(example)]
-        self.held_out = [example for example in examples if held_out(example)]
-        self._held_out, self._read, self._seed = held_out, read, seed
+        limits = {"seed": seed, "context_length": context_length}
+        train = Demonstrations([example for example in examples if not held_out(example)], **limits)
+        other = Demonstrations([example for example in examples if held_out(example)], **limits)
+        self.train, self.held_out = train.examples, other.examples
+        self.measured = () if num_mismatched is None else (self.held_out or self.train)[:MOST_MEASURED]
+        self._measured_rows = {example.row for example in self.measured}
+        # Demonstrations of held-out examples never reach the training.
+        self._sources = {False: train, True: other if len(self.held_out) > 1 else train}
+        self._num_mismatched = num_mismatched or 0
+        self._held_out, self._read = held_out, read
         self._cache: OrderedDict[int, ExampleStates] = OrderedDict()
         self._bytes = 0
 
@@ -77,13 +91,7 @@ class DemonstrationStates:
         return found
 
     def _mismatched(self, example: Example) -> list[TokenIds]:
-        """Demonstrations of other prompts; those of held-out examples never reach the training."""
-        others = self.held_out if self._held_out(example) and len(self.held_out) > 1 else self.train
-        rng = random.Random(derive_seed(self._seed, "mismatched", example.row))
-        found: list[TokenIds] = []
-        for other in rng.sample(others, min(len(others), 4 * MISMATCHES)):
-            ids = other.demonstration_ids
-            if other.prompt_ids != example.prompt_ids and ids not in (example.demonstration_ids, *found):
-                assert ids is not None
-                found.append(ids)
-        return found[:MISMATCHES]
+        held_out = self._held_out(example)
+        measured = MEASURED_MISMATCHES if example.row in self._measured_rows else 0
+        trained = 0 if held_out else self._num_mismatched
+        return self._sources[held_out].mismatched(example, max(measured, trained))

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from uniapl.errors import HealthStop, Interrupted, UniAPLError
 from uniapl.files import JsonlLog, write_text
 from uniapl.models.lora import save_weights
 from uniapl.report import write_report
+from uniapl.report.adversary import AdversaryEffect
 from uniapl.report.reading import END_STATE
 from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.checkpoint import disk
 from uniapl.training.checkpoint.best import check_best, copy_model, name_best, record_of
 from uniapl.training.checkpoint.model_card import model_card
 from uniapl.training.checkpoint.run_directory import prepare_run_directory, recorded_config
+from uniapl.training.checkpoint.state import read_state
 from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.training.evaluation import Evaluation
 from uniapl.training.inputs import RunInputs, stream_examples
@@ -50,6 +52,8 @@ class Progress:
     """Tokens of all steps' rollouts and demonstrations, with the prompt of each."""
     token_limit: int | None = None
     """Token limit per micro-batch, set after an out-of-memory error; None uses the configured limit."""
+    adversary: AdversaryEffect = field(default_factory=AdversaryEffect)
+    """What the adversary did."""
     streams: dict[str, Stream] = field(default_factory=dict)
     """The streams by name: "prompts" and "demonstrations"."""
 
@@ -113,8 +117,10 @@ class Run:
             learning_rate=stage.optimizer.param_groups[0]["lr"],
             epoch=progress.streams["prompts" if result.groups else "demonstrations"].epoch,
             num_tokens=progress.num_tokens,
+            has_adversary=stage.adversary is not None,
         )
-        record |= self.health.warn(record, stage.config)
+        progress.adversary.add(record)
+        record |= self.health.warn(record, stage.config, schedule.step)
         if not result.update.applied:
             self.health.save_skipped(self.step, result, self.inputs)
         problem = self.health.check(self.step, result, stage.config.health.max_skipped_steps)
@@ -228,6 +234,7 @@ def start_run(
         view.say(f"note: {note}")
     for log in logs.values():
         log.enabled = accelerator.is_main_process
+    names = ("prompts", "demonstrations")
     same_limit = state.get("max_tokens") == config.batching.max_tokens_per_micro_batch
     return Run(
         config=config,
@@ -240,10 +247,8 @@ def start_run(
             step=step,
             num_tokens=state.get("num_tokens", 0),
             token_limit=state["token_limit"] if same_limit else None,
-            streams={
-                name: Stream((), seed=config.seed, name=name, position=state.get(name, 0))
-                for name in ("prompts", "demonstrations")
-            },
+            adversary=AdversaryEffect(**state.get("adversary_effect", {})),
+            streams={n: Stream((), seed=config.seed, name=n, position=state.get(n, 0)) for n in names},
         ),
         health=RunHealth(
             view=view,
@@ -306,6 +311,7 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             "num_tokens": run.progress.num_tokens,
             "bad_steps": run.health.bad_steps,
             "token_limit": run.progress.token_limit,
+            "adversary_effect": asdict(run.progress.adversary),
             "max_tokens": run.config.batching.max_tokens_per_micro_batch,
             "methods": run.methods,
             "seed": run.config.seed,
@@ -351,10 +357,12 @@ def save_result(run: Run, stage: Stage, path: Path) -> None:
 
     def write() -> None:
         last = record_of(run.logs["metrics"].tail(run.step - step + 1), step)
-        card = model_card(run.config, run.inputs.source, run.methods, step, last)
+        best = checkpoint_directory.checkpoint_path(run.directory, step)
+        effect = AdversaryEffect(**read_state(best).get("adversary_effect", {}))
+        card = model_card(run.config, run.inputs.source, run.methods, step, last, effect)
 
         def fill(directory: Path) -> None:
-            copy_model(checkpoint_directory.checkpoint_path(run.directory, step), directory)
+            copy_model(best, directory)
             (directory / "README.md").write_text(card, encoding="utf-8")
 
         checkpoint_directory.write_directory(path, fill)
@@ -365,7 +373,8 @@ def save_result(run: Run, stage: Stage, path: Path) -> None:
 def save_model(run: Run, stage: Stage, path: Path) -> None:
     """Save the policy and its tokenizer in transformers' format, with a model card."""
     methods = run.methods[: stage.index + 1]
-    card = model_card(run.config, run.inputs.source, methods, run.step, run.health.last_record)
+    last, effect = run.health.last_record, run.progress.adversary
+    card = model_card(run.config, run.inputs.source, methods, run.step, last, effect)
 
     def fill(directory: Path) -> None:
         _save_policy(run, stage, directory)

@@ -62,28 +62,20 @@ class Schedule:
     @property
     def demonstrations_per_step(self) -> int:
         """Demonstrations of the current step."""
-        batching = self.config.batching
-        if not self.in_cold_start:
-            return batching.demonstrations_per_step
-        completions = batching.prompts_per_step * self.config.rollout.num_generations
-        return batching.cold_start_demonstrations_per_step or completions
-
-    @property
-    def rollout_steps(self) -> int:
-        """Finished steps of the stage that sampled rollouts."""
-        without = 0 if self.config.batching.cold_start_prompts_per_step else self.config.cold_start_steps
-        return max(0, self.step - without)
+        config = self.config
+        cold, later = config.cold_start_demonstrations_per_step, config.batching.demonstrations_per_step
+        return cold if self.in_cold_start else later
 
     @property
     def lambda_adv(self) -> float:
-        """The adversary's weight; 0 during its warm-up, and while its accuracy is below `min_accuracy`."""
-        settings, objective = self.config.discriminator, self.config.objective
-        if self.adversary is None or (self.adversary.trainer and self.rollout_steps < settings.warmup_steps):
+        """The adversary's weight; 0 before its first step, and while it is not accurate."""
+        if self.adversary is None or self.step < self.config.adversary_step:
             return 0.0
         # gad: no other component has a gradient.
-        only_component = not (objective.learns_from_rewards or self.config.learns_from_demonstrations)
-        accurate = self.adversary.state.accuracy >= settings.min_accuracy
-        return self.multiplier.value if accurate or only_component else 0.0
+        only_component = not (
+            self.config.objective.learns_from_rewards or self.config.learns_from_demonstrations
+        )
+        return self.multiplier.value if self.adversary.state.accurate or only_component else 0.0
 
     def mu(self, groups: Sequence[RolloutGroup]) -> float:
         """The demonstrations' weight, which may depend on the rewards of the step's rollouts."""

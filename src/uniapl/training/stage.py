@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -104,7 +103,7 @@ class Stage:
             self.schedule.uses_reference = True
 
     def update_controllers(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Update the discriminator's moving averages and pause flag, and lambda_adv, from the step's pairs.
+        """Update the discriminator's moving averages and flags, and lambda_adv, from the step's pairs.
 
         `mix` and `update_discriminator` use the updated values in this step.
 
@@ -115,6 +114,7 @@ class Stage:
         pairs = pair_metrics(groups) | {k.replace("/", "/held_out_"): v for k, v in held_out.items()}
         if self.adversary is not None and groups:
             pairs |= self.adversary.observe(groups, pairs, self.config.discriminator)
+            self.adversary.state.compare_accuracy(self.config.discriminator.min_accuracy)
         return pairs | self.schedule.control_lambda(pairs.get("discriminator/pair_win_rate"))
 
     def gathered_policy(self) -> AbstractContextManager[None]:
@@ -213,6 +213,4 @@ def _adversary(
     if config.discriminator.kind not in STATE_KINDS:
         return build_adversary(config, policy, inputs, accelerator, source)
     assert reader is not None
-    text_config: Any = policy.model.config.get_text_config()
-    size = len(reader.layers) * text_config.hidden_size
-    return build_state_adversary(config, reader, inputs, accelerator, size)
+    return build_state_adversary(config, reader, inputs, accelerator, policy.model.config.get_text_config())

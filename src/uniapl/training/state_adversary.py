@@ -23,7 +23,7 @@ from uniapl.discriminator.head import StateHead, head_logits
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.token_states import TokenReader, TokenStates
 from uniapl.training.checkpoint.directory import load_module, load_optimizer, save_module
-from uniapl.training.demonstration_states import DemonstrationStates
+from uniapl.training.demonstration_states import MEASURED_MISMATCHES, DemonstrationStates
 from uniapl.training.distributed import fsdp
 from uniapl.training.inputs import RunInputs
 from uniapl.training.optimizer import adamw
@@ -35,8 +35,6 @@ from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
 
 STATE_KINDS = ("head", "reference-likelihood")
 """Kinds of discriminators on the reference's states."""
-MOST_HELD_OUT = 64
-"""Held-out examples on which the head is measured in each step. Our choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +134,17 @@ class StateAdversary:
             for count in self.measured
         )
         self.state.accuracy = wins / pairs_measured if pairs_measured else 0.5
-        return {"discriminator/held_out_mismatched_accuracy": self.state.accuracy}
+        accuracy = self.state.accuracy
+        return {"discriminator/held_out_mismatched_accuracy": accuracy, "adversary/accuracy": accuracy}
 
     def _measure(self) -> tuple[float, int]:
         """Number of held-out pairs of a demonstration and a mismatched one in which the former wins, and of
         all pairs; this process's part of them."""
-        known = self.demonstrations.held_out or self.demonstrations.train
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        states = [self.demonstrations.of(example) for example in known[:MOST_HELD_OUT][rank::processes]]
-        pairs = [(s.demonstration, other) for s in states for other in s.mismatched]
+        states = [
+            self.demonstrations.of(example) for example in self.demonstrations.measured[rank::processes]
+        ]
+        pairs = [(s.demonstration, x) for s in states for x in s.mismatched[:MEASURED_MISMATCHES]]
         logits = self.logits([item for pair in pairs for item in pair])
         own, others = logits[::2], logits[1::2]
         return sum((a > b) + (a == b) / 2 for a, b in zip(own, others, strict=True)), len(pairs)
@@ -181,16 +181,15 @@ class StateAdversary:
             drawn = rng.sample(train, min(len(train), max(len(groups), num_passing)))
             states = [self.demonstrations.of(example) for example in drawn[rank::processes]]
             chosen = [rng.random() for _ in drawn][rank::processes]
-            mismatched = [
-                s.mismatched[int(x * len(s.mismatched))]
-                for s, x in zip(states, chosen, strict=True)
-                if s.mismatched
-            ]
+            others = [s.mismatched[: settings.num_mismatched] for s in states]
+            mismatched = [m[int(x * len(m))] for m, x in zip(others, chosen, strict=True) if m]
             negatives = [*fresh, *mismatched, *(s.rejected for s in states if s.rejected)]
-            others = len(negatives) - len(fresh)
+            num_others = len(negatives) - len(fresh)
             if processes > 1:
-                others = sum(gather_object([others]))
-            counts = {"expert": len(drawn), "negative": num_passing + others}
+                num_others = sum(gather_object([num_others]))
+            counts = {"expert": len(drawn), "negative": num_passing + num_others}
+            if not counts["negative"]:
+                continue  # Demonstrations alone would only raise every logit.
             updates.append(
                 self._head_step(trainer, [s.demonstration for s in states], negatives, counts, settings)
             )
@@ -265,15 +264,22 @@ def state_layers(settings: DiscriminatorConfig, model: Any) -> tuple[int, ...]:
 
 
 def build_state_adversary(
-    config: Config, reader: TokenReader, inputs: RunInputs, accelerator: Accelerator, state_size: int
+    config: Config, reader: TokenReader, inputs: RunInputs, accelerator: Accelerator, text_config: Any
 ) -> StateAdversary:
-    """Build the head, or the likelihood, that the configuration names."""
+    """Build the head, or the likelihood, that the configuration names.
+
+    Args:
+        text_config: The configuration of the reference's language model.
+    """
     settings = config.discriminator
     trainer = None
     if settings.kind == "head":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "head"))
-            module = StateHead(state_size).to(accelerator.device)
+            module = StateHead(
+                len(reader.layers) * text_config.hidden_size,
+                log_probability_features=settings.log_probability_features,
+            ).to(accelerator.device)
         make_optimizer = functools.partial(
             adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -296,7 +302,14 @@ def build_state_adversary(
     return StateAdversary(
         trainer=trainer,
         likelihood_scale=settings.likelihood_scale,
-        demonstrations=DemonstrationStates(shown, held_out=held_out, read=read, seed=config.seed),
+        demonstrations=DemonstrationStates(
+            shown,
+            held_out=held_out,
+            read=read,
+            seed=config.seed,
+            num_mismatched=settings.num_mismatched if trainer else None,
+            context_length=getattr(text_config, "max_position_embeddings", None),
+        ),
         text_length=text_length,
         max_tokens=config.batching.max_tokens_per_micro_batch,
         state=AdversaryState(),

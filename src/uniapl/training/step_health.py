@@ -48,12 +48,16 @@ class RunHealth:
         """Metrics of the last step."""
         return dict(self.history[-1]) if self.history else {}
 
-    def warn(self, record: dict[str, Any], config: Config) -> dict[str, int]:
-        """Report the rules that begin to fire in this step; return all that fire, as metrics."""
+    def warn(self, record: dict[str, Any], config: Config, stage_step: int) -> dict[str, int]:
+        """Report the rules that begin to fire in this step; return all that fire, as metrics.
+
+        Args:
+            stage_step: Finished steps of the stage.
+        """
         self.history = [*self.history[1 - 2 * self.window :], record]
         # Another stage has another discriminator and other weights.
         stage = [before for before in self.history if before["stage"] == record["stage"]]
-        found = health.warnings(stage, config.health, bounds=config.objective.lambda_bounds)
+        found = health.warnings(stage, config, stage_step=stage_step)
         begun = sorted(found.keys() - self._firing)
         for name in begun:
             self.view.say(f"step {record['step']}: warning: {found[name]}")

@@ -17,6 +17,7 @@ from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
 from uniapl.models.loading import ModelSource
+from uniapl.report.adversary import AdversaryEffect
 from uniapl.training.checkpoint.model_card import model_card
 from uniapl.training.monitor.console import RunView
 
@@ -42,7 +43,7 @@ METRICS: dict[str, Any] = {
     "weight/lambda_adv": 1.0,
     "tokens/adv": 99,
     "discriminator/win_rate": 0.3,
-    "discriminator/expert_gap": 0.2,
+    "adversary/reward_change": 0.21,
     "step_time": 1.5,
 }
 
@@ -62,6 +63,14 @@ def on_a_terminal(width: int, warnings: dict[str, str]) -> str:
     return file.getvalue()
 
 
+def test_the_line_of_a_step_shows_what_the_adversary_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    long = METRICS | {"completions/mean_length": 512.3, "sft/nll": 1.25}
+    RunView(999, visible=True).step_done(999, long | {"step_time": 12.3}, line=True)
+    assert capsys.readouterr().out == (
+        "999/999 reward 0.500 loss 0.12 nll 1.25 win 0.30 adv 0.21 mu 0.40 lam 1.00 len 512.3 s 12.3\n"
+    )
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_on_a_terminal(width: int) -> None:
     shown = on_a_terminal(width, {"truncation": "raise rollout.max_completion_length " * 4})
@@ -69,7 +78,7 @@ def test_the_table_on_a_terminal(width: int) -> None:
     for part in ("update", "7/100", "1.5 s/step", "reward 0.500", "pass 0.25", "length 12.0", "entropy 1.25"):
         assert part in shown
     assert re.search(r"demonstrations +loss 2.000 +mu 0.40 +tokens 1,234", shown)
-    assert re.search(r"adversary +loss 0.250 +lambda 1.00 +tokens 99 +win rate 0.30 +gap 0.20", shown)
+    assert re.search(r"adversary +loss 0.250 +lambda 1.00 +tokens 99 +win rate 0.30 +change 0.21", shown)
     assert "rewards" not in shown.replace("max_completion", ""), "the component has no tokens in this step"
     assert re.search(r"truncation +raise", shown)
 
@@ -162,6 +171,7 @@ def test_a_tracker_that_is_not_installed(
 def test_model_card(model_dir: Path, tmp_path: Path) -> None:
     result = train(recipe(model_dir, tmp_path / "run"))
     card = (result.final_dir / "README.md").read_text()
+    assert "\n- the adversary acted in 3 of 4 steps with rollouts\n\n| last step" in card
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- uniapl\n---\n")
     assert str(tmp_path) not in card
     assert "base_model" not in card, "the Hub does not know a local path"
@@ -171,8 +181,15 @@ def test_model_card(model_dir: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(result.final_dir)
     hub = Config.model_validate({"model": {"model_name_or_path": "Qwen/Qwen3-0.6B"}})
     source = ModelSource(base="Qwen/Qwen3-0.6B")
-    assert "base_model: Qwen/Qwen3-0.6B\n" in model_card(hub, source, ["sft", "grpo"], 3, {})
-    assert "sft -> grpo, 3 steps" in model_card(hub, source, ["sft", "grpo"], 3, {})
+    pipeline = model_card(hub, source, ["sft", "grpo"], 3, {}, AdversaryEffect())
+    assert "base_model: Qwen/Qwen3-0.6B\n" in pipeline
+    assert "sft -> grpo, 3 steps" in pipeline
+    assert "adversary" not in pipeline
+    multiplied = AdversaryEffect(
+        steps=5, rollout_steps=4, active_steps=2, changed_steps=2, reward_change=0.5, advantage_change=0.25
+    )
+    said = "- the adversary acted in 2 of 4 steps with rollouts; it changed rewards by 0.25 and advantages"
+    assert f"{said} by 0.12 on average\n" in model_card(hub, source, ["uniapl"], 5, {}, multiplied)
 
 
 @pytest.mark.parametrize("template", [CHAT, None])

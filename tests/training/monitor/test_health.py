@@ -8,10 +8,16 @@ import pytest
 from pydantic import BaseModel
 
 from support.runs import lines, recipe, run_until, timeless, train
-from uniapl.config import Config, HealthConfig
+from uniapl.config import Config
 from uniapl.training.monitor.health import warnings
 
-CONFIG, BOUNDS = HealthConfig(window=5), (0.1, 8.0)
+VALUES: dict[str, Any] = {
+    "health": {"window": 5},
+    "objective": {"lambda_bounds": (0.1, 8.0)},
+    "discriminator": {"kind": "bradley-terry"},
+}
+CONFIG = Config.model_validate(VALUES)
+WINDOW = CONFIG.health.window
 NOISE = (0.01, -0.01, 0.0, 0.02, -0.02)
 
 
@@ -25,12 +31,12 @@ def records(**pairs: tuple[float, float]) -> list[dict[str, Any]]:
 
 
 def fired(given: list[dict[str, Any]]) -> set[str]:
-    return set(warnings(given, CONFIG, bounds=BOUNDS))
+    return set(warnings(given, CONFIG, stage_step=100))
 
 
 def steps(**values: Any) -> list[dict[str, Any]]:
     """One window of equal steps."""
-    return [{name.replace("__", "/"): value for name, value in values.items()}] * CONFIG.window
+    return [{name.replace("__", "/"): value for name, value in values.items()}] * WINDOW
 
 
 WINS_MORE = {"discriminator__win_rate": (0.45, 0.6)}
@@ -125,6 +131,9 @@ def test_discriminator_dead_or_saturated() -> None:
     assert seen(0.98, 0.8) == set()
     first = steps(discriminator__accuracy=0.6, completions__length_auc=0.8)
     assert fired(first) == set(), "the first window"
+    untrained = Config.model_validate(VALUES | {"discriminator": {"kind": "reference-likelihood"}})
+    given = steps(discriminator__accuracy=0.3, completions__length_auc=0.8) * 2
+    assert warnings(given, untrained, stage_step=100) == {}
 
 
 def test_sampler_mismatch() -> None:
@@ -141,6 +150,82 @@ def test_no_supervised_tokens() -> None:
     assert fired([*steps(weight__mu=0.5, tokens__sft=0)[1:], {"weight/mu": 0.5, "tokens/sft": 3}]) == set()
 
 
+INACTIVE = {
+    **{"adversary__active": 0, "completions__mean_length": 3.0, "weight__lambda_adv": 0.0},
+    **{"discriminator__win_rate": 0.4, "adversary__accuracy": 0.512},
+}
+
+
+def inactive(given: list[dict[str, Any]], *, stage_step: int = 100, **values: Any) -> str | None:
+    """The message of the rule; by default a cold start of 4 steps and a warm-up of 3."""
+    settings = {
+        "health": {"window": 5},
+        "batching": {"cold_start_steps": 4},
+        "objective": {"adversarial_placement": "multiply"},
+        "discriminator": {"kind": "head", "warmup_steps": 3, "min_accuracy": 0.55},
+    }
+    for key, value in values.items():
+        settings[key] = {**settings[key], **value}
+    found = warnings(given, Config.model_validate(settings), stage_step=stage_step)
+    assert set(found) <= {"adversary_inactive"}
+    return found.get("adversary_inactive")
+
+
+def test_an_adversary_below_its_minimum_accuracy() -> None:
+    assert inactive(steps(**INACTIVE)) == (
+        "the adversary did not act in the last 5 steps: the discriminator's accuracy is 0.51, below "
+        "discriminator.min_accuracy 0.55. Raise discriminator.learning_rate or "
+        "discriminator.updates_per_step, or add demonstrations, or lower discriminator.min_accuracy"
+    )
+    assert "Choose another discriminator" in str(
+        inactive(steps(**INACTIVE), discriminator={"kind": "polar"})
+    ), "a frozen one cannot be trained more"
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize(
+    "better",
+    [{"adversary/active": 1}, {"completions/mean_length": None}, {"adversary/active": None}],
+    ids=["it acted once", "a step without rollouts", "no adversary"],
+)
+def test_one_step_is_enough_for_no_warning(place: int, better: dict[str, Any]) -> None:
+    given = steps(**INACTIVE)
+    given[place] = {key: value for key, value in (given[place] | better).items() if value is not None}
+    assert inactive(given) is None
+
+
+def test_the_adversary_has_time_until_a_window_after_cold_start_and_warm_up() -> None:
+    """The cold start ends after step 4 and the warm-up after step 7: steps 8 to 12 are the first window."""
+    given = steps(**INACTIVE)
+    fires = [step for step in range(5, 15) if inactive(given, stage_step=step)]
+    assert fires == [12, 13, 14]
+    fires = [s for s in range(5, 15) if inactive(given, stage_step=s, discriminator={"kind": "polar"})]
+    assert fires == [9, 10, 11, 12, 13, 14], "no warm-up"
+    cold = {"cold_start_steps": 6, "cold_start_prompts_per_step": 2}
+    copy = {"kind": "bradley-terry"}
+    fires = [s for s in range(5, 15) if inactive(given, stage_step=s, batching=cold, discriminator=copy)]
+    assert fires == [11, 12, 13, 14], "its warm-up is a part of the cold start"
+
+
+def test_an_adversary_without_demonstrations_or_reference() -> None:
+    bare = {key: value for key, value in INACTIVE.items() if "win_rate" not in key}
+    both = (
+        "no completions had a reward and a demonstration to be compared with. Add a 'completion' to the rows"
+    )
+    assert both in str(inactive(steps(**bare)))
+    assert both in str(inactive(steps(**INACTIVE | {"weight__lambda_adv": 1.0}))), "without a reward"
+    alone = {"adversarial_placement": "loss"}
+    assert "no completions had a demonstration" in str(inactive(steps(**bare), objective=alone))
+    late = {"objective": {"reference_step": 20}, "discriminator": {"kind": "reference-likelihood"}}
+    found = [inactive(steps(**bare), stage_step=step, **late) for step in range(5, 27)]
+    reads = (
+        "discriminator.kind reference-likelihood reads the KL reference, which does not exist before step 21"
+    )
+    assert [message is not None for message in found] == [False] * 4 + [True] * 12 + [False] * 4 + [True] * 2
+    assert all(reads in str(message) for message in found[4:16])
+    assert both in str(found[-1])
+
+
 def test_every_warning_has_a_remedy() -> None:
     everything = steps(
         reward=0.0,
@@ -151,9 +236,10 @@ def test_every_warning_has_a_remedy() -> None:
         discriminator__accuracy=1.0,
         weight__mu=1.0,
         tokens__sft=0,
+        **INACTIVE,
     )
-    found = warnings(everything, CONFIG, bounds=BOUNDS)
-    assert len(found) == 6
+    found = warnings(everything, CONFIG, stage_step=100)
+    assert len(found) == 7
     for message in found.values():
         keys = set(re.findall(r"\b(?:rollout|optim|objective|discriminator|model)\.(\w+)", message))
         sections = [section for section in vars(Config()).values() if isinstance(section, BaseModel)]
@@ -166,9 +252,10 @@ def test_a_run_reports_a_rule_once_also_when_resumed(
 ) -> None:
     """The rule also reads steps before the interruption: the metrics equal the uninterrupted run's."""
 
-    def three_of_four(history: list[dict[str, Any]], config: HealthConfig, *, bounds: Any) -> Any:
-        assert bounds == (0.05, 20.0)
-        return {"rule": f"{len(history)} steps, remedy"} if len(history) >= 2 * config.window - 1 else {}
+    def three_of_four(history: list[dict[str, Any]], config: Config, *, stage_step: int) -> Any:
+        assert stage_step == history[-1]["step"]
+        least = 2 * config.health.window - 1
+        return {"rule": f"{len(history)} steps, remedy"} if len(history) >= least else {}
 
     monkeypatch.setattr("uniapl.training.monitor.health.warnings", three_of_four)
     values = {"max_steps": 6, "health": {"window": 2}}

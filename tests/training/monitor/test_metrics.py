@@ -1,6 +1,7 @@
 """A step's metrics by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from support.runs import lines, recipe, train
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.training.monitor.metrics import rollout_metrics
+from uniapl.training.monitor.record import adversary_acts
+from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.credit import assign_credit
 from uniapl.types import Example, Rollout, RolloutGroup
 
@@ -41,6 +44,37 @@ def metrics(*groups: RolloutGroup) -> dict[str, Any]:
     objective = ObjectiveConfig(scale_rewards="none", adversarial_credit="logit")
     credits = assign_credit(groups, objective, expert_mean=None, lambda_adv=0.0)
     return rollout_metrics(groups, credits, step=5)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "logits", "loss", "reward", "multiply"),
+    [
+        ((1.0, 0.0), (0.5, -0.5), True, True, True),
+        ((None, None), (0.5, -0.5), True, False, False),
+        ((1.0, None), (None, -0.5), True, True, True),
+        ((1.0, 0.0), (None, None), False, False, False),
+    ],
+    ids=["both", "no reward", "another completion", "no logit"],
+)
+def test_the_adversary_acts_where_it_can_change_something(
+    rewards: tuple[float | None, ...],
+    logits: tuple[float | None, ...],
+    loss: bool,
+    reward: bool,
+    multiply: bool,
+) -> None:
+    """A group, next to one with rewards only."""
+    finite = tuple(math.nan if logit is None else logit for logit in logits)
+    scored = replace(group(rewards), policy_logits=finite, expert_logit=0.0)
+    for placement, expected in (("loss", loss), ("reward", reward), ("multiply", multiply)):
+        objective = ObjectiveConfig.model_validate({"adversarial_placement": placement})
+        for weight in (2.0, 0.0):
+            credits = assign_credit(
+                [group((1.0, 0.0)), scored], objective, expert_mean=None, lambda_adv=weight
+            )
+            weights = {"adv": weight if placement == "loss" else 0.0}
+            batch = MixedBatch(rows=(), micro_batches=(), weights=weights, credits=credits, lambda_adv=weight)
+            assert adversary_acts(batch) == (expected and weight > 0), placement
 
 
 @pytest.mark.case(23)

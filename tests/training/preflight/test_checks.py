@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import pytest
 from support.runs import train, write_recipe
 from support.tiny import letter_rows, make_model, make_tokenizer, save_model
 from uniapl import cli
+from uniapl.config import Config
 from uniapl.config.resolve import load_recipe
+from uniapl.training.preflight.checks import notes_on_adversary
+from uniapl.types import Example
 
 VERBS = pytest.mark.parametrize("verb", ["check", "train"])
 
@@ -80,6 +84,61 @@ def test_a_run_that_another_process_uses(
     with exclusive(tmp_path / "run"):
         assert cli.run([verb, str(path)]) == 2
     assert "another run is using output_dir" in capsys.readouterr().err
+
+
+def test_prompts_whose_reward_the_adversary_cannot_change(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = letter_rows(6, demonstrated=(0, 2, 4))
+    del rows[0]["letter"], rows[4]["letter"]
+    (tmp_path / "mine.py").write_text("def has(completions, letter):\n    return [1.0] * len(completions)\n")
+    rewards = {"functions": [f"{tmp_path / 'mine.py'}:has"]}
+    multiply = {"adversarial_placement": "multiply"}
+    path = write_recipe(tmp_path, model_dir, rows=rows, objective=multiply, rewards=rewards)
+    changed = (
+        "2 of 6 sampled prompts have no reward that objective.adversarial_placement multiply could change, "
+        "so that the adversary does not act on their completions: add a reward function that applies to "
+        "them, or set objective.adversarial_placement to loss (rows 1, 5)"
+    )
+    assert notes(capsys, path) == [changed]
+    assert notes(capsys, path, "--objective.adversarial-placement", "loss") == []
+    assert notes(capsys, path, "--method", "grpo") == []
+
+
+def test_a_discriminator_that_needs_demonstrations_where_the_rewards_are() -> None:
+    disjoint = [example(1, None, reward=True), example(2, (7, 1), reward=False)]
+    both = [*disjoint, example(3, (7, 1), reward=True)]
+    rewarder: Any = SimpleNamespace(applies_to=lambda e: e.columns["reward"])
+
+    def found(kind: str, placement: str, rows: list[Example]) -> list[str]:
+        values = {"discriminator": {"kind": kind}, "objective": {"adversarial_placement": placement}}
+        dataset: Any = SimpleNamespace(examples=rows)
+        return notes_on_adversary([Config.model_validate(values)] * 2, dataset, rewarder)
+
+    never = (
+        "the adversary is never used: discriminator.kind polar compares a completion with the demonstration "
+        "of its prompt, objective.adversarial_placement reward changes its reward, and no row has both. Add "
+        "a 'completion' to rows with a reward"
+    )
+    assert found("polar", "reward", disjoint) == [never]
+    assert found("polar", "loss", disjoint) == []
+    assert [note[:45] for note in found("polar", "reward", both)] == [
+        "1 of 3 sampled prompts have no reward that ob"
+    ]
+    assert "1 of 2 sampled prompts" in found("head", "multiply", disjoint)[0], (
+        "the mean logit takes its place"
+    )
+
+
+def example(row: int, demonstration_ids: tuple[int, ...] | None, *, reward: bool) -> Example:
+    return Example(
+        row=row,
+        prompt="p",
+        prompt_ids=(5,),
+        demonstration="d" if demonstration_ids else None,
+        demonstration_ids=demonstration_ids,
+        columns={"reward": reward},
+    )
 
 
 def test_demonstrations_that_no_rollout_can_reach(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,9 +40,7 @@ def discriminator(label_smoothing: float = 0.0) -> BradleyTerryDiscriminator:
 def margins(given: Sequence[Comparison]) -> list[float]:
     logits = discriminator().logits
     return [
-        logits([(c.prompt_ids, c.demonstration_ids)])[0] - logits([(c.prompt_ids, ids)])[0]
-        for c in given
-        for ids in c.completions
+        logits(c.sequences[:1])[0] - logits([(c.prompt_ids, ids)])[0] for c in given for ids in c.completions
     ]
 
 
@@ -87,6 +86,43 @@ def test_the_discriminator_s_step_is_the_gradient_of_the_mean_over_pairs(clipped
     expected = before[0] - 0.5 * gradient * (0.5 if clipped else 1.0)
     assert_close(head[0].detach(), expected, atol=1e-4, rtol=1e-3)
     assert head.grad is None or not head.grad.any(), "no gradient is left for the next update"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, None])
+def test_the_unpaired_step_is_half_of_the_mean_over_each_side(max_tokens: int | None) -> None:
+    """Loss and gradient of the head in plain Python, with rollouts of a prompt without a demonstration."""
+    given = [
+        Comparison(prompt_ids=(5, 6), demonstration_ids=None, completions=((9, 9), (10, 11, 12, 13))),
+        Comparison(prompt_ids=(14,), demonstration_ids=(7, 1), completions=((7, 8, 1), (9, 15, 9, 16, 17))),
+        Comparison(prompt_ids=(5, 6, 7, 8, 9), demonstration_ids=(7, 8, 1), completions=()),
+    ]
+    experts = [((14,), (7, 1)), ((5, 6, 7, 8, 9), (7, 8, 1))]
+    negatives = [
+        ((5, 6), (9, 9)),
+        ((5, 6), (10, 11, 12, 13)),
+        ((14,), (7, 8, 1)),
+        ((14,), (9, 15, 9, 16, 17)),
+    ]
+    subject = replace(discriminator(), unpaired=True)
+    assert subject.counts(given) == {"expert": 2, "negative": 4}
+    head = subject.module.head.weight
+    loss, gradient = 0.0, torch.zeros_like(head[0])
+    for items, sign in ((experts, 1.0), (negatives, -1.0)):
+        for prompt, ids in items:
+            hidden = subject.module.trunk(torch.tensor([prompt + ids])).last_hidden_state[0, -1].detach()
+            logit = float(hidden @ head[0].detach())
+            loss += 0.5 / len(items) * math.log1p(math.exp(-sign * logit))
+            gradient -= 0.5 / len(items) * sign * reference.sigmoid(-sign * logit) * hidden
+    before = head.detach().clone()
+    optimizer = torch.optim.SGD([head], lr=0.5)
+    for name, parameter in subject.module.named_parameters():
+        parameter.requires_grad_(name == "head.weight")
+    found, applied = discriminator_step(
+        ACCELERATOR, subject, subject.module, optimizer, given, max_grad_norm=1e9, max_tokens=max_tokens
+    )
+    assert applied
+    assert found == pytest.approx(loss, rel=1e-4)
+    assert_close(head[0].detach(), before[0] - 0.5 * gradient, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 12, 25, 40, 41, 42, 1000])

@@ -9,13 +9,19 @@ import yaml
 
 from uniapl.config import Config
 from uniapl.models.loading import ModelSource
+from uniapl.report.adversary import AdversaryEffect
 
 SHOWN = ("reward", "pass_rate", "sft/nll", "discriminator/win_rate", "completions/mean_length", "kl")
 """Metrics of the last step that the card shows."""
 
 
 def model_card(
-    config: Config, source: ModelSource, methods: list[str], steps: int, last: Mapping[str, Any]
+    config: Config,
+    source: ModelSource,
+    methods: list[str],
+    steps: int,
+    last: Mapping[str, Any],
+    adversary: AdversaryEffect,
 ) -> str:
     """The README.md of a trained model.
 
@@ -23,6 +29,7 @@ def model_card(
         methods: Methods of the stages that were run.
         steps: Steps over all stages up to these weights.
         last: Metrics of the last of these steps.
+        adversary: What the adversary did in these steps.
     """
     rank = config.model.lora_r
     # An adapter that continues another adapter has the same base.
@@ -48,7 +55,9 @@ def model_card(
             f"- demonstrations and prompts: {data}",
             f"- rewards: {rewards}",
             f"- learning rate {config.optim.learning_rate:g}, {config.rollout.num_generations} rollouts per "
-            f"prompt, up to {config.rollout.max_completion_length} tokens each\n",
+            f"prompt, up to {config.rollout.max_completion_length} tokens each",
+            *([f"- {adversary.sentence}"] if adversary.sentence else []),
+            "",
             *(["| last step | |", "|---|---|", *numbers, ""] if numbers else []),
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n",

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, create_model
 from uniapl.discriminator.bradley_terry import AdversaryState, Comparison
 from uniapl.errors import UsageError
 from uniapl.functional import Multiplier
+from uniapl.report.adversary import AdversaryEffect
 from uniapl.training.checkpoint.directory import STATE
 from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.types import Rollout, TokenIds
@@ -40,6 +41,7 @@ OPTIONAL: dict[str, Any] = {
     "adversary": (AdversaryState, None),
     "replay": (list[Comparison], None),
     "multiplier": (Multiplier, None),
+    "adversary_effect": (AdversaryEffect, None),
     "ahead": (list[create_model("Ahead", **AHEAD)], None),
 }
 State = create_model("State", **FIELDS, **OPTIONAL)

@@ -20,7 +20,8 @@ Show = Literal["text", "quiet"] | Callable[[str], None]
 # Columns are two spaces apart. Those whose metric a step does not have are left out.
 LINE = (
     "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  win {discriminator/win_rate:.2f}  "
-    "mu {weight/mu:.2f}  lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  s {step_time:.1f}"
+    "adv {adversary/reward_change:.2f}  mu {weight/mu:.2f}  lam {weight/lambda_adv:.2f}  "
+    "len {completions/mean_length:.1f}  s {step_time:.1f}"
 )
 ROWS = {
     "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
@@ -28,7 +29,7 @@ ROWS = {
     "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
     "rewards": "loss {loss/rl:.3f}  weight {weight/rl:.2f}  tokens {tokens/rl:,}",
     "adversary": "loss {loss/adv:.3f}  lambda {weight/lambda_adv:.2f}  tokens {tokens/adv:,}  "
-    "win rate {discriminator/win_rate:.2f}  gap {discriminator/expert_gap:.2f}",
+    "win rate {discriminator/win_rate:.2f}  change {adversary/reward_change:.2f}",
 }
 """The table below the progress bar on a terminal."""
 TOKENS = {"demonstrations": "tokens/sft", "rewards": "tokens/rl", "adversary": "tokens/adv"}
@@ -98,7 +99,7 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         return time.monotonic() - self._started
 
     def step_done(self, step: int, metrics: Mapping[str, Any], *, line: bool) -> None:
-        """Show a step's metrics; with `line`, also print them (at most 80 columns for up to 99 steps)."""
+        """Show a step's metrics; with `line`, also print them (at most 100 columns for up to 999 steps)."""
         self._metrics = metrics
         self._progress.update(self._task, pace=f"{metrics['step_time']:.1f} s/step")
         if self._json is not None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from uniapl.config import HealthConfig
+from uniapl.config import Config
 from uniapl.tolerance import all_same
 
 Records = Sequence[Mapping[str, Any]]
@@ -40,14 +40,16 @@ LIMITS = (
 """Rules on the mean of one metric: name, metric, comparison with the limit, the limit's key, message."""
 
 
-def warnings(records: Records, config: HealthConfig, *, bounds: tuple[float, float]) -> dict[str, str]:
+def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, str]:
     """The message of each rule that fires, by the rule's name.
 
     Args:
         records: Metrics of the stage's steps, oldest first. The rules read the last `window` steps; some
             compare them with the `window` steps before. With fewer than `window` steps no rule fires.
-        bounds: Smallest and largest value of a learned lambda_adv.
+        stage: Configuration of the stage.
+        stage_step: Finished steps of the stage.
     """
+    config = stage.health
     window = config.window
     if len(records) < window:
         return {}
@@ -61,10 +63,14 @@ def warnings(records: Records, config: HealthConfig, *, bounds: tuple[float, flo
         "constant_rewards": _constant_rewards(last),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
         "length_explosion": _length_explosion(before, last, config.max_length_growth),
-        "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage),
+        # A head learns which text belongs to the prompt, and a likelihood is not trained.
+        "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage)
+        if stage.discriminator.kind == "bradley-terry"
+        else None,
         "discriminator_saturated": _discriminator_saturated(last, config.max_discriminator_accuracy),
         "divergence": _divergence(before, last),
-        "multiplier_pinned": _multiplier_pinned(before, last, bounds[1]),
+        "multiplier_pinned": _multiplier_pinned(before, last, stage.objective.lambda_bounds[1]),
+        "adversary_inactive": _adversary_inactive(last, stage, stage_step),
         "sampler_mismatch": _sampler_mismatch(last[-1], config.max_sampling_difference),
         "no_supervised_tokens": _no_supervised_tokens(last),
     }
@@ -165,6 +171,40 @@ def _multiplier_pinned(before: Records, last: Records, highest: float) -> str | 
         f"lambda_adv stays at its upper bound {highest:g} while the reward falls: the constraint cannot be "
         "met. Raise objective.max_expert_gap, raise objective.mu_peak, or lower objective.lambda_bounds"
     )
+
+
+def _adversary_inactive(last: Records, stage: Config, stage_step: int) -> str | None:
+    """The adversary could have acted in each step of the window, but acted in none."""
+    settings, first = stage.discriminator, stage_step - len(last)
+    if any(step.get("adversary/active") != 0 or "completions/mean_length" not in step for step in last):
+        return None
+    if first < stage.cold_start_steps:
+        return None
+    accuracy, newest = last[-1].get("adversary/accuracy"), last[-1]
+    if settings.reads_reference and stage_step <= stage.reference_step:
+        reason = (
+            f"discriminator.kind {settings.kind} reads the KL reference, which does not exist before step "
+            f"{stage.reference_step + 1} of the stage. Lower objective.reference_step"
+        )
+    elif first < stage.adversary_step:
+        return None
+    elif is_number(accuracy) and not newest["weight/lambda_adv"] and _values(last, "discriminator/win_rate"):
+        remedy = (
+            "Raise discriminator.learning_rate or discriminator.updates_per_step, or add demonstrations"
+            if settings.is_trained
+            else "Choose another discriminator"
+        )
+        reason = (
+            f"the discriminator's accuracy is {accuracy:.2f}, below discriminator.min_accuracy "
+            f"{settings.min_accuracy:g}. {remedy}, or lower discriminator.min_accuracy"
+        )
+    else:
+        both = "" if stage.objective.adversarial_placement == "loss" else "a reward and "
+        reason = (
+            f"no completions had {both}a demonstration to be compared with. Add a 'completion' to the rows "
+            "with a reward, or set objective.lambda_adv to 0"
+        )
+    return f"the adversary did not act in the last {len(last)} steps: {reason}"
 
 
 def _sampler_mismatch(newest: Mapping[str, Any], highest: float) -> str | None:

@@ -31,7 +31,14 @@ class StepResult:
 
 
 def step_record(
-    result: StepResult, *, step: int, stage: int, learning_rate: float, epoch: float, num_tokens: int
+    result: StepResult,
+    *,
+    step: int,
+    stage: int,
+    learning_rate: float,
+    epoch: float,
+    num_tokens: int,
+    has_adversary: bool,
 ) -> dict[str, Any]:
     """All metrics of a step, except for evaluation and times.
 
@@ -44,7 +51,7 @@ def step_record(
         **metrics.update_metrics(update, batch.counts, batch.weights),
         "weight/lambda_adv": batch.lambda_adv,
         **result.gradient_metrics,
-        "adversary/active": int(batch.lambda_adv > 0 and bool(result.groups)),
+        **({"adversary/active": int(adversary_acts(batch))} if has_adversary else {}),
         **metrics.rollout_metrics(result.groups, batch.credits, step=step - 1),
         **metrics.length_metrics(result.groups),
         **result.pair_metrics,
@@ -57,6 +64,22 @@ def step_record(
     }
     logged = logged_by_rewards(result.outcomes)
     return record | {f"log_metric/{k}" if k in record else k: value for k, value in logged.items()}
+
+
+def adversary_acts(batch: MixedBatch) -> bool:
+    """Whether the adversary has a weight, and a completion to apply it to.
+
+    Without a loss component of its own it acts only by rewards: a group without one has nothing to change.
+    """
+    own_loss = batch.weights["adv"] > 0
+    return batch.lambda_adv > 0 and any(
+        _any_known(credit.win_rates) and (own_loss or _any_known(credit.advantages))
+        for credit in batch.credits
+    )
+
+
+def _any_known(values: Sequence[float | None]) -> bool:
+    return any(value is not None for value in values)
 
 
 def logged_by_rewards(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, float]:

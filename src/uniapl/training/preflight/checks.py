@@ -4,9 +4,10 @@ from collections.abc import Collection, Sequence
 
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from uniapl.config import Config, ModelConfig
+from uniapl.config import Config, DiscriminatorConfig, ModelConfig
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import is_held_out
+from uniapl.discriminator.demonstrations import Demonstrations
 from uniapl.discriminator.polar import Polar, PolarFormat
 from uniapl.errors import UsageError
 from uniapl.http import check_url
@@ -109,6 +110,32 @@ def notes_on_lengths(stages: Sequence[Config], dataset: Dataset) -> list[str]:
     return notes
 
 
+def notes_on_adversary(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
+    """Notes on sampled prompts without a reward that the adversary could change."""
+    notes: list[str] = []
+    for stage in stages:
+        placement, kind = stage.objective.adversarial_placement, stage.discriminator.kind
+        if not stage.objective.lambda_adv or placement == "loss":
+            continue
+        prompts, _ = stream_examples(stage, dataset, rewarder)
+        rewarded = [example for example in prompts if rewarder.applies_to(example)]
+        rows = [example.row for example in prompts if not rewarder.applies_to(example)]
+        if kind in ("polar", "remote") and all(example.demonstration_ids is None for example in rewarded):
+            notes.append(
+                f"the adversary is never used: discriminator.kind {kind} compares a completion with the "
+                f"demonstration of its prompt, objective.adversarial_placement {placement} changes its "
+                "reward, and no row has both. Add a 'completion' to rows with a reward"
+            )
+        elif rows:
+            notes.append(
+                f"{len(rows)} of {len(prompts)} sampled prompts have no reward that "
+                f"objective.adversarial_placement {placement} could change, so that the adversary does not "
+                "act on their completions: add a reward function that applies to them, or set "
+                f"objective.adversarial_placement to loss (rows {_first(rows)})"
+            )
+    return [*dict.fromkeys(notes)]
+
+
 def _first(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
@@ -191,6 +218,7 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
             f"discriminator.held_out_fraction {settings.held_out_fraction} holds out {len(held_out)} of "
             f"{len(paired)} prompts with a demonstration: choose a value that leaves prompts on both sides"
         )
+    _check_discriminator_loss(settings, [e for e in paired if not is_held_out(e, config)])
     different = {example.prompt_ids for example in paired} - {example.prompt_ids for example in held_out}
     if settings.in_context_demonstration and not pairwise:
         raise UsageError("discriminator.in_context_demonstration needs discriminator.kind bradley-terry")
@@ -206,6 +234,40 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         check_url("discriminator.url", str(settings.url))
     if model is not None:
         _check_discriminator_model(model, kind, settings.trust_remote_code)
+
+
+def _check_discriminator_loss(settings: DiscriminatorConfig, demonstrated: Sequence[Example]) -> None:
+    """Check the settings that only some losses and kinds have.
+
+    Args:
+        demonstrated: Prompts with a demonstration that the discriminator is trained on.
+    """
+    kind, trained = settings.kind, settings.kind in ("head", "bradley-terry")
+    if settings.loss is not None and not trained:
+        raise UsageError(f"discriminator.loss: kind '{kind}' is not trained; use kind bradley-terry")
+    if settings.loss == "paired" and kind == "head":
+        raise UsageError(
+            "discriminator.loss: kind 'head' has only the unpaired loss; remove the key, or set "
+            "discriminator.kind to bradley-terry"
+        )
+    if settings.mismatched_demonstrations and not trained:
+        raise UsageError(
+            f"discriminator.mismatched_demonstrations: kind '{kind}' is not trained; use kind head or "
+            "bradley-terry"
+        )
+    known = Demonstrations(demonstrated)
+    if settings.mismatched_demonstrations and not any(known.mismatched(e, 1) for e in known.examples):
+        raise UsageError(
+            "discriminator.mismatched_demonstrations needs different demonstrations of at least two prompts: "
+            "add rows, or set it to 0"
+        )
+    if settings.label_smoothing and not settings.is_paired:
+        raise UsageError(
+            "discriminator.label_smoothing applies to pairs of completions: remove it, or use "
+            "discriminator.kind bradley-terry with discriminator.loss paired"
+        )
+    if not settings.log_probability_features and kind != "head":
+        raise UsageError("discriminator.log_probability_features needs discriminator.kind head")
 
 
 def _check_discriminator_model(name: str, kind: str, trusted: bool) -> None:

@@ -22,7 +22,13 @@ from uniapl.models.loading import (
 )
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.training.inputs import RunInputs
-from uniapl.training.preflight.checks import check_recipe, check_stage, check_tokens, notes_on_lengths
+from uniapl.training.preflight.checks import (
+    check_recipe,
+    check_stage,
+    check_tokens,
+    notes_on_adversary,
+    notes_on_lengths,
+)
 from uniapl.training.preflight.epochs import with_max_steps
 
 
@@ -71,7 +77,8 @@ def load_inputs(
     state.max_steps = sum(stage.config.max_steps for stage in stages)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
-    notes = [*notes, *unknown, *notes_on_lengths([stage.config for stage in stages], dataset)]
+    configs = [stage.config for stage in stages]
+    notes += [*unknown, *notes_on_lengths(configs, dataset), *notes_on_adversary(configs, dataset, rewarder)]
     if longest:
         rewarder.try_out(dataset.examples)
     suites: tuple[Suite, ...] = ()

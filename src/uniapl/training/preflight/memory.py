@@ -15,7 +15,7 @@ from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
 from uniapl.rollout.fused import supports_fused
 from uniapl.training.checkpoint.disk import format_bytes
-from uniapl.training.demonstration_states import CACHE_BYTES, MISMATCHES
+from uniapl.training.demonstration_states import CACHE_BYTES
 from uniapl.training.inputs import RunInputs
 from uniapl.training.state_adversary import STATE_KINDS
 from uniapl.types import TokenIds
@@ -223,7 +223,7 @@ def _states(config: Config, inputs: RunInputs, policy: Footprint) -> int:
     per_token = 4 * (features + 1)
     rollouts = config.batching.prompts_per_step * rollout.num_generations * rollout.max_completion_length
     shown = [len(e.demonstration_ids) for e in inputs.dataset.examples if e.demonstration_ids is not None]
-    return per_token * rollouts + min(CACHE_BYTES, per_token * (1 + MISMATCHES) * sum(shown))
+    return per_token * rollouts + min(CACHE_BYTES, per_token * (1 + settings.num_mismatched) * sum(shown))
 
 
 def _discriminator_model(config: Config) -> ModelConfig:

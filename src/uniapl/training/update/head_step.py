@@ -1,5 +1,6 @@
 """One logistic update of a discriminator's head."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +10,10 @@ from torch.optim import Optimizer
 
 from uniapl.data.batching import batch_by_length
 from uniapl.discriminator.head import head_logits
-from uniapl.functional import logistic_losses, objective
+from uniapl.functional import logistic_losses
 from uniapl.models.token_states import TokenStates
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
-from uniapl.training.update.accumulate import accumulate_gradients, finish_update
-
-WEIGHTS = {"expert": 0.5, "negative": 0.5}
-"""Demonstrations and negatives have the same weight, independent of their numbers."""
+from uniapl.training.update.discriminator_step import weighted_step
 
 
 def head_step(
@@ -46,21 +44,19 @@ def head_step(
     lengths = [max(1, len(item.logprobs)) for item, _ in completions]
     parts = [[completions[i] for i in batch] for batch in batch_by_length(lengths, max_tokens=max_tokens)]
     parts += [[] for _ in range(num_empty_micro_batches(accelerator, len(parts)))]
-    measured: list[dict[str, Tensor]] = []
 
-    def loss_of(part: list[tuple[TokenStates, bool]]) -> Tensor:
+    def losses(part: list[tuple[TokenStates, bool]]) -> dict[str, Tensor]:
         device = accelerator.device
         logits = head_logits(module, [item for item, _ in part] or [_nothing(module, device)])
         is_expert = torch.tensor([expert for _, expert in part], dtype=torch.bool, device=device)
         logits = logits[: len(part)]
         expert, negative = logistic_losses(logits[is_expert], logits[~is_expert])
-        loss = objective({"expert": expert, "negative": negative}, WEIGHTS, counts)
-        measured.append({"loss": loss.detach()})
-        return loss
+        return {"expert": expert, "negative": negative}
 
-    optimizer.zero_grad()
-    accumulate_gradients(accelerator, module, loss_of, parts)
-    return finish_update(accelerator, module, optimizer, measured, max_grad_norm=max_grad_norm)
+    batch_losses = [functools.partial(losses, part) for part in parts]
+    return weighted_step(
+        accelerator, module, optimizer, batch_losses, counts=counts, max_grad_norm=max_grad_norm
+    )
 
 
 def _nothing(module: nn.Module, device: torch.device) -> TokenStates:
