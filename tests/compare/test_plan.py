@@ -161,7 +161,7 @@ def test_cells_of_the_search() -> None:
     assert [cell.settings["optim.learning_rate"] for cell in cells] == found.rates
     assert {cell.settings["objective.beta"] for cell in cells} == {0.0}
     cells = found.search_cells(grpo, [1e-4], grpo.knob[1])
-    assert [cell.recipe["objective"]["beta"] for cell in cells] == [0.0, 0.02, 0.1]
+    assert [cell.recipe["objective"]["beta"] for cell in cells] == [0.0, 0.02, 0.1, 0.5]
     # A setting that is given is not searched.
     (fixed,) = parse_methods("grpo[objective.beta=0.5]")
     assert [cell.settings["objective.beta"] for cell in found.search_cells(fixed, [1e-4])] == [0.5]

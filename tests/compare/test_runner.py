@@ -79,7 +79,7 @@ def test_the_search_tries_learning_rates_and_then_the_setting(tmp_path: Path) ->
     # The optimum is a rate of 9e-3 and a beta of 0.02.
     found = search(plan(9e-3), parse_methods("grpo"), runner(tmp_path))
     assert found == {"grpo": {"optim.learning_rate": 9e-3, "objective.beta": 0.02}}
-    assert len(ran(tmp_path)) == 5, "three rates, then two further values of the setting"
+    assert len(ran(tmp_path)) == 6, "three rates, then three further values of the setting"
 
 
 def test_a_best_rate_at_the_end_adds_the_next_one(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_given_rate_is_not_searched(tmp_path: Path) -> None:
         plan(1e-3), parse_methods("grpo[optim.learning_rate=0.5]"), runner(tmp_path)
     ).items()
     assert settings["optim.learning_rate"] == 0.5
-    assert len(ran(tmp_path)) == 3, label
+    assert len(ran(tmp_path)) == 4, label
 
 
 KILLED = """

@@ -318,6 +318,8 @@ def test_the_task_is_written_as_files_with_a_recipe(
     assert [score["good"] for score in scores] == [[1.0]] * 3, "the expert is good"
     with pytest.raises(UsageError, match="'task' is not empty"):
         demo(["--write", "task"], task=task)
+    with pytest.raises(UsageError, match="--write needs a directory"):
+        demo(["--write"], task=task)
     with pytest.raises(UsageError, match="unknown reward 'hones': choose one of honest"):
         demo(["--write", "other", "--reward", "hones"], task=task)
 

@@ -48,15 +48,17 @@ def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> dict[str, Me
         UsageError: A flag is not valid, or the directory cannot be written.
     """
     parser = argparse.ArgumentParser(prog="uniapl demo", add_help=False, allow_abbrev=False)
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--reward", default="honest")
+    parser.add_argument("--write", nargs="?", const="")
+    parser.add_argument("--reward", nargs="?", default="honest", const="")
     options, flags = parser.parse_known_args(flags)
     reward = options.reward
     if reward not in REWARDS:
         raise UsageError(f"--reward: unknown reward '{reward}': choose one of {', '.join(REWARDS)}")
+    if options.write == "":
+        raise UsageError("--write needs a directory")
     task = task or make_task()
     if options.write is not None:
-        write_task(task, merge(RECIPE, REWARDS[reward]), options.write, flags)
+        write_task(task, merge(RECIPE, REWARDS[reward]), Path(options.write), flags)
         return {}
     console = Console(highlight=False)
     with as_file(files("uniapl.demo") / "base") as base:
