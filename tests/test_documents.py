@@ -182,7 +182,8 @@ def test_what_is_exempt_names_targets_extras_flags_and_recipes_that_exist() -> N
             for extra in re.findall(r"\[(\w+)\]", line):
                 assert extra in extras, line
         elif line.startswith("uniapl demo"):
-            resolve(RECIPE, words[2:])
+            flags = words[2:]
+            resolve(RECIPE, flags[2:] if flags[:1] == ["--write"] else flags)
         elif line.startswith("accelerate launch"):
             assert (ROOT / words[words.index("--config_file") + 1]).is_file(), line
         elif any(word.startswith("recipes/") for word in words):

@@ -1,113 +1,167 @@
-"""The plan: equal budgets, settings of every stage, and test prompts that the search did not use."""
+"""Methods as text, and the recipes of cells."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from uniapl.compare import plan, results
-from uniapl.compare.plan import PIPELINES, SETTINGS, Cell
+from uniapl.compare.budget import budget_of
+from uniapl.compare.plan import SEARCH_SEED, Plan, Variant, parse_methods
 from uniapl.config import Config
+from uniapl.config.methods import METHODS
 from uniapl.config.resolve import resolve, stages_of
+from uniapl.errors import UsageError
+
+RECIPE: dict[str, Any] = {
+    "method": "uniapl",
+    "output_dir": "elsewhere",
+    "model": {"model_name_or_path": "base"},
+    "data": {"path": "rows.jsonl", "columns": {"problem": "prompt"}},
+    "rewards": {"functions": ["lowercase"]},
+    "objective": {"mu_valley": 0.3, "epsilon": 0.1, "lambda_adv": 3.0},
+    "optim": {"learning_rate": 1e-4},
+    "rollout": {"num_generations": 8},
+}
 
 
-def stages(method: str, **settings: float | int | str) -> list[Config]:
-    cell = Cell(method=method, settings={**SETTINGS[method], **settings}, seed=3)
-    recipe = cell.recipe | {"model": {"model_name_or_path": "base"}}
+def plan(**changes: Any) -> Plan:
+    resolved = resolve({**RECIPE, **changes})
+    return Plan(resolved=resolved, stages=[stage.config for stage in stages_of(resolved)])
+
+
+def stages(text: str, found: Plan | None = None, **settings: Any) -> list[Config]:
+    (variant,) = parse_methods(text)
+    recipe = (found or plan()).recipe(variant, settings, 3)
     return [stage.config for stage in stages_of(resolve(recipe))]
 
 
-@pytest.mark.parametrize("method", PIPELINES)
+def test_methods_pipelines_settings_and_sweeps() -> None:
+    found = parse_methods("sft, sft->grpo ,uniapl[objective.lambda_adv=0, optim.learning_rate=1e-5]")
+    assert found == [
+        Variant(methods=("sft",)),
+        Variant(methods=("sft", "grpo")),
+        Variant(methods=("uniapl",), settings={"objective.lambda_adv": 0, "optim.learning_rate": 1e-5}),
+    ]
+    labels = ["sft", "sft -> grpo", "uniapl[objective.lambda_adv=0, optim.learning_rate=1e-05]"]
+    assert [variant.label for variant in found] == labels
+    swept = parse_methods("grpo[objective.beta=0|0.5]")
+    assert [variant.settings for variant in swept] == [{"objective.beta": 0}, {"objective.beta": 0.5}]
+    assert {variant.swept for variant in swept} == {"objective.beta"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sft,grop", "unknown method 'grop'.*Did you mean 'grpo'"),
+        ("", "unknown method ''"),
+        ("sft,", "unknown method ''"),
+        ("sft -> ", "unknown method ''"),
+        ("grpo[objective.beta=0", "no closing"),
+        ("grpo[objective.beta]", "'objective.beta' of 'grpo' must be KEY=VALUE"),
+        ("grpo[objective.beta=]", "must be KEY=VALUE"),
+        ("grpo[model.lora_r=8]", "cannot change 'model.lora_r'"),
+        ("grpo[objective.beta=0|1, optim.learning_rate=1|2]", "sweep one of them"),
+        ("sft,sft", "'sft' occurs more than once"),
+        ("grpo[objective.beta=[1]]", "not a number or a word"),
+    ],
+)
+def test_wrong_methods(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_methods(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("grpo[objective.bta=1]", "objective.bta"), ("uniapl[rollout.num_generations=1]", "num_generations")],
+)
+def test_settings_are_checked(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        stages(text)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "sft -> grpo", "sft -> a-grpo", "a-sft -> a-grpo"])
 def test_every_method_has_the_same_budget(method: str) -> None:
-    default = {"batching.demonstrations_per_step": 128} if method == "sft" else {}
-    rollouts = demonstrations = 0
-    for stage in stages(method, **default):
-        if stage.objective.uses_rollouts:
-            per_step = stage.batching.prompts_per_step * stage.rollout.num_generations
-            rollouts += stage.max_steps * per_step
-        if stage.objective.learns_from_demonstrations:
-            demonstrations += stage.max_steps * stage.batching.demonstrations_per_step
+    budget = plan().budget
+    assert (budget.rollouts, budget.demonstrations) == (5120, 1920)
+    spent = budget_of(stages(method))
     if method == "sft":
-        assert (rollouts, demonstrations) == (0, plan.ROLLOUTS + plan.DEMONSTRATIONS)
-    else:
-        assert rollouts == plan.ROLLOUTS == 9_600
-        assert demonstrations == (0 if method in ("grpo", "a-grpo", "gad") else plan.DEMONSTRATIONS)
+        assert (spent.rollouts, spent.demonstrations) == (0, 5120 + 1920)
+        return
+    assert spent.rollouts == 5120
+    assert spent.demonstrations == (0 if method in ("grpo", "a-grpo", "gad") else 1920)
 
 
-@pytest.mark.parametrize("method", PIPELINES)
-def test_settings_apply_to_every_stage_of_the_method(method: str) -> None:
-    knob, values = plan.KNOBS[method]
-    section, key = knob.split(".")
-    for stage in stages(method, **{"optim.learning_rate": 0.125, knob: values[-1]}):
-        assert stage.optim.learning_rate == 0.125
-        assert stage.seed == 3
-        fixed_by_sft = stage.method == "sft" and section == "objective"
-        assert fixed_by_sft or getattr(getattr(stage, section), key) == values[-1]
-    assert "->" not in method or len(stages(method)) == 2
+def test_the_recipe_s_own_method_is_the_recipe() -> None:
+    (ours,) = stages("uniapl")
+    expected = resolve({**RECIPE, "seed": 3, "output_dir": "runs/uniapl"}).config
+    assert ours == expected
 
 
-def test_other_methods_keep_their_own_mu() -> None:
+def test_the_recipe_s_own_pipeline_is_the_recipe() -> None:
+    own = [
+        {"method": "sft", "max_steps": 7, "optim": {"learning_rate": 5e-5}},
+        {"method": "grpo", "max_steps": 9},
+    ]
+    found = plan(stages=own)
+    first, second = stages("sft -> grpo", found)
+    assert (first.max_steps, first.optim.learning_rate, second.max_steps) == (7, 5e-5, 9)
+    first, second = stages("sft -> grpo[objective.beta=0.25]", found)
+    assert second.objective.beta == 0.25
+    # Another method has the pipeline's budget: 7 x 8 demonstrations and 9 x 64 rollouts.
+    (chord,) = stages("chord-mu", found)
+    assert (chord.max_steps, chord.batching.demonstrations_per_step) == (9, round(56 / 9))
+
+
+def test_other_methods_share_what_does_not_describe_the_recipe_s_method() -> None:
     (chord,) = stages("chord-mu")
-    assert chord.objective.mu_peak == 0.9
-    (phi,) = stages("chord-phi", **{"objective.mu_valley": 0.3})
+    assert (chord.objective.mu_peak, chord.objective.mu_valley) == (0.9, 0.05)
+    assert chord.objective.mu_decay_steps == chord.max_steps == 80
+    assert chord.objective.epsilon == 0.1
+    assert chord.optim.learning_rate == 1e-4
+    assert chord.data.columns == {"problem": "prompt"}
+    (adversarial,) = stages("a-grpo")
+    assert adversarial.objective.lambda_adv == Config().objective.lambda_adv
+    (phi,) = stages("chord-phi[objective.mu_valley=0.3]")
     assert (phi.objective.mu_peak, phi.objective.mu_valley) == (0.3, 0.3)
+    first, last = stages("sft -> uniapl")
+    assert first.objective.mu_valley == 1
+    assert last.objective.mu_valley == 0.3
+
+
+def test_a_fraction_of_the_demonstrations() -> None:
+    (half,) = stages("sft[demonstrations=0.5]")
+    assert half.max_steps * half.batching.demonstrations_per_step == (5120 + 1920) // 2
+
+
+def test_epochs_become_steps() -> None:
+    resolved = resolve({**RECIPE, "num_train_epochs": 2})
+    (config,) = [stage.config for stage in stages_of(resolved)]
+    found = Plan(resolved=resolved, stages=[config.model_copy(update={"max_steps": 50})])
+    (ours,) = stages("uniapl", found)
+    assert (ours.max_steps, ours.num_train_epochs) == (50, None)
 
 
 def test_cells_have_unique_names() -> None:
+    found = plan()
     cells = [
-        *(cell for method in PIPELINES for cell in plan.search_cells(method, [0.5, 1.0])),
-        *(cell for method in PIPELINES for cell in plan.search_cells(method, [0.5], [0.0, 1.0])),
-        *plan.table_cells(list(PIPELINES), 3),
-        *(cell for cells in plan.ablation_cells(3).values() for cell in cells),
+        found.cell(v, seed) for v in parse_methods("sft,grpo,grpo[objective.beta=0|0.1]") for seed in (0, 1)
     ]
-    different = {repr(cell) for cell in cells}
-    assert len({cell.name for cell in cells}) == len(different)
+    cells += [found.cell(parse_methods("grpo")[0], 0, {"objective.beta": 0.1})]
+    assert len({cell.name for cell in cells}) == len(cells) == 9
+    again = [plan().cell(v, 0) for v in parse_methods("sft")]
+    assert again[0].name == cells[0].name, "the same recipe gives the same name"
+    assert plan(max_steps=50).cell(parse_methods("sft")[0], 0).name != cells[0].name
 
 
-def test_a_front_contains_the_cell_of_the_table() -> None:
-    for method, (knob, values) in plan.FRONTS.items():
-        assert SETTINGS[method][knob] in values
-        (ours,) = plan.table_cells([method], 1)
-        assert ours.name in {cell.name for cell in plan.front_of(method, 0)}
-
-
-DRAWN_APART = """
-from uniapl.compare.cell import task_of
-from uniapl.compare.plan import SEARCH_SEED, Cell
-from uniapl.demo.task import make_task
-
-searched = task_of(Cell(method="sft", settings={}, seed=SEARCH_SEED)).texts
-assert searched == make_task(seed=SEARCH_SEED).texts
-for seed in (0, 1):
-    task = task_of(Cell(method="sft", settings={"demonstrations": 64}, seed=seed))
-    assert not task.texts & searched
-    assert len(task.demonstrations) == 64
-    assert len(task.texts) == 1024 + 256 + 256
-"""
-
-
-def test_test_cells_share_no_prompt_with_the_search() -> None:
-    """In a separate process, because the type checks of the tests slow the drawing of texts down."""
-    subprocess.run([sys.executable, "-c", DRAWN_APART], check=True)
-
-
-RESULTS = Path(__file__).parents[2] / "docs" / "compare" / "results.json"
-
-
-def published() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
-
-
-def test_settings_are_those_of_the_search() -> None:
-    found = published()["search"]
-    for method, settings in found.items():
-        assert settings.items() <= SETTINGS[method].items(), method
-
-
-def test_the_published_table_agrees_with_the_results() -> None:
-    header, *body = [f"| {' | '.join(row)} |" for row in results.short_table(published()["table"])]
-    text = "\n".join([header, "|---" * (header.count("|") - 1) + "|", *body])
-    assert text in (RESULTS.parents[1] / "choosing-a-method.md").read_text(encoding="utf-8")
+def test_cells_of_the_search() -> None:
+    found = plan()
+    (grpo,) = parse_methods("grpo")
+    assert found.rates == [3.3e-5, 1e-4, 3e-4]
+    cells = found.search_cells(grpo, found.rates)
+    assert all(cell.search and cell.seed == SEARCH_SEED for cell in cells)
+    assert [cell.settings["optim.learning_rate"] for cell in cells] == found.rates
+    assert {cell.settings["objective.beta"] for cell in cells} == {0.0}
+    cells = found.search_cells(grpo, [1e-4], grpo.knob[1])
+    assert [cell.recipe["objective"]["beta"] for cell in cells] == [0.0, 0.02, 0.1, 0.5]
+    # A setting that is given is not searched.
+    (fixed,) = parse_methods("grpo[objective.beta=0.5]")
+    assert [cell.settings["objective.beta"] for cell in found.search_cells(fixed, [1e-4])] == [0.5]

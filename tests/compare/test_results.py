@@ -1,4 +1,5 @@
-"""Tables and fronts from made-up outcomes, compared with values computed by hand; and their page."""
+"""Tables, fronts and the verdict from made-up outcomes, compared with values computed by hand; and their
+page."""
 
 import json
 import re
@@ -6,107 +7,154 @@ from typing import Any
 
 import pytest
 
-from uniapl.compare import plan, results
+from support.compared import MADE_UP, MAIN, outcome, results_of, runs
+from uniapl.compare import results, verdict
+from uniapl.compare.plan import parse_methods
+from uniapl.errors import UniAPLError
 from uniapl.report.comparison import render_comparison
-
-SPLITS = ("held_out", "held_out_combinations")
-
-
-def outcome(good: float, nll: float, *, curve: list[float] | None = None) -> dict[str, Any]:
-    final = dict.fromkeys(results.MEASURES, 0.5) | {"good": good, "expert_nll": nll}
-    costs = [
-        {"rollout_tokens": 100.0 * i, "trained_tokens": 50.0 * i, "seconds": 1.0 * i}
-        for i in range(1, 1 + len(curve or [0.0]))
-    ]
-    points = [{"good": value, **cost} for value, cost in zip(curve or [good], costs, strict=True)]
-    return {"final": {split: dict(final) for split in SPLITS}, "cost": costs[-1], "curve": points}
-
-
-def made_up() -> dict[str, list[dict[str, Any]]]:
-    return {
-        "base": [outcome(0.2, 1.5), outcome(0.2, 1.5)],
-        "sft": [outcome(0.4, 1.2), outcome(0.4, 1.2)],
-        "grpo": [outcome(0.5, 1.8, curve=[0.3, 0.5]), outcome(0.7, 1.8, curve=[0.5, 0.7])],
-        "uniapl": [outcome(0.6, 1.3, curve=[0.6, 0.6]), outcome(0.8, 1.3, curve=[0.8, 0.8])],
-    }
 
 
 def test_the_table_by_hand() -> None:
-    table = results.table(made_up())
-    assert table["best_baseline"] == "grpo"
-    difference = table["methods"]["uniapl"]["minus_best_baseline"]["held_out"]
-    assert difference == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1}), (
-        "paired: the same on both seeds"
+    found = results_of(**MADE_UP)
+    assert found["best"] == "grpo"
+    ours = found["methods"]["uniapl"]
+    assert ours["measures"]["score"]["mean"] == pytest.approx(0.61)
+    assert ours["measures"]["expert_nll"]["mean"] == pytest.approx(1.3)
+    # Lengths 10 and 12, compared with 10 and 10.
+    assert ours["measures"]["length_distance"]["mean"] == pytest.approx(1.0)
+    assert ours["measures"]["logprob_distance"]["mean"] == pytest.approx(0.5)
+    # Differences 0.01, -0.02, -0.02 by seed: Student's t of 2 degrees of freedom, s = 0.01732.
+    half = 4.302653 * 0.0173205 / 3**0.5
+    expected = {"mean": -0.01, "low": -0.01 - half, "high": -0.01 + half}
+    assert ours["minus_best"]["score"] == pytest.approx(expected, rel=1e-5)
+    assert ours["minus_base"]["score"]["mean"] == pytest.approx(0.41)
+    # The two prompts differ by 0.2: a standard deviation of 0.1414 over the root of 2.
+    assert ours["prompt_error"] == pytest.approx(0.1)
+    assert ours["cost"]["flops"] == 1e15
+    assert (ours["steps"], ours["rollouts"]) == (10, 8 * 64)
+    assert found["methods"]["base"]["steps"] == 0
+
+
+def test_the_recommended_method_is_the_closest_of_the_best() -> None:
+    found = results_of(**MADE_UP)
+    assert verdict.equals(found["methods"], "grpo") == ["grpo", "uniapl"]
+    assert found["recommended"]["method"] == "uniapl"
+    text = " ".join(found["verdict"])
+    assert "grpo has the highest reward on held_out: 0.620 [" in text
+    assert "Not distinguishable from it with 3 seeds: uniapl (-0.010 [" in text
+    assert "Measurably below it: sft (-0.200 [" in text
+    assert "sft is closest to the expert: 1.200 nats per token" in text
+    assert "Recommended: uniapl." in text
+    assert "200 trained tokens, 1e+15 FLOPs and 10 s" in text
+
+
+def test_a_cheaper_method_that_cannot_be_distinguished_is_named() -> None:
+    values = MADE_UP | {"chord-mu": ([0.60, 0.63, 0.61], 1.3)}
+    found = runs(**values)
+    found["chord-mu"] = [
+        outcome("chord-mu", seed, s, 1.31 + seed / 1000, flops=5e14)
+        for seed, s in enumerate([0.6, 0.63, 0.61])
+    ]
+    variants = parse_methods("sft,grpo,uniapl,chord-mu")
+    same = results.summarize(found, variants, main=MAIN)
+    assert same["recommended"]["method"] == "uniapl"
+    # 0.010 to 0.012 nats further is measurable, so that it is not an equal.
+    assert not any("is cheaper" in sentence for sentence in same["verdict"])
+    found["chord-mu"] = [
+        outcome("chord-mu", seed, s, 1.31 + d, flops=5e14)
+        for seed, (s, d) in enumerate([(0.6, 0.05), (0.63, 0.0), (0.61, -0.05)])
+    ]
+    same = results.summarize(found, variants, main=MAIN)
+    assert any(
+        sentence.startswith(
+            "chord-mu cannot be distinguished from it in score and in closeness, and is cheaper"
+        )
+        for sentence in same["verdict"]
     )
-    assert table["methods"]["uniapl"]["held_out"]["good"]["mean"] == pytest.approx(0.7)
-    assert table["methods"]["grpo"]["cost"]["rollout_tokens"] == 200
-    # grpo ends at 0.6: its curve (0.2, 0.4, 0.6) gets there at the end, uniapl (0.2, 0.7) at 4/5.
-    assert table["levels"] == pytest.approx([0.3, 0.4, 0.5, 0.6])
-    reached = {m: list(table["methods"][m]["rollout_tokens_to_reach"].values()) for m in ("grpo", "uniapl")}
-    assert reached["grpo"] == pytest.approx([50, 100, 150, 200])
-    assert reached["uniapl"] == pytest.approx([20, 40, 60, 80])
-    assert "rollout_tokens_to_reach" not in table["methods"]["base"]
 
 
-def test_no_differences_without_a_baseline() -> None:
-    table = results.table({name: made_up()[name] for name in ("base", "uniapl")})
-    assert table["best_baseline"] is None
-    assert table["levels"] == []
-    assert results.short_table(table)[2][2] == ""
+def test_no_method_is_recommended_if_none_is_above_the_base() -> None:
+    values = MADE_UP | {"base": ([0.2, 1.0, 0.6], 1.5)}
+    found = results_of(**values)
+    assert "recommended" not in found
+    assert "No method's score is measurably above that of the model before training" in found["verdict"][-1]
 
 
-def swept(good: list[float], nll: list[float]) -> list[dict[str, Any]]:
-    return [outcome(g, d) for g, d in zip(good, nll, strict=True)]
+def test_curves_begin_with_the_base() -> None:
+    curve = results_of(**MADE_UP)["curves"]["grpo"]
+    assert curve["rollout_tokens"] == [0, 50]
+    assert curve["step"] == [0, 5]
+    assert curve["score"] == pytest.approx([0.2, (0.62 + 0.2) / 2])
 
 
 def test_fronts_by_hand() -> None:
-    # uniapl's models are everywhere 0.1 better and 0.1 nats closer than grpo's.
-    grpo = [swept([0.3, 0.4, 0.5, 0.6], [1.5, 1.6, 1.7, 1.8]) for _ in range(2)]
-    ours = [swept([0.4, 0.5, 0.6, 0.7], [1.4, 1.5, 1.6, 1.7]) for _ in range(2)]
-    base = [outcome(0.0, 1.4), outcome(0.0, 1.4)]
-    fronts = results.fronts({"grpo": grpo, "uniapl": ours}, base)
-    assert list(fronts) == [f"{s}/{d}" for s in SPLITS for d in ("expert_nll", "length_distance")]
-    front = fronts["held_out/expert_nll"]
-    assert (front["bounds"], front["levels"]) == ((1.4, 1.8), (0.0, 0.7))
-    difference = front["methods"]["grpo"]["ours_minus_this"]
-    assert difference["best_good"]["mean"] == pytest.approx(0.1)
-    # By steps of 0.1 nats: ahead by 0.4 before the first model of grpo, by 0.2 then, by 0.1 at the end.
-    assert difference["good_at_equal_closeness"]["mean"] == pytest.approx(
-        (13 * 0.4 + 36 * 0.2 + 0.1) / 50, abs=0.02
-    )
-    assert difference["distance_at_equal_good"]["mean"] < -0.1
-    assert front["methods"]["uniapl"]["ours_minus_this"] is None
-    values = [point["value"] for point in front["methods"]["uniapl"]["points"]]
-    assert values == list(plan.FRONTS["uniapl"][1])
+    values = {
+        "base": ([0.2, 0.2], 1.5),
+        "grpo[objective.beta=0]": ([0.6, 0.6], 1.9),
+        "grpo[objective.beta=0.5]": ([0.4, 0.4], 1.7),
+        "uniapl[objective.beta=0]": ([0.7, 0.7], 1.7),
+        "uniapl[objective.beta=0.5]": ([0.5, 0.5], 1.5),
+    }
+    found = {
+        label: [outcome(label, s, x, nll) for s, x in enumerate(xs)] for label, (xs, nll) in values.items()
+    }
+    variants = parse_methods("grpo[objective.beta=0|0.5],uniapl[objective.beta=0|0.5]")
+    fronts = results.summarize(found, variants, main=MAIN)["fronts"]
+    assert list(fronts) == ["grpo, objective.beta", "uniapl, objective.beta"]
+    theirs, ours = fronts.values()
+    assert [point["value"] for point in ours["points"]] == [0, 0.5]
+    # Bounds from 1.5 to 1.9 nats: halves with 0.2 and 0.4, the last with 0.6; and halves with 0.5 and 0.7.
+    assert theirs["score_at_equal_closeness"]["mean"] == pytest.approx((25 * 0.2 + 24 * 0.4 + 0.6) / 50)
+    assert ours["score_at_equal_closeness"]["mean"] == pytest.approx((25 * 0.5 + 25 * 0.7) / 50)
+    assert ours["minus_best_front"] is None
+    assert theirs["minus_best_front"]["mean"] == pytest.approx((25 * 0.2 + 24 * 0.4 + 0.6) / 50 - 0.6)
 
 
-def test_a_variant_is_compared_with_uniapl_on_the_same_seeds() -> None:
-    ours = made_up()["uniapl"]
-    variants = results.ablations({"none": ours, "worse": [outcome(0.5, 1.4), outcome(0.7, 1.4)]}, ours)
-    assert variants["none"]["held_out"]["good"]["difference"]["mean"] == 0
-    assert variants["worse"]["held_out"]["good"]["difference"]["mean"] == pytest.approx(-0.1)
-    assert variants["worse"]["held_out"]["expert_nll"]["difference"]["low"] == pytest.approx(0.1)
+def test_a_measure_that_a_seed_lacks_is_left_out() -> None:
+    found = runs(**MADE_UP)
+    found["sft"][1]["final"]["held_out"]["texts"] = ["one", "word"]
+    methods = results.summarize(found, parse_methods("sft,grpo,uniapl"), main=MAIN)["methods"]
+    assert "distinct_2" not in methods["sft"]["measures"]
+    assert methods["grpo"]["measures"]["distinct_2"]["mean"] == 1.0
+    text = {**results_of(**MADE_UP), "methods": methods}
+    assert "distinct-2" in render_comparison(text, title="one")
+
+
+def test_an_unscored_suite_is_an_error() -> None:
+    found = runs(base=([0.2, 0.2], 1.5), sft=([0.4, 0.4], 1.2))
+    found["sft"][1]["final"]["held_out"]["scores"] = {"reward": [[0, 0], [0, 0]]}
+    with pytest.raises(UniAPLError, match="suite 'held_out': no completion could be scored by 'reward'"):
+        results.summarize(found, parse_methods("sft"), main=MAIN)
+
+
+def test_the_short_table() -> None:
+    header, *rows = verdict.short_table(results_of(**MADE_UP))
+    assert header[:5] == ["method", "reward", "difference from grpo", "prompt s.e.", "expert nll"]
+    assert [row[0] for row in rows] == ["base", "sft", "grpo", "uniapl"]
+    assert rows[1][1:6] == ["0.420", "-0.200 [-0.250, -0.150]", "0.100", "1.200", "1.00"]
+    assert rows[1][-2:] == ["1e+15", "10"]
 
 
 def test_the_page_has_every_part() -> None:
-    outcomes = made_up()
-    grpo = [swept([0.3, 0.4, 0.5, 0.6], [1.5, 1.6, 1.7, 1.8]) for _ in range(2)]
-    summary: dict[str, Any] = {
-        "versions": {"uniapl": "0"},
-        "seeds": [0, 1],
-        "budget": {"rollouts": 9600, "demonstrations": 3200},
-        "settings": {"uniapl": {"a<b": 1.0}},
-        "search": {"uniapl": {"a<b": 2.0}},
-        "table": results.table(outcomes),
-        "curves": {m: results.mean_curve(outcomes[m], outcomes["base"]) for m in ("grpo", "uniapl")},
-        "fronts": results.fronts({"grpo": grpo, "uniapl": grpo}, outcomes["base"]),
-        "ablations": results.ablations({"worse": outcomes["grpo"]}, outcomes["uniapl"]),
+    values: dict[str, Any] = MADE_UP | {
+        "grpo[objective.beta=0]": ([0.6, 0.6, 0.6], 1.9),
+        "grpo[objective.beta=0.5]": ([0.4, 0.4, 0.4], 1.7),
     }
-    text = render_comparison(summary, title="one")
-    assert "a&lt;b = 1.0" in text
+    found = results_of(**MADE_UP)
+    text = render_comparison(found, title="one")
     assert "a&lt;b = 2.0" in text
-    assert "+0.100 [+0.100, +0.100]" in text
-    assert json.dumps(summary), "and so can be written as results.json"
-    assert render_comparison(summary, title="one") == text, "the same results give the same bytes"
+    assert "-0.200 [-0.250, -0.150]" in text
     visible = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"\b(nan|None)\b", visible)
+    (marked,) = re.findall(r'<th scope="row">(\S+) <span class="pill good">', text)
+    assert marked == "uniapl"
+    for sentence in found["verdict"]:
+        assert sentence.replace("'", "&#39;") in text
+    assert json.dumps(found), "and so can be written as results.json"
+    assert render_comparison(found, title="one") == text, "the same results give the same bytes"
+    swept = {
+        label: [outcome(label, s, x, nll) for s, x in enumerate(xs)] for label, (xs, nll) in values.items()
+    }
+    variants = parse_methods("sft,grpo,uniapl,grpo[objective.beta=0|0.5]")
+    with_fronts = {**found, **results.summarize(swept, variants, main=MAIN)}
+    assert "score at equal closeness" in render_comparison(with_fronts, title="one")

@@ -3,13 +3,17 @@
 import random
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from support.runs import lines
 from uniapl.cli.demo import demo
+from uniapl.config.resolve import load_recipe, resolve
+from uniapl.demo import metrics
 from uniapl.demo.constraints import HELD_OUT_COMBINATIONS, Constraint, TaskPrompt, conflict, draw_prompt
 from uniapl.demo.language import (
     ADJECTIVES,
@@ -26,10 +30,12 @@ from uniapl.demo.language import (
     parse,
 )
 from uniapl.demo.measure import measure, score_texts
-from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
+from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE
 from uniapl.demo.rewards import constraints_satisfied
 from uniapl.demo.task import as_row, make_task, make_tokenizer
 from uniapl.demo.writers import EXPERT, SLOPPY, write
+from uniapl.errors import UsageError
+from uniapl.evaluation import load_suites
 from uniapl.models.loading import ModelSource, load_model
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
@@ -276,6 +282,51 @@ def test_the_demo_runs_from_the_shipped_model(tmp_path: Path, capsys: pytest.Cap
     output = capsys.readouterr().out
     assert next(iter(task.held_out)).text in output.replace("\n", " ")
     assert "satisfies every constraint" in output
+
+
+def test_metrics_of_the_demo_by_hand() -> None:
+    place = "the king lost a ring near the river ."
+    wanted = [["topic", "king"], ["include", "ring"]]
+    assert metrics.good([PLAIN, f"{PLAIN} {PLAIN}", "ring king"], [wanted] * 3) == [1.0, 0.0, 0.0]
+    assert metrics.passed([PLAIN, "the ring"], [wanted] * 2) == [1.0, 0.0]
+    assert metrics.fluent([[{"role": "assistant", "content": f"{PLAIN} {PLAIN}"}]]) == [0.5]
+    habits = metrics.place_habit([place, PLAIN, place], [wanted, wanted, [*wanted, ["max_words", 9]]])
+    assert habits == [1.0, 0.0, None], "a limit of words leaves no room for a place"
+
+
+def test_the_task_is_written_as_files_with_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = make_task(prompts=6, demonstrations=4, held_out=3)
+    assert demo(["--write", "task", "--max-steps", "7", "--reward", "half"], task=task) == {}
+    assert "uniapl compare task/recipe.yaml" in capsys.readouterr().out
+    names = ("train", "held_out", "held_out_combinations")
+    rows = {name: lines(Path(f"task/{name}.jsonl")) for name in names}
+    assert rows["train"] == task.rows
+    assert [row["completion"][0]["content"] for row in rows["held_out"]] == [*task.held_out.values()]
+    assert len(rows["held_out_combinations"]) == 3
+    config = resolve(load_recipe("task/recipe.yaml")).config
+    assert (config.max_steps, config.batching, config.optim) == (7, *expected())
+    assert config.rewards.functions[0].name == "uniapl.demo.rewards:limits_satisfied"
+    assert config.evaluation.metrics[0] == "uniapl.demo.metrics:good"
+    tokenizer = AutoTokenizer.from_pretrained("task/base")
+    suites = load_suites(config, tokenizer)
+    assert [(suite.name, suite.headline) for suite in suites] == [(name, "good") for name in names[1:]]
+    scores, failure = suites[0].score(suites[0].examples, [*task.held_out.values()], [(1,)] * 3)
+    assert failure is None
+    assert [score["good"] for score in scores] == [[1.0]] * 3, "the expert is good"
+    with pytest.raises(UsageError, match="'task' is not empty"):
+        demo(["--write", "task"], task=task)
+    with pytest.raises(UsageError, match="--write needs a directory"):
+        demo(["--write"], task=task)
+    with pytest.raises(UsageError, match="unknown reward 'hones': choose one of honest"):
+        demo(["--write", "other", "--reward", "hones"], task=task)
+
+
+def expected() -> tuple[Any, Any]:
+    found = resolve(RECIPE).config
+    return found.batching, found.optim
 
 
 def test_the_shipped_model_is_small() -> None:

@@ -312,6 +312,79 @@ def test_unknown_suites_are_refused(text: str) -> None:
         parse_suite(text)
 
 
+METRICS = """
+def letters(completions):
+    return [float(len(text)) for text in completions]
+
+def is_asked(completions, wanted):
+    return [float(text == one) for text, one in zip(completions, wanted)]
+"""
+
+
+def with_metrics(tmp_path: Path, *names: str, rewards: Sequence[str] = ("lowercase",)) -> Config:
+    path = tmp_path / "metrics.py"
+    path.write_text(METRICS)
+    functions = tuple(RewardFunctionConfig(name=name) for name in rewards)
+    evaluation = EvaluationConfig(metrics=tuple(f"{path}:{name}" for name in names))
+    return Config(rewards=RewardsConfig(functions=functions), evaluation=evaluation)
+
+
+def test_metrics_are_scored_and_the_first_is_the_main_score(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "a", "wanted": "ab"}\n{"prompt": "b"}\n')
+    suite = load_suite(str(path), with_metrics(tmp_path, "is_asked", "letters"), make_tokenizer())
+    assert suite.headline == "is_asked"
+    sampler = Scripted([["ab"], ["ABC"]])
+    result = evaluate_suite(suite, sampler, sampler.tokenizer, with_floors=False)
+    # is_asked applies to the first row only.
+    assert result.summary["per_prompt"] == {
+        "reward": [[1, 1], [0, 1]],
+        "is_asked": [[1, 1], [0, 0]],
+        "letters": [[2, 1], [3, 1]],
+    }
+    assert result.metrics["letters"] == 2.5
+    assert [len(rollout.completion_ids) for rollout in result.rollouts] == [3, 4]
+
+
+def test_a_metric_that_applies_to_no_row_is_noted_and_is_not_the_main_score(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    suite = load_suite(str(path), with_metrics(tmp_path, "is_asked"), make_tokenizer())
+    assert suite.headline == "reward"
+    assert suite.notes == (f"metric '{tmp_path / 'metrics.py'}:is_asked' applies to no row",)
+
+
+def test_metrics_score_rows_without_rewards_and_instructions(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    suite = load_suite(str(path), with_metrics(tmp_path, "letters", rewards=()), make_tokenizer())
+    assert suite.headline == "letters"
+    assert suite.score(suite.examples, ["abc"], [(1,)])[0] == [{"reward": [], "letters": [3.0]}]
+
+
+def test_suites_from_rows_need_no_function_that_applies(tmp_path: Path) -> None:
+    (suite,) = load_suites(
+        Config(), make_tokenizer(), rows={"mine": [(7, {"prompt": "a", "completion": "b"})]}
+    )
+    assert (suite.name, suite.examples[0].row, suite.examples[0].demonstration) == ("mine", 7, "b")
+    assert suite.score(suite.examples, ["x"], [(1,)])[0] == [{"reward": []}]
+
+
+def test_wrong_metrics_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    with pytest.raises(
+        UsageError, match=r"suite 'held_out'.*has no function 'leters'.*Did you mean 'letters'"
+    ):
+        load_suite(str(path), with_metrics(tmp_path, "leters"), make_tokenizer())
+    config = with_metrics(tmp_path, "letters")
+    (tmp_path / "others.py").write_text(METRICS)
+    names = (*config.evaluation.metrics, f"{tmp_path / 'others.py'}:letters")
+    config = config.model_copy(update={"evaluation": EvaluationConfig(metrics=names)})
+    with pytest.raises(UsageError, match="two functions have the same name"):
+        load_suite(str(path), config, make_tokenizer())
+
+
 def test_rows_without_instructions_or_rewards_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "held_out.jsonl"
     path.write_text('{"prompt": "a"}\n')

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.compared import MADE_UP, results_of
 from support.report_runs import answer, large_run, metric_rows, prompt_row, write_lines, write_run
 from support.runs import has_letter, recipe, train
 from support.tiny import save_model
@@ -537,21 +538,22 @@ def test_figures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_page_of_a_comparison(tmp_path: Path) -> None:
+    results = results_of(**MADE_UP)
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "results.json").write_text(json.dumps(results))
     output = tmp_path / "report.html"
-    assert run_cli(["report", str(ROOT / "docs" / "compare"), "-o", str(output)]) == 0
+    assert run_cli(["report", str(tmp_path / "compared"), "-o", str(output)]) == 0
     page = output.read_text()
-    results = json.loads((ROOT / "docs" / "compare" / "results.json").read_text())
-    good = results["table"]["methods"]["uniapl"]["held_out"]["good"]
-    assert f"{good['mean']:.3f} [{good['low']:.3f}, {good['high']:.3f}]" in page
-    points = chart(page, "Held-out prompts, nats per token of the expert's texts")["lines"]
-    front = results["fronts"]["held_out/expert_nll"]["methods"]
-    assert [line["label"] for line in points] == list(front)
-    expected = [point["good"]["mean"] for point in front[points[0]["label"]]["points"]]
-    assert points[0]["y"] == pytest.approx(expected, rel=1e-4)
+    assert "0.420 [0.370, 0.470]" in page
+    points = chart(page, "reward and expert nll")
+    assert [line["label"] for line in points["lines"]] == list(results["methods"])
+    assert points["lines"][1] | {"x": [1.2], "y": [0.42], "names": ["sft"]} == points["lines"][1]
+    assert "further left is closer" in points["note"]
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "results.json").write_text("{}")
-    with pytest.raises(UsageError, match="was not written by uniapl compare"):
-        report([str(tmp_path / "other")])
+    for text in ("{}", '{"format": 2}', "[]"):
+        (tmp_path / "other" / "results.json").write_text(text)
+        with pytest.raises(UsageError, match="was not written by uniapl compare"):
+            report([str(tmp_path / "other")])
 
 
 def test_reports_do_not_import_torch() -> None:

@@ -33,8 +33,8 @@ class Verb:
 VERBS = {
     "demo": Verb("[--reward NAME] [--key value ...]", "train on a small bundled task, in minutes"),
     "compare": Verb(
-        "[--methods a,b] [--seeds 5]",
-        "compare methods on the demo task at equal budget, with intervals",
+        "RECIPE.yaml --methods a,b",
+        "compare methods on a recipe at equal budget, with intervals",
         "interrupted; finished cells are kept, and the same command continues with the others",
     ),
     "train": Verb("RECIPE.yaml [--key value ...]", "train with a recipe (--quiet; --json for scripts)"),

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -30,6 +29,7 @@ from uniapl.models.loading import (
     load_stop_ids,
     load_tokenizer,
     pad_id_of,
+    put_on_device,
 )
 from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
@@ -80,7 +80,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
     _make_directory(options.output_dir, overwrite=options.overwrite)
-    _put_on_device(model)
+    put_on_device(model)
     sampler = LocalSampler(
         model=model,
         stop_ids=stop_ids,
@@ -197,14 +197,6 @@ def _config(options: argparse.Namespace) -> Config:
         raise UsageError(f"nothing to evaluate: {remedy}")
     model = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
     return config.model_copy(update={"model": model})
-
-
-def _put_on_device(model: Any) -> None:
-    """Move the model to the accelerator, in bf16 if supported. Apple's GPUs lack the sampler's float64."""
-    device = torch.accelerator.current_accelerator()
-    if device is not None and device.type != "mps":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        model.to(device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
 def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:

@@ -1,125 +1,190 @@
-"""Run one cell: train, measure on held-out prompts during and after training, and count the costs."""
+"""Run one cell in its own process: `python -m uniapl.compare.cell`, with the job as JSON on standard
+input."""
 
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
-from importlib.resources import as_file, files
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from uniapl.compare.plan import SEARCH_SEED, Cell
-from uniapl.config.resolve import merge, resolve
-from uniapl.demo.measure import measure
-from uniapl.demo.task import Task, make_task
-from uniapl.files import sync, sync_tree
-from uniapl.models.loading import ModelSource, load_model
+from uniapl.compare.plan import BASE, Cell
+from uniapl.compare.sampling import VALIDATION, Sample, Suites
+from uniapl.config import Config
+from uniapl.config.resolve import merge, resolve, stages_of
+from uniapl.data.reading import read_rows
+from uniapl.files import write_text
+from uniapl.models.loading import ModelSource, load_model, put_on_device
 from uniapl.training.api import train_resolved
+from uniapl.training.state_adversary import STATE_KINDS
 
-EVAL_STEPS = 10
-"""Steps between the points of a curve."""
-HELD_OUT = 1024
-"""Held-out prompts, and as many with new combinations, one text each."""
-CURVE_PROMPTS = 128
-"""Held-out prompts for each point of a curve; the final model is measured on all of them."""
-CURVE_METRICS = (
+CURVE = (
     "reward",
     "trained/entropy",
+    "rollout/entropy_estimate",
     "discriminator/win_rate",
     "adversary/active",
     "adversary/reward_change",
     "adversary/advantage_change",
 )
 """Metrics of the training step that a point of a curve keeps."""
-REFERENCE_ROWS, REFERENCE_STEPS = 4096, 192
-"""Expert texts, and steps with 64 of them, to train the reference model of the expert: three epochs."""
 
 
-def run_cell(cell: Cell, reference: Path) -> dict[str, Any]:
-    """Train and measure a cell; the method "base" is measured without training.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A cell, and what is the same for all cells of a comparison."""
 
-    Args:
-        reference: The model written by :func:`make_reference`.
+    cell: Cell
+    cut: Mapping[str, Sequence[int]]
+    """Suite -> numbers of the training rows that form it."""
+    base: Mapping[str, Any]
+    """The recipe of the model before training."""
+    eval_steps: int
+    """Steps between the points of the curve; 0 has no curve."""
+    work: str
+    """Directory for the run, which is deleted when the cell is finished."""
+    result: str
+    """The file to write."""
 
-    Returns:
-        The cell, its final measurements, its curve and its costs, as values for JSON.
-    """
-    task = task_of(cell)
-    expert = load_model(ModelSource(base=str(reference)))
-    with as_file(files("uniapl.demo") / "base") as base, tempfile.TemporaryDirectory() as work:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        trained, records = base, []
-        if cell.method != "base":
-            trained, records = _train(cell, task, base, tokenizer, Path(work))
-        model = load_model(ModelSource(base=str(trained)))
-    splits = {"held_out": task.held_out, "held_out_combinations": task.held_out_combinations}
-    final = {
-        name: asdict(measure(model, tokenizer, texts, reference=expert)[0]) for name, texts in splits.items()
-    }
-    return {"cell": asdict(cell), "final": final, **_costs(records)}
+    def to_json(self) -> str:
+        """The job as text."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Job":
+        """The inverse of :meth:`to_json`."""
+        values = json.loads(text)
+        return Job(**{**values, "cell": Cell(**values["cell"])})
 
 
-def _train(
-    cell: Cell, task: Task, base: Path, tokenizer: PreTrainedTokenizerBase, work: Path
-) -> tuple[Path, list[dict[str, Any]]]:
-    """The trained model and the metrics of its steps."""
-    prompts = dict(list(task.held_out.items())[:CURVE_PROMPTS])
+def run_cell(job: Job) -> dict[str, Any]:
+    """Train and sample; returns the cell, its final sample, its curve and its costs, as values for JSON."""
+    started = time.monotonic()
+    cell = job.cell
+    config = resolve(dict(cell.recipe or job.base)).config
+    suites = Suites.load(config, job.cut, search=cell.search)
+    outcome: dict[str, Any] = {"cell": asdict(cell), "curve": [], "cost": dict.fromkeys(COSTS, 0)}
+    source = suites.source
+    Path(job.work).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=job.work) as work:
+        if cell.method != BASE:
+            final, points = _train(job, config, suites, Path(work))
+            source = source.with_weights(final)
+            records = [
+                json.loads(line) for line in (Path(work) / "run" / "metrics.jsonl").read_text().splitlines()
+            ]
+            stages = [stage.config for stage in stages_of(resolve(dict(cell.recipe)))]
+            outcome |= costs(records, stages, _parameters(suites.source), points)
+        model = _loaded(source)
+    sample, results = suites.sample(model, cell.seed)
+    suites.add_likelihoods(sample, results, model, _loaded(suites.source) if cell.method != BASE else model)
+    return {**outcome, "final": sample, "wall": time.monotonic() - started}
+
+
+def _train(job: Job, config: Config, suites: Suites, work: Path) -> tuple[Path, dict[int, Sample]]:
+    """The trained model, and step -> the sample of each point of the curve."""
+    points: dict[int, Sample] = {}
 
     def evaluate(step: int, model: PreTrainedModel) -> Mapping[str, Any]:
-        return asdict(measure(model, tokenizer, prompts)[0]) if step % EVAL_STEPS == 0 else {}
+        if not job.eval_steps or step % job.eval_steps:
+            return {}
+        points[step], results = suites.sample(model, job.cell.seed)
+        return {f"{suite}/{name}": value for suite, r in results.items() for name, value in r.metrics.items()}
 
     changes = {
         "output_dir": str(work / "run"),
-        "save_steps": 10**6,
-        "model": {"model_name_or_path": str(base)},
+        "save_steps": 10**9,
+        "eval_steps": 0,
+        "log_completions_steps": 0,
     }
-    result = train_resolved(resolve(merge(cell.recipe, changes)), train_dataset=task.rows, evaluate=evaluate)
-    lines = (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return result.final_dir, [json.loads(line) for line in lines]
+    cut = [numbers for name, numbers in job.cut.items() if job.cell.search or name != VALIDATION]
+    out = {number for numbers in cut for number in numbers}
+    rows = [row for number, row in read_rows(config.data) if number not in out] if out else None
+    recipe = resolve(merge(dict(job.cell.recipe), changes))
+    result = train_resolved(recipe, train_dataset=rows, evaluate=evaluate)
+    return result.final_dir, points
 
 
-def task_of(cell: Cell) -> Task:
-    """The task drawn from the cell's seed; test cells share no prompt with the search."""
-    demonstrations = int(cell.settings.get("demonstrations", 256))
-    without = () if cell.seed >= SEARCH_SEED else make_task(seed=SEARCH_SEED, held_out=HELD_OUT).texts
-    return make_task(seed=cell.seed, demonstrations=demonstrations, held_out=HELD_OUT, without=without)
+COSTS = ("rollout_tokens", "trained_tokens", "flops", "seconds")
 
 
-def make_reference(path: Path) -> None:
-    """Write a model of the expert: the base, fine-tuned on thousands of the expert's texts."""
-    task = make_task(seed=SEARCH_SEED - 1, prompts=REFERENCE_ROWS, demonstrations=REFERENCE_ROWS, held_out=0)
-    with as_file(files("uniapl.demo") / "base") as base, tempfile.TemporaryDirectory() as work:
-        recipe = {
-            "method": "sft",
-            "output_dir": work,
-            "max_steps": REFERENCE_STEPS,
-            "save_steps": REFERENCE_STEPS,
-            "model": {"model_name_or_path": str(base)},
-            "optim": {"learning_rate": 1e-3, "lr_scheduler_type": "linear"},
-            "batching": {"demonstrations_per_step": 64, "max_tokens_per_micro_batch": 1024},
-        }
-        result = train_resolved(resolve(recipe), train_dataset=task.rows)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        shutil.copytree(result.final_dir, temporary)
-    sync_tree(temporary)
-    temporary.rename(path)
-    sync(path.parent)
+def costs(
+    records: Sequence[Mapping[str, Any]],
+    stages: Sequence[Config],
+    parameters: int,
+    points: Mapping[int, Sample],
+) -> dict[str, Any]:
+    """The costs of a complete run and of each point of its curve, without the measurements.
 
-
-def _costs(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The curve, and the costs of the complete run without the measurements."""
-    cost = {"rollout_tokens": 0, "trained_tokens": 0, "seconds": 0.0}
+    FLOPs are 2 per parameter and token for a forward pass and 6 for a training step (arXiv 2001.08361), over
+    completion tokens: prompts are not counted. See :func:`flops_per_token`.
+    """
+    cost: dict[str, float] = dict.fromkeys(COSTS, 0)
     curve: list[dict[str, Any]] = []
     for record in records:
-        cost["rollout_tokens"] += record["tokens/rollout"]
-        cost["trained_tokens"] += record["tokens/sft"] + record["tokens/rollout"]
+        rollout, sft = record["tokens/rollout"], record["tokens/sft"]
+        cost["rollout_tokens"] += rollout
+        cost["trained_tokens"] += rollout + sft
+        cost["flops"] += parameters * (rollout * flops_per_token(stages[record.get("stage") or 0]) + 6 * sft)
         cost["seconds"] += record["step_time"]
-        point = {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/")}
-        if point:
-            kept = {name: record[name] for name in CURVE_METRICS if record.get(name) is not None}
-            curve.append({"step": record["step"], **cost, **point, **kept})
-    return {"curve": curve, "cost": cost}
+        if sample := points.get(record["step"]):
+            kept = {name: record[name] for name in CURVE if record.get(name) is not None}
+            curve.append({"step": record["step"], **cost, "sample": sample, "metrics": kept})
+    return {"cost": cost, "curve": curve}
+
+
+def flops_per_token(config: Config) -> int:
+    """FLOPs per parameter of the policy for one token of a rollout: sampled, trained on, and scored.
+
+    Sampling is a forward pass (2) and the update a training step (6). The KL reference adds a forward pass,
+    which discriminators on its states share. A co-trained discriminator adds a forward pass and its updates,
+    and a frozen one a forward pass, as if it had the size of the policy.
+    """
+    objective, discriminator = config.objective, config.discriminator
+    adversary = objective.lambda_adv > 0
+    on_reference = adversary and discriminator.kind in STATE_KINDS
+    flops = 2 + 6
+    if objective.beta > 0 or on_reference:
+        flops += 2
+    if adversary and not on_reference:
+        flops += 2
+    if adversary and discriminator.kind == "bradley-terry":
+        flops += 6 * discriminator.updates_per_step
+    return flops
+
+
+def _parameters(source: ModelSource) -> int:
+    return load_model(source).num_parameters()
+
+
+def _loaded(source: ModelSource) -> PreTrainedModel:
+    model = load_model(source)
+    put_on_device(model)
+    return model
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when the comparison that started it is killed: it would only use the processor."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    """Run the job on standard input and write its outcome."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    job = Job.from_json(sys.stdin.read())
+    outcome = run_cell(job)
+    write_text(Path(job.result), json.dumps(outcome))
+    shutil.rmtree(job.work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,189 +1,230 @@
-"""The tables of a comparison, computed from the outcomes of its cells, as results.json holds them."""
+"""The results of a comparison, computed from the outcomes of its cells, as results.json holds them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from uniapl.compare.plan import BASELINES, FRONTS
-from uniapl.compare.statistics import (
-    Point,
-    cost_to_reach,
-    distance_at_equal_good,
-    good_at_equal_closeness,
-    paired_difference,
-)
-from uniapl.intervals import Interval, student_interval
-from uniapl.report.analysis import interval_text
+from uniapl.compare import verdict
+from uniapl.compare.budget import budget_of
+from uniapl.compare.measures import Judge, closeness, judged, scores
+from uniapl.compare.plan import BASE, Variant
+from uniapl.compare.statistics import paired_difference, score_at_equal_closeness
+from uniapl.config.resolve import resolve, stages_of
+from uniapl.errors import UniAPLError
+from uniapl.intervals import student_interval
 
-Outcome = dict[str, Any]
+Outcome = Mapping[str, Any]
 """The result of :func:`uniapl.compare.cell.run_cell`."""
+Runs = Mapping[str, Sequence[Outcome]]
+"""Label of a method (and `BASE`) -> one outcome per seed, in the same order of seeds."""
 
-SPLITS = ("held_out", "held_out_combinations")
-MEASURES = (
-    "good", "passed", "fluency", "expert_nll", "length_distance", "place_habit", "reference_nll",
-    "distinct", "distinct_2",
-)  # fmt: skip
-COSTS = ("rollout_tokens", "trained_tokens", "seconds")
+FORMAT = 2
+"""Version of results.json."""
+COMPARED = ("score", "expert_nll", "length_distance", "judge")
+"""Measures whose difference from the best method is reported."""
 
 
-def table(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
-    """Every method's means, its difference from the best baseline, and its cost to reach levels of `good`.
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What a model's sample is reduced to, for one seed."""
 
-    The best baseline is chosen by these same results, so chance favours it.
+    values: Mapping[str, float]
+    """`score`, the main score, and the measures."""
+    scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """Suite -> score -> mean and standard error over prompts."""
+
+
+def numbers(sample: Any, final: Any, main: tuple[str, str], judge: Judge | None = None) -> Numbers:
+    """The numbers of a sample; `final` is the sample of the same model's end, which has the expert's texts.
+
+    Raises:
+        UniAPLError: Every call of the function that gives the main score failed.
+    """
+    found = scores(sample)
+    values = closeness(sample)
+    score = found[main[0]].get(main[1], {}).get("mean")
+    if score is None:
+        raise UniAPLError(f"suite '{main[0]}': no completion could be scored by '{main[1]}'")
+    values["score"] = score
+    if judge is not None:
+        values |= judged(sample, final, judge)
+    return Numbers(values=values, scores=found)
+
+
+def summarize(
+    runs: Runs, variants: Sequence[Variant], *, main: tuple[str, str], judge: Judge | None = None
+) -> dict[str, Any]:
+    """Tables, curves, fronts and verdict.
+
+    The best method is chosen by these same results, so chance favours it.
 
     Args:
-        outcomes: One outcome per seed for each method (and "base"), with the seeds in the same order.
+        main: Suite and score by which the methods are compared.
     """
-    present = [name for name in BASELINES if name in outcomes]
-    best = max(present, key=lambda name: fmean(_final(outcomes[name], "held_out", "good")), default=None)
-    levels = _levels(outcomes, best)
-    rows: dict[str, Any] = {}
-    for method, runs in outcomes.items():
-        row: dict[str, Any] = {
-            split: {name: student_interval(_final(runs, split, name)) for name in MEASURES}
-            for split in SPLITS
-        }
-        row["cost"] = {name: fmean(run["cost"][name] for run in runs) for name in COSTS}
-        if best is not None:
-            row["minus_best_baseline"] = {s: _difference(runs, outcomes[best], s, "good") for s in SPLITS}
-        if method != "base":
-            curve = mean_curve(runs, outcomes["base"])
-            row["rollout_tokens_to_reach"] = {
-                f"{level:.3f}": cost_to_reach(curve["rollout_tokens"], curve["good"], level)
-                for level in levels
-            }
-        rows[method] = row
-    return {"best_baseline": best, "levels": levels, "methods": rows}
-
-
-def short_table(table: Mapping[str, Any]) -> list[list[str]]:
-    """The table as text for a terminal and a document: a header, and a row per method."""
-    best = table["best_baseline"]
-    rows = [
-        f"method;good;difference from {best};new combinations;expert nll;length distance;tokens".split(";")
-    ]
-    for method, row in table["methods"].items():
-        here, there = (row[split] for split in SPLITS)
-        difference = row["minus_best_baseline"]["held_out"] if best and method != best else None
-        rows.append(
-            [
-                method,
-                f"{here['good']['mean']:.3f}",
-                interval_text(difference, "+") if difference else "",
-                f"{there['good']['mean']:.3f}",
-                f"{here['expert_nll']['mean']:.3f}",
-                f"{here['length_distance']['mean']:.2f}",
-                f"{row['cost']['rollout_tokens']:,.0f}",
-            ]
-        )
-    return rows
-
-
-def mean_curve(runs: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, list[float]]:
-    """The means over seeds of `good` and of the costs at each point of the curve; the base is the first."""
-    curve: dict[str, list[float]] = {name: [0.0] for name in COSTS}
-    curve["good"] = [fmean(_final(base, "held_out", "good"))]
-    for points in zip(*(run["curve"] for run in runs), strict=True):
-        for name in ("good", *COSTS):
-            curve[name].append(fmean(point[name] for point in points))
-    return curve
-
-
-def fronts(
-    outcomes: Mapping[str, Sequence[Sequence[Outcome]]], base: Sequence[Outcome], *, ours: str = "uniapl"
-) -> dict[str, Any]:
-    """The differences between our front and each other method's, on both splits, paired over seeds.
-
-    The front of a method and a seed consists of its models along its setting, and the base. Fronts are
-    compared by `good` at equal closeness, averaged over bounds on the distance, and by the distance at equal
-    `good`, averaged over levels. The ranges are those of all methods' models.
-
-    Args:
-        outcomes: For each method and seed, one outcome per value of the setting.
-        base: The base's outcome for each seed.
-    """
-    return {
-        f"{split}/{distance}": _front(outcomes, base, ours, split, distance)
-        for split in SPLITS
-        for distance in ("expert_nll", "length_distance")
+    measured = {
+        label: [numbers(o["final"], o["final"], main, judge) for o in found] for label, found in runs.items()
     }
-
-
-def _front(
-    outcomes: Mapping[str, Sequence[Sequence[Outcome]]],
-    base: Sequence[Outcome],
-    ours: str,
-    split: str,
-    distance: str,
-) -> dict[str, Any]:
-    points: dict[str, list[list[Point]]] = {
-        method: [
-            [(o["final"][split]["good"], o["final"][split][distance]) for o in (*swept, start)]
-            for swept, start in zip(seeds, base, strict=True)
-        ]
-        for method, seeds in outcomes.items()
-    }
-    goods, distances = zip(*(p for seeds in points.values() for front in seeds for p in front), strict=True)
-    bounds, levels = (min(distances), max(distances)), (min(goods), max(goods))
-    measures = {
-        method: {
-            "good_at_equal_closeness": [good_at_equal_closeness(front, bounds) for front in seeds],
-            "distance_at_equal_good": [distance_at_equal_good(front, levels, bounds[1]) for front in seeds],
-            "best_good": [max(good for good, _ in front) for front in seeds],
-        }
-        for method, seeds in points.items()
-    }
+    trained = [label for label in runs if label != BASE]
+    best = max(trained, key=lambda label: _mean(measured[label], "score"))
     methods: dict[str, Any] = {}
-    for method, values in measures.items():
-        row: dict[str, Any] = {name: student_interval(v) for name, v in values.items()}
-        row["ours_minus_this"] = None
-        if ours in points and method != ours:
-            row["ours_minus_this"] = {
-                name: paired_difference(measures[ours][name], v) for name, v in values.items()
+    for label, found in measured.items():
+        methods[label] = {
+            **planned(runs[label][0]["cell"]["recipe"]),
+            "settings": dict(runs[label][0]["cell"]["settings"]),
+            "scores": _scores(found),
+            "measures": _measures(found),
+            "prompt_error": _prompt_error(found, main),
+            "cost": {
+                name: fmean(run["cost"][name] for run in runs[label]) for name in runs[label][0]["cost"]
+            },
+            "minus_best": _differences(found, measured[best]),
+            "minus_base": _differences(found, measured[BASE]),
+        }
+    summary: dict[str, Any] = {
+        "format": FORMAT,
+        "main": {"suite": main[0], "score": main[1]},
+        "seeds": [run["cell"]["seed"] for run in runs[BASE]],
+        "best": best,
+        "methods": methods,
+        "curves": _curves(runs, measured[BASE], main, judge),
+        "fronts": _fronts(variants, measured),
+    }
+    recommended = verdict.recommended(methods, best)
+    if recommended in methods:
+        compared = {
+            label: _differences(measured[label], measured[recommended])
+            for label in trained
+            if label != recommended
+        }
+        summary["recommended"] = {"method": recommended, "others_minus_this": compared}
+    return {**summary, "verdict": verdict.sentences(summary)}
+
+
+def planned(recipe: Mapping[str, Any]) -> dict[str, int]:
+    """Steps, rollouts and demonstrations of a cell's recipe."""
+    if not recipe:
+        return {"steps": 0, "rollouts": 0, "demonstrations": 0}
+    stages = [stage.config for stage in stages_of(resolve(dict(recipe)))]
+    budget = budget_of(stages)
+    return {
+        "steps": sum(stage.max_steps for stage in stages),
+        "rollouts": budget.rollouts,
+        "demonstrations": budget.demonstrations,
+    }
+
+
+def _measures(found: Sequence[Numbers]) -> dict[str, Any]:
+    """The measures that every seed has: completions of one word have no pairs of words."""
+    names = [name for name in found[0].values if all(name in one.values for one in found)]
+    return {name: student_interval(_values(found, name)) for name in names}
+
+
+def _values(found: Sequence[Numbers], name: str) -> list[float]:
+    return [one.values[name] for one in found]
+
+
+def _mean(found: Sequence[Numbers], name: str) -> float:
+    return fmean(_values(found, name))
+
+
+def _scores(found: Sequence[Numbers]) -> dict[str, Any]:
+    """Suite -> score -> the mean with its interval over seeds, and the mean standard error over prompts."""
+    return {
+        suite: {
+            name: {
+                **student_interval([one.scores[suite][name]["mean"] for one in found]),
+                **_errors(found, suite, name),
             }
-        knob, settings = FRONTS[method]
-        row["points"] = [
-            {
-                "knob": knob,
-                "value": value,
-                "good": student_interval(_final(runs, split, "good")),
-                "distance": student_interval(_final(runs, split, distance)),
-            }
-            for value, runs in zip(settings, zip(*outcomes[method], strict=True), strict=True)
+            for name in named
+            if all(name in one.scores[suite] for one in found)
+        }
+        for suite, named in found[0].scores.items()
+    }
+
+
+def _errors(found: Sequence[Numbers], suite: str, name: str) -> dict[str, float | None]:
+    errors = [error for one in found if (error := one.scores[suite][name]["prompt_error"]) is not None]
+    return {"prompt_error": fmean(errors) if errors else None}
+
+
+def _prompt_error(found: Sequence[Numbers], main: tuple[str, str]) -> float | None:
+    return _errors(found, *main)["prompt_error"]
+
+
+def _differences(ours: Sequence[Numbers], theirs: Sequence[Numbers]) -> dict[str, Any]:
+    return {
+        name: paired_difference(_values(ours, name), _values(theirs, name))
+        for name in COMPARED
+        if all(name in one.values for one in (*ours, *theirs))
+    }
+
+
+def _curves(
+    runs: Runs, base: Sequence[Numbers], main: tuple[str, str], judge: Judge | None
+) -> dict[str, dict[str, list[float]]]:
+    """The means over seeds at each point of the curves, from the model before training on."""
+    curves: dict[str, dict[str, list[float]]] = {}
+    for label, found in runs.items():
+        # Early stopping may have ended a run before the others.
+        steps = [*zip(*(run["curve"] for run in found), strict=False)]
+        if not steps:
+            continue
+        curve: dict[str, list[float]] = {"step": [0.0], "rollout_tokens": [0.0], "trained_tokens": [0.0]}
+        shown = [name for name in ("score", "judge", "on_topic", "tokens") if name in base[0].values]
+        curve |= {name: [_mean(base, name)] for name in shown}
+        for points in steps:
+            measured = [
+                numbers(point["sample"], run["final"], main, judge)
+                for point, run in zip(points, found, strict=True)
+            ]
+            for name in ("step", "rollout_tokens", "trained_tokens"):
+                curve[name].append(fmean(point[name] for point in points))
+            for name in shown:
+                curve[name].append(_mean(measured, name))
+        curves[label] = curve
+    return curves
+
+
+def _fronts(variants: Sequence[Variant], measured: Mapping[str, Sequence[Numbers]]) -> dict[str, Any]:
+    """Methods with a swept setting: their models by its value, and their score at equal closeness.
+
+    The front of a method and a seed consists of its models and the base. The bounds on the distance are the
+    range of all fronts' models.
+    """
+    swept: dict[str, list[Variant]] = {}
+    for variant in variants:
+        if variant.swept is not None:
+            swept.setdefault(f"{variant.pipeline}, {variant.swept}", []).append(variant)
+    points = {
+        name: [
+            [(one.values["score"], one.values["expert_nll"]) for one in models]
+            for models in zip(measured[BASE], *(measured[variant.label] for variant in found), strict=True)
         ]
-        methods[method] = row
-    return {"bounds": bounds, "levels": levels, "methods": methods}
-
-
-def ablations(variants: Mapping[str, Sequence[Outcome]], uniapl: Sequence[Outcome]) -> dict[str, Any]:
-    """The means of every variant and its difference from uniapl on the same seeds."""
+        for name, found in swept.items()
+    }
+    distances = [distance for seeds in points.values() for front in seeds for _, distance in front]
+    bounds = (min(distances), max(distances)) if distances else (0.0, 0.0)
+    equal = {
+        name: [score_at_equal_closeness(front, bounds) for front in seeds] for name, seeds in points.items()
+    }
+    best = max(equal, key=lambda name: fmean(equal[name]), default="")
     return {
         name: {
-            split: {
-                measure: {
-                    **student_interval(_final(runs, split, measure)),
-                    "difference": _difference(runs, uniapl, split, measure),
+            "points": [
+                {
+                    "value": variant.settings[str(variant.swept)],
+                    "label": variant.label,
+                    **{
+                        measure: student_interval(_values(measured[variant.label], measure))
+                        for measure in ("score", "expert_nll")
+                    },
                 }
-                for measure in ("good", "fluency", "expert_nll", "length_distance")
-            }
-            for split in SPLITS
+                for variant in found
+            ],
+            "score_at_equal_closeness": student_interval(equal[name]),
+            "best_front": best,
+            "minus_best_front": None if name == best else paired_difference(equal[name], equal[best]),
         }
-        for name, runs in variants.items()
+        for name, found in swept.items()
     }
-
-
-def _difference(runs: Sequence[Outcome], others: Sequence[Outcome], split: str, name: str) -> Interval:
-    return paired_difference(_final(runs, split, name), _final(others, split, name))
-
-
-def _final(runs: Sequence[Outcome], split: str, name: str) -> list[float]:
-    return [run["final"][split][name] for run in runs]
-
-
-def _levels(outcomes: Mapping[str, Sequence[Outcome]], best: str | None) -> list[float]:
-    """Levels of `good`: 25 %, 50 %, 75 % and 100 % of the way from the base to the best baseline."""
-    if best is None or "base" not in outcomes:
-        return []
-    low = fmean(_final(outcomes["base"], "held_out", "good"))
-    high = fmean(_final(outcomes[best], "held_out", "good"))
-    return [low + (high - low) * fraction for fraction in (0.25, 0.5, 0.75, 1.0)]

@@ -1,146 +1,222 @@
-"""Run cells in parallel processes with one thread each. Finished cells are files and never run again."""
+"""Run cells in processes of their own. Finished cells are files and never run again."""
 
 import concurrent.futures
 import json
-import multiprocessing
 import os
+import queue
+import shutil
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from uniapl.compare.plan import KNOBS, LEARNING_RATES, Cell, search_cells
-from uniapl.compare.results import Outcome
+from uniapl.compare.cell import Job
+from uniapl.compare.measures import criterion
+from uniapl.compare.plan import Cell, Plan, Value, Variant
 from uniapl.errors import UniAPLError
-from uniapl.files import write_text
+
+Outcome = dict[str, Any]
+"""The result of :func:`uniapl.compare.cell.run_cell`."""
+WORKER = (sys.executable, "-m", "uniapl.compare.cell")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run_cells(
-    cells: Sequence[Cell], directory: Path, *, jobs: int, run: Callable[[Cell, Path], Outcome] | None = None
-) -> list[Outcome]:
-    """The outcomes of the cells, in their order; outcomes on disk are not computed again.
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Runs the cells of one comparison."""
 
-    Args:
-        run: Replaces :func:`uniapl.compare.cell.run_cell`; called in a separate process.
+    directory: Path
+    jobs: int
+    threads: int
+    """Threads of each process."""
+    cut: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    eval_steps: int = 0
+    devices: Sequence[str] = ()
+    """GPUs, of which each process gets one; empty leaves the choice to the process."""
+    worker: Sequence[str] = WORKER
+    console: Console = field(default_factory=lambda: Console(highlight=False))
 
-    Raises:
-        UniAPLError: Some cells failed; the outcomes of the others are on disk.
-    """
-    distinct = {cell.name: cell for cell in cells}.values()
-    missing = [cell for cell in distinct if not _file(directory, cell).exists()]
-    if missing:
-        console = Console(highlight=False)
-        console.print(f"{len(distinct)} cells, {len(missing)} to run, {jobs} at a time", markup=False)
-        (directory / "cells").mkdir(parents=True, exist_ok=True)
-        pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    def file(self, cell: Cell) -> Path:
+        """The outcome of a cell."""
+        return self.directory / "cells" / f"{cell.name}.json"
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether the outcome of a cell exists."""
+        return self.file(cell).exists()
+
+    def read(self, cell: Cell) -> Outcome:
+        """The outcome of a finished cell.
+
+        Raises:
+            UniAPLError: The file is damaged.
+        """
+        path = self.file(cell)
         try:
-            _run_missing(missing, directory, pool, run or _run_cell, console)
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UniAPLError(
+                f"cannot read the cell '{path}' ({error}): delete it to run it again"
+            ) from error
+
+    def run(self, cells: Sequence[Cell]) -> list[Outcome]:
+        """The outcomes of the cells, in their order; outcomes on disk are not computed again.
+
+        Raises:
+            UniAPLError: Some cells failed; the outcomes of the others are on disk.
+        """
+        distinct = {cell.name: cell for cell in cells}.values()
+        missing = [cell for cell in distinct if not self.finished(cell)]
+        for cell in distinct:
+            if self.finished(cell):
+                # Left behind if the comparison was killed just after the cell was finished.
+                self.file(cell).with_suffix(".log").unlink(missing_ok=True)
+        if missing:
+            text = f"{len(distinct)} cells, {len(missing)} to run, {self.jobs} at a time"
+            self.console.print(text, markup=False)
+            self._run_missing(missing)
+        return [self.read(cell) for cell in cells]
+
+    def _run_missing(self, cells: Sequence[Cell]) -> None:
+        (self.directory / "cells").mkdir(parents=True, exist_ok=True)
+        # What a killed comparison left behind.
+        shutil.rmtree(self.directory / "work", ignore_errors=True)
+        slots: queue.Queue[int] = queue.Queue()
+        for slot in range(self.jobs):
+            slots.put(slot)
+        processes = _Processes()
+        started, failures = time.monotonic(), list[str]()
+        pool = concurrent.futures.ThreadPoolExecutor(self.jobs)
+        try:
+            running = {pool.submit(self._run_one, cell, slots, processes): cell for cell in cells}
+            for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
+                cell, reason = running[future], future.result()
+                if reason is not None:
+                    failures.append(f"{cell.name}: {reason}")
+                    self.console.print(f"failed: {failures[-1]}", markup=False, soft_wrap=True)
+                    continue
+                left = (time.monotonic() - started) / number * (len(cells) - number) / 60
+                took = f"{self.read(cell)['wall']:.0f} s; about {left:.0f} min left"
+                self.console.print(f"{number}/{len(cells)} {cell.name}: {took}", markup=False)
         finally:
-            # After an interruption, waiting cells are not started.
+            # After an interruption, waiting cells are not started and running ones are ended.
             pool.shutdown(wait=False, cancel_futures=True)
-    return [_read(_file(directory, cell)) for cell in cells]
+            processes.end()
+            shutil.rmtree(self.directory / "work", ignore_errors=True)
+        if failures:
+            raise UniAPLError(f"{len(failures)} of {len(cells)} cells failed:\n" + "\n".join(failures))
 
-
-def _run_missing(
-    cells: Sequence[Cell],
-    directory: Path,
-    pool: concurrent.futures.Executor,
-    run: Callable[[Cell, Path], Outcome],
-    console: Console,
-) -> None:
-    reference = directory / "reference"
-    if not reference.exists():
-        pool.submit(_in_fresh_process, _make_reference, reference).result()
-    started = time.monotonic()
-    failures: list[str] = []
-    running = {pool.submit(_in_fresh_process, run, cell, reference): cell for cell in cells}
-    for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
-        cell = running[future]
+    def _run_one(self, cell: Cell, slots: "queue.Queue[int]", processes: "_Processes") -> str | None:
+        """Run a cell; returns why it failed, or None."""
+        slot = slots.get()
         try:
-            outcome = future.result()
-        except Exception as error:  # any failure of a cell: the others continue
-            failures.append(f"{cell.name}: {type(error).__name__}: {error}")
-            console.print(f"failed: {failures[-1]}", markup=False)
-            continue
-        write_text(_file(directory, cell), json.dumps(outcome))
-        good, seconds = outcome["final"]["held_out"]["good"], outcome["cost"]["seconds"]
-        left = (time.monotonic() - started) / number * (len(cells) - number) / 60
-        line = (
-            f"{number}/{len(cells)} {cell.name}: good {good:.3f}, {seconds:.0f} s; about {left:.0f} min left"
-        )
-        console.print(line, markup=False)
-    if failures:
-        raise UniAPLError(f"{len(failures)} cells failed:\n" + "\n".join(failures))
+            job = Job(
+                cell=cell,
+                cut=self.cut,
+                base=self.base,
+                eval_steps=self.eval_steps,
+                work=str(self.directory / "work" / cell.name),
+                result=str(self.file(cell)),
+            )
+            environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
+            if self.devices:
+                environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+            log = self.file(cell).with_suffix(".log")
+            with log.open("w", encoding="utf-8") as output:
+                code = processes.run(self.worker, job.to_json(), environment, output)
+            if code == 0 and self.finished(cell):
+                log.unlink()
+                return None
+            last = next(
+                (line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), ""
+            )
+            ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+            return f"{ended}: {last.strip() or 'no output'} (see {log})"
+        finally:
+            slots.put(slot)
 
 
-def search(
-    methods: Sequence[str], directory: Path, *, jobs: int, reward: str = "honest"
-) -> dict[str, dict[str, Any]]:
-    """The same search for every method, on validation prompts: the learning rate, then the method's setting.
+class _Processes:
+    """Processes that run, all of which can be ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def run(self, command: Sequence[str], text: str, environment: Mapping[str, str], output: Any) -> int:
+        """Run a process with a text on standard input, and return its exit code."""
+        with self._lock:
+            if self._ended:
+                return -1
+            # Its own session: Ctrl-C reaches this process only, which ends the others.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        process.communicate(text)
+        with self._lock:
+            self._running.discard(process)
+        return process.returncode
+
+    def end(self) -> None:
+        """End all processes."""
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.kill()
+            for process in self._running:
+                process.wait()
+
+
+def search(plan: Plan, variants: Sequence[Variant], runner: Runner) -> dict[str, dict[str, Value]]:
+    """The same search for every method, on validation prompts: the learning rate, then the method's knob.
+
+    If the best rate is at an end of the first round, the next one beyond it is tried too.
 
     Returns:
-        For each method the settings with the highest `good`, summed over held-out prompts and combinations;
-        the first of equals.
+        For each variant the settings with the highest criterion, the first of equals.
     """
-    low, *_, high = LEARNING_RATES
-    beyond = {low: low / 2, high: high * 2}
-    tried = {method: search_cells(method, LEARNING_RATES, reward=reward) for method in methods}
+    low, *_, high = plan.rates
+    beyond = {low: float(f"{low / 3:.2g}"), high: float(f"{high * 3:.2g}")}
+    fixed = {v.label: v.settings.get("optim.learning_rate") for v in variants}
+    tried = {v.label: search_cells(plan, v) for v in variants}
 
-    def best() -> dict[str, dict[str, Any]]:
-        run_cells([cell for cells in tried.values() for cell in cells], directory, jobs=jobs)
-        return {method: _best(run_cells(cells, directory, jobs=jobs)) for method, cells in tried.items()}
+    def best() -> dict[str, dict[str, Value]]:
+        runner.run([cell for cells in tried.values() for cell in cells])
+        found: dict[str, dict[str, Value]] = {}
+        for label, cells in tried.items():
+            scores = [criterion(runner.read(cell)) for cell in cells]
+            found[label] = dict(cells[scores.index(max(scores))].settings)
+        return found
 
-    for method, settings in best().items():
-        if (rate := settings["optim.learning_rate"]) in beyond:
-            tried[method] += search_cells(method, [beyond[rate]], reward=reward)
-    for method, settings in best().items():
-        rate = settings["optim.learning_rate"]
-        tried[method] += search_cells(method, [rate], KNOBS[method][1], reward=reward)
+    first = best()
+    for variant in variants:
+        rate: Any = first[variant.label]["optim.learning_rate"]
+        if rate in beyond and fixed[variant.label] is None:
+            tried[variant.label] += plan.search_cells(variant, [beyond[rate]])
+    second = best()
+    for variant in variants:
+        knob, values = variant.knob
+        if knob not in variant.settings:
+            rate = second[variant.label]["optim.learning_rate"]
+            tried[variant.label] += plan.search_cells(variant, [rate], values)
     return best()
 
 
-def _best(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    best = max(outcomes, key=lambda o: sum(split["good"] for split in o["final"].values()))
-    return best["cell"]["settings"]
-
-
-def _file(directory: Path, cell: Cell) -> Path:
-    return directory / "cells" / f"{cell.name}.json"
-
-
-def _read(path: Path) -> Outcome:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UniAPLError(f"cannot read the cell '{path}' ({error}): delete it to run it again") from error
-
-
-def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the function in a new process, so that a crash or leftover state affects no other cell."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=_begin) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _begin() -> None:
-    """Use one thread, and discard the output."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-
-
-def _run_cell(cell: Cell, reference: Path) -> Outcome:
-    from transformers.utils import logging
-
-    from uniapl.compare.cell import run_cell
-
-    logging.disable_progress_bar()
-    return run_cell(cell, reference)
-
-
-def _make_reference(path: Path) -> None:
-    from uniapl.compare.cell import make_reference
-
-    make_reference(path)
+def search_cells(plan: Plan, variant: Variant) -> list[Cell]:
+    """The first round of the search of a variant."""
+    fixed: Any = variant.settings.get("optim.learning_rate")
+    return plan.search_cells(variant, plan.rates if fixed is None else [fixed])

@@ -260,6 +260,9 @@ class EvaluationConfig(Section):
 
     suites: Paths = ()
     """ifeval, ifbench, or files of rows (PATH or NAME=PATH); the run's rewards score the rows of files."""
+    metrics: Paths = ()
+    """Functions with the signature of a reward function that measure completions without being trained on,
+    named as in rewards.functions; the first one is the main score of the suites that it applies to."""
     max_completion_length: int = Field(default=1280, ge=1)
     """Maximum number of new tokens per completion (lm-eval's limit)."""
     num_samples: int = Field(default=1, ge=1)

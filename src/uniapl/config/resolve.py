@@ -8,7 +8,7 @@ import difflib
 import re
 import reprlib
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -221,6 +221,22 @@ def _length(config: Config, stage: dict[str, Any]) -> dict[str, Any]:
         return {}
     key = "max_steps" if config.num_train_epochs is None else "num_train_epochs"
     return {key: getattr(config, key)}
+
+
+def explicit(resolved: Resolved) -> dict[str, Any]:
+    """The keys that the recipe and its flags set, as a recipe's mapping of plain values."""
+
+    def kept(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            if f"{prefix}{key}" in resolved.sources:
+                if resolved.sources[f"{prefix}{key}"] in ("recipe", "flag"):
+                    found[key] = value
+            elif isinstance(value, dict) and (inner := kept(value, f"{prefix}{key}.")):
+                found[key] = inner
+        return found
+
+    return kept(resolved.config.model_dump(mode="json"), "")
 
 
 def validate(model: type[Model], values: dict[str, Any], *, flags: Collection[str] = ()) -> Model:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uniapl.config import DataConfig
 from uniapl.data.batching import Row, demonstration_rows, micro_batches
 from uniapl.data.rows import tokenize_rows
+from uniapl.demo import metrics
 from uniapl.demo.constraints import TaskPrompt
-from uniapl.demo.language import PLACES, fluency
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH
 from uniapl.demo.task import as_row
 from uniapl.models.policy import Policy
@@ -99,33 +99,22 @@ def score_texts(
     prompts: Sequence[TaskPrompt], texts: Sequence[str], expert_texts: Sequence[str], *, expert_nll: float
 ) -> Measurement:
     """Measure texts, compared with the expert's texts for the same prompts."""
-    passed = [
-        all(constraint.satisfied_by(text) for constraint in prompt.constraints)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    fluent = [fluency(text) for text in texts]
+    constraints = [as_row(prompt)["constraints"] for prompt in prompts]
+    fluent = metrics.fluent(list(texts))
+    habits = metrics.place_habit(list(texts), constraints)
     lengths = sorted(len(text.split()) for text in texts)
     expert_lengths = sorted(len(text.split()) for text in expert_texts)
     pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
-    free = [t for p, t in zip(prompts, texts, strict=True) if not _constrains_places(p)]
     return Measurement(
-        passed=statistics.fmean(passed),
+        passed=statistics.fmean(metrics.passed(list(texts), constraints)),
         fluency=statistics.fmean(fluent),
-        good=statistics.fmean(p and f == 1 for p, f in zip(passed, fluent, strict=True)),
+        good=statistics.fmean(metrics.good(list(texts), constraints)),
         words=statistics.fmean(lengths),
         length_distance=statistics.fmean(abs(a - b) for a, b in zip(lengths, expert_lengths, strict=True)),
-        place_habit=statistics.fmean(any(word in PLACES for word in text.split()) for text in free),
+        place_habit=statistics.fmean(habit for habit in habits if habit is not None),
         expert_nll=expert_nll,
         distinct=len(set(texts)) / len(texts),
         distinct_2=len(set(pairs)) / max(1, len(pairs)),
-    )
-
-
-def _constrains_places(prompt: TaskPrompt) -> bool:
-    """Whether the prompt asks for a place, forbids places, or limits the words."""
-    return any(
-        c.kind in ("place", "max_words") or c.argument == "place" or c.argument in PLACES
-        for c in prompt.constraints
     )
 
 

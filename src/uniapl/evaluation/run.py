@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uniapl.data.tokenization import encode_continuation
 from uniapl.evaluation import scores
-from uniapl.evaluation.suites import BATCH_SIZE, Scores, Suite
+from uniapl.evaluation.suites import BATCH_SIZE, INSTRUCTION_SCORES, Scores, Suite
 from uniapl.rollout import Sampler, SampleRequest
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
@@ -43,6 +43,8 @@ class SuiteResult:
     """The suite's entry in results.json."""
     completions: list[dict[str, Any]]
     """Every completion with its scores: the lines of completions.jsonl."""
+    rollouts: list[Rollout]
+    """The completions as sampled."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -80,7 +82,7 @@ def evaluate_suite(
     rollouts, texts, flat, failure = _scored(suite, tokenizer, sampled, part)
     scored = [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
     sums = {name: scores.sums_of(scored, name) for name in flat[0]}
-    kind = "best" if suite.headline == "reward" else "pass"
+    kind = "pass" if suite.headline in INSTRUCTION_SCORES else "best"
     best = f"{suite.headline}_{kind}@{num_samples}"
     if num_samples > 1:
         sums[best] = scores.pass_at_all(scored, suite.headline)
@@ -120,7 +122,7 @@ def evaluate_suite(
         }
         for example, text, rollout, values in zip(examples, texts, rollouts, flat, strict=True)
     ]
-    return SuiteResult(summary=summary, completions=completions)
+    return SuiteResult(summary=summary, completions=completions, rollouts=rollouts)
 
 
 def _sample(

@@ -1,13 +1,14 @@
 """Suites of prompts with their scoring: IFEval, IFBench, or any file of rows with reward functions."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from uniapl.config import Config
+from uniapl.config import Config, RewardFunctionConfig, RewardsConfig
+from uniapl.data.parsing import NumberedRow
 from uniapl.data.reading import FILE_TYPES, named_source, read_rows
 from uniapl.data.rows import tokenize_rows
 from uniapl.errors import UsageError
@@ -27,6 +28,8 @@ Score = Callable[[Sequence[Example], Sequence[str], Ids], tuple[list[Scores], st
 """(examples, completions, their token ids) -> the scores of each completion, and the first failure."""
 BATCH_SIZE = 64
 """Completions in one call of a reward function, which has a time limit; also prompts sampled at a time."""
+UNLIMITED = ("max_prompt_length", "max_demonstration_length")
+"""Keys of `data` that leave out rows of the training data only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ def load_suites(
     context_length: int | None = None,
     state: TrainerState | None = None,
     once: Once = here,
+    rows: Mapping[str, Sequence[NumberedRow]] | None = None,
 ) -> tuple[Suite, ...]:
     """The suites of `evaluation.suites`, with their prompts tokenised and their scoring tried.
 
@@ -90,6 +94,8 @@ def load_suites(
         context_length: The model's context length in tokens; longer prompts are left out.
         state: The `trainer_state` of reward functions; None: the state at the end of a run.
         once: Tries the scoring in one of several processes.
+        rows: Suites in place of the configured ones, as name -> numbered rows. No function needs to apply to
+            their rows.
 
     Raises:
         UsageError: A suite does not exist, two have the same name, its rows are invalid or cannot be scored.
@@ -101,45 +107,119 @@ def load_suites(
             raise UsageError(f"two suites are called '{name}': rename one with NAME=PATH")
     state = state or TrainerState(global_step=config.max_steps, max_steps=config.max_steps)
     suites: list[Suite] = []
-    unset = ("name", "revision", "max_prompt_length", "max_demonstration_length")
-    for name, path in sources:
-        settings = config.data.model_copy(update={"path": path, "split": "train", **dict.fromkeys(unset)})
+    for name, path in sources if rows is None else [(name, None) for name in rows]:
+        settings = config.data.model_copy(update=dict.fromkeys(UNLIMITED))
+        if path is not None:
+            settings = settings.model_copy(
+                update={"path": path, "split": "train", "name": None, "revision": None}
+            )
         try:
-            rows = read_rows(settings)
-            with named_source(rows):
+            found = read_rows(settings) if rows is None else rows[name]
+            with named_source(found):
                 dataset = tokenize_rows(
-                    rows[: config.evaluation.limit],
+                    found[: config.evaluation.limit],
                     tokenizer,
                     settings,
                     stop_ids=stop_ids,
                     context_length=context_length,
                     max_completion_length=config.evaluation.max_completion_length,
                 )
-            examples, notes, mark = dataset.examples, [*dataset.notes], None
-            if name in BENCHMARKS or not (config.rewards.functions or functions):
-                mark = config.evaluation.answer_after
-                score, headline = _instruction_scores(examples, mark, once), "prompt_strict"
-            else:
-                rewarder = build_rewarder(config.rewards, functions, state, once=once)
-                rewarder.check_columns(examples)
-                notes += rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
-                rewarder.try_out(examples)
-                score, headline = _reward_scores(rewarder), "reward"
+            scoring = _scoring(name, dataset.examples, config, functions, state, once, required=rows is None)
         except UsageError as error:
             key = "evaluation." if str(error).startswith("max_completion_length") else ""
             raise UsageError(f"suite '{name}': {key}{error}") from error
         suites.append(
             Suite(
                 name=name,
-                examples=examples,
-                score=score,
-                headline=headline,
+                examples=dataset.examples,
+                score=scoring.score,
+                headline=scoring.headline,
                 left_out=dataset.left_out,
-                notes=tuple(notes),
-                answer_after=mark,
+                notes=(*dataset.notes, *scoring.notes),
+                answer_after=scoring.answer_after,
             )
         )
     return tuple(suites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """How completions of a suite are scored."""
+
+    score: Score
+    headline: str
+    notes: Sequence[str] = ()
+    answer_after: str | None = None
+
+
+def _scoring(
+    name: str,
+    examples: Sequence[Example],
+    config: Config,
+    functions: Sequence[Callable[..., Any]],
+    state: TrainerState,
+    once: Once,
+    *,
+    required: bool,
+) -> _Scoring:
+    """The scoring by rewards or instructions, extended by `evaluation.metrics`.
+
+    Args:
+        required: It is an error if no function applies to a row.
+    """
+    measured = RewardsConfig(
+        functions=tuple(RewardFunctionConfig(name=metric) for metric in config.evaluation.metrics),
+        timeout=config.rewards.timeout,
+    )
+    metrics = build_rewarder(measured, (), state, once=once)
+    rewarder = build_rewarder(config.rewards, functions, state, once=once)
+    instructed = any(example.columns.get("instruction_id_list") is not None for example in examples)
+    # Without anything else that scores the rows, the error says which row has no instructions.
+    instructed = instructed or (required and not metrics.rewards)
+    if name in BENCHMARKS or (instructed and not rewarder.rewards):
+        mark = config.evaluation.answer_after
+        score = _instruction_scores(examples, mark, once)
+        found = _Scoring(score=score, headline="prompt_strict", answer_after=mark)
+    elif rewarder.rewards:
+        if required:
+            rewarder.check_columns(examples)
+        notes = rewarder.check_rows(examples, allow_code=config.rewards.allow_code_verifiers)
+        rewarder.try_out(examples)
+        found = _Scoring(score=_reward_scores(rewarder), headline="reward", notes=notes)
+    else:
+        found = _Scoring(score=_no_scores, headline="reward")
+    return _with_metrics(found, metrics, examples) if metrics.rewards else found
+
+
+def _no_scores(
+    examples: Sequence[Example], texts: Sequence[str], ids: Ids
+) -> tuple[list[Scores], str | None]:
+    return [{"reward": []} for _ in texts], None
+
+
+def _with_metrics(scoring: _Scoring, metrics: Rewarder, examples: Sequence[Example]) -> _Scoring:
+    """The scoring with a score per metric, under the name of its function."""
+    names = {reward.name: reward.name.rpartition(":")[2] for reward in metrics.rewards}
+    if len(set(names.values())) < len(names):
+        raise UsageError(f"evaluation.metrics: two functions have the same name: {', '.join(names)}")
+    metrics.try_out(examples)
+    first = metrics.rewards[0]
+
+    def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
+        found, failure = scoring.score(examples, texts, ids)
+        for start in range(0, len(texts), BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
+            for name, outcome in metrics.score(examples[batch], texts[batch], ids[batch]).items():
+                if outcome.message is not None:
+                    failure = failure or f"metric '{name}': {outcome.message}"
+                for at, value in enumerate(outcome.values, start=start):
+                    found[at] = {**found[at], names[name]: [] if value is None else [float(value)]}
+        return found, failure
+
+    applying = [reward.name for reward in metrics.rewards if any(map(reward.applies_to, examples))]
+    notes = [f"metric '{name}' applies to no row" for name in names if name not in applying]
+    headline = names[first.name] if first.name in applying else scoring.headline
+    return replace(scoring, score=score, headline=headline, notes=(*scoring.notes, *notes))
 
 
 def _instruction_scores(examples: Sequence[Example], answer_after: str | None, once: Once) -> Score:
@@ -148,7 +228,7 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None, o
     if bare is not None:
         raise UsageError(
             f"row {bare} has no instructions ('instruction_id_list' and 'kwargs'): name reward functions "
-            "that score these rows"
+            "or evaluation.metrics that score these rows"
         )
     given = once(lambda: instructions_of_rows(examples))
 

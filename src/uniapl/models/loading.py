@@ -199,6 +199,14 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     return model if source.adapter is None else merge_adapter(model, source.adapter)
 
 
+def put_on_device(model: Any) -> None:
+    """Move the model to the accelerator, in bf16 if supported. Apple's GPUs lack the sampler's float64."""
+    device = torch.accelerator.current_accelerator()
+    if device is not None and device.type != "mps":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        model.to(device, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
 def load_policy(source: ModelSource, config: ModelConfig, *, seed: int) -> PreTrainedModel:
     """The model to train: the complete model, or with `lora_r` the frozen base model and its adapter.
 

@@ -116,11 +116,14 @@ class Drawing {
   constructor(chart, entries, state, stages, width) {
     Object.assign(this, { chart, entries, state, stages, width });
     this.curves = entries.map((entry) => smoothed(entry.y, state.smoothing));
-    const xs = entries.flatMap((entry) => entry.x).concat(chart.edges ?? []);
-    const [left, right] = bounds(xs);
+    const xs = entries.flatMap((entry) => [entry.x, entry.xlow ?? [], entry.xhigh ?? []].flat());
+    let [left, right] = bounds(xs.concat(chart.edges ?? []).filter((x) => x != null));
+    if (chart.kind === "points") {
+      const room = ((right - left) || Math.abs(right) || 1) * 0.08;
+      [left, right] = [left - room, right + room];
+    }
     const [low, high] = this.verticalBounds();
-    const turned = chart.reversed;
-    this.x = scale(turned ? right : left, turned ? left : right, MARGIN.left, width - MARGIN.right);
+    this.x = scale(left, right, MARGIN.left, width - MARGIN.right);
     this.y = scale(low, high, HEIGHT - MARGIN.bottom, MARGIN.top, state.log);
     this.ranges = { left, right, low, high };
   }

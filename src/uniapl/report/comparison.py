@@ -1,28 +1,37 @@
-"""The page of a comparison: the results of `uniapl compare` as tables and charts."""
+"""The page of a comparison: the results of `uniapl compare` as a verdict, tables and charts."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from uniapl.errors import UsageError
 from uniapl.files import write_text
-from uniapl.report.analysis import interval_text, rounded
+from uniapl.report.analysis import decimal, interval_text, rounded
 from uniapl.report.charts import Chart, line_chart
 from uniapl.report.page import fill
 
 RESULTS = "results.json"
-SPLITS = {"held_out": "held-out prompts", "held_out_combinations": "held-out combinations"}
-DISTANCES = {
-    "expert_nll": "nats per token of the expert's texts",
-    "length_distance": "distance of lengths from the expert's, words",
+FORMAT = 2
+"""Version of results.json that this page shows."""
+NLL = "nats per token of the expert's completions"
+MEASURES = {
+    "expert_nll": "expert nll",
+    "length_distance": "length distance, tokens",
+    "logprob_distance": "log-probability distance, nats",
+    "judge": "judge",
+    "on_topic": "on topic",
+    "distinct_2": "distinct-2",
+    "truncated": "truncated",
+    "tokens": "mean length, tokens",
 }
-FRONT_MEASURES = {
-    "good_at_equal_closeness": "good at equal closeness",
-    "distance_at_equal_good": "distance at equal good",
-    "best_good": "best good",
+"""Measures and their names."""
+CURVES = {
+    "score": "Score over rollout tokens",
+    "judge": "Judged similarity over rollout tokens",
+    "on_topic": "Completions on topic over rollout tokens",
+    "tokens": "Length over rollout tokens",
 }
-ABLATION_MEASURES = ("good", "fluency", "expert nll", "length distance")
 
 
 def is_comparison(directory: Path) -> bool:
@@ -39,6 +48,10 @@ def write_comparison(directory: Path, output: Path) -> None:
     path = directory / RESULTS
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary.get("format") != FORMAT:
+            raise UsageError(
+                f"'{path}' was not written by uniapl compare, or by another version: run uniapl compare again"
+            )
         page = render_comparison(summary, title=directory.resolve().name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"'{path}' was not written by uniapl compare: {error!r}") from error
@@ -46,129 +59,160 @@ def write_comparison(directory: Path, output: Path) -> None:
 
 
 def render_comparison(summary: Mapping[str, Any], *, title: str) -> str:
-    """The page, with the parts that were run."""
-    themes: list[dict[str, Any]] = []
-    if "curves" in summary:
-        themes.append({"title": "Quality over cost", "charts": [_curves(summary["curves"])]})
-    if summary.get("fronts"):
-        fronts = [_front(name, front) for name, front in summary["fronts"].items()]
-        themes.append({"title": "Fronts: good and closeness", "charts": fronts})
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    """The page: the verdict first, then the tables and charts."""
+    charts = [_closeness(summary["methods"], summary["main"])]
+    charts += [_front(name, front) for name, front in summary["fronts"].items()]
+    themes: list[dict[str, Any]] = [{"title": "Score and closeness to the expert", "charts": charts}]
+    if summary["curves"]:
+        themes.append({"title": "Quality over cost", "charts": _curves(summary["curves"])})
     return fill(
         "comparison",
         title=title,
-        introduction=(
-            f"Results on the demo task, seeds {', '.join(map(str, summary['seeds']))}. Each run samples at "
-            f"most {summary['budget']['rollouts']:,} rollouts and trains on "
-            f"{summary['budget']['demonstrations']:,} demonstrations (sft: more demonstrations in place of "
-            f"the rollouts). Square brackets: 95 % intervals of the mean over seeds, and of differences over "
-            f"paired seeds (Student's t). {versions}."
-        ),
+        introduction=_introduction(summary),
+        verdict=summary["verdict"],
+        recommended=summary.get("recommended", {}).get("method"),
         tables=list(_tables(summary)),
-        chosen=summary["settings"],
-        found=summary.get("search", {}),
+        chosen={label: row["settings"] for label, row in summary["methods"].items() if row["settings"]},
+        found=summary["search"],
         data={"themes": themes, "analyses": [], "stages": []},
     )
 
 
+def _introduction(summary: Mapping[str, Any]) -> str:
+    budget, main = summary["budget"], summary["main"]
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    return (
+        f"Methods on {summary['recipe']}, seeds {', '.join(map(str, summary['seeds']))}, compared by "
+        f"{main['score']} "
+        f"on the suite {main['suite']}. The budget of each method is {budget['rollouts']:,} rollouts and "
+        f"{budget['demonstrations']:,} demonstrations; a method without rollouts gets as many "
+        "demonstrations in their "
+        "place, and one without demonstrations gets none. Square brackets: 95 % intervals of the "
+        "mean over seeds, and "
+        "of differences over paired seeds (Student's t); prompt s.e.: the standard error of the mean "
+        "over the prompts "
+        f"of the suite within a seed. Completions are sampled at temperature "
+        f"{summary['temperature']:g}. {versions}."
+    )
+
+
 def _tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tables: list[dict[str, Any]] = []
-    if "table" in summary:
-        tables.append({"title": "Methods", **_methods(summary["table"])})
-    for name, front in (summary.get("fronts") or {}).items():
-        tables.append({"title": f"Front, {_front_name(name)}", **_front_table(front)})
-    for split, title in SPLITS.items() if "ablations" in summary else ():
-        rows = [
-            [
-                name,
-                *(f"{v['mean']:.3f} ({_interval(v['difference'], sign='+')})" for v in row[split].values()),
-            ]
-            for name, row in summary["ablations"].items()
-        ]
-        header = ["variant", *(f"{measure}, and difference" for measure in ABLATION_MEASURES)]
-        tables.append({"title": f"Variants of uniapl, {title}", "header": header, "rows": rows})
+    scores = _scores_tables(summary)
+    tables = [_main_table(summary), _measures_table(summary), *scores, _costs_table(summary)]
+    if summary["fronts"]:
+        tables.append(_front_table(summary["fronts"]))
     return tables
 
 
-def _methods(table: Mapping[str, Any]) -> dict[str, Any]:
-    best = table["best_baseline"]
-    header = [
-        "method", "good", f"minus {best}", "good, held-out combinations", f"minus {best}", "passed",
-        "fluency", "expert nll", "length distance", "reference nll", "distinct-2", "rollout tokens",
-        "trained tokens", "seconds", *(f"tokens to {level:.2f}" for level in table["levels"]),
-    ]  # fmt: skip
-    rows: list[list[str]] = []
-    for method, row in table["methods"].items():
-        here, there, cost = row["held_out"], row["held_out_combinations"], row["cost"]
-        differences = {} if method == best else row.get("minus_best_baseline", {})
-        measures = ("passed", "fluency", "expert_nll", "length_distance", "reference_nll", "distinct_2")
-        rows.append(
-            [
-                method,
-                _interval(here["good"]),
-                _interval(differences.get("held_out"), sign="+"),
-                _interval(there["good"]),
-                _interval(differences.get("held_out_combinations"), sign="+"),
-                *(format(here[m]["mean"], ".2f" if m == "length_distance" else ".3f") for m in measures),
-                *(f"{cost[name]:,.0f}" for name in ("rollout_tokens", "trained_tokens", "seconds")),
-                *(
-                    "never" if n is None else f"{n:,.0f}"
-                    for n in row.get("rollout_tokens_to_reach", {}).values()
-                ),
-            ]
-        )
-    return {"header": header, "rows": rows}
-
-
-def _front_table(front: Mapping[str, Any]) -> dict[str, Any]:
-    header = ["method", *(cell for name in FRONT_MEASURES.values() for cell in (name, "uniapl minus this"))]
-    rows: list[list[str]] = []
-    for method, row in front["methods"].items():
-        ours = row["ours_minus_this"] or {}
-        cells = [(_interval(row[m]), _interval(ours.get(m), sign="+")) for m in FRONT_MEASURES]
-        rows.append([method, *(text for pair in cells for text in pair)])
-    return {"header": header, "rows": rows}
-
-
-def _curves(curves: Mapping[str, Any]) -> Chart:
-    lines = [
-        {"label": method, "x": curve["rollout_tokens"], "y": [rounded(value) for value in curve["good"]]}
-        for method, curve in curves.items()
-        if max(curve["rollout_tokens"]) > 0
+def _main_table(summary: Mapping[str, Any]) -> dict[str, Any]:
+    best, score = summary["best"], summary["main"]["score"]
+    rows = [
+        [
+            label,
+            decimal(row["measures"]["score"]["mean"]),
+            "" if label == best else interval_text(row["minus_best"]["score"], "+"),
+            decimal(row["measures"]["expert_nll"]["mean"]),
+            decimal(row["measures"]["length_distance"]["mean"], 2),
+            *([decimal(row["measures"]["judge"]["mean"])] if "judge" in row["measures"] else []),
+            f"{row['cost']['seconds']:,.0f}",
+        ]
+        for label, row in summary["methods"].items()
     ]
-    note = "Means over seeds of good on held-out prompts; methods without rollouts have no line."
-    return line_chart("Good over rollout tokens", lines, x="rollout tokens", note=note)
+    judge = ["judge"] if "judge" in summary["methods"][best]["measures"] else []
+    header = ["method", score, f"minus {best}", "expert nll", "length distance", *judge, "seconds"]
+    return {"title": "Methods", "header": header, "rows": rows, "main": True}
+
+
+def _measures_table(summary: Mapping[str, Any]) -> dict[str, Any]:
+    methods = summary["methods"]
+    names = [name for name in MEASURES if name in methods[summary["best"]]["measures"]]
+    rows = [
+        [label, *(_interval(row["measures"].get(name)) for name in names)] for label, row in methods.items()
+    ]
+    return {"title": "Measures", "header": ["method", *(MEASURES[name] for name in names)], "rows": rows}
+
+
+def _scores_tables(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One table per suite."""
+    methods = summary["methods"]
+    for suite, named in methods[summary["best"]]["scores"].items():
+        rows = [
+            [label, *(_with_error(row["scores"][suite].get(name)) for name in named)]
+            for label, row in methods.items()
+        ]
+        yield {"title": f"Scores on {suite} (prompt s.e.)", "header": ["method", *named], "rows": rows}
+
+
+def _costs_table(summary: Mapping[str, Any]) -> dict[str, Any]:
+    counts = ["steps", "rollouts", "demonstrations"]
+    header = ["method", *counts, "rollout tokens", "trained tokens", "FLOPs", "seconds"]
+    rows = [
+        [
+            label,
+            *(f"{row[key]:,}" for key in counts),
+            *(f"{row['cost'][key]:,.0f}" for key in ("rollout_tokens", "trained_tokens")),
+            f"{row['cost']['flops']:.3g}",
+            f"{row['cost']['seconds']:,.0f}",
+        ]
+        for label, row in summary["methods"].items()
+    ]
+    return {"title": "Budget and cost of a run", "header": header, "rows": rows}
+
+
+def _front_table(fronts: Mapping[str, Any]) -> dict[str, Any]:
+    best = next(iter(fronts.values()))["best_front"]
+    rows = [
+        [name, _interval(front["score_at_equal_closeness"]), _interval(front["minus_best_front"], sign="+")]
+        for name, front in fronts.items()
+    ]
+    return {"title": "Fronts", "header": ["swept", "score at equal closeness", f"minus {best}"], "rows": rows}
+
+
+def _closeness(methods: Mapping[str, Any], main: Mapping[str, str]) -> Chart:
+    lines = [_points(label, [(label, row["measures"])]) for label, row in methods.items()]
+    note = (
+        "Higher is better, further left is closer to the expert; lines at a point are its 95 % "
+        "intervals over "
+        "seeds (Student's t)."
+    )
+    title = f"{main['score']} and expert nll"
+    return line_chart(title, lines, kind="points", x=NLL, note=note) | {"y": main["score"]}
 
 
 def _front(name: str, front: Mapping[str, Any]) -> Chart:
-    lines = [
-        {
-            "label": method,
-            "names": [f"{point['value']:g}" for point in row["points"]],
-            **_sides(row["points"], "distance", ("x", "xlow", "xhigh")),
-            **_sides(row["points"], "good", ("y", "low", "high")),
-        }
-        for method, row in front["methods"].items()
-    ]
-    note = (
-        "Points further right are closer to the expert; labels are values of the method's setting, lines at "
-        "a point its 95 % intervals over seeds (Student's t)."
-    )
-    title, x = _front_name(name).capitalize(), DISTANCES[name.split("/")[1]]
-    return line_chart(title, lines, kind="points", x=x, note=note) | {"reversed": True}
+    points = [(f"{point['value']}", point) for point in front["points"]]
+    note = "Labels are values of the swept setting. Higher is better, further left is closer to the expert."
+    return line_chart(f"Front of {name}", [_points(name, points)], kind="points", x=NLL, note=note)
 
 
-def _sides(points: Sequence[Mapping[str, Any]], measure: str, names: Sequence[str]) -> dict[str, list[Any]]:
-    return {
-        name: [rounded(point[measure][side]) for point in points]
-        for name, side in zip(names, ("mean", "low", "high"), strict=True)
-    }
+def _points(label: str, points: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
+    """A line of points by expert nll and score, with their intervals."""
+    sides = ("mean", "low", "high")
+    found: Chart = {"label": label, "names": [name for name, _ in points]}
+    for measure, names in (("expert_nll", ("x", "xlow", "xhigh")), ("score", ("y", "low", "high"))):
+        for name, side in zip(names, sides, strict=True):
+            found[name] = [rounded(values[measure][side]) for _, values in points]
+    return found
 
 
-def _front_name(name: str) -> str:
-    split, distance = name.split("/")
-    return f"{SPLITS[split]}, {DISTANCES[distance]}"
+def _curves(curves: Mapping[str, Any]) -> list[Chart]:
+    charts: list[Chart] = []
+    for name, title in CURVES.items():
+        lines = [
+            {"label": label, "x": curve["rollout_tokens"], "y": [rounded(value) for value in curve[name]]}
+            for label, curve in curves.items()
+            if name in curve and max(curve["rollout_tokens"]) > 0
+        ]
+        if lines:
+            note = "Means over seeds; methods without rollouts have no line."
+            charts.append(line_chart(title, lines, x="rollout tokens", note=note))
+    return charts
 
 
 def _interval(value: Mapping[str, float | None] | None, *, sign: str = "") -> str:
     return "" if value is None else interval_text(value, sign)
+
+
+def _with_error(value: Mapping[str, float | None] | None) -> str:
+    error = None if value is None else value["prompt_error"]
+    return _interval(value) + ("" if error is None else f" ({decimal(error)})")
