@@ -159,7 +159,7 @@ def compare(shape: Shape, options: Namespace, limits: dict[str, Any]) -> dict[st
         sides = {
             "uniapl, grpo": our_run(shape, folder, options),
             "uniapl, uniapl": our_run(shape, folder, options, **STEADY),
-            **{f"uniapl, {part}": our_run(shape, folder, options, **steady) for part, steady in VARIANTS.items()},
+            **{f"uniapl, {name}": our_run(shape, folder, options, **v) for name, v in VARIANTS.items()},
             "TRL, defaults": their_run(shape, folder, options, 8),
             "TRL, best": their_run(shape, folder, options, options.micro_batch, **BEST),
         }

@@ -170,7 +170,7 @@ def demonstrated(count: int) -> list[Example]:
 
 
 def states_of(
-    examples: list[Example], read: list[Any], held_out: set[int], num_mismatched: int | None = 3
+    examples: list[Example], read: list[Any], held_out: set[int], num_mismatched: int = 3
 ) -> DemonstrationStates:
     def reader(sequences: Any) -> list[TokenStates]:
         read.append(list(sequences))
@@ -200,21 +200,19 @@ def test_mismatches_are_of_other_prompts_and_held_out_texts_are_never_learned() 
             assert not rows & {3, 7, 9}
 
 
-@pytest.mark.parametrize(("number", "trained"), [(0, 0), (1, 1), (5, 5), (None, 0)])
-def test_what_is_measured_does_not_depend_on_what_is_trained(number: int | None, trained: int) -> None:
+@pytest.mark.parametrize(("number", "trained"), [(0, 0), (1, 1), (5, 5)])
+def test_what_is_measured_does_not_depend_on_what_is_trained(number: int, trained: int) -> None:
     """Without mismatched negatives, held-out examples still have mismatched demonstrations."""
     held_out = {3, 7, 9, 10}
     read: list[Any] = []
     subject = states_of(demonstrated(14), read, held_out, number)
     for example in (*subject.train, *subject.held_out):
-        measured = 0 if number is None else 3
-        assert len(subject.of(example).mismatched) == (measured if example.row in held_out else trained)
-    assert {example.row for example in subject.measured} == (set() if number is None else held_out)
+        assert len(subject.of(example).mismatched) == (3 if example.row in held_out else trained)
+    assert {example.row for example in subject.measured} == held_out
     # Without held-out examples, the training's own are measured.
     everything = states_of(demonstrated(14), read, set(), number)
-    if number is not None:
-        assert everything.measured == everything.train
-        assert len(everything.of(everything.train[0]).mismatched) == max(3, trained)
+    assert everything.measured == everything.train
+    assert len(everything.of(everything.train[0]).mismatched) == max(3, trained)
 
 
 def test_states_do_not_depend_on_what_was_read_before() -> None:
@@ -238,21 +236,11 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sequences[0][0][0] for sequences in read] == [0, 1, 2, 1]
 
 
-def adversary(examples: list[Example], logprobs: dict[int, list[float]]) -> StateAdversary:
-    """The likelihood, on given log-probabilities of demonstrations by row; token 1 ends."""
-
-    def read(sequences: Any) -> list[TokenStates]:
-        return [
-            TokenStates(logprobs=torch.tensor(logprobs[prompt[0]]), states=torch.zeros(1, 0))
-            for prompt, _ in sequences
-        ]
-
+def likelihood() -> StateAdversary:
+    """The likelihood; token 1 ends."""
     return StateAdversary(
         trainer=None,
         likelihood_scale=4.0,
-        demonstrations=DemonstrationStates(
-            examples, held_out=lambda _: False, read=read, seed=0, num_mismatched=3
-        ),
         text_length=lambda ids: len(ids) - (ids[-1] == 1),
         max_tokens=100,
         state=AdversaryState(),
@@ -283,10 +271,10 @@ def states(*logprobs: list[float]) -> list[TokenStates]:
 def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
     shown, bare = demonstrated(2)
     bare = replace(bare, demonstration_ids=None)
-    subject = adversary([shown], {0: [-1.0]})
+    subject = likelihood()
     found = subject.score(
         [group(shown, (8, 9, 1), (8, 9)), group(bare, (1,))],
-        [states([-0.5, -1.0, -7.0], [-0.5, -1.0]), states([-3.0])],
+        [states([-0.5, -1.0, -7.0], [-0.5, -1.0], [-1.0, -9.0]), states([-3.0])],
     )
     # Both completions have the same text; the first one's end token, with -7 nats, is not read.
     assert found == [((-3.0, -3.0), -4.0), ((0.0,), None)]
@@ -294,15 +282,15 @@ def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
 
 def test_before_the_reference_exists_nothing_is_scored() -> None:
     (shown,) = demonstrated(1)
-    assert adversary([shown], {}).score([group(shown, (8, 1))], None) == [(None, None)]
+    assert likelihood().score([group(shown, (8, 1))], None) == [(None, None)]
 
 
 def test_a_checkpoint_keeps_whether_the_discriminator_is_accurate(tmp_path: Path) -> None:
     """Between the two limits the accuracy alone does not decide."""
     for accurate in (True, False):
-        saved = adversary([], {})
+        saved = likelihood()
         saved.state = AdversaryState(accuracy=0.52, accurate=accurate)
-        loaded = adversary([], {})
+        loaded = likelihood()
         loaded.load(tmp_path, json.loads(json.dumps(saved.save(tmp_path))))
         loaded.state.compare_accuracy(0.55)
         assert loaded.state == saved.state
@@ -310,7 +298,7 @@ def test_a_checkpoint_keeps_whether_the_discriminator_is_accurate(tmp_path: Path
 
 def test_a_logit_that_is_not_finite_does_not_reach_the_running_mean() -> None:
     (shown,) = demonstrated(1)
-    subject = adversary([shown], {})
+    subject = likelihood()
     scored = [replace(group(shown, (8, 1)), expert_logit=logit) for logit in (float("nan"), -2.0, None)]
     subject.observe(scored, {}, DiscriminatorConfig())
     assert subject.state.expert_mean == -2.0
@@ -347,8 +335,11 @@ def test_the_head_learns_from_passing_rollouts_and_from_mismatched_demonstration
     settings: dict[str, Any], num_mismatched: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = demonstrated(4)
-    subject = adversary(examples, {row: [-float(row)] for row in range(4)})
-    vars(subject)["trainer"] = HeadTrainer(module=Any, wrapped=Any, optimizer=Any)  # type: ignore[arg-type]
+    subject = likelihood()
+    known = states_of(examples, [], set())
+    vars(subject)["trainer"] = HeadTrainer(  # type: ignore[arg-type]
+        module=Any, wrapped=Any, optimizer=Any, demonstrations=known
+    )
     given: list[Any] = []
 
     def record(*arguments: Any, counts: dict[str, int], **_: Any) -> tuple[float, bool]:

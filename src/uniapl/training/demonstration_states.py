@@ -46,7 +46,7 @@ class DemonstrationStates:
         held_out: Callable[[Example], bool],
         read: Callable[[Sequence[tuple[TokenIds, TokenIds]]], list[TokenStates]],
         seed: int,
-        num_mismatched: int | None,
+        num_mismatched: int,
         context_length: int | None = None,
     ) -> None:
         """Split the examples, all of which have a demonstration.
@@ -55,19 +55,18 @@ class DemonstrationStates:
             held_out: Whether an example is reserved to measure what the discriminator knows.
             read: Reads the text of (prompt, completion) pairs: :meth:`TokenReader.read` without end tokens.
             seed: Seed of the draw of mismatched demonstrations.
-            num_mismatched: Mismatched demonstrations of an example that are trained on; None reads none, also
-                not to measure.
+            num_mismatched: Mismatched demonstrations of an example that are trained on.
             context_length: Maximum tokens of a prompt and a completion; None has no limit.
         """
         limits = {"seed": seed, "context_length": context_length}
         train = Demonstrations([example for example in examples if not held_out(example)], **limits)
         other = Demonstrations([example for example in examples if held_out(example)], **limits)
         self.train, self.held_out = train.examples, other.examples
-        self.measured = () if num_mismatched is None else (self.held_out or self.train)[:MOST_MEASURED]
+        self.measured = (self.held_out or self.train)[:MOST_MEASURED]
         self._measured_rows = {example.row for example in self.measured}
         # Demonstrations of held-out examples never reach the training.
         self._sources = {False: train, True: other if len(self.held_out) > 1 else train}
-        self._num_mismatched = num_mismatched or 0
+        self._num_mismatched = num_mismatched
         self._held_out, self._read = held_out, read
         self._cache: OrderedDict[int, ExampleStates] = OrderedDict()
         self._bytes = 0

@@ -24,6 +24,7 @@ from uniapl.training.monitor.record import StepResult
 from uniapl.training.oom_retry import read_in_parts, split_micro_batches
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
+from uniapl.training.state_adversary import StateAdversary
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.activation_checkpointing import activation_checkpointing
 from uniapl.training.update.batch import MixedBatch
@@ -149,19 +150,27 @@ def score_with_reference(
     """Add the reference's log-probabilities to the rollouts, for the KL; each process reads its part.
 
     Returns:
-        The groups, and the states of this process's part for a discriminator that reads them; None in a step
-        without a reference.
+        The groups, and the states of this process's rollouts, each group followed by its demonstration if the
+        discriminator reads them; None in a step without a reference.
     """
     if stage.reader is None or not stage.schedule.uses_reference:
         return list(groups), None
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
-    sequences = [(g.example.prompt_ids, rollout.completion_ids) for g in local for rollout in g.rollouts]
+    completions = [[rollout.completion_ids for rollout in group.rollouts] for group in local]
+    if isinstance(stage.adversary, StateAdversary):
+        for group, ids in zip(local, completions, strict=True):
+            ids += [group.example.demonstration_ids] if group.example.demonstration_ids is not None else []
     reader = replace(stage.reader, max_tokens=run.max_tokens(stage))
+    sequences = [(g.example.prompt_ids, y) for g, ids in zip(local, completions, strict=True) for y in ids]
     found = iter(read_in_parts(reader, sequences))
-    states = [[next(found) for _ in group.rollouts] for group in local]
+    states = [[next(found) for _ in ids] for ids in completions]
     if not stage.config.objective.beta:
         return list(groups), states
-    logprobs = _gather(run.accelerator, [[part.logprobs.tolist() for part in parts] for parts in states])
+    of_rollouts = [
+        [part.logprobs.tolist() for part in parts[: len(group.rollouts)]]
+        for group, parts in zip(local, states, strict=True)
+    ]
+    logprobs = _gather(run.accelerator, of_rollouts)
     return [
         replace(
             group,

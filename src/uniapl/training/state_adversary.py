@@ -31,7 +31,7 @@ from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.credit import passing
 from uniapl.training.update.discriminator_step import update_metrics
 from uniapl.training.update.head_step import head_step
-from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
+from uniapl.types import RolloutGroup, TokenIds, derive_seed
 
 STATE_KINDS = ("head", "reference-likelihood")
 """Kinds of discriminators on the reference's states."""
@@ -45,6 +45,8 @@ class HeadTrainer:
     wrapped: nn.Module
     """`module`, wrapped for DDP if needed; with FSDP2 a sharded copy."""
     optimizer: Optimizer
+    demonstrations: DemonstrationStates
+    """The states that it learns from, and on which it is measured."""
 
 
 @dataclass(kw_only=True)
@@ -55,7 +57,6 @@ class StateAdversary:
     """The head; None for the likelihood, which is not trained."""
     likelihood_scale: float
     """d(x, y) is this times the mean log-probability under the reference, without a head."""
-    demonstrations: DemonstrationStates
     text_length: Callable[[TokenIds], int]
     """Tokens of a completion without its end token, which must not identify the writer."""
     max_tokens: int
@@ -77,28 +78,23 @@ class StateAdversary:
         """(logits of the rollouts, logit of the demonstration) per group.
 
         Args:
-            states: The reference's states of each rollout; None before the reference exists, when nothing has
-                a logit.
+            states: The reference's states of a group's rollouts, then of its demonstration if it has one;
+                None before the reference exists, when nothing has a logit.
         """
         if states is None:
             self.fresh = []
             return [(None, None) for _ in groups]
-        self.fresh = [
-            [
-                part.first(self.text_length(rollout.completion_ids))
-                for rollout, part in zip(group.rollouts, parts, strict=True)
-            ]
-            for group, parts in zip(groups, states, strict=True)
-        ]
-        shown = [group.example.demonstration_ids is not None for group in groups]
-        experts = [
-            self.demonstrations.of(g.example).demonstration for g, s in zip(groups, shown, strict=True) if s
-        ]
-        logits = iter(self.logits([*(item for parts in self.fresh for item in parts), *experts]))
-        policy = [tuple(next(logits) for _ in parts) for parts in self.fresh]
-        if self.trainer is not None:
-            self.measured = self._measure()
-        return [(scores, next(logits) if s else None) for scores, s in zip(policy, shown, strict=True)]
+        texts: list[list[TokenStates]] = []
+        for group, parts in zip(groups, states, strict=True):
+            ids = [rollout.completion_ids for rollout in group.rollouts]
+            ids += [group.example.demonstration_ids] if group.example.demonstration_ids is not None else []
+            texts.append([p.first(self.text_length(y)) for p, y in zip(parts, ids, strict=True)])
+        logits = iter(self.logits([text for parts in texts for text in parts]))
+        scores = [tuple(next(logits) for _ in parts) for parts in texts]
+        sizes = [len(group.rollouts) for group in groups]
+        self.fresh = [parts[:size] for parts, size in zip(texts, sizes, strict=True)]
+        self.measured = self._measure()
+        return [(s[:size], s[size] if len(s) > size else None) for s, size in zip(scores, sizes, strict=True)]
 
     @torch.no_grad()
     def logits(self, completions: Sequence[TokenStates]) -> list[float]:
@@ -140,10 +136,11 @@ class StateAdversary:
     def _measure(self) -> tuple[float, int]:
         """Number of held-out pairs of a demonstration and a mismatched one in which the former wins, and of
         all pairs; this process's part of them."""
+        if self.trainer is None:
+            return (0.0, 0)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        states = [
-            self.demonstrations.of(example) for example in self.demonstrations.measured[rank::processes]
-        ]
+        known = self.trainer.demonstrations
+        states = [known.of(example) for example in known.measured[rank::processes]]
         pairs = [(s.demonstration, x) for s in states for x in s.mismatched[:MEASURED_MISMATCHES]]
         logits = self.logits([item for pair in pairs for item in pair])
         own, others = logits[::2], logits[1::2]
@@ -177,9 +174,9 @@ class StateAdversary:
         updates: list[tuple[float, bool]] = []
         for number in range(0 if frozen else settings.updates_per_step):
             rng = random.Random(derive_seed(config.seed, "head", step, number))
-            train = self.demonstrations.train
+            train = trainer.demonstrations.train
             drawn = rng.sample(train, min(len(train), max(len(groups), num_passing)))
-            states = [self.demonstrations.of(example) for example in drawn[rank::processes]]
+            states = [trainer.demonstrations.of(example) for example in drawn[rank::processes]]
             chosen = [rng.random() for _ in drawn][rank::processes]
             others = [s.mismatched[: settings.num_mismatched] for s in states]
             mismatched = [m[int(x * len(m))] for m, x in zip(others, chosen, strict=True) if m]
@@ -272,6 +269,14 @@ def build_state_adversary(
         text_config: The configuration of the reference's language model.
     """
     settings = config.discriminator
+
+    def text_length(ids: TokenIds) -> int:
+        return len(ids) - (ids[-1] in inputs.stop_ids)
+
+    def read(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[TokenStates]:
+        states = reader.read(sequences)
+        return [s.first(text_length(ids)) for s, (_, ids) in zip(states, sequences, strict=True)]
+
     trainer = None
     if settings.kind == "head":
         with torch.random.fork_rng(devices=[]):
@@ -285,31 +290,20 @@ def build_state_adversary(
         )
         wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
         fsdp.release(module, wrapped)
-        trainer = HeadTrainer(module=module, wrapped=wrapped, optimizer=optimizer)
-
-    def text_length(ids: TokenIds) -> int:
-        return len(ids) - (ids[-1] in inputs.stop_ids)
-
-    def read(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[TokenStates]:
-        states = reader.read(sequences)
-        return [s.first(text_length(ids)) for s, (_, ids) in zip(states, sequences, strict=True)]
-
-    shown = [example for example in inputs.dataset.examples if example.demonstration_ids is not None]
-
-    def held_out(example: Example) -> bool:
-        return is_held_out(example, config)
-
+        demonstrations = DemonstrationStates(
+            [example for example in inputs.dataset.examples if example.demonstration_ids is not None],
+            held_out=functools.partial(is_held_out, config=config),
+            read=read,
+            seed=config.seed,
+            num_mismatched=settings.num_mismatched,
+            context_length=getattr(text_config, "max_position_embeddings", None),
+        )
+        trainer = HeadTrainer(
+            module=module, wrapped=wrapped, optimizer=optimizer, demonstrations=demonstrations
+        )
     return StateAdversary(
         trainer=trainer,
         likelihood_scale=settings.likelihood_scale,
-        demonstrations=DemonstrationStates(
-            shown,
-            held_out=held_out,
-            read=read,
-            seed=config.seed,
-            num_mismatched=settings.num_mismatched if trainer else None,
-            context_length=getattr(text_config, "max_position_embeddings", None),
-        ),
         text_length=text_length,
         max_tokens=config.batching.max_tokens_per_micro_batch,
         state=AdversaryState(),
