@@ -337,8 +337,9 @@ def test_the_head_learns_from_passing_rollouts_and_from_mismatched_demonstration
     examples = demonstrated(4)
     subject = likelihood()
     known = states_of(examples, [], set())
-    vars(subject)["trainer"] = HeadTrainer(  # type: ignore[arg-type]
-        module=Any, wrapped=Any, optimizer=Any, demonstrations=known
+    unused: Any = None
+    vars(subject)["trainer"] = HeadTrainer(
+        module=unused, wrapped=unused, optimizer=unused, demonstrations=known
     )
     given: list[Any] = []
 
