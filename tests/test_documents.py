@@ -5,6 +5,7 @@ A block that is neither run, nor read as rows or settings, nor exempted by name 
 
 import ast
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -264,3 +265,15 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path
         loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"?([^\" >]+)", page.read_text())
         assert not [address for address in loaded if re.match(r"(https?:)?//", address)], page.name
         assert 'class="mermaid"' not in page.read_text(), "the theme would fetch a script to draw it"
+
+
+def test_the_published_tables_are_those_of_the_runs() -> None:
+    path = ROOT / "benchmarks" / "wrong_rewards.py"
+    spec = importlib.util.spec_from_file_location("wrong_rewards", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "choosing-a-method.md").read_text()
+    for reward, table in module.tables().items():
+        assert table in page, reward
