@@ -59,6 +59,8 @@ def test_methods_pipelines_settings_and_sweeps() -> None:
         ("grpo[objective.beta]", "'objective.beta' of 'grpo' must be KEY=VALUE"),
         ("grpo[objective.beta=]", "must be KEY=VALUE"),
         ("grpo[model.lora_r=8]", "cannot change 'model.lora_r'"),
+        ("uniapl[method=sft]", "cannot change 'method'"),
+        ("uniapl[max_steps=50]", "cannot change 'max_steps'"),
         ("grpo[objective.beta=0|1, optim.learning_rate=1|2]", "sweep one of them"),
         ("sft,sft", "'sft' occurs more than once"),
         ("grpo[objective.beta=[1]]", "not a number or a word"),

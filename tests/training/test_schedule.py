@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from uniapl import Config
+from uniapl.config.resolve import resolve
 from uniapl.discriminator.bradley_terry import AdversaryState
 from uniapl.functional import Multiplier
 from uniapl.training.schedule import Schedule
@@ -245,3 +246,23 @@ def test_the_first_step_of_the_adversary_by_hand(
         vars(subject)["adversary"] = with_accuracy(0.9, subject.config)
         weights.append(subject.lambda_adv)
     assert weights == [0.0] * first + [2.0] * (20 - first)
+
+
+def test_without_demonstrations_there_is_no_cold_start() -> None:
+    values: dict[str, Any] = {"method": "grpo", "max_steps": 10, "batching.cold_start_steps": 0.2}
+    resolved = resolve(values)
+    assert (resolved.config.cold_start_steps, resolved.config.reference_step) == (0, 0)
+    assert resolved.notes == (
+        "there is no cold start (batching.cold_start_steps 0.2): the method does not train on demonstrations",
+    )
+
+
+def test_demonstrations_are_drawn_only_where_they_have_a_weight() -> None:
+    values: dict[str, Any] = {"max_steps": 10, "batching": {"cold_start_steps": 4}}
+    values["objective"] = {"mu_peak": 1.0, "mu_valley": 0.0, "mu_decay_steps": 0}
+    config = Config.model_validate(values)
+    subject = Schedule(config=config, adversary=None, multiplier=Multiplier(value=1.0))
+    found = []
+    for subject.step in (0, 3, 4, 9):
+        found.append(subject.trains_on_demonstrations)
+    assert found == [True, True, False, False]

@@ -280,6 +280,15 @@ def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
     assert found == [((-3.0, -3.0), -4.0), ((0.0,), None)]
 
 
+def test_a_text_without_tokens_is_never_the_expert_s() -> None:
+    """Its mean would be 0, the highest of all: the policy would learn to write nothing."""
+    (shown,) = demonstrated(1)
+    ((policy, expert),) = likelihood().score([group(shown, (1,))], [states([-0.1], [-1.0, -9.0])])
+    assert policy is not None
+    assert expert == -4.0
+    assert policy[0] < expert - 100
+
+
 def test_before_the_reference_exists_nothing_is_scored() -> None:
     (shown,) = demonstrated(1)
     assert likelihood().score([group(shown, (8, 1))], None) == [(None, None)]

@@ -181,7 +181,8 @@ def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
     if objective.mu_controller == "gate":
         report["prompts with a demonstration"] = len(paired)
     elif config.learns_from_demonstrations:
-        drawn = batching.demonstrations_per_step * (config.max_steps - cold)
+        later = config.max_steps - cold if objective.learns_from_demonstrations else 0
+        drawn = batching.demonstrations_per_step * later
         drawn += config.cold_start_demonstrations_per_step * cold
         report["demonstrations"] = len(demonstrations)
         report["demonstrations per step"] = batching.demonstrations_per_step

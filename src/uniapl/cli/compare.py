@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from uniapl.cli.help import short_parser
@@ -170,7 +171,7 @@ def _show_plan(
         source = "" if walls[label] or seconds is None else " (of other methods)"
         shown = "not known" if seconds is None else f"{seconds:,.0f}{source}"
         counts = [f"{planned[key]:,}" for key in ("steps", "rollouts", "demonstrations")]
-        table.add_row(label, *counts, str(len(own)), str(len(walls[label])), shown)
+        table.add_row(escape(label), *counts, str(len(own)), str(len(walls[label])), shown)
     runner.console.print(table)
     total = sum(map(len, cells.values())) - sum(map(len, walls.values()))
     text = f"{total} runs remain, {runner.jobs} at a time with {runner.threads} threads each"
@@ -186,9 +187,10 @@ def _show_plan(
 def _show(summary: Mapping[str, Any], directory: Path, console: Console) -> None:
     header, *rows = verdict.short_table(summary)
     title = f"means over {len(summary['seeds'])} seeds; 95 % intervals: Student's t over paired seeds"
-    table = Table(*header, title=title)
+    # Labels such as uniapl[objective.beta=0] are no markup.
+    table = Table(*map(escape, header), title=title)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     for sentence in summary["verdict"]:
         console.print(sentence, markup=False, soft_wrap=True)

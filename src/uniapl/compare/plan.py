@@ -35,7 +35,7 @@ OF_THE_RUN = (
 )
 """Keys of the recipe that a cell sets itself or does not need."""
 OF_ONE_METHOD = re.compile(
-    r"objective\.(mu_|gate_|lambda_|adversarial_|reward_weight|max_expert_gap|pass_)|batching\.cold_start_"
+    r"objective\.(mu_|gate_|lambda_|adversarial_|reward_weight|max_expert_gap|pass_|reference_step)|batching\.cold_start_"
 )
 """Keys that describe the recipe's own method and are not settings of the others."""
 
@@ -130,8 +130,9 @@ def _swept(variant: Variant, settings: str) -> list[Variant]:
             raise UsageError(
                 f"--methods: setting '{setting}' of '{variant.pipeline}' must be KEY=VALUE or KEY=A|B"
             )
-        if key != "demonstrations" and key.partition(".")[0] not in STAGE_KEYS:
-            allowed = ", ".join(k for k in STAGE_KEYS if k not in ("method", *LENGTH))
+        sections = [k for k in STAGE_KEYS if k not in ("method", *LENGTH)]
+        if key != "demonstrations" and key.partition(".")[0] not in sections:
+            allowed = ", ".join(sections)
             raise UsageError(
                 f"--methods: '{variant.pipeline}' cannot change '{key}', only demonstrations and keys "
                 f"of {allowed}"
@@ -175,7 +176,7 @@ class Plan:
         if [*variant.methods] == own and len(own) > 1:
             changes = _nested(settings)
             stages = [
-                merge({**stage, "num_train_epochs": None, "max_steps": config.max_steps}, changes)
+                merge({**_nested(stage), "num_train_epochs": None, "max_steps": config.max_steps}, changes)
                 for stage, config in zip(self.resolved.config.stages, self.stages, strict=True)
             ]
             return {**common, "method": own[-1], "seed": seed, "stages": stages}

@@ -342,9 +342,22 @@ class Config(Section):
 
     @property
     def cold_start_steps(self) -> int:
-        """Number of steps of the cold start."""
+        """Number of steps of the cold start; 0 if they would train on nothing, as with grpo."""
         value = self.batching.cold_start_steps
+        if not self.objective.mu_peak and not self.batching.cold_start_prompts_per_step:
+            return 0
         return round(value * self.max_steps) if value < 1 else int(value)
+
+    @property
+    def first_rollout_step(self) -> int:
+        """First step that samples rollouts."""
+        return 0 if self.batching.cold_start_prompts_per_step else self.cold_start_steps
+
+    @property
+    def discriminator_step(self) -> int:
+        """First step in which a discriminator can learn: with rollouts, and with the reference it reads."""
+        reference = self.reference_step if self.discriminator.reads_reference else 0
+        return max(self.first_rollout_step, reference)
 
     @property
     def cold_start_demonstrations_per_step(self) -> int:
@@ -360,12 +373,10 @@ class Config(Section):
 
     @property
     def adversary_step(self) -> int:
-        """First step in which the adversary may act: after the steps without rollouts, or without the
-        reference that the discriminator reads, and after its warm-up."""
-        first = 0 if self.batching.cold_start_prompts_per_step else self.cold_start_steps
-        if self.discriminator.reads_reference:
-            first = max(first, self.reference_step)
-        return first + (self.discriminator.warmup_steps if self.discriminator.is_trained else 0)
+        """First step in which the adversary may act, after the discriminator's warm-up."""
+        return self.discriminator_step + (
+            self.discriminator.warmup_steps if self.discriminator.is_trained else 0
+        )
 
     @property
     def learns_from_demonstrations(self) -> bool:

@@ -68,7 +68,8 @@ class ObjectiveConfig(Section):
     """A completion passes if its reward is at least this; completions that do not pass keep at most half of
     their reward (adversarial_placement: multiply)."""
     pass_reward: str | None = None
-    """Reward function whose value decides whether a completion passes; null takes the first one."""
+    """Reward function whose value decides whether a completion passes; null takes the first one that applies
+    to it."""
 
     @model_validator(mode="after")
     def _controllers_have_a_range(self) -> "ObjectiveConfig":
@@ -181,7 +182,7 @@ class DiscriminatorConfig(Section):
     held_out_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of demonstrations reserved to measure the discriminator's generalization; 0 trains on all."""
     freeze_after_steps: int | None = Field(default=None, ge=1)
-    """Stop training the discriminator after this many steps of the stage; null trains it throughout."""
+    """Stop training the discriminator after this many steps with rollouts; null trains it throughout."""
     min_accuracy: float = Field(default=0.55, ge=0, le=1)
     """Set lambda to 0 until the discriminator's accuracy on new pairs reaches this, and again when it has
     fallen 0.05 below; 0 never sets it to 0."""

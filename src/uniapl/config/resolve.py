@@ -313,7 +313,12 @@ def _inactive_components(config: Config) -> list[str]:
             config.adversary_step,
             objective.lambda_adv > 0 and not only_cold,
         ),
-        ("the learning rate never reaches its value", f"optim.warmup_steps {warmup}", warmup, True),
+        (
+            "the learning rate never reaches its value",
+            f"optim.warmup_steps {warmup}" + (f" after {cold}" if config.cold_start_steps else ""),
+            warmup + config.cold_start_steps,
+            bool(warmup),
+        ),
         ("mu never reaches mu_peak", f"objective.mu_warmup_steps {mu_warmup}", mu_warmup, rising),
     )
     notes = [
@@ -321,7 +326,9 @@ def _inactive_components(config: Config) -> list[str]:
         for problem, keys, steps, enabled in limits
         if enabled and steps >= config.max_steps
     ]
-    if batching.cold_start_steps and not config.cold_start_steps:
+    if batching.cold_start_steps and not config.cold_start_steps and not objective.mu_peak:
+        notes.append(f"there is no cold start ({cold}): the method does not train on demonstrations")
+    elif batching.cold_start_steps and not config.cold_start_steps:
         notes.append(f"there is no cold start: {cold} of {last} is rounded to 0 steps")
     return notes
 

@@ -166,12 +166,11 @@ class Run:
         # Of a pipeline, the last stage has the result.
         keeps_best = self.config.load_best_model_at_end and stage.index + 1 == len(self.methods)
         watching = rule.target is not None or rule.patience is not None or keeps_best
-        # Evaluation metrics may first appear later; all other metrics exist from the first step.
+        # Evaluation metrics may first appear later; all others exist from the first step with rollouts.
         known = rule.metric in record or rule.metric.startswith("eval/")
-        if watching and schedule.step == 1 and not known:
-            self.view.say(
-                f"warning: early_stopping.metric '{rule.metric}' is not a metric of the stage's first step"
-            )
+        if watching and schedule.step == stage.config.first_rollout_step + 1 and not known:
+            where = f"the stage's step {schedule.step}"
+            self.view.say(f"warning: early_stopping.metric '{rule.metric}' is not a metric of {where}")
         schedule.stopping.update(rule, record, schedule.completion_tokens)
         # Not at a checkpoint of an interruption: a run that was never stopped does not have it.
         saved = self.step % self.config.save_steps == 0 or schedule.ended

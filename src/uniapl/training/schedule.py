@@ -47,6 +47,12 @@ class Schedule:
         return self.step < self.config.cold_start_steps
 
     @property
+    def trains_on_demonstrations(self) -> bool:
+        """The current step trains on demonstrations, if it has no gate."""
+        objective = self.config.objective
+        return objective.mu_peak > 0 if self.in_cold_start else objective.learns_from_demonstrations
+
+    @property
     def learning_rate(self) -> float:
         """The policy's learning rate. The cold start and the steps after it have a curve each."""
         cold = self.config.cold_start_steps

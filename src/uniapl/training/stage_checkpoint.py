@@ -82,6 +82,7 @@ class StageCheckpoint:
             "stage_tokens": schedule.completion_tokens,
             "stopping": asdict(schedule.stopping),
             "stop_rule": stage.config.early_stopping.model_dump(),
+            "cold_start": [stage.config.batching.cold_start_steps, stage.config.cold_start_steps],
         }
         if stage.reference is not None and schedule.uses_reference and stage.config.reference_step:
             stage.reference.save(directory / REFERENCE)
@@ -102,6 +103,7 @@ class StageCheckpoint:
         if rule != state["stop_rule"]:
             same = all(rule[key] == state["stop_rule"].get(key) for key in ("metric", "greater_is_better"))
             schedule.stopping = schedule.stopping.restart(same_metric=same)
+        _keep_cold_start(stage, state)
         load_optimizer(stage.optimizer, directory / POLICY_OPTIMIZER)
         if stage.reference is not None and not schedule.uses_reference and (directory / REFERENCE).exists():
             stage.reference.load(directory / REFERENCE)
@@ -113,6 +115,17 @@ class StageCheckpoint:
                 schedule.multiplier = Multiplier(**state["multiplier"])
         if stage.one_step_off is not None:
             stage.one_step_off.load(state.get("ahead", ()))
+
+
+def _keep_cold_start(stage: Stage, state: dict[str, Any]) -> None:
+    """A fraction of another number of steps does not move the end of the cold start, nor the reference."""
+    setting, steps = state.get("cold_start", (None, None))
+    config = stage.config
+    if steps is None or setting != config.batching.cold_start_steps or steps == config.cold_start_steps:
+        return
+    batching = config.batching.model_copy(update={"cold_start_steps": float(steps)})
+    stage.schedule.config = config.model_copy(update={"batching": batching})
+    stage.schedule.uses_reference = stage.reference is not None and not stage.config.reference_step
 
 
 def discriminator_kind(config: Config) -> str:

@@ -33,6 +33,8 @@ from uniapl.training.update.discriminator_step import update_metrics
 from uniapl.training.update.head_step import head_step
 from uniapl.types import RolloutGroup, TokenIds, derive_seed
 
+EMPTY = -100.0
+"""Nats per token of a text without tokens: u is 0, because no token would otherwise be the likeliest text."""
 STATE_KINDS = ("head", "reference-likelihood")
 """Kinds of discriminators on the reference's states."""
 
@@ -100,8 +102,8 @@ class StateAdversary:
     def logits(self, completions: Sequence[TokenStates]) -> list[float]:
         """The logit of each completion."""
         if self.trainer is None:
-            means = [c.logprobs.double().sum() / max(1, len(c.logprobs)) for c in completions]
-            return [self.likelihood_scale * float(mean) for mean in means]
+            means = [float(c.logprobs.double().mean()) if len(c.logprobs) else EMPTY for c in completions]
+            return [self.likelihood_scale * mean for mean in means]
         found = [0.0] * len(completions)
         lengths = [max(1, len(c.logprobs)) for c in completions]
         for batch in batch_by_length(lengths, max_tokens=self.max_tokens):
@@ -158,7 +160,8 @@ class StateAdversary:
         settings, trainer = config.discriminator, self.trainer
         if trainer is None or not any(group.policy_logits for group in groups):
             return {}
-        frozen = settings.freeze_after_steps is not None and stage_step >= settings.freeze_after_steps
+        trained_steps = stage_step - config.discriminator_step
+        frozen = settings.freeze_after_steps is not None and trained_steps >= settings.freeze_after_steps
         accepted = [
             [] if is_held_out(group.example, config) else [*passing(group, config.objective)]
             for group in groups

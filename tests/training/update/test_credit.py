@@ -9,7 +9,7 @@ from support import reference
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import component_counts
 from uniapl.training.monitor.metrics import length_metrics, pair_metrics, rollout_metrics
-from uniapl.training.update.credit import assign_credit, failed_groups, rollout_rows
+from uniapl.training.update.credit import assign_credit, failed_groups, passing, rollout_rows
 from uniapl.types import Example, Rollout, RolloutGroup
 
 UNSCALED = ObjectiveConfig(scale_rewards="none")
@@ -158,6 +158,15 @@ def test_lengths_beside_the_demonstrations() -> None:
         "completions/length_auc": pytest.approx((1 + 0.5) / 6),
     }
     assert length_metrics([group((None,))]) == {}
+
+
+def test_the_first_function_that_applies_decides_whether_a_completion_passes() -> None:
+    parts = {"math": (None, 0.0, None), "code": (1.0, 1.0, 0.5)}
+    item = replace(group(rewards=(1.0, 1.0, 0.5)), reward_parts=parts)
+    assert passing(item, ObjectiveConfig()) == (True, False, False)
+    assert passing(item, ObjectiveConfig(pass_reward="code")) == (True, True, False)
+    assert passing(item, ObjectiveConfig(pass_reward="math")) == (False, False, False)
+    assert passing(replace(item, reward_parts={}), ObjectiveConfig()) == (True, True, False)
 
 
 def test_a_prompt_fails_when_no_known_reward_is_above_the_threshold() -> None:

@@ -149,7 +149,8 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
     Raises:
         UsageError: The first requirement that is not met.
     """
-    check_schedule(config.optim, config.max_steps)
+    for steps in {config.cold_start_steps, config.max_steps - config.cold_start_steps} - {0}:
+        check_schedule(config.optim, steps)
     objective, method = config.objective, f"method '{config.method}'"
     prompts, demonstrations = stream_examples(config, dataset, rewarder)
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
@@ -203,8 +204,8 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
         raise UsageError("discriminator.layers needs discriminator.kind head")
     if settings.lora_r is not None and (model or not pairwise):
         raise UsageError(
-            "discriminator.lora_r trains adapters on the policy: remove discriminator.model_name_or_path and "
-            "discriminator.kind"
+            "discriminator.lora_r trains adapters on the policy: set discriminator.kind to bradley-terry and "
+            "remove discriminator.model_name_or_path"
         )
     if settings.lora_r is not None and settings.freeze_after_steps is not None and not config.model.lora_r:
         raise UsageError(

@@ -96,16 +96,15 @@ def assign_credit(
 def passing(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[bool, ...]:
     """Whether each rollout passes: the value of the deciding reward function reaches `pass_threshold`.
 
-    The weighted sum does not decide, because other functions, such as a bonus for length, could make a wrong
-    completion pass.
+    This is `pass_reward`, or else the first function that applies to the rollout. The weighted sum does not
+    decide, because other functions, such as a bonus for length, could make a wrong completion pass.
     """
-    names = [*group.reward_parts]
-    name = objective.pass_reward or (names[0] if names else None)
-    values = group.reward_parts[name] if name is not None else group.rewards
-    return tuple(
-        value is not None and at_least(value, objective.pass_threshold)
-        for value in values or (None,) * len(group.rollouts)
-    )
+    parts = group.reward_parts
+    if objective.pass_reward is not None:
+        parts = {objective.pass_reward: parts[objective.pass_reward]}
+    columns = [*parts.values()] or [group.rewards or (None,) * len(group.rollouts)]
+    deciding = (next((v for v in values if v is not None), None) for values in zip(*columns, strict=True))
+    return tuple(value is not None and at_least(value, objective.pass_threshold) for value in deciding)
 
 
 def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
