@@ -311,7 +311,11 @@ RAISES = "def f(completions):\n    raise RuntimeError('no such service')\n"
             "leaves prompts on both sides",
         ),
         ({"discriminator": {"held_out_fraction": 1e-9}}, None, "holds out 0 of"),
-        ({"discriminator": {"lora_r": 2, "freeze_after_steps": 2}}, None, "cannot freeze adapters"),
+        (
+            {"discriminator": {"kind": "bradley-terry", "lora_r": 2, "freeze_after_steps": 2}},
+            None,
+            "cannot freeze adapters",
+        ),
         (
             {"method": "gad", "objective": {"adversarial_placement": "reward"}},
             None,

@@ -101,7 +101,10 @@ def run_dir(folder: Path) -> Path:
     return folder / "run"
 
 
-KL = ("--objective.beta", "0.1", "--objective.reference-step", "1", "--objective.lambda-controller", "pid")
+KL = (
+    *("--objective.beta", "0.1", "--objective.reference-step", "1", "--objective.lambda-controller", "pid"),
+    *("--discriminator.kind", "bradley-terry"),
+)
 
 
 def resumed(folder: Path, content: Any, *, name: str = checkpoint.STATE) -> Said:

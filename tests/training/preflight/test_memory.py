@@ -57,9 +57,15 @@ def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
-        ({}, {"method": "uniapl", "objective": {"beta": 0.1, "reference_step": 0}}),
+        (
+            {},
+            {
+                **{"method": "uniapl", "objective": {"beta": 0.1, "reference_step": 0}},
+                "discriminator.kind": "bradley-terry",
+            },
+        ),
         ({"vocab_size": 100_000, "hidden_size": 128, "num_hidden_layers": 3}, {"method": "grpo"}),
-        ({}, {"model.lora_r": 8, "discriminator.lora_r": 8}),
+        ({}, {"model.lora_r": 8, "discriminator.lora_r": 8, "discriminator.kind": "bradley-terry"}),
     ],
     ids=["discriminator and reference", "a large vocabulary", "adapters"],
 )
