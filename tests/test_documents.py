@@ -28,6 +28,7 @@ from uniapl import cli
 from uniapl.config import Config
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.demo.recipe import RECIPE
+from uniapl.demo.rewards import REWARDS
 
 LEFT_OUT = {
     "docs/log.md": "dated records of what was run once, with the figures that came out",
@@ -184,7 +185,13 @@ def test_what_is_exempt_names_targets_extras_flags_and_recipes_that_exist() -> N
                 assert extra in extras, line
         elif line.startswith("uniapl demo"):
             flags = words[2:]
-            resolve(RECIPE, flags[2:] if flags[:1] == ["--write"] else flags)
+            for option in ("--write", "--reward"):
+                if option in flags:
+                    at = flags.index(option)
+                    value = flags[at + 1]
+                    assert option == "--write" or value in REWARDS, line
+                    del flags[at : at + 2]
+            resolve(RECIPE, flags)
         elif line.startswith("accelerate launch"):
             assert (ROOT / words[words.index("--config_file") + 1]).is_file(), line
         elif any(word.startswith("recipes/") for word in words):

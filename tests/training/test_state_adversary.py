@@ -273,11 +273,11 @@ def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
     bare = replace(bare, demonstration_ids=None)
     subject = likelihood()
     found = subject.score(
-        [group(shown, (8, 9, 1), (8, 9)), group(bare, (1,))],
-        [states([-0.5, -1.0, -7.0], [-0.5, -1.0], [-1.0, -9.0]), states([-3.0])],
+        [group(shown, (8, 9, 1), (8, 9)), group(bare, (7, 1))],
+        [states([-0.5, -1.0, -7.0], [-0.5, -1.0], [-1.0, -9.0]), states([-0.25, -3.0])],
     )
     # Both completions have the same text; the first one's end token, with -7 nats, is not read.
-    assert found == [((-3.0, -3.0), -4.0), ((0.0,), None)]
+    assert found == [((-3.0, -3.0), -4.0), ((-1.0,), None)]
 
 
 def test_a_text_without_tokens_is_never_the_expert_s() -> None:

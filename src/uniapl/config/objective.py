@@ -69,7 +69,7 @@ class ObjectiveConfig(Section):
     their reward (adversarial_placement: multiply)."""
     pass_reward: str | None = None
     """Reward function whose value decides whether a completion passes; null takes the first one that applies
-    to it."""
+    to the prompt."""
 
     @model_validator(mode="after")
     def _controllers_have_a_range(self) -> "ObjectiveConfig":

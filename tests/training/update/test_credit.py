@@ -161,10 +161,11 @@ def test_lengths_beside_the_demonstrations() -> None:
 
 
 def test_the_first_function_that_applies_decides_whether_a_completion_passes() -> None:
-    parts = {"math": (None, 0.0, None), "code": (1.0, 1.0, 0.5)}
+    """To the prompt: a verifier that failed on one of its completions leaves no other to decide."""
+    parts = {"math": (None, None, None), "code": (1.0, None, 0.5), "length": (1.0, 1.0, 1.0)}
     item = replace(group(rewards=(1.0, 1.0, 0.5)), reward_parts=parts)
     assert passing(item, ObjectiveConfig()) == (True, False, False)
-    assert passing(item, ObjectiveConfig(pass_reward="code")) == (True, True, False)
+    assert passing(item, ObjectiveConfig(pass_reward="length")) == (True, True, True)
     assert passing(item, ObjectiveConfig(pass_reward="math")) == (False, False, False)
     assert passing(replace(item, reward_parts={}), ObjectiveConfig()) == (True, True, False)
 

@@ -96,15 +96,16 @@ def assign_credit(
 def passing(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[bool, ...]:
     """Whether each rollout passes: the value of the deciding reward function reaches `pass_threshold`.
 
-    This is `pass_reward`, or else the first function that applies to the rollout. The weighted sum does not
+    This is `pass_reward`, or else the first function that applies to the prompt. The weighted sum does not
     decide, because other functions, such as a bonus for length, could make a wrong completion pass.
     """
-    parts = group.reward_parts
-    if objective.pass_reward is not None:
-        parts = {objective.pass_reward: parts[objective.pass_reward]}
-    columns = [*parts.values()] or [group.rewards or (None,) * len(group.rollouts)]
-    deciding = (next((v for v in values if v is not None), None) for values in zip(*columns, strict=True))
-    return tuple(value is not None and at_least(value, objective.pass_threshold) for value in deciding)
+    applying = (name for name, values in group.reward_parts.items() if any(v is not None for v in values))
+    name = objective.pass_reward or next(applying, None)
+    values = group.reward_parts[name] if name is not None else group.rewards
+    return tuple(
+        value is not None and at_least(value, objective.pass_threshold)
+        for value in values or (None,) * len(group.rollouts)
+    )
 
 
 def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
