@@ -1,5 +1,6 @@
 """Health rules: warnings about the metrics of the last steps, each with a remedy. They change nothing."""
 
+import functools
 import math
 import operator
 import statistics
@@ -14,6 +15,9 @@ Records = Sequence[Mapping[str, Any]]
 SIGNIFICANT = 2.0
 """Standard errors by which the means of two windows must differ. Our choice: with the usual window, chance
 alone produces such a rise in one comparison out of thirty, before the other conditions of a rule."""
+DIVERGING = 3.0
+"""The same for the two movements of a divergence, which every step compares. Our choice: at 2, a run of the
+demo had both by chance, in one step out of a hundred."""
 SMALL_KL = 0.1
 """Nats per token; no smaller KL counts as a jump. Our choice."""
 
@@ -147,11 +151,12 @@ def _discriminator_saturated(last: Records, highest: float) -> str | None:
 
 def _divergence(before: Records, last: Records) -> str | None:
     win_rate = _mean(last, "discriminator/win_rate")
-    if win_rate is None or win_rate <= 0.5 or not _moved(before, last, "discriminator/win_rate", up=True):
+    moved = functools.partial(_moved, before, last, errors=DIVERGING)
+    if win_rate is None or win_rate <= 0.5 or not moved("discriminator/win_rate", up=True):
         return None
-    if _moved(before, last, "reward", up=False):
+    if moved("reward", up=False):
         what = "the reward falls"
-    elif _moved(before, last, "sft/nll", up=True):
+    elif moved("sft/nll", up=True):
         what = "the demonstrations become less likely"
     else:
         return None
@@ -229,14 +234,14 @@ def _no_supervised_tokens(last: Records) -> str | None:
     )
 
 
-def _moved(before: Records, last: Records, key: str, *, up: bool) -> bool:
-    """Whether the mean moved in this direction by more than SIGNIFICANT standard errors."""
+def _moved(before: Records, last: Records, key: str, *, up: bool, errors: float = SIGNIFICANT) -> bool:
+    """Whether the mean moved in this direction by more than this number of standard errors."""
     old, new = _values(before, key), _values(last, key)
     if len(old) < 2 or len(new) < 2:
         return False
     rise = statistics.fmean(new) - statistics.fmean(old)
     error = math.sqrt(statistics.variance(old) / len(old) + statistics.variance(new) / len(new))
-    return (rise if up else -rise) > SIGNIFICANT * error
+    return (rise if up else -rise) > errors * error
 
 
 def _mean(records: Records, key: str) -> float | None:
