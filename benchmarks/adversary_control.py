@@ -21,7 +21,7 @@ STEPS = 100
 
 # A constant learning rate, so that the policy can still react to the adversary at the end of a run.
 STEADY = {"learning_rate": 2.5e-4, "lr_scheduler_type": "constant"}
-UNGATED = {"min_accuracy": 0.0}
+UNGATED = {"kind": "bradley-terry", "learning_rate": 1e-3, "min_accuracy": 0.0}
 WATCHED = {"method": "a-grpo", "max_steps": 150, "discriminator": UNGATED, "optim": STEADY}
 """For the constraint: half of the prompts have a demonstration, so that each win rate covers 48 pairs."""
 

@@ -17,8 +17,8 @@ from typing import Any
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"objective": {"lambda_adv": 0.0}},
-    "adapters": {"discriminator": {"lora_r": 8}},
-    "copy": {},
+    "adapters": {"discriminator": {"kind": "bradley-terry", "lora_r": 8}},
+    "copy": {"discriminator": {"kind": "bradley-terry"}},
 }
 
 

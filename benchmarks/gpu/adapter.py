@@ -24,7 +24,6 @@ SHAPE = Shape(
 STEPS = 3
 ADAPTERS = {
     "model": {"lora_r": 16},
-    "discriminator": {"lora_r": 8},
     "optim": {"gradient_checkpointing": True},
     "batching": {"max_tokens_per_micro_batch": 4096},
 }
