@@ -129,6 +129,12 @@ def test_other_methods_share_what_does_not_describe_the_recipe_s_method() -> Non
     assert last.objective.mu_valley == 0.3
 
 
+def test_the_reference_of_the_recipe_s_own_schedule_is_not_shared() -> None:
+    own = plan(objective={"beta": 0.2, "reference_step": 25}, batching={"cold_start_steps": 25})
+    (grpo,) = stages("grpo", own)
+    assert (grpo.objective.beta, grpo.reference_step, grpo.cold_start_steps) == (0.2, 0, 0)
+
+
 def test_a_fraction_of_the_demonstrations() -> None:
     (half,) = stages("sft[demonstrations=0.5]")
     assert half.max_steps * half.batching.demonstrations_per_step == (5120 + 1920) // 2

@@ -266,3 +266,11 @@ def test_demonstrations_are_drawn_only_where_they_have_a_weight() -> None:
     for subject.step in (0, 3, 4, 9):
         found.append(subject.trains_on_demonstrations)
     assert found == [True, True, False, False]
+
+
+def test_freezing_counts_the_steps_in_which_the_discriminator_can_learn() -> None:
+    values: dict[str, Any] = {"batching": {"cold_start_steps": 4}, "objective": {"reference_step": 6}}
+    for kind, first in (("bradley-terry", 4), ("head", 6)):
+        config = Config.model_validate(values | {"discriminator": {"kind": kind, "freeze_after_steps": 3}})
+        assert [step for step in range(12) if config.is_frozen(step)] == [*range(first + 3, 12)]
+    assert not Config.model_validate(values).is_frozen(11)

@@ -332,6 +332,11 @@ class Config(Section):
         reference = self.reference_step if self.discriminator.reads_reference else 0
         return max(self.first_rollout_step, reference)
 
+    def is_frozen(self, step: int) -> bool:
+        """Whether the discriminator is no longer trained in this step of the stage."""
+        limit = self.discriminator.freeze_after_steps
+        return limit is not None and step - self.discriminator_step >= limit
+
     @property
     def cold_start_demonstrations_per_step(self) -> int:
         """Demonstrations of each cold-start step."""

@@ -200,9 +200,7 @@ class Adversary:
         if trainer is None:
             return {}
         fresh = trainer.fresh([self.ending.group(group) for group in groups], config, step)
-        trained_steps = stage_step - config.discriminator_step
-        frozen = settings.freeze_after_steps is not None and trained_steps >= settings.freeze_after_steps
-        num_updates = 0 if self.state.paused or frozen else settings.updates_per_step
+        num_updates = 0 if self.state.paused or config.is_frozen(stage_step) else settings.updates_per_step
         num_replayed = round(len(fresh) * settings.replay_fraction / (1 - settings.replay_fraction))
         updates: list[tuple[float, bool]] = []
         for number in range(num_updates):

@@ -160,8 +160,6 @@ class StateAdversary:
         settings, trainer = config.discriminator, self.trainer
         if trainer is None or not any(group.policy_logits for group in groups):
             return {}
-        trained_steps = stage_step - config.discriminator_step
-        frozen = settings.freeze_after_steps is not None and trained_steps >= settings.freeze_after_steps
         accepted = [
             [] if is_held_out(group.example, config) else [*passing(group, config.objective)]
             for group in groups
@@ -175,7 +173,7 @@ class StateAdversary:
         ]
         num_passing = sum(sum(accepts) for accepts in accepted)
         updates: list[tuple[float, bool]] = []
-        for number in range(0 if frozen else settings.updates_per_step):
+        for number in range(0 if config.is_frozen(stage_step) else settings.updates_per_step):
             rng = random.Random(derive_seed(config.seed, "head", step, number))
             train = trainer.demonstrations.train
             drawn = rng.sample(train, min(len(train), max(len(groups), num_passing)))
