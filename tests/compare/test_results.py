@@ -3,11 +3,14 @@ page."""
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from support.compared import MADE_UP, MAIN, outcome, results_of, runs
+from uniapl.cli.compare import _show
 from uniapl.compare import results, verdict
 from uniapl.compare.plan import parse_methods
 from uniapl.errors import UniAPLError
@@ -158,3 +161,12 @@ def test_the_page_has_every_part() -> None:
     variants = parse_methods("sft,grpo,uniapl,grpo[objective.beta=0|0.5]")
     with_fronts = {**found, **results.summarize(swept, variants, main=MAIN)}
     assert "score at equal closeness" in render_comparison(with_fronts, title="one")
+
+
+def test_a_label_with_settings_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The console reads square brackets as markup."""
+    label = "grpo[objective.beta=0]"
+    monkeypatch.setattr(verdict, "short_table", lambda _: [["method", label], [label, "0.5"]])
+    console = Console(record=True, width=200)
+    _show({"seeds": [0, 1], "verdict": [], "search": {}}, Path("here"), console)
+    assert console.export_text().count(label) == 2

@@ -274,3 +274,14 @@ def test_freezing_counts_the_steps_in_which_the_discriminator_can_learn() -> Non
         config = Config.model_validate(values | {"discriminator": {"kind": kind, "freeze_after_steps": 3}})
         assert [step for step in range(12) if config.is_frozen(step)] == [*range(first + 3, 12)]
     assert not Config.model_validate(values).is_frozen(11)
+
+
+def test_the_schedule_of_mu_begins_after_the_cold_start() -> None:
+    values: dict[str, Any] = {"max_steps": 10, "batching": {"cold_start_steps": 2}}
+    values["objective"] = {"mu_peak": 0.8, "mu_valley": 0.2, "mu_decay_steps": 2}
+    config = Config.model_validate(values)
+    subject = Schedule(config=config, adversary=None, multiplier=Multiplier(value=1.0))
+    found = []
+    for subject.step in range(6):
+        found.append(subject.mu([]))
+    assert found == pytest.approx([0.8, 0.8, 0.8, 0.5, 0.2, 0.2])

@@ -41,6 +41,14 @@ def test_steps_of_a_method(method: str, epochs: float, expected: int, model_dir:
     assert steps(model_dir, letter_rows(), method=method, num_train_epochs=epochs) == [expected]
 
 
+def test_a_cold_start_without_prompts_is_added(model_dir: Path) -> None:
+    """An epoch counts the steps with rollouts."""
+    rows = letter_rows()
+    plain = steps(model_dir, rows, num_train_epochs=1)
+    assert steps(model_dir, rows, num_train_epochs=1, batching={"cold_start_steps": 5}) == [plain[0] + 5]
+    assert steps(model_dir, rows, num_train_epochs=1, batching={"cold_start_steps": 0.5}) == [2 * plain[0]]
+
+
 def test_only_usable_rows_of_the_stream_count(model_dir: Path) -> None:
     """Rows without the reward's column have no prompt for grpo; rows that are too long are left out."""
     rows = [{"prompt": "say a."}] * 5 + letter_rows(6, demonstrated=())
