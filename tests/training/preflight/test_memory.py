@@ -65,7 +65,10 @@ def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
             },
         ),
         ({"vocab_size": 100_000, "hidden_size": 128, "num_hidden_layers": 3}, {"method": "grpo"}),
-        ({}, {"model.lora_r": 8, "discriminator.lora_r": 8, "discriminator.kind": "bradley-terry"}),
+        (
+            {"num_hidden_layers": 8, "hidden_size": 320},
+            {"model.lora_r": 8, "discriminator.lora_r": 8, "discriminator.kind": "bradley-terry"},
+        ),
     ],
     ids=["discriminator and reference", "a large vocabulary", "adapters"],
 )
