@@ -94,14 +94,16 @@ def _train(folder: Path, launch: dict[str, str], values: dict[str, Any]) -> None
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "launch", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["ddp", "fsdp2"]
+    ("world", "launch"),
+    [(2, {}), (4, {}), (2, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})],
+    ids=["2 by DDP", "4 by DDP", "2 by FSDP2"],
 )
-def test_two_processes_give_the_same_run(
-    run: Path, model_dir: Path, tmp_path: Path, launch: dict[str, str]
+def test_several_processes_give_the_same_run(
+    run: Path, model_dir: Path, tmp_path: Path, world: int, launch: dict[str, str]
 ) -> None:
     kind = (run / "kind").read_text()
     values = scheduled(model_dir, tmp_path / "run", kind)
-    assert run_processes(2, _train, tmp_path, launch, values) == [0, 0]
+    assert run_processes(world, _train, tmp_path, launch, values) == [0] * world
     mine, theirs = (timeless(lines(path / "run" / "metrics.jsonl")) for path in (tmp_path, run))
     for one, other in zip(mine, theirs, strict=True):
         for name in ("reward", "loss", "kl", "adversary/reward_change", "discriminator/win_rate"):
