@@ -12,7 +12,7 @@ from support.benchmark_data import IFBENCH, IFEVAL, STAND_INS, on_stand_ins_and_
 from support.runs import recipe
 from support.tiny import save_model
 from uniapl import cli
-from uniapl.cli.compose import all_conflicts, compose_prompt
+from uniapl.compose.prompts import all_conflicts, compose_prompt
 from uniapl.compose.wordings import ENDINGS, FURTHER_CONFLICTS, KINDS, LANGUAGES, NOUNS, RARE, say
 from uniapl.evaluation.contamination import overlap
 from uniapl.rewards.checkers import Instruction, parameters
@@ -226,9 +226,14 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_demonstrations_are_left_out_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = write(tmp_path / "base.jsonl", BASES, completion="An answer.")
+    answered = [{"role": "user", "content": BASES[0]}, {"role": "assistant", "content": "An answer."}]
+    made: list[dict[str, Any]] = [{"prompt": prompt, "completion": "An answer."} for prompt in BASES]
+    made += [{"prompt": "Name a lake."}, {"messages": answered}, {"messages": answered[:1]}]
+    base = tmp_path / "base.jsonl"
+    base.write_text("".join(json.dumps(row) + "\n" for row in made))
     assert run(base, tmp_path / "a.jsonl") == 0
-    assert "demonstrations were left out" in capsys.readouterr().out
+    assert "note: 5 demonstrations were left out" in (said := " ".join(capsys.readouterr().out.split()))
+    assert "--from-demonstrations edits them" in said
 
 
 def test_chat_prompts_keep_their_earlier_turns(tmp_path: Path) -> None:

@@ -3,24 +3,24 @@
 import argparse
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from uniapl.collect.rows import prompt_of
-from uniapl.compose.wordings import FURTHER_CONFLICTS, KINDS, say
+from uniapl.compose.demonstrations import SUPPORTED, compose_demonstration, demonstration_of
+from uniapl.compose.prompts import all_conflicts, compose_prompt
+from uniapl.compose.wordings import KINDS
 from uniapl.config import DataConfig
 from uniapl.data.reading import named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import overlap
 from uniapl.evaluation.suites import BENCHMARKS, parse_suite
 from uniapl.files import write_text
-from uniapl.rewards.checkers import conflicts
 from uniapl.types import derive_seed, prompt_text
-
-JOINERS = (" ", "\n", "\n\n")
 
 
 def compose(arguments: Sequence[str]) -> int:
@@ -32,7 +32,11 @@ def compose(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     console = Console(highlight=False)
     rows = read_rows(DataConfig(path=options.base))
-    composed = _composed(rows, options)
+    notes: Counter[str] = Counter()
+    composed = _composed(rows, options, notes)
+    said = [f"{count} {note}" for note, count in notes.items()]
+    if not composed:
+        raise UsageError(f"no prompt is left: {'; '.join(said)}")
     written = _without_overlap(composed, options, console)
     if not written:
         raise UsageError("no prompt is left: every composed prompt overlaps with a benchmark's")
@@ -42,78 +46,84 @@ def compose(arguments: Sequence[str]) -> int:
         write_text(options.output, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise UsageError(f"cannot write '{options.output}': {error}") from error
-    if duplicates := len(rows) * options.per_prompt - len(composed):
-        console.print(f"note: {duplicates} duplicate prompts were dropped")
-    if any(row.get(name) is not None for _, row in rows for name in ("completion", "chosen", "rejected")):
-        console.print("note: demonstrations were left out: they do not follow the new instructions")
-    console.print(f"{options.output}: {len(written)} prompts; reward: instruction_following", markup=False)
+    for note in said:
+        console.print(f"note: {note}", markup=False)
+    kind = "prompts with demonstrations" if options.from_demonstrations else "prompts"
+    console.print(f"{options.output}: {len(written)} {kind}; reward: instruction_following", markup=False)
     return len(written)
 
 
-def _composed(rows: Sequence[tuple[int, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The distinct composed prompts of all rows, each with its base prompt as `base`."""
+def _composed(
+    rows: Sequence[tuple[int, Any]], options: argparse.Namespace, notes: Counter[str]
+) -> list[dict[str, Any]]:
+    """The distinct composed prompts of all rows, each with its base prompt as `base`.
+
+    `notes` counts what is left out.
+    """
     forbidden = all_conflicts()
     composed: dict[str, dict[str, Any]] = {}
     for number, row in rows:
         with named_source(rows):
-            base, before = _base_of(number, row)
+            base, before, answered = _base_of(number, row)
+            demonstration = demonstration_of(number, row) if options.from_demonstrations else None
+        if options.from_demonstrations and demonstration is None:
+            notes["rows without a demonstration of plain text (no tool call, no </think>) were left out"] += 1
+            continue
+        if note := _note_on_completions(row, options, is_dialog=answered):
+            notes[note] += 1
         for copy in range(options.per_prompt):
             rng = random.Random(derive_seed(options.seed, "compose", number, copy))
-            one = compose_prompt(base, rng, options.kinds, options.max_instructions, forbidden)
-            key = json.dumps([before, one["prompt"]])
+            given = (rng, options.kinds, options.max_instructions, forbidden)
+            if demonstration is None:
+                one = compose_prompt(base, *given)
+            else:
+                one = compose_demonstration(base, demonstration, *given)
+            if one is None:
+                notes["prompts were dropped: their demonstration can follow none of the instructions"] += 1
+                continue
+            key = json.dumps([before, one["prompt"], one.get("completion")])
+            if key in composed:
+                notes["duplicate prompts were dropped"] += 1
+                continue
             if before is not None:
                 one["prompt"] = [*before, {"role": "user", "content": one["prompt"]}]
-            composed.setdefault(key, {**one, "base_row": number, "base": base})
+            composed[key] = {**one, "base_row": number, "base": base}
     return list(composed.values())
 
 
-def compose_prompt(
-    base: str,
-    rng: random.Random,
-    kinds: Sequence[str],
-    max_instructions: int,
-    forbidden: Mapping[str, set[str]],
-) -> dict[str, Any]:
-    """A prompt with 1 to `max_instructions` instructions that can be followed together.
+def _note_on_completions(row: Any, options: argparse.Namespace, *, is_dialog: bool) -> str | None:
+    """The note on a row's completions that are not written."""
+    if options.from_demonstrations:
+        return (
+            "rejected completions were left out: only demonstrations are edited"
+            if row.get("rejected")
+            else None
+        )
+    names = ("completion", "chosen", "rejected", "output")
+    if is_dialog or any(row.get(name) is not None for name in names):
+        return (
+            "demonstrations were left out: they do not follow the new instructions; --from-demonstrations "
+            "edits them so that they do"
+        )
+    return None
 
-    Example:
-        {"prompt": "Name a river. Do not use commas.", "instruction_id_list": ["punctuation:no_comma"],
-         "kwargs": [{}]}
+
+def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None, bool]:
+    """(last user message, messages before it, whether the messages end with an answer).
+
+    The messages are None if the prompt is text.
     """
-    wanted = rng.randint(1, max_instructions)
-    chosen: list[str] = []
-    for kind in rng.sample(list(kinds), len(kinds)):
-        if len(chosen) < wanted and not any(kind in forbidden[other] for other in chosen):
-            chosen.append(kind)
-    taken: set[str] = set()
-    arguments = [KINDS[kind].draw(rng, base, taken) for kind in chosen]
-    sentences = [say(KINDS[kind], given, rng) for kind, given in zip(chosen, arguments, strict=True)]
-    prompt = rng.choice(JOINERS).join([base, " ".join(sentences)])
-    return {"prompt": prompt, "instruction_id_list": chosen, "kwargs": arguments}
-
-
-def all_conflicts() -> dict[str, set[str]]:
-    """The kinds that cannot be followed together with each kind; symmetric (lm-eval's table and ours)."""
-    table = {kind: set(others) for kind, others in conflicts().items()}
-    for kind, others in FURTHER_CONFLICTS.items():
-        for other in others:
-            table[kind].add(other)
-            table[other].add(kind)
-    return table
-
-
-def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None]:
-    """(last user message, messages before it); None for the latter if the prompt is text."""
     column, prompt = prompt_of(number, row)
     if row.get("instruction_id_list") is not None:
         raise UsageError(f"row {number} already has instructions: use its base prompt, or remove the row")
     if isinstance(prompt, str):
-        return prompt.strip(), None
-    messages = prompt[:-1] if column == "messages" and prompt[-1]["role"] == "assistant" else prompt
+        return prompt.strip(), None, False
+    answered = column == "messages" and prompt[-1]["role"] == "assistant"
+    messages = prompt[:-1] if answered else prompt
     last = messages[-1] if messages else {"role": None, "content": None}
     if last["role"] != "user" or not isinstance(last["content"], str) or not last["content"].strip():
         raise UsageError(f"row {number}: '{column}' must end with a user message whose content is text")
-    return last["content"].strip(), messages[:-1]
+    return last["content"].strip(), messages[:-1], answered
 
 
 def _without_overlap(
@@ -163,7 +173,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("-o", "--output", type=Path, required=True, help="the .jsonl file to write")
     add("--per-prompt", type=int, default=1, help="composed prompts for each base prompt")
     add("--max-instructions", type=int, default=5, help="maximum number of instructions in a prompt")
-    help_ = "kinds of instructions to use (default: all 25)"
+    help_ = "edit each row's demonstration so that it follows the instructions, and write it as `completion`"
+    add("--from-demonstrations", action="store_true", help=help_)
+    help_ = f"kinds of instructions to use (default: all 25; --from-demonstrations: its {len(SUPPORTED)})"
     add("--kinds", nargs="+", default=argparse.SUPPRESS, metavar="KIND", help=help_)
     known = " and ".join(BENCHMARKS)
     help_ = f"files of {known} (default: from the Hub) and of other benchmarks, checked for overlap"
@@ -171,15 +183,26 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     help_ = "what to do with prompts that overlap with a benchmark's"
     add("--overlap", choices=("refuse", "drop", "allow"), default="refuse", help=help_)
     add("--seed", type=int, default=0, help="seed of all draws")
-    options = parser.parse_args(arguments, argparse.Namespace(kinds=list(KINDS), benchmarks=[]))
+    options = parser.parse_args(arguments, argparse.Namespace(kinds=None, benchmarks=[]))
     if options.output.suffix != ".jsonl":
         raise UsageError(f"--output '{options.output}' must end in .jsonl")
     if options.output.exists() and Path(options.base).exists() and options.output.samefile(options.base):
         raise UsageError("--output is the file of the base prompts: choose another file")
-    unknown = [kind for kind in options.kinds if kind not in KINDS]
-    if unknown:
-        raise UsageError(f"--kinds: unknown {', '.join(unknown)}; choose from {', '.join(KINDS)}")
+    options.kinds = _kinds(options)
     for name in ("per_prompt", "max_instructions"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     return options
+
+
+def _kinds(options: argparse.Namespace) -> list[str]:
+    supported = SUPPORTED if options.from_demonstrations else KINDS
+    chosen = list(supported) if options.kinds is None else options.kinds
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise UsageError(f"--kinds: unknown {', '.join(unknown)}; choose from {', '.join(supported)}")
+    if others := [kind for kind in chosen if kind not in supported]:
+        raise UsageError(
+            f"--kinds: --from-demonstrations cannot edit answers for {', '.join(others)}; choose from "
+            f"{', '.join(supported)}"
+        )
+    return chosen

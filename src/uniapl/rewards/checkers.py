@@ -95,6 +95,21 @@ def load_checkers() -> None:
     _ifeval()
 
 
+def count_words(text: str) -> int:
+    """The number of words, as IFEval's checkers count them."""
+    return _counters().count_words(text)
+
+
+def count_sentences(text: str) -> int:
+    """The number of sentences, as IFEval's checkers count them."""
+    return _counters().count_sentences(text)
+
+
+def _counters() -> Any:
+    load_checkers()
+    return importlib.import_module("lm_eval.tasks.ifeval.instructions_util")
+
+
 def checker_types(id_: str) -> dict[str, Any]:
     """Id -> checker class of all that are installed; IFBench's only if `id_` is not one of IFEval's.
 
