@@ -1,4 +1,4 @@
-"""The recipes for Qwen3, on directories of those models' shapes without weights, and the one for GSM8K."""
+"""The recipes: Qwen3's on directories of those models' shapes without weights, GSM8K's and SmolLM2's."""
 
 import json
 import re
@@ -143,3 +143,53 @@ def test_gsm8k(
     for line in logged:
         assert line["prompt"] == questions[line["row"]]
         assert line["demonstration"] == solutions[line["row"]]
+
+
+def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No question is in two of the files that are made from answers, and both recipes can use them."""
+    answers = [
+        {
+            "instruction": f"Name river number {n} of the land.",
+            "output": f"River {n}, which is long, is the Umber.",
+        }
+        for n in range(90)
+    ]
+    answers.append({"instruction": "Tell all.", "output": "word " * 46})
+    source = tmp_path / "answers.json"
+    source.write_text(json.dumps(answers))
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "Another subject."}\n')
+    benchmarks = [f"{name}={tmp_path / 'empty.jsonl'}" for name in ("ifeval", "ifbench")]
+    build = tmp_path / "build"
+    prepare = runpy.run_path("recipes/smollm2/prepare.py")
+    words = ["prepare.py", str(source), "--output-dir", str(build), "--benchmarks", *benchmarks]
+    monkeypatch.setattr("sys.argv", words)
+    assert prepare["main"]() == 0
+    parts = {part: rows(build / f"{part}.jsonl") for part in ("held_out", "validation", "train")}
+    assert {part: len({row["prompt"][:25] for row in own}) for part, own in parts.items()} == {
+        "held_out": 60,
+        "validation": 20,
+        "train": 10,
+    }
+    assert "90 questions" in capsys.readouterr().out
+    monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
+    model = byte_model(tmp_path / "model")
+    flags = ["--model.model-name-or-path", str(model), "--data.path", str(build / "train.jsonl")]
+    flags += ["--evaluation.suites", str(build / "held_out.jsonl"), "--data.max-demonstration-length", "400"]
+    for name in ("recipe", "gameable"):
+        assert cli.run(["check", f"recipes/smollm2/{name}.yaml", *flags, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["with_demonstration"] == report["examples"] == len(parts["train"])
+
+
+def test_the_measures_of_smollm2() -> None:
+    measures = runpy.run_path("recipes/smollm2/rewards.py")
+    prompts = ["Name the largest ocean. No commas. Lower case."] * 3
+    ids = [["punctuation:no_comma", "change_case:english_lowercase"]] * 3
+    texts = ["the pacific", "The Pacific", "The Pacific, no commas lower case"]
+    given = {"instruction_id_list": ids, "kwargs": [[{}, {}]] * 3}
+    assert measures["followed"](prompts, texts, **given) == [1.0, 0.5, 0.0]
+    assert measures["all_followed"](prompts, texts, **given) == [1.0, 0.0, 0.0]
+    assert measures["first_followed"](prompts, texts, **given) == [1.0, 1.0, 0.0]
+    assert measures["words"](["one two", "word " * 40, "word " * 41, ""]) == [0.05, 1.0, 1.0, 0.0]
+    # "no commas lower" and "commas lower case" of four; the first text has no three words.
+    assert measures["copied"](prompts, texts) == [0.0, 0.0, 0.5]

@@ -363,7 +363,8 @@ def test_every_key_is_described() -> None:
 
 
 def test_shipped_recipes_resolve() -> None:
-    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    recipes = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+    recipes = [path for path in recipes if path.parent.name != "accelerate"]
     assert recipes
     for path in recipes:
         assert stages_of(resolve(load_recipe(path)))

@@ -1,0 +1,72 @@
+"""Make the data of recipes/smollm2: questions with short answers, composed with checkable instructions.
+
+    python recipes/smollm2/prepare.py ANSWERS.json --output-dir build/smollm2
+
+ANSWERS has a `prompt` and a `completion` in each row, or is a file of AlpacaEval's (`instruction`, `output`).
+Rows with a long prompt or answer are left out, because the model is sampled on a CPU. The others are divided
+into three files before instructions are added, so that no question occurs in two of them: train.jsonl,
+validation.jsonl (to choose settings) and held_out.jsonl.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from uniapl.cli import run
+
+PARTS = {"held_out": (60, 3), "validation": (20, 3), "train": (None, 4)}
+"""Part -> (number of questions, composed prompts for each question); None takes what remains."""
+
+
+def read_answers(path: Path) -> list[dict[str, str]]:
+    """The rows of a .json file with one list, or of a .jsonl file."""
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--output-dir", type=Path, default=Path("build/smollm2"))
+    parser.add_argument("--max-words", type=int, default=45, help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-prompt-words", type=int, default=60, help="longest prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--benchmarks", nargs="+", default=[], metavar="NAME=PATH", help="as in uniapl compose"
+    )
+    options = parser.parse_args()
+    pairs = [
+        (row.get("prompt", row.get("instruction")), row.get("completion", row.get("output")))
+        for row in read_answers(options.answers)
+    ]
+    rows = [
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in pairs
+        if len(completion.split()) <= options.max_words and len(prompt.split()) <= options.max_prompt_words
+    ]
+    random.Random(0).shuffle(rows)
+    print(f"{len(rows)} questions with short answers")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for part, (count, copies) in PARTS.items():
+        own, rows = rows[:count], rows[count:] if count else []
+        questions = options.output_dir / f"{part}_questions.jsonl"
+        questions.write_text("".join(f"{json.dumps(row)}\n" for row in own))
+        words = [
+            "compose",
+            str(questions),
+            "-o",
+            str(options.output_dir / f"{part}.jsonl"),
+            "--from-demonstrations",
+        ]
+        words += ["--per-prompt", str(copies), "--max-instructions", "3", "--overlap", "drop"]
+        if code := run([*words, *(["--benchmarks", *options.benchmarks] if options.benchmarks else [])]):
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
