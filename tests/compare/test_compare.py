@@ -17,7 +17,7 @@ from support.runs import recipe
 from support.tiny import letter_rows
 from uniapl import cli
 from uniapl.cli.compare import compare
-from uniapl.compare.cell import Job, costs, flops_per_token, run_cell
+from uniapl.compare.cell import Job, costs, first_warnings, flops_per_token, run_cell
 from uniapl.config.resolve import resolve
 from uniapl.errors import UsageError
 
@@ -298,6 +298,11 @@ def test_costs_by_hand() -> None:
     assert found["cost"] == {"rollout_tokens": 50, "trained_tokens": 160, "flops": 1_060_000, "seconds": 4.0}
     (point,) = found["curve"]
     assert (point["step"], point["flops"], point["metrics"]) == (2, 1_060_000, {"reward": 0.5})
+
+
+def test_the_first_warning_of_each_rule() -> None:
+    log = [{"step": 3, "rule": "a"}, {"step": 4, "rule": "b"}, {"step": 7, "rule": "a"}]
+    assert first_warnings(log) == {"a": 3, "b": 4}
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,21 @@ def test_no_method_is_recommended_if_none_is_above_the_base() -> None:
     assert "No method's score is measurably above that of the model before training" in found["verdict"][-1]
 
 
+def test_warnings_of_training() -> None:
+    found = results_of(**MADE_UP)
+    assert found["methods"]["grpo"]["warnings"] == {"entropy_low": [41, 42]}, "its first seed has none"
+    assert found["methods"]["base"]["warnings"] == {}
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", render_comparison(found, title="one"))
+    at = cells.index("entropy_low")
+    assert cells[at : at + 3] == ["entropy_low", "2 of 3", "41, 42"]
+
+
 def test_curves_begin_with_the_base() -> None:
     curve = results_of(**MADE_UP)["curves"]["grpo"]
     assert curve["rollout_tokens"] == [0, 50]
     assert curve["step"] == [0, 5]
     assert curve["score"] == pytest.approx([0.2, (0.62 + 0.2) / 2])
+    assert curve["entropy"] == pytest.approx([1.1]), "the base has no entropy"
 
 
 def test_fronts_by_hand() -> None:

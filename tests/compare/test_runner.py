@@ -61,6 +61,22 @@ def test_a_failure_is_named_and_the_others_are_kept(how: str, message: str, tmp_
     assert (tmp_path / "cells" / f"{bad.name}.log").exists()
 
 
+def test_two_comparisons_never_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of a killed comparison may live on for a moment and delete its directory at its end."""
+    program = (
+        "import json, pathlib, sys; job = json.load(sys.stdin); "
+        "pathlib.Path(job['result']).write_text(json.dumps({'work': job['work'], 'wall': 0}))"
+    )
+    (cell,) = cells(1)
+    found = []
+    for process in (11, 22):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        one = runner(tmp_path, worker=(sys.executable, "-c", program))
+        found += [Path(outcome["work"]).name for outcome in one.run([cell])]
+        one.file(cell).unlink()
+    assert found == [f"{cell.name}-11", f"{cell.name}-22"]
+
+
 def test_a_damaged_outcome_is_named(tmp_path: Path) -> None:
     (cell,) = cells(1)
     runner(tmp_path).run([cell])

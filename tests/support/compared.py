@@ -36,6 +36,7 @@ def outcome(method: str, seed: int, score: float, nll: float, *, flops: float = 
     point = {key: value / 2 for key, value in cost.items()} | {
         "step": 5,
         "sample": sample((score + 0.2) / 2, nll),
+        "metrics": {"rollout/entropy_estimate": 1 + seed / 10},
     }
     recipe = {"method": method.split("[")[0].split(" ->")[0], "max_steps": 10} if trained else {}
     return {
@@ -47,6 +48,7 @@ def outcome(method: str, seed: int, score: float, nll: float, *, flops: float = 
         },
         "final": sample(score, nll),
         "curve": [point] if trained else [],
+        "warnings": {"entropy_low": 40 + seed} if method == "grpo" and seed else {},
         "cost": cost if trained else dict.fromkeys(cost, 0),
         "wall": 20.0,
     }

@@ -71,17 +71,17 @@ def run_cell(job: Job) -> dict[str, Any]:
     config = resolve(dict(cell.recipe or job.base)).config
     suites = Suites.load(config, job.cut, search=cell.search)
     outcome: dict[str, Any] = {"cell": asdict(cell), "curve": [], "cost": dict.fromkeys(COSTS, 0)}
+    outcome["warnings"] = {}
     source = suites.source
     Path(job.work).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.work) as work:
         if cell.method != BASE:
             final, points = _train(job, config, suites, Path(work))
             source = source.with_weights(final)
-            records = [
-                json.loads(line) for line in (Path(work) / "run" / "metrics.jsonl").read_text().splitlines()
-            ]
+            run = Path(work) / "run"
             stages = [stage.config for stage in stages_of(resolve(dict(cell.recipe)))]
-            outcome |= costs(records, stages, _parameters(suites.source), points)
+            outcome |= costs(_lines(run / "metrics.jsonl"), stages, _parameters(suites.source), points)
+            outcome["warnings"] = first_warnings(_lines(run / "health.jsonl"))
         model = _loaded(source)
     sample, results = suites.sample(model, cell.seed)
     suites.add_likelihoods(sample, results, model, _loaded(suites.source) if cell.method != BASE else model)
@@ -110,6 +110,18 @@ def _train(job: Job, config: Config, suites: Suites, work: Path) -> tuple[Path, 
     recipe = resolve(merge(dict(job.cell.recipe), changes))
     result = train_resolved(recipe, train_dataset=rows, evaluate=evaluate)
     return result.final_dir, points
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def first_warnings(log: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Health rule -> the first step in which it fired; `log` has the lines of health.jsonl, in order."""
+    found: dict[str, int] = {}
+    for line in log:
+        found.setdefault(line["rule"], line["step"])
+    return found
 
 
 COSTS = ("rollout_tokens", "trained_tokens", "flops", "seconds")

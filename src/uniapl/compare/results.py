@@ -19,7 +19,7 @@ Outcome = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Outcome]]
 """Label of a method (and `BASE`) -> one outcome per seed, in the same order of seeds."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of results.json."""
 COMPARED = ("score", "expert_nll", "length_distance", "judge")
 """Measures whose difference from the best method is reported."""
@@ -78,6 +78,7 @@ def summarize(
             "cost": {
                 name: fmean(run["cost"][name] for run in runs[label]) for name in runs[label][0]["cost"]
             },
+            "warnings": _warnings(runs[label]),
             "minus_best": _differences(found, measured[best]),
             "minus_base": _differences(found, measured[BASE]),
         }
@@ -99,6 +100,12 @@ def summarize(
         }
         summary["recommended"] = {"method": recommended, "others_minus_this": compared}
     return {**summary, "verdict": verdict.sentences(summary)}
+
+
+def _warnings(found: Sequence[Outcome]) -> dict[str, list[int]]:
+    """Health rule -> the first step in which it fired, in each run in which it did."""
+    rules = sorted({rule for run in found for rule in run["warnings"]})
+    return {rule: [run["warnings"][rule] for run in found if rule in run["warnings"]] for rule in rules}
 
 
 def planned(recipe: Mapping[str, Any]) -> dict[str, int]:
@@ -182,6 +189,10 @@ def _curves(
                 curve[name].append(fmean(point[name] for point in points))
             for name in shown:
                 curve[name].append(_mean(measured, name))
+            # The step's own estimate; the model before training has none.
+            entropies = [point["metrics"].get("rollout/entropy_estimate") for point in points]
+            if None not in entropies:
+                curve.setdefault("entropy", []).append(fmean(entropies))
         curves[label] = curve
     return curves
 

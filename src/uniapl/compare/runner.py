@@ -121,7 +121,8 @@ class Runner:
                 cut=self.cut,
                 base=self.base,
                 eval_steps=self.eval_steps,
-                work=str(self.directory / "work" / cell.name),
+                # A killed comparison's process may live for a second more, and deletes its own directory.
+                work=str(self.directory / "work" / f"{cell.name}-{os.getpid()}"),
                 result=str(self.file(cell)),
             )
             environment = os.environ | dict.fromkeys(THREADS, str(self.threads))

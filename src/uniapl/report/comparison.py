@@ -12,7 +12,7 @@ from uniapl.report.charts import Chart, line_chart
 from uniapl.report.page import fill
 
 RESULTS = "results.json"
-FORMAT = 2
+FORMAT = 3
 """Version of results.json that this page shows."""
 NLL = "nats per token of the expert's completions"
 MEASURES = {
@@ -31,6 +31,7 @@ CURVES = {
     "judge": "Judged similarity over rollout tokens",
     "on_topic": "Completions on topic over rollout tokens",
     "tokens": "Length over rollout tokens",
+    "entropy": "Entropy over rollout tokens",
 }
 
 
@@ -99,6 +100,8 @@ def _introduction(summary: Mapping[str, Any]) -> str:
 def _tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     scores = _scores_tables(summary)
     tables = [_main_table(summary), _measures_table(summary), *scores, _costs_table(summary)]
+    if any(row["warnings"] for row in summary["methods"].values()):
+        tables.append(_warnings_table(summary))
     if summary["fronts"]:
         tables.append(_front_table(summary["fronts"]))
     return tables
@@ -159,6 +162,16 @@ def _costs_table(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"title": "Budget and cost of a run", "header": header, "rows": rows}
 
 
+def _warnings_table(summary: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        [label, rule, f"{len(steps)} of {len(summary['seeds'])}", ", ".join(map(str, steps))]
+        for label, row in summary["methods"].items()
+        for rule, steps in row["warnings"].items()
+    ]
+    header = ["method", "health rule", "seeds", "first fired in step"]
+    return {"title": "Warnings during training", "header": header, "rows": rows}
+
+
 def _front_table(fronts: Mapping[str, Any]) -> dict[str, Any]:
     best = next(iter(fronts.values()))["best_front"]
     rows = [
@@ -199,7 +212,11 @@ def _curves(curves: Mapping[str, Any]) -> list[Chart]:
     charts: list[Chart] = []
     for name, title in CURVES.items():
         lines = [
-            {"label": label, "x": curve["rollout_tokens"], "y": [rounded(value) for value in curve[name]]}
+            {
+                "label": label,
+                "x": curve["rollout_tokens"][-len(curve[name]) :],
+                "y": [rounded(value) for value in curve[name]],
+            }
             for label, curve in curves.items()
             if name in curve and max(curve["rollout_tokens"]) > 0
         ]
