@@ -19,6 +19,8 @@ NAMES = {
     "discriminator.kind": "",
     "objective.adversarial_placement": "placement",
     "demonstrations": "demonstrations",
+    "discriminator.mismatched_demonstrations": "mismatched",
+    "discriminator.log_probability_features": "log-probabilities",
 }
 """Settings that a row's name states, where they differ from uniapl's own or belong to a baseline."""
 OURS = "uniapl"
