@@ -118,6 +118,21 @@ MISMATCHED_OF_HEAD = 3
 """Default of `mismatched_demonstrations` for the head. Our choice."""
 
 
+KEYS_OF_KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("reference-likelihood",): ("likelihood_scale",),
+    ("head",): ("layers", "log_probability_features"),
+    ("bradley-terry",): ("lora_r", "in_context_demonstration", "label_smoothing"),
+    ("head", "bradley-terry"): (
+        *("learning_rate", "weight_decay", "max_grad_norm", "loss", "mismatched_demonstrations"),
+        *("warmup_steps", "updates_per_step", "replay_fraction", "replay_size", "held_out_fraction"),
+        *("freeze_after_steps", "accuracy_band"),
+    ),
+    ("remote",): ("url", "server", "timeout", "max_retries"),
+    ("density-ratio",): ("density_ratio_reference",),
+}
+"""Kinds of discriminators -> keys of `discriminator` that only these use."""
+
+
 class DiscriminatorConfig(Section):
     """The discriminator, which distinguishes the expert's completions from the policy's."""
 
@@ -194,6 +209,17 @@ class DiscriminatorConfig(Section):
     def is_trained(self) -> bool:
         """Whether it is trained during the run."""
         return self.kind in ("bradley-terry", "head")
+
+    @property
+    def unused_keys(self) -> dict[str, tuple[str, ...]]:
+        """Keys with another value than their default that this kind does not use -> the kinds that do."""
+        fields = type(self).model_fields
+        return {
+            key: kinds
+            for kinds, keys in KEYS_OF_KINDS.items()
+            for key in keys
+            if self.kind not in kinds and getattr(self, key) != fields[key].default
+        }
 
     @property
     def reads_reference(self) -> bool:

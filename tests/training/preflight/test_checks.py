@@ -11,6 +11,7 @@ from support.runs import train, write_recipe
 from support.tiny import letter_rows, make_model, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import Config
+from uniapl.config.objective import KEYS_OF_KINDS, DiscriminatorConfig
 from uniapl.config.resolve import load_recipe
 from uniapl.training.preflight.checks import notes_on_adversary
 from uniapl.types import Example
@@ -103,6 +104,26 @@ def test_prompts_whose_reward_the_adversary_cannot_change(
     assert notes(capsys, path) == [changed]
     assert notes(capsys, path, "--objective.adversarial-placement", "loss") == []
     assert notes(capsys, path, "--method", "grpo") == []
+
+
+def test_keys_of_another_kind_of_discriminator() -> None:
+    rewarder: Any = SimpleNamespace(applies_to=lambda e: True)
+    dataset: Any = SimpleNamespace(examples=[example(1, (7, 1), reward=True)])
+
+    def found(*, lam: float = 1.0, **discriminator: Any) -> list[str]:
+        values = {"discriminator": discriminator, "objective": {"lambda_adv": lam}}
+        return notes_on_adversary([Config.model_validate(values)] * 2, dataset, rewarder)
+
+    rate = "discriminator.learning_rate has no effect with kind reference-likelihood: it belongs to head and "
+    assert found(learning_rate=1e-3) == [rate + "bradley-terry"]
+    assert found(learning_rate=1e-5) == [], "the default"
+    assert found(learning_rate=1e-3, lam=0.0) == [], "without an adversary"
+    assert found(learning_rate=1e-3, kind="head") == []
+    expected = "discriminator.layers has no effect with kind density-ratio: it belongs to head"
+    assert found(layers=(1,), kind="density-ratio") == [expected]
+    known = {key for keys in KEYS_OF_KINDS.values() for key in keys}
+    of_several = {"kind", "model_name_or_path", "trust_remote_code", "min_accuracy"}
+    assert known | of_several == set(DiscriminatorConfig.model_fields), "a new key has its kinds"
 
 
 def test_a_discriminator_that_needs_demonstrations_where_the_rewards_are() -> None:

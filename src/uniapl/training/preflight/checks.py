@@ -111,11 +111,17 @@ def notes_on_lengths(stages: Sequence[Config], dataset: Dataset) -> list[str]:
 
 
 def notes_on_adversary(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
-    """Notes on sampled prompts without a reward that the adversary could change."""
+    """Notes on keys that the discriminator does not use, and on prompts without a reward to change."""
     notes: list[str] = []
     for stage in stages:
         placement, kind = stage.objective.adversarial_placement, stage.discriminator.kind
-        if not stage.objective.lambda_adv or placement == "loss":
+        if not stage.objective.lambda_adv:
+            continue
+        notes += [
+            f"discriminator.{key} has no effect with kind {kind}: it belongs to {' and '.join(kinds)}"
+            for key, kinds in stage.discriminator.unused_keys.items()
+        ]
+        if placement == "loss":
             continue
         prompts, _ = stream_examples(stage, dataset, rewarder)
         rewarded = [example for example in prompts if rewarder.applies_to(example)]
