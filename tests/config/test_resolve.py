@@ -380,3 +380,13 @@ def test_aliases_of_aliases_give_a_short_error(tmp_path: Path) -> None:
         resolve(load_recipe(tmp_path / "recipe.yaml"))
     assert "max_steps" in str(raised.value)
     assert len(str(raised.value)) < 3000
+
+
+def test_the_learning_rate_of_a_new_head_is_higher_than_that_of_a_copy() -> None:
+    rates = {
+        kind: resolve({"discriminator": {"kind": kind}}).config.discriminator.trained_learning_rate
+        for kind in ("head", "bradley-terry")
+    }
+    assert rates == {"head": 1e-3, "bradley-terry": 1e-5}
+    given = resolve({"discriminator": {"kind": "head", "learning_rate": 3e-4}}).config.discriminator
+    assert given.trained_learning_rate == 3e-4

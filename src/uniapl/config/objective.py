@@ -114,6 +114,10 @@ class ObjectiveConfig(Section):
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
+LEARNING_RATE_OF_COPY = 1e-5
+"""Default of `discriminator.learning_rate` for a copy or adapters of the model (GAD)."""
+LEARNING_RATE_OF_HEAD = 1e-3
+"""The same for the head, whose weights are new: with 1e-5 it learns too slowly to guard (docs/log.md)."""
 MISMATCHED_OF_HEAD = 3
 """Default of `mismatched_demonstrations` for the head. Our choice."""
 
@@ -171,8 +175,9 @@ class DiscriminatorConfig(Section):
     """Retries of a failed request before the run ends; 0 never retries (kind: remote)."""
     density_ratio_reference: Literal["start", "policy"] = "start"
     """Denominator of the ratio: the stage's initial policy, or the current one (kind: density-ratio)."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Learning rate of the discriminator's AdamW."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the discriminator's AdamW; null uses 1e-5 (kind: bradley-terry) or 1e-3 (kind: head,
+    whose weights are new)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of the discriminator's AdamW; norms and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -230,6 +235,12 @@ class DiscriminatorConfig(Section):
     def is_paired(self) -> bool:
         """Whether the loss compares completions of the same prompt."""
         return self.kind == "bradley-terry" and self.loss != "unpaired"
+
+    @property
+    def trained_learning_rate(self) -> float:
+        """`learning_rate`, with its default filled in."""
+        default = LEARNING_RATE_OF_HEAD if self.kind == "head" else LEARNING_RATE_OF_COPY
+        return self.learning_rate if self.learning_rate is not None else default
 
     @property
     def num_mismatched(self) -> int:

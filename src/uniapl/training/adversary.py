@@ -346,7 +346,9 @@ def _build_trainer(
     module.eval()
     with accelerator.autocast():
         packs = can_pack(module.trunk)
-    make_optimizer = functools.partial(adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    make_optimizer = functools.partial(
+        adamw, lr=settings.trained_learning_rate, weight_decay=settings.weight_decay
+    )
     wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
     fsdp.release(module, wrapped)
     return DiscriminatorTrainer(

@@ -287,7 +287,7 @@ def build_state_adversary(
                 log_probability_features=settings.log_probability_features,
             ).to(accelerator.device)
         make_optimizer = functools.partial(
-            adamw, lr=settings.learning_rate, weight_decay=settings.weight_decay
+            adamw, lr=settings.trained_learning_rate, weight_decay=settings.weight_decay
         )
         wrapped, optimizer = fsdp.distribute(accelerator, module, make_optimizer)
         fsdp.release(module, wrapped)
