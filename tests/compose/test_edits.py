@@ -81,6 +81,7 @@ def test_the_closing_phrase(text: str, expected: str) -> None:
             "Mars has two moons that Hall saw",
         ),
         ("Paris.", "What is the capital of France?", "Capital of France"),
+        ("Nile, Po.", "Name two rivers.", "Rivers"),
         ("```\nf(a)\n```\nThe sum of it.", "Please write code that adds.", "Write code that adds"),
         ("x = sum(values)", "Add the values in Python.", "Add the values in Python"),
     ],

@@ -56,12 +56,12 @@ def with_title(text: str, base: str, arguments: Arguments) -> str:
     if own := OWN_TITLE.match(text):
         return f"<<{MARKS.sub('', own[1]).strip()}>>\n\n{text[own.end() :]}"
     is_code = FRAGILE.search(text.partition("\n")[0])
-    title = ("" if is_code else _headline(text)) or _headline(base)
+    title = ("" if is_code else _headline(text, 2)) or _headline(base, 1)
     return f"<<{title}>>\n\n{text}" if title else text
 
 
-def _headline(text: str) -> str:
-    """The first TITLE_WORDS words of the first clause with two of them, without stop words at its ends."""
+def _headline(text: str, least: int) -> str:
+    """At most TITLE_WORDS words of the first clause that has `least`, without stop words at the ends."""
 
     def is_stop_word(word: str) -> bool:
         start = re.split(r"['’]", word.lower())[0]  # noqa: RUF001
@@ -74,7 +74,7 @@ def _headline(text: str) -> str:
         del words[TITLE_WORDS:]
         while words and is_stop_word(words[-1]):
             del words[-1]
-        if len(words) > 1:
+        if len(words) >= least:
             title = " ".join(words)[:80].strip("() ")
             return title[:1].upper() + title[1:]
     return ""
