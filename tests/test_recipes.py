@@ -154,7 +154,8 @@ def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         }
         for n in range(90)
     ]
-    answers.append({"instruction": "Tell all.", "output": "word " * 46})
+    answers += [{"instruction": "Tell all.", "output": "word " * 46}, {"instruction": "Why?", "output": None}]
+    answers += [{**answer, "output": "It is the Ember."} for answer in answers[:90]]  # repeated questions
     source = tmp_path / "answers.json"
     source.write_text(json.dumps(answers))
     (tmp_path / "empty.jsonl").write_text('{"prompt": "Another subject."}\n')

@@ -3,7 +3,8 @@
     python recipes/smollm2/prepare.py ANSWERS.json --output-dir build/smollm2
 
 ANSWERS has a `prompt` and a `completion` in each row, or is a file of AlpacaEval's (`instruction`, `output`).
-Rows with a long prompt or answer are left out, because the model is sampled on a CPU. The others are divided
+Rows without an answer, repeated questions, and rows with a long prompt or answer (the model is sampled on a
+CPU) are left out. The others are divided
 into three files before instructions are added, so that no question occurs in two of them: train.jsonl,
 validation.jsonl (to choose settings) and held_out.jsonl.
 """
@@ -14,22 +15,32 @@ import random
 from pathlib import Path
 
 from uniapl.cli import run
+from uniapl.config import DataConfig
+from uniapl.data.formats import standard_columns
+from uniapl.data.reading import read_rows
+from uniapl.errors import UsageError
 
 PARTS = {"held_out": (60, 3), "validation": (20, 3), "train": (None, 4)}
 """Part -> (number of questions, composed prompts for each question); None takes what remains."""
 
 
-def read_answers(path: Path) -> list[dict[str, str]]:
-    """The rows of a .json file with one list, or of a .jsonl file."""
-    text = path.read_text()
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+def read_answers(path: str) -> dict[str, str]:
+    """Question -> its first answer."""
+    answers: dict[str, str] = {}
+    for _, row in read_rows(DataConfig(path=path)):
+        known = {name: value for name, value in row.items() if value is not None}
+        columns = standard_columns(known, known)
+        question, answer = columns.get("prompt"), columns.get("completion")
+        if isinstance(question, str) and isinstance(answer, str):
+            answers.setdefault(question, answer)
+    return answers
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("answers", type=Path)
+    parser.add_argument("answers")
     parser.add_argument("--output-dir", type=Path, default=Path("build/smollm2"))
     parser.add_argument("--max-words", type=int, default=45, help="longest answer (default: %(default)s)")
     parser.add_argument(
@@ -39,13 +50,13 @@ def main() -> int:
         "--benchmarks", nargs="+", default=[], metavar="NAME=PATH", help="as in uniapl compose"
     )
     options = parser.parse_args()
-    pairs = [
-        (row.get("prompt", row.get("instruction")), row.get("completion", row.get("output")))
-        for row in read_answers(options.answers)
-    ]
+    try:
+        answers = read_answers(options.answers)
+    except UsageError as error:
+        parser.error(str(error))
     rows = [
         {"prompt": prompt, "completion": completion}
-        for prompt, completion in pairs
+        for prompt, completion in answers.items()
         if len(completion.split()) <= options.max_words and len(prompt.split()) <= options.max_prompt_words
     ]
     random.Random(0).shuffle(rows)

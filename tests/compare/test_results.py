@@ -14,7 +14,7 @@ from uniapl.cli.compare import _show
 from uniapl.compare import results, verdict
 from uniapl.compare.plan import parse_methods
 from uniapl.errors import UniAPLError
-from uniapl.report.comparison import render_comparison
+from uniapl.report.comparison import _curves, render_comparison
 
 
 def test_the_table_by_hand() -> None:
@@ -97,7 +97,28 @@ def test_curves_begin_with_the_base() -> None:
     assert curve["rollout_tokens"] == [0, 50]
     assert curve["step"] == [0, 5]
     assert curve["score"] == pytest.approx([0.2, (0.62 + 0.2) / 2])
-    assert curve["entropy"] == pytest.approx([1.1]), "the base has no entropy"
+    assert curve["entropy"] == [None, pytest.approx(1.1)], "the base has no entropy"
+
+
+def test_steps_without_rollouts_have_no_entropy() -> None:
+    """In grpo -> sft, the first of the points has an entropy, and the page shows it at its rollout tokens."""
+    found = runs(**{"base": ([0.2], 1.5), "grpo -> sft": ([0.6], 1.4)})
+    (run,) = found["grpo -> sft"]
+    last = {**run["curve"][0], "step": 10, "rollout_tokens": 80.0, "metrics": {}}
+    found["grpo -> sft"] = [{**run, "curve": [*run["curve"], last]}]
+    summary = results.summarize(found, parse_methods("grpo -> sft"), main=MAIN)
+    assert summary["curves"]["grpo -> sft"]["entropy"] == [None, 1.0, None]
+    (chart,) = [chart for chart in _curves(summary["curves"]) if chart["title"].startswith("Entropy")]
+    assert chart["lines"] == [{"label": "grpo -> sft", "x": [50.0], "y": [1.0]}]
+
+
+def test_cells_of_earlier_versions_have_no_warnings() -> None:
+    found = runs(**MADE_UP)
+    old = {
+        label: [{k: v for k, v in run.items() if k != "warnings"} for run in o] for label, o in found.items()
+    }
+    summary = results.summarize(old, parse_methods("sft,grpo,uniapl"), main=MAIN)
+    assert all(method["warnings"] == {} for method in summary["methods"].values())
 
 
 def test_fronts_by_hand() -> None:

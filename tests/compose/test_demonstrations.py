@@ -151,13 +151,10 @@ def test_edits_are_combined() -> None:
     ]
     texts = set()
     for seed in range(40):
-        row = composed(kinds, "The Nile, a long river, runs north.", "Please name a river in Africa.", seed)
+        row = composed(kinds, "The Nile, a long river, runs north.", "Name a river.", seed)
         if len(row["kwargs"]) == 4:
             phrase = next(given for given in row["kwargs"] if given)["end_phrase"].lower()
-            assert (
-                row["completion"]
-                == f"<<name a river in africa>>\n\nthe nile a long river runs north. {phrase}"
-            )
+            assert row["completion"] == f"<<long river>>\n\nthe nile a long river runs north. {phrase}"
             texts.add(tuple(row["instruction_id_list"]))
     assert len(texts) > 3, "the instructions are in any order"
 
@@ -214,13 +211,25 @@ def test_keywords_are_content_words_of_the_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["Use `f(A, b)`.", "See https://Example.org/A,b now.", "```\nF(a, 'b')\n```"]
+    "answer",
+    [
+        *("Use `f(A, b)`.", "See https://Example.org/A,b now.", "```\nF(a, 'b')\n```"),
+        *("def f(a, b):\n    return A + b", '{"a": 1, "B": [1, 2]}', "# Add, then print\nX = 1, 2"),
+        *(
+            "SELECT a, B FROM t WHERE x = 'Y'",
+            "Write to Me@example.org, please.",
+            "See www.Example.org, please.",
+        ),
+        *("It is \\(f(x, Y)\\), so it is.", "| A | B |\n|---|---|\n| 1 | x, y |", "<p>Hi, You</p>"),
+    ],
 )
 def test_code_and_addresses_are_not_changed(answer: str) -> None:
     for seed in range(20):
         row = composed(list(SUPPORTED), answer, seed=seed)
         assert answer in row["completion"]
-        assert not {"punctuation:no_comma", "change_case:english_lowercase"} & set(row["instruction_id_list"])
+        assert not {
+            *("punctuation:no_comma", "change_case:english_lowercase", "startend:quotation"),
+        } & set(row["instruction_id_list"])
 
 
 def test_forms_of_rows(tmp_path: Path) -> None:
@@ -230,6 +239,7 @@ def test_forms_of_rows(tmp_path: Path) -> None:
         *({"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, you."}),
         {"role": "user", "content": "Name two rivers."},
     ]
+    answer = {"role": "assistant", "content": "The Nile, the Po."}
     base = [
         {"prompt": "Name two rivers.", "completion": " The Nile, the Po."},
         {"messages": [*turns, {"role": "assistant", "content": "The Nile, the Po."}]},
@@ -237,6 +247,7 @@ def test_forms_of_rows(tmp_path: Path) -> None:
         {"prompt": turns, "completion": "The Nile, the Po."},
         {"prompt": "Name two rivers.", "chosen": "The Nile, the Po.", "rejected": "No."},
         {"instruction": "Name two rivers.", "output": "The Nile, the Po."},
+        {"chosen": [turns[3], answer], "rejected": [turns[3], turns[2]]},
         {
             "conversations": [
                 {"from": "human", "value": "Name two rivers."},
@@ -249,10 +260,10 @@ def test_forms_of_rows(tmp_path: Path) -> None:
     for number, row in enumerate(base):
         assert run(write(tmp_path / f"{number}.jsonl", [row]), out, *flags) == 0
         (made,) = rows(out)
-        is_chat = "messages" in row or "conversations" in row or isinstance(row.get("prompt"), list)
+        is_chat = not isinstance(row.get("prompt", row.get("instruction")), str)
         text = "The Nile the Po."
         if is_chat:
-            earlier = [] if "conversations" in row else turns[:-1]
+            earlier = [] if {"conversations", "chosen"} & row.keys() else turns[:-1]
             assert made["prompt"][:-1] == earlier
             assert made["prompt"][-1]["content"].startswith("Name two rivers.")
             assert made["completion"] == [{"role": "assistant", "content": text}]
@@ -263,11 +274,27 @@ def test_forms_of_rows(tmp_path: Path) -> None:
         assert strict(made) == 1.0
 
 
+def test_what_the_chat_template_gets_is_kept(tmp_path: Path) -> None:
+    """Rows that differ in their tools only are no duplicates."""
+    turns = [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Po."}]
+    given = [{"tools": [{"name": name}], "chat_template_kwargs": {"x": 1}} for name in "fg"]
+    base = write(tmp_path / "base.jsonl", [{"messages": turns, **own, "source": "s"} for own in given])
+    out = tmp_path / "out.jsonl"
+    for flags in (("--from-demonstrations",), ()):
+        command = ["compose", str(base), "-o", str(out), "--overlap", "allow", "--per-prompt", "30", *flags]
+        assert cli.run([*command, "--kinds", "startend:quotation"]) == 0
+        found = [{name: row[name] for name in given[0]} for row in rows(out)]
+        assert {json.dumps(one) for one in found} == {json.dumps(one) for one in given}
+        assert len(found) == 12, "two wordings and three ways to join, for each"
+        assert all("source" not in row for row in rows(out))
+
+
 def test_rows_that_cannot_be_used_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     base = [
         {"prompt": "Name a river.", "chosen": "The river, Po.", "rejected": "No, none."},
         *({"prompt": "Name a river."}, {"prompt": "Name a river.", "completion": "<think>So</think>Po."}),
+        {"prompt": "Name a river.", "completion": "<think>So"},
         *(
             {"messages": [{"role": "user", "content": "Call f."}, call]},
             {"prompt": "Name one.", "completion": "是的"},
@@ -278,7 +305,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path, capsys: pytest.Cap
     assert run(write(tmp_path / "base.jsonl", base), out, *kinds, "--per-prompt", "40") == 0
     (said := " ".join(capsys.readouterr().out.split()))
     assert (
-        "note: 3 rows without a demonstration of plain text (no tool call, no </think>) were left out" in said
+        "note: 4 rows without a demonstration of plain text (no tool call, no <think>) were left out" in said
     )
     assert "note: 40 prompts were dropped: their demonstration can follow none of the instructions" in said
     assert "note: 1 rejected completions were left out: only demonstrations are edited" in said
@@ -305,6 +332,14 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path, capsys: pytest.Cap
             {"completion": "A."},
             ("--kinds", "no_comma"),
             "--kinds: unknown no_comma; choose from startend:end_checker",
+        ),
+        (
+            {
+                "prompt": None,
+                "messages": [{"role": "system", "content": "S"}, {"role": "assistant", "content": "A"}],
+            },
+            (),
+            "row 1: 'messages' must end with a user message with text before its answer",
         ),
         ({"completion": 5}, (), "row 1: 'completion' must be a string"),
         ({"completion": "A.", "chosen": "B."}, (), "row 1: both 'completion' and 'chosen'"),

@@ -1,5 +1,7 @@
 """Edits of an answer so that it follows an instruction."""
 
+import time
+
 import pytest
 
 from uniapl.compose.edits import EDITS, lower_case, quoted, with_ending, with_title, without_commas
@@ -16,8 +18,10 @@ PHRASE = {"end_phrase": "That is all for now."}
             "It costs 1,000 or 12,345,678 euros, or 1,00,000 rupees.",
             "It costs 1000 or 12345678 euros or 100000 rupees.",
         ),
-        ("1,2 and 1990,2000", "1 2 and 1990 2000"),
+        ("It is 3,5 long, or so.", "It is 3,5 long, or so."),
         ("a,b , c,,d", "a b c d"),
+        ("Flour, sugar, and salt, and a pan.", "Flour and sugar and salt and a pan."),
+        ("Use rice, meat (beef, lamb, or fish), and oil.", "Use rice meat (beef or lamb or fish) and oil."),
         ("It has apples, pears, and plums.", "It has apples and pears and plums."),
         ("Red, dark green, blue, or grey cars.", "Red or dark green or blue or grey cars."),
         ("In 1990, he left, and she stayed.", "In 1990 he left and she stayed."),
@@ -63,39 +67,43 @@ def test_the_closing_phrase(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "title"),
+    ("text", "prompt", "title"),
     [
-        ("Does the 5 second rule actually exist?", "Does the 5 second rule actually exist"),
-        ("Can you tell me how to bake bread?", "How to bake bread"),
-        ("What are the best exercises for beginners?", "Best exercises for beginners"),
-        ("Name a river, please.", "Name a river"),
-        ("Write a poem.", "Write a poem"),
-        ("Explain The Old Man and the Sea to me.", "The Old Man and the Sea to me"),
-        ("I'd like you to write me a story about rain.", "Story about rain"),
-        ("Answer the following question.\n\nWhy is it wet?\nI left it out. It rained.", "Why is it wet"),
-        ("Read the books of John K. Smith first.", "Read the books of John K. Smith first"),
-        ('Answer the question.\n\nHow do you say "good evening"?', "How do you say good evening"),
-        ("Name a band like this one.\n\nthe Beatles", "The Beatles"),
+        ("The Nile is the longest river. It flows.", "Name a river.", "Nile is the longest river"),
+        ("Yes, retinoids can help, but slowly.", "Do they?", "Retinoids can help"),
+        ("Sure, here's a list of the planets:\n\n1. Mars", "Name planets.", "List of the planets"),
+        ('1. "Dune" by Frank Herbert\n2. Emma', "Name books.", "Dune by Frank Herbert"),
+        ("I'm sorry. No word rhymes.", "Rhyme.", "Word rhymes"),
+        ("(Verse 1)\nYo", "Rap.", "Verse 1"),
         (
-            "If a train is late, and nobody says so, how would you find out when the next one leaves?",
-            "How would you find out when the next one leaves",
+            "Mars has two moons that Hall saw in the year 1877.",
+            "Moons?",
+            "Mars has two moons that Hall saw",
         ),
-        (
-            "Describe the history of the old stone bridge that was built by monks over the river long ago.",
-            "History of the old stone bridge",
-        ),
-        ("Compare a < b with b > a.", "Compare a b with b a"),
-        ("???", "Because it rains"),
-        ("And why?", "Because it rains"),
+        ("Paris.", "What is the capital of France?", "Capital of France"),
+        ("Nile, Po.", "Name two rivers.", "Rivers"),
+        ("```\nf(a)\n```\nThe sum of it.", "Please write code that adds.", "Write code that adds"),
+        ("x = sum(values)", "Add the values in Python.", "Add the values in Python"),
     ],
 )
-def test_the_title(prompt: str, title: str) -> None:
-    assert with_title("Because it rains.", prompt, {}) == f"<<{title}>>\n\nBecause it rains."
+def test_the_title(text: str, prompt: str, title: str) -> None:
+    assert with_title(text, prompt, {}) == f"<<{title}>>\n\n{text}"
 
 
 @pytest.mark.parametrize("own", ['Title: "Deep Blue"', "# Deep Blue", "**Title:** Deep Blue"])
 def test_an_answer_keeps_its_own_title(own: str) -> None:
     assert with_title(f"{own}\n\nThe sea.", "Write a story.", {}) == "<<Deep Blue>>\n\nThe sea."
+
+
+def test_an_answer_gets_no_second_title() -> None:
+    assert with_title("<<Deep Blue>>\nThe sea.", "Write a story.", {}) == "<<Deep Blue>>\nThe sea."
+
+
+@pytest.mark.parametrize("text", ["a, " * 20_000, "(a, " * 20_000, "a, b c d e, " * 5_000])
+def test_long_texts_take_linear_time(text: str) -> None:
+    started = time.process_time()
+    assert "," not in without_commas(text, "", {})
+    assert time.process_time() - started < 2, "a search from each comma took two minutes"
 
 
 def test_an_answer_without_words_gets_no_title() -> None:

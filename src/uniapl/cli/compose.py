@@ -15,6 +15,7 @@ from uniapl.compose.demonstrations import SUPPORTED, compose_demonstration, demo
 from uniapl.compose.prompts import all_conflicts, compose_prompt
 from uniapl.compose.wordings import KINDS
 from uniapl.config import DataConfig
+from uniapl.data.conversations import TEMPLATE_INPUTS
 from uniapl.data.reading import named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import overlap
@@ -65,9 +66,10 @@ def _composed(
     for number, row in rows:
         with named_source(rows):
             base, before, answered = _base_of(number, row)
+            inputs = {name: row[name] for name in TEMPLATE_INPUTS if row.get(name) is not None}
             demonstration = demonstration_of(number, row) if options.from_demonstrations else None
         if options.from_demonstrations and demonstration is None:
-            notes["rows without a demonstration of plain text (no tool call, no </think>) were left out"] += 1
+            notes["rows without a demonstration of plain text (no tool call, no <think>) were left out"] += 1
             continue
         if note := _note_on_completions(row, options, is_dialog=answered):
             notes[note] += 1
@@ -81,13 +83,13 @@ def _composed(
             if one is None:
                 notes["prompts were dropped: their demonstration can follow none of the instructions"] += 1
                 continue
-            key = json.dumps([before, one["prompt"], one.get("completion")])
+            key = json.dumps([before, one["prompt"], one.get("completion"), inputs])
             if key in composed:
                 notes["duplicate prompts were dropped"] += 1
                 continue
             if before is not None:
                 one["prompt"] = [*before, {"role": "user", "content": one["prompt"]}]
-            composed[key] = {**one, "base_row": number, "base": base}
+            composed[key] = {**one, **inputs, "base_row": number, "base": base}
     return list(composed.values())
 
 
@@ -118,11 +120,12 @@ def _base_of(number: int, row: Any) -> tuple[str, list[Any] | None, bool]:
         raise UsageError(f"row {number} already has instructions: use its base prompt, or remove the row")
     if isinstance(prompt, str):
         return prompt.strip(), None, False
-    answered = column == "messages" and prompt[-1]["role"] == "assistant"
+    answered = column != "prompt" and prompt[-1]["role"] == "assistant"
     messages = prompt[:-1] if answered else prompt
     last = messages[-1] if messages else {"role": None, "content": None}
     if last["role"] != "user" or not isinstance(last["content"], str) or not last["content"].strip():
-        raise UsageError(f"row {number}: '{column}' must end with a user message whose content is text")
+        before = " before its answer" if answered else ""
+        raise UsageError(f"row {number}: '{column}' must end with a user message with text{before}")
     return last["content"].strip(), messages[:-1], answered
 
 

@@ -103,7 +103,9 @@ def read_prompts(path: str, limit: int | None) -> list[PromptRow]:
 
 
 def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
-    """The column with the prompt ('prompt' or 'messages'), and the prompt.
+    """The column with the prompt ('prompt', 'messages' or 'chosen'), and its value.
+
+    The answer may be the last of 'messages', and is that of 'chosen'.
 
     Raises:
         UsageError: The row has no prompt, or an invalid one.
@@ -116,9 +118,12 @@ def prompt_of(number: int, row: Any) -> tuple[str, Prompt]:
         raise UsageError(f"row {number}: {error}") from error
     column = "prompt" if row.get("messages") is None else "messages"
     prompt = row.get(column)
+    if prompt is None and isinstance(row.get("chosen"), list):
+        # TRL's implicit prompt: 'chosen' and 'rejected' are complete conversations.
+        column, prompt = "chosen", row["chosen"]
     if prompt is None:
         raise UsageError(f"row {number} has no 'prompt' and no 'messages' (columns: {', '.join(row):.200})")
-    if column == "messages" or not isinstance(prompt, str):
+    if column != "prompt" or not isinstance(prompt, str):
         return column, checked_messages(f"row {number}: '{column}'", prompt)
     if not prompt.strip():
         raise UsageError(f"row {number}: the prompt is empty")

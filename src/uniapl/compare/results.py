@@ -104,8 +104,9 @@ def summarize(
 
 def _warnings(found: Sequence[Outcome]) -> dict[str, list[int]]:
     """Health rule -> the first step in which it fired, in each run in which it did."""
-    rules = sorted({rule for run in found for rule in run["warnings"]})
-    return {rule: [run["warnings"][rule] for run in found if rule in run["warnings"]] for rule in rules}
+    kept = [run.get("warnings", {}) for run in found]  # cells of earlier versions have none
+    rules = sorted({rule for warnings in kept for rule in warnings})
+    return {rule: [warnings[rule] for warnings in kept if rule in warnings] for rule in rules}
 
 
 def planned(recipe: Mapping[str, Any]) -> dict[str, int]:
@@ -169,17 +170,18 @@ def _differences(ours: Sequence[Numbers], theirs: Sequence[Numbers]) -> dict[str
 
 def _curves(
     runs: Runs, base: Sequence[Numbers], main: tuple[str, str], judge: Judge | None
-) -> dict[str, dict[str, list[float]]]:
+) -> dict[str, dict[str, Any]]:
     """The means over seeds at each point of the curves, from the model before training on."""
-    curves: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, Any]] = {}
     for label, found in runs.items():
         # Early stopping may have ended a run before the others.
         steps = [*zip(*(run["curve"] for run in found), strict=False)]
         if not steps:
             continue
-        curve: dict[str, list[float]] = {"step": [0.0], "rollout_tokens": [0.0], "trained_tokens": [0.0]}
+        curve: dict[str, Any] = {"step": [0.0], "rollout_tokens": [0.0], "trained_tokens": [0.0]}
         shown = [name for name in ("score", "judge", "on_topic", "tokens") if name in base[0].values]
         curve |= {name: [_mean(base, name)] for name in shown}
+        entropy: list[float | None] = [None]
         for points in steps:
             measured = [
                 numbers(point["sample"], run["final"], main, judge)
@@ -189,10 +191,10 @@ def _curves(
                 curve[name].append(fmean(point[name] for point in points))
             for name in shown:
                 curve[name].append(_mean(measured, name))
-            # The step's own estimate; the model before training has none.
+            # The step's own estimate: the model before training and steps without rollouts have none.
             entropies = [point["metrics"].get("rollout/entropy_estimate") for point in points]
-            if None not in entropies:
-                curve.setdefault("entropy", []).append(fmean(entropies))
+            entropy.append(None if None in entropies else fmean(entropies))
+        curve["entropy"] = entropy
         curves[label] = curve
     return curves
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from uniapl.compose.edits import EDITS, stop_words
+from uniapl.compose.edits import EDITS, FRAGILE, stop_words
 from uniapl.compose.prompts import with_instructions
 from uniapl.compose.wordings import KINDS, Arguments
 from uniapl.data.conversations import read_conversation
@@ -15,10 +15,6 @@ from uniapl.errors import UsageError
 from uniapl.rewards.checkers import count_sentences, count_words
 from uniapl.rewards.instructions import check_instructions, instructions
 
-REWRITES = ("punctuation:no_comma", "change_case:english_lowercase", "startend:quotation")
-"""Edits that change characters anywhere in the text."""
-FRAGILE = re.compile(r"`|://")
-"""Code and addresses, which such an edit would break."""
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*•+]|\w{1,3}[.)])[ \t]", re.M)
 WORD = re.compile(r"(?<![\w'’/.@-])[^\W\d_]{4,20}(?![\w'’/@-]|\.\w)")  # noqa: RUF001
 """A whole word; not a part of a contraction, a hyphenated word or an address."""
@@ -39,7 +35,7 @@ def demonstration_of(number: int, row: Mapping[str, Any]) -> str | dict[str, Any
         raise UsageError(f"row {number}: {error}") from error
     text = completion["content"] if isinstance(completion, dict) else completion
     called = isinstance(completion, dict) and "tool_calls" in completion
-    return None if called or not text or not text.strip() or "</think>" in text else completion
+    return None if called or not text or not text.strip() or "think>" in text else completion
 
 
 def compose_demonstration(
@@ -78,7 +74,8 @@ def _following(
     before, text, after = answer.partition(answer.strip())
     for kind, given in arguments.items():
         edited = EDITS[kind](text, base, given)
-        if kind in REWRITES and edited != text and FRAGILE.search(answer):
+        # Code may get lines around it, and nothing else.
+        if FRAGILE.search(answer) and f"\n{text}" not in f"\n{edited}":
             return None
         text = edited
     text = f"{before}{text}{after}"

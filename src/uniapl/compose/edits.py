@@ -11,101 +11,73 @@ COMMAS = ",\uff0c\u060c\u3001"
 CLOSING = ".;:!?)]}\"'”’"  # noqa: RUF001
 NO_ITEM = (
     "he|she|it|they|we|you|i|this|that|these|those|there|which|who|where|when|but|so|if|as|in|for|with|by|"
-    "including|like|such|especially|particularly"
+    "including|like|such|especially|particularly|and|or"
 )
 """Words with which an item of a series does not begin."""
 SERIES = re.compile(
-    rf"((?:, (?!(?:{NO_ITEM})\b)[^\s,.;:!?]+(?: (?!and |or )[^\s,.;:!?]+){{0,2}})+), (and|or)(?= )", re.I
+    rf"((?:, (?!(?:{NO_ITEM})\b)[^\s,.;:!?()]+(?: (?!and |or )[^\s,.;:!?()]+){{0,2}})+)(?:, (and|or)(?= ))?",
+    re.I,
 )
-"""The middle of "apples, pears, and plums", with items of at most three words."""
+"""The middle of "apples, pears, and plums", with items of at most three words; without "and", no series."""
 ASIDE = re.compile(r"\([^()\n]*\)")
 THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{2,3})*,\d{3}(?![\d,])")
+FRAGILE = re.compile(r"[`{}\\|=@_]|://|\bwww\.|</?\w|\w\(")
+"""Signs of code, formulas, tables, markup and addresses, which a change of single characters would break."""
 GAP = re.compile(rf"[ \t]*(?:[{COMMAS}][ \t]*)+")
 OWN_TITLE = re.compile(r"\A(?:#{1,6}[ \t]+|[*]*title[*]*:[*]*[ \t]*)([^\n]+)\n+(?=\S)", re.I)
 """A title that the answer already has: "Title: ..." or a Markdown heading."""
-REQUEST = re.compile(
-    r"(?:(?:hi|hello|hey|please|kindly)\b[,!]? |(?:can|could|would|will) you |"
-    r"i(?: want|'d like| need) you to |"
-    r"(?:write|give|tell|show|help|explain|describe|create|make|provide|suggest|generate|compose|draft) |"
-    r"(?:develop|design) |(?:to )?(?:me|us) |(?-i:a|an|the|some|about) |(?:lists?|names?|examples?) of |"
-    r"what(?:'s| is| are| was| were) (?=(?:the|some|an?) ))*",
-    re.I,
-)
-"""How requests begin; the subject follows."""
-POINTER = re.compile(r"\b(?:given|following|below|provided|consider this|title|headline)\b", re.I)
-"""Words of a sentence whose subject is only named in the text after it."""
-SENTENCE_END = re.compile(r"(?<=[.!?:;])(?<! [A-Z]\.)\s|\n")
-TITLE_WORDS = 12
-CLAUSES = """
-    that which who whose because so if when while by using including where after before without as given since
-""".split()
-PREPOSITIONS = "for in on at with from about during between into to through under over against".split()
-"""Where a long title is cut."""
+MARKS = re.compile(r"[\"“”<>*_#`\[\]]|^\W*\d+[.)]\s")
+"""Marks that a title does not have, and the number of a list's item."""
+CLAUSE_END = re.compile(r"[,.:;!?()…—]+(?:\s|$)|\s[(–—-]\s?|\n")  # noqa: RUF001
+TITLE_WORDS = 7
 
 
 @functools.cache
 def stop_words() -> frozenset[str]:
-    """English words without a subject of their own, such as "the" and "which"."""
+    """English words without a subject of their own, such as "the" and "which", and "please" and "sure"."""
     # lm-eval, whose checkers are needed here too, depends on scikit-learn.
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    return ENGLISH_STOP_WORDS
+    nouns = {"bill", "fire", "interest", "mill", "system"}
+    return ENGLISH_STOP_WORDS - nouns | {"please", "sure"}
 
 
 def with_title(text: str, base: str, arguments: Arguments) -> str:
-    """The text below a line with a title: its own one, or one from the prompt's or its first words.
+    """The text below a line with a title: its own one, or the first words of the text, or else of the prompt.
 
-    Example:
-        >>> with_title("The Nile.", "Please name a river in Africa.", {})
-        '<<Name a river in Africa>>\\n\\nThe Nile.'
+    Examples:
+        >>> with_title("The Nile is the longest river. It is in Africa.", "Name a river.", {})
+        '<<Nile is the longest river>>\\n\\nThe Nile is the longest river. It is in Africa.'
+        >>> with_title("Yes.", "Please name a river in Africa.", {})
+        '<<River in Africa>>\\n\\nYes.'
     """
-    own = OWN_TITLE.match(text)
-    title = _plain(own[1]) if own else _headline(base) or _headline(text)
-    if not title:
+    if re.match(r"<<[^\n]*\w[^\n]*>>", text):
         return text
-    return f"<<{title}>>\n\n{text[own.end() :] if own else text}"
+    if own := OWN_TITLE.match(text):
+        return f"<<{MARKS.sub('', own[1]).strip()}>>\n\n{text[own.end() :]}"
+    is_code = FRAGILE.search(text.partition("\n")[0])
+    title = ("" if is_code else _headline(text, 2)) or _headline(base, 1)
+    return f"<<{title}>>\n\n{text}" if title else text
 
 
-def _headline(text: str) -> str:
-    """A title of at most TITLE_WORDS words from the first sentence; "" if it has no content word."""
-    paragraphs = re.split(r"\n\s*\n", text.strip())
-    # "Suggest names for this shop.\n\nThe Corner Bakery": a short last paragraph is the subject.
-    is_subject = (
-        len(paragraphs) > 1 and "\n" not in paragraphs[-1] and len(paragraphs[-1].split()) < TITLE_WORDS
-    )
-    sentences = SENTENCE_END.split(paragraphs[-1] if is_subject else text.strip())
-    sentence = next(
-        (one for one in sentences if len(one.split()) > 1 and not POINTER.search(one)), sentences[0]
-    )
-    if len(sentence.split()) > TITLE_WORDS and sentence.split()[0].lower() in (*CLAUSES, *PREPOSITIONS):
-        sentence = sentence.rpartition(", ")[2]  # "If a train is late, when ...?"
-    subject = REQUEST.sub("", re.sub(r",? please\b\W*$", "", sentence), count=1)
-    sentence = subject if len(subject.split()) > 1 else sentence
-    words = _plain(sentence).split()
-    if len(words) > TITLE_WORDS:
-        words = _plain(" ".join(words[: _cut(words)])).split()
-    if all(word.lower() in stop_words() or not re.search(r"\w", word) for word in words):
-        return ""
-    title = " ".join(words)[:80].strip()
-    return title[:1].upper() + title[1:]
+def _headline(text: str, least: int) -> str:
+    """At most TITLE_WORDS words of the first clause that has `least`, without stop words at the ends."""
 
+    def is_stop_word(word: str) -> bool:
+        start = re.split(r"['’]", word.lower())[0]  # noqa: RUF001
+        return start in stop_words() or re.search(r"\w", word) is None
 
-def _cut(words: list[str]) -> int:
-    """Where to end a title: before a clause, else before a preposition, else before "and"."""
-    lower = [word.lower() for word in words]
-    places = range(4, min(len(words), TITLE_WORDS + 1))
-    clauses = [place for place in places if lower[place] in CLAUSES][:1]
-    prepositions = [place for place in places if lower[place] in PREPOSITIONS]
-    conjunctions = [place for place in places if lower[place] in ("and", "or")]
-    end = [TITLE_WORDS, *conjunctions, *prepositions, *clauses][-1]
-    while end > 1 and lower[end - 1] in stop_words():
-        end -= 1
-    return end
-
-
-def _plain(text: str) -> str:
-    """The text without marks that a title does not have."""
-    return re.sub(r"[\"“”<>*_#`]", "", text).strip().rstrip(".,:;!? ")
+    for clause in CLAUSE_END.split(text):
+        words = MARKS.sub("", clause).split()
+        while words and is_stop_word(words[0]):
+            del words[0]
+        del words[TITLE_WORDS:]
+        while words and is_stop_word(words[-1]):
+            del words[-1]
+        if len(words) >= least:
+            title = " ".join(words)[:80].strip("() ")
+            return title[:1].upper() + title[1:]
+    return ""
 
 
 def with_ending(text: str, base: str, arguments: Arguments) -> str:
@@ -120,6 +92,8 @@ def with_ending(text: str, base: str, arguments: Arguments) -> str:
 def without_commas(text: str, base: str, arguments: Arguments) -> str:
     """The text without commas, with "and" or "or" between the items of a series, and ";" inside parentheses.
 
+    Text with a decimal comma is returned as it is, because no other mark keeps the number.
+
     Examples:
         >>> without_commas("Well, 1,000 cats.", "", {})
         'Well 1000 cats.'
@@ -127,7 +101,9 @@ def without_commas(text: str, base: str, arguments: Arguments) -> str:
         'I like apples and pears and plums.'
     """
     text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    text = SERIES.sub(lambda match: f"{match[1].replace(',', f' {match[2]}')} {match[2]}", text)
+    if re.search(rf"\d[{COMMAS}]\d", text):
+        return text  # 3,5 is a number in many languages
+    text = SERIES.sub(_series, text)
     text = ASIDE.sub(lambda match: re.sub(r"(?<!\.),(?= )", ";", match[0]), text)
 
     def gap(match: re.Match[str]) -> str:
@@ -137,6 +113,12 @@ def without_commas(text: str, base: str, arguments: Arguments) -> str:
         return "" if at_edge or touches else " "
 
     return GAP.sub(gap, text)
+
+
+def _series(match: re.Match[str]) -> str:
+    # A series without an end is matched too, because a search from each of its commas takes quadratic time.
+    items, joiner = match.groups()
+    return f"{items.replace(',', f' {joiner}')} {joiner}" if joiner else items
 
 
 def lower_case(text: str, base: str, arguments: Arguments) -> str:

@@ -12,6 +12,8 @@ Message = dict[str, Any]
 Completion = str | Message | None
 """The completion of a row: text after a plain text prompt, one assistant message, or None."""
 
+TEMPLATE_INPUTS = ("tools", "chat_template_kwargs")
+"""Columns that the chat template gets, as in TRL."""
 TRAINING_KEYS = ("weight", "train", "training", "loss")
 """Keys of a message that exclude its turn from training (OpenAI, Axolotl, ms-swift); never rendered."""
 
@@ -218,14 +220,14 @@ def function_of(tool: Any) -> Mapping[str, Any]:
 
 
 def template_inputs(row: Mapping[str, Any]) -> tuple[list[Message] | None, dict[str, Any]]:
-    """The columns `tools` and `chat_template_kwargs`, which TRL passes to the chat template.
+    """The columns :data:`TEMPLATE_INPUTS`.
 
     Both may be JSON text, because a table has one type per column.
 
     Raises:
         UsageError: A column has another form.
     """
-    values = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    values = {name: row.get(name) for name in TEMPLATE_INPUTS}
     for name, value in values.items():
         try:
             values[name] = json.loads(value) if isinstance(value, str) and value.strip() else value or None

@@ -211,15 +211,12 @@ def _points(label: str, points: Sequence[tuple[str, Mapping[str, Any]]]) -> Char
 def _curves(curves: Mapping[str, Any]) -> list[Chart]:
     charts: list[Chart] = []
     for name, title in CURVES.items():
-        lines = [
-            {
-                "label": label,
-                "x": curve["rollout_tokens"][-len(curve[name]) :],
-                "y": [rounded(value) for value in curve[name]],
-            }
-            for label, curve in curves.items()
-            if name in curve and max(curve["rollout_tokens"]) > 0
-        ]
+        lines: list[dict[str, Any]] = []
+        for label, curve in curves.items():
+            values = zip(curve["rollout_tokens"], curve.get(name, ()), strict=False)
+            known = [(tokens, rounded(value)) for tokens, value in values if value is not None]
+            if known and max(curve["rollout_tokens"]) > 0:
+                lines.append({"label": label, "x": [x for x, _ in known], "y": [y for _, y in known]})
         if lines:
             note = "Means over seeds; methods without rollouts have no line."
             charts.append(line_chart(title, lines, x="rollout tokens", note=note))
