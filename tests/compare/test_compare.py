@@ -59,7 +59,18 @@ def write(folder: Path, model_dir: Path, **changes: Any) -> Path:
 
 def arguments(path: Path, *words: str) -> list[str]:
     output = ["--output-dir", str(path.parent / "compared")]
-    return [str(path), "--methods", "sft,uniapl", "--seeds", "2", "--threads", "1", *output, *words]
+    return [
+        str(path),
+        "--methods",
+        "sft,uniapl",
+        "--seeds",
+        "2",
+        "--threads",
+        "1",
+        "--keep-models",
+        *output,
+        *words,
+    ]
 
 
 def cells(path: Path) -> dict[str, str]:
@@ -106,6 +117,8 @@ def test_results_table_and_page(compared: Path) -> None:
     text = (directory / "compare.html").read_text()
     assert "Budget and cost of a run" in text
     assert not list(directory.glob("work"))
+    kept = {path.name for path in (directory / "models").iterdir()}
+    assert kept == {name for name in cells(compared) if not name.startswith("base")}
     assert not list((directory / "cells").glob("*.log"))
 
 
@@ -124,8 +137,12 @@ def test_a_cell_run_again_gives_the_same_numbers(compared: Path) -> None:
     directory = compared.parent / "compared"
     (name,) = [name for name in cells(compared) if name.startswith("uniapl-1")]
     before = json.loads(cells(compared)[name])
+    weights = directory / "models" / name / "model.safetensors"
+    trained = weights.read_bytes()
+    weights.write_bytes(b"of a killed cell")
     (directory / "cells" / f"{name}.json").unlink()
     compare(arguments(compared))
+    assert weights.read_bytes() == trained
     after = json.loads(cells(compared)[name])
     assert after["final"] == before["final"]
     assert [point["sample"] for point in after["curve"]] == [point["sample"] for point in before["curve"]]

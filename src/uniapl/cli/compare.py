@@ -55,6 +55,7 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         cut=prepared.cut,
         base=prepared.base,
         eval_steps=resolved.config.eval_steps,
+        keep_models=options.keep_models,
         devices=_devices(),
         console=console,
     )
@@ -101,6 +102,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     help_ = "simultaneous runs; with several GPUs each run gets one (default: %(default)s)"
     add("--jobs", type=int, default=1, help=help_)
     add("--threads", type=int, help="threads of each run (default: all cores, divided by --jobs)")
+    help_ = "keep the trained model of each run in models/ of the output directory"
+    add("--keep-models", action="store_true", help=help_)
     add("--output-dir", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     help_ = "print the runs, their budget and the time that remains, and run nothing"
     add("--dry-run", action="store_true", help=help_)

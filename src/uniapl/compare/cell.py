@@ -52,6 +52,8 @@ class Job:
     """Directory for the run, which is deleted when the cell is finished."""
     result: str
     """The file to write."""
+    model: str | None = None
+    """The directory to move the trained model to; null deletes it."""
 
     def to_json(self) -> str:
         """The job as text."""
@@ -77,11 +79,16 @@ def run_cell(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=job.work) as work:
         if cell.method != BASE:
             final, points = _train(job, config, suites, Path(work))
-            source = source.with_weights(final)
             run = Path(work) / "run"
             stages = [stage.config for stage in stages_of(resolve(dict(cell.recipe)))]
             outcome |= costs(_lines(run / "metrics.jsonl"), stages, _parameters(suites.source), points)
             outcome["warnings"] = first_warnings(_lines(run / "health.jsonl"))
+            if job.model:
+                # A cell that was killed before it wrote its outcome may have left a model.
+                shutil.rmtree(job.model, ignore_errors=True)
+                Path(job.model).parent.mkdir(exist_ok=True)
+                final = Path(shutil.move(final, job.model))
+            source = source.with_weights(final)
         model = _loaded(source)
     sample, results = suites.sample(model, cell.seed)
     suites.add_likelihoods(sample, results, model, _loaded(suites.source) if cell.method != BASE else model)

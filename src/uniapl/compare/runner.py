@@ -38,6 +38,8 @@ class Runner:
     cut: Mapping[str, Sequence[int]] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     eval_steps: int = 0
+    keep_models: bool = False
+    """Keep the trained model of each cell in `models`."""
     devices: Sequence[str] = ()
     """GPUs, of which each process gets one; empty leaves the choice to the process."""
     worker: Sequence[str] = WORKER
@@ -46,6 +48,10 @@ class Runner:
     def file(self, cell: Cell) -> Path:
         """The outcome of a cell."""
         return self.directory / "cells" / f"{cell.name}.json"
+
+    def model(self, cell: Cell) -> Path:
+        """The directory of a cell's trained model, if models are kept."""
+        return self.directory / "models" / cell.name
 
     def finished(self, cell: Cell) -> bool:
         """Whether the outcome of a cell exists."""
@@ -124,6 +130,7 @@ class Runner:
                 # A killed comparison's process may live for a second more, and deletes its own directory.
                 work=str(self.directory / "work" / f"{cell.name}-{os.getpid()}"),
                 result=str(self.file(cell)),
+                model=str(self.model(cell)) if self.keep_models else None,
             )
             environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
             if self.devices:
