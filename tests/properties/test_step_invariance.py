@@ -338,10 +338,10 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
     batches += [empty_micro_batch(0)] * num_empty_micro_batches(accelerator, len(batches))
     forward = Policy.forward
 
-    def small(self: Policy, input_ids: torch.Tensor, *args: Any) -> Any:
+    def small(self: Policy, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
         if len(input_ids) > 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, input_ids, *args)
+        return forward(self, input_ids, *args, **options)
 
     if rank == small_one:
         Policy.forward = small
