@@ -66,9 +66,9 @@ def decoupled_advantages(
 ) -> Float[Tensor, "P G"]:
     """Advantages of K reward functions, each normalized within its groups, then added with their weights.
 
-    The result is divided by its standard deviation over the batch. If the sum is normalized instead
-    (`group_advantages`), a function with a large deviation hides the others,
-    and different combinations of rewards get the same advantage. Source: GDPO (arXiv 2601.05242), TRL's
+    The sum is divided by its standard deviation over the batch. If the rewards are added before they are
+    normalized (`group_advantages`), a function with a large deviation hides the others, and different
+    combinations of rewards get the same advantage. Source: GDPO (arXiv 2601.05242), TRL's
     `normalize_then_sum`. TRL also subtracts the mean of the batch, which is 0 because that of each group is.
 
     Args:
