@@ -328,7 +328,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "cispo": {"loss_type": "cispo"},
     "entropy": {"weights": WEIGHTS | {"entropy": -0.4}},
 }
-"""Settings of a step for each loss of the rollouts; all are off-policy, with 0.28 as cispo's largest ratio."""
+"""Settings of a step for each loss of the rollouts, all off-policy; 0.28 is cispo's largest ratio."""
 
 
 def off_policy(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
