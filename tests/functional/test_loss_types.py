@@ -19,7 +19,7 @@ from uniapl.functional import (
     policy_ratios,
 )
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 LOSSES = ("grpo", "grpo-kl", "sequence", "gspo", "cispo", "cispo-sequence")
 
 
@@ -169,7 +169,7 @@ def test_clipped_sequences_are_counted_once(x: dict[str, torch.Tensor]) -> None:
     """Mean log-ratios 1/3 (A > 0: over 1.28) and -1/6 (A < 0: not under 0.8)."""
     inputs = (x["logprobs"], x["old"], x["advantages"], x["mask"])
     assert [float(n) for n in clip_counts(*inputs, **CLIP, level="sequence")] == [0.0, 1.0]
-    wide = {"clip_low": 0.1, "clip_high": 0.28}
+    wide: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.28}
     assert [float(n) for n in clip_counts(*inputs, **wide, level="sequence")] == [1.0, 1.0]
     # Per token: 0.6 and 0.3 of the first row are over log 1.28, -0.6 of the second is under log 0.8.
     assert [float(n) for n in clip_counts(*inputs, **CLIP)] == [1.0, 2.0]

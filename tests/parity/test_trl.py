@@ -61,7 +61,7 @@ TOLERANCE = 1e-5
 VISIBLE = 1e-4
 """Every parameter's largest gradient must exceed this: where both are zero, agreement would prove nothing."""
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
 # Lengths differ within a group's completions and between prompts, so that padding differs on every side.
 PROMPTS = ((5, 9, 31), (40, 41, 42, 43, 44, 45, 46, 3))

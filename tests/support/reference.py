@@ -1,6 +1,7 @@
 """The formulas in plain Python floats and loops, written from the papers, to hold the tensors against."""
 
 import math
+from collections.abc import Sequence
 
 
 def log_softmax(logits: list[float], temperature: float) -> list[float]:
@@ -14,7 +15,7 @@ def entropy(logits: list[float], temperature: float) -> float:
     return -sum(math.exp(x) * x for x in log_softmax(logits, temperature))
 
 
-def group_advantages(rewards: list[float | None], scale: str) -> list[float]:
+def group_advantages(rewards: Sequence[float | None], scale: str) -> list[float]:
     known = [r for r in rewards if r is not None]
     if not known or max(known) == min(known):
         return [0.0] * len(rewards)
@@ -89,7 +90,9 @@ def batch_std(values: list[float]) -> float:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
-def decoupled_advantages(parts: list[list[list[float | None]]], weights: list[float]) -> list[list[float]]:
+def decoupled_advantages(
+    parts: Sequence[Sequence[Sequence[float | None]]], weights: list[float]
+) -> list[list[float]]:
     """GDPO, from the values of each function for each group."""
     groups: list[list[float | None]] = []
     for number in range(len(parts[0])):
