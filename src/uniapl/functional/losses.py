@@ -105,8 +105,13 @@ def cispo_loss(
     CISPO (MiniMax-M1, arXiv 2506.13585) without a lower bound, as in ScaleRL (arXiv 2510.13786) and TRL.
 
     Args:
-        logprobs, old_logprobs, advantages, mask, weights, level: See `clipped_surrogate`.
+        logprobs: Current policy, nats. Carries the gradient.
+        old_logprobs: Policy before the update, nats, at the same temperature. No gradient.
+        advantages: One per row; positive values raise the row's probability.
+        mask: The rollout tokens that enter this component.
         cap: Largest ratio, at least 1: TRL's `epsilon_high`, ScaleRL's epsilon_max.
+        weights: A factor per token, as in `clipped_surrogate`. No gradient.
+        level: See `policy_ratios`.
     """
     ratio = policy_ratios(logprobs, old_logprobs, mask, level=level).detach().clamp(max=cap)
     terms = ratio * torch.where(mask, advantages.unsqueeze(-1), 0.0) * torch.where(mask, logprobs, 0.0)
