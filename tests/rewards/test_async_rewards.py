@@ -296,7 +296,7 @@ def score(function, timeout=30.0):
 
 def run_script(code: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-X", "dev", "-W", "error::ResourceWarning", "-c", LEAVES + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ)
 
 
 def test_a_forked_process_has_its_own_loop() -> None:
