@@ -20,8 +20,10 @@ from uniapl.models.policy import Policy
 from uniapl.models.reference import Reference, reference_at_start
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout import Sampler
+from uniapl.teacher import Teacher
 from uniapl.training.adversary import Adversary, build_adversary
 from uniapl.training.build_sampler import build_sampler
+from uniapl.training.build_teacher import build_teacher
 from uniapl.training.distributed import fsdp
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.inputs import RunInputs
@@ -52,6 +54,7 @@ class Stage:
     is allocated at the start so that memory does not grow at `reference_step`."""
     loss_settings: LossSettings
     adversary: Adversary | StateAdversary | None
+    teacher: Teacher | None
     sampler: Sampler
     schedule: Schedule
     packing: bool = False
@@ -173,6 +176,7 @@ def build_stage(
             max_grad_norm=optim.max_grad_norm,
         ),
         adversary=adversary,
+        teacher=build_teacher(config, accelerator),
         sampler=sampler,
         schedule=Schedule(
             config=config,

@@ -22,6 +22,7 @@ from uniapl.models.loading import (
     load_tokenizer,
 )
 from uniapl.rewards.base import Once, build_rewarder, here
+from uniapl.training.build_teacher import check_teacher
 from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import (
@@ -78,6 +79,7 @@ def load_inputs(
     state.max_steps = sum(stage.config.max_steps for stage in stages)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
+        check_teacher(stage.config, tokenizer, dataset.examples)
     configs = [stage.config for stage in stages]
     notes += [*unknown, *notes_on_lengths(configs, dataset), *notes_on_adversary(configs, dataset, rewarder)]
     if longest:
