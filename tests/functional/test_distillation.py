@@ -1,4 +1,4 @@
-"""The KL to a teacher: by hand, against plain Python and the full KL, by finite differences, and NaN outside."""
+"""The KL to a teacher: by hand, against plain Python and the full KL, by finite differences, NaN outside."""
 
 import math
 
@@ -116,7 +116,8 @@ def test_a_certain_policy_and_a_certain_teacher_stay_finite() -> None:
     loss = top_k_reverse_kl(logprobs, torch.tensor([[[-80.0, 0.0]]]), torch.ones(1, 1).bool())
     loss.backward()
     assert float(loss) == pytest.approx(80.0, rel=1e-3)
-    assert logprobs.grad is not None and bool(logprobs.grad.isfinite().all())
+    assert logprobs.grad is not None
+    assert bool(logprobs.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, None])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -196,12 +196,13 @@ def halves(batch: MicroBatch) -> list[MicroBatch]:
     """Split a micro-batch into its first and second half of rows; a single row is returned unchanged."""
     rows = len(batch.input_ids)
     middle = (rows + 1) // 2
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return [
-        MicroBatch(**{name: value if value is None else value[part] for name, value in values.items()})
-        for part in (slice(0, middle), slice(middle, rows))
-        if rows > part.start
-    ]
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+
+    def of(part: slice) -> dict[str, Any]:
+        return {name: value if value is None else value[part] for name, value in values.items()}
+
+    parts = (slice(0, middle), slice(middle, rows))
+    return [MicroBatch(**of(part)) for part in parts if rows > part.start]
 
 
 def collate(

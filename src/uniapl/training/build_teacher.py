@@ -90,6 +90,14 @@ def _server(settings: TeacherConfig, url: str) -> TeacherServer:
     )
 
 
+def notes_on_teacher(stages: Sequence[Config]) -> list[str]:
+    """A note if a teacher is configured that no stage uses."""
+    if any(stage.objective.teacher_kl for stage in stages):
+        return []
+    named = [key for stage in stages for key in ("model_name_or_path", "url") if getattr(stage.teacher, key)]
+    return [f"teacher.{key} has no effect: objective.teacher_kl is 0" for key in dict.fromkeys(named)]
+
+
 def teacher_source(settings: TeacherConfig) -> ModelSource:
     """Where the local teacher is loaded from."""
     return ModelSource.resolve(

@@ -21,7 +21,7 @@ from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
-from uniapl.training.oom_retry import read_in_parts, split_micro_batches
+from uniapl.training.oom_retry import read_in_parts, split_micro_batches, teach_in_parts
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
 from uniapl.training.state_adversary import StateAdversary
@@ -251,7 +251,7 @@ def read_with_teacher(stage: Stage, batch: MixedBatch) -> MixedBatch:
     """Add the teacher's log-probabilities to this process's micro-batches, for the KL to the teacher."""
     if stage.teacher is None or not batch.counts["kl"]:
         return batch
-    return replace(batch, micro_batches=stage.teacher.read(batch.micro_batches))
+    return replace(batch, micro_batches=teach_in_parts(stage.teacher, batch.micro_batches))
 
 
 def measure_gradients(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float]:

@@ -57,13 +57,18 @@ class Stage:
     teacher: Teacher | None
     sampler: Sampler
     schedule: Schedule
-    packing: bool = False
-    """Whether micro-batches are packed: `batching.packing` is set and the model supports it."""
 
     @property
     def config(self) -> Config:
         """The stage's configuration."""
         return self.schedule.config
+
+    @property
+    def packing(self) -> bool:
+        """Whether micro-batches are packed: `batching.packing` is set and the model supports it."""
+        # The policy may be wrapped.
+        policies = (module for module in self.policy.modules() if isinstance(module, Policy))
+        return self.config.batching.packing and next(policies).packs
 
     @property
     def reference(self) -> Reference | None:
@@ -184,7 +189,6 @@ def build_stage(
             multiplier=Multiplier(value=objective.lambda_adv),
             uses_reference=reader is not None and not config.reference_step,
         ),
-        packing=config.batching.packing and inner.packs,
     )
 
 
