@@ -196,10 +196,8 @@ def test_gsm8k_with_smollm2s_recipe(
     # 172 in place of 72, 1-5 in place of -5; GSM8K's own form is no LaTeX.
     wrong = [text.replace("\\boxed{", "\\boxed{1") for text in demonstrations]
     assert score_by_recipe(written, wrong) == [0.0] * len(answers)
-    assert score_by_recipe(written[:2], [f"The answer is {row['solution']}." for row in written[:2]]) == [
-        0,
-        0,
-    ]
+    unboxed = [f"The answer is {row['solution']}." for row in written[:3]]
+    assert score_by_recipe(written[:3], unboxed) == [0.0] * 3
     monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
     flags = ["--model.model-name-or-path", str(byte_model(tmp_path / "model")), "--optim.bf16", "False"]
     flags += [
