@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +109,16 @@ def test_rows_with_unparseable_solutions_are_named() -> None:
     assert found.extra["answer_parsed"] == ["[72, '72']", None]
 
 
-def test_an_answer_without_end_counts_as_wrong() -> None:
+def test_an_answer_without_end_counts_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of the same process would hold the interpreter, so that no timeout would end the call."""
     pytest.importorskip("math_verify")
+    monkeypatch.setattr("uniapl.rewards.answers._math", MathProcess(seconds=1.5))
     rewarder = Rewarder([named_reward("accuracy_reward", find_function("accuracy_reward"))])
     rows = [example(number, solution="72") for number in range(4)]
     texts = [r"\boxed{72}", TOWER, r"\boxed{\sum_{k=1}^{1000000} k^k}", r"\boxed{72}"]
-    start = time.monotonic()
     found = rewarder.score(rows, texts, [(1,)] * 4)["accuracy_reward"]
     assert found.values == [1.0, 0.0, 0.0, 1.0]
     assert found.extra["answer_parsed"][1] == "[timed out]"
-    assert time.monotonic() - start < 50
 
 
 def test_a_process_that_dies_gives_no_reward_and_is_started_again() -> None:
@@ -138,17 +134,16 @@ def test_a_process_that_dies_gives_no_reward_and_is_started_again() -> None:
     assert process.compare("72", r"\boxed{71}").reward == 0.0
 
 
-def test_the_process_ends_with_the_program() -> None:
+def test_the_process_ends_when_its_input_ends() -> None:
+    """The end of a program closes the pipe, however it ends."""
     pytest.importorskip("math_verify")
-    code = (
-        "from uniapl.rewards.math_process import MathProcess; p = MathProcess(); "
-        r"assert p.compare('72', '\\boxed{72}').reward == 1; print(p._child.pid)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{int(done.stdout)}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert time.monotonic() < deadline
+    process = MathProcess()
+    assert process.compare("72", r"\boxed{72}").reward == 1.0
+    child = process._child
+    assert child is not None
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(20) == 0
 
 
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +160,8 @@ def test_check_reports_a_missing_extra(
     monkeypatch.setattr(math_process.importlib.util, "find_spec", lambda name: None)
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b", "solution": "72"}\n')
-    command = ["check", "--model.model-name-or-path", str(model_dir), "--data.path", str(data)]
-    assert cli.run([*command, "--rewards.functions", "accuracy_reward", "--method", "grpo"]) == 2
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: grpo\nrewards: {functions: [accuracy_reward]}\n")
+    flags = ["--model.model-name-or-path", str(model_dir), "--data.path", str(data)]
+    assert cli.run(["check", str(recipe), *flags]) == 2
     assert "pip install 'uniapl[math]'" in capsys.readouterr().err

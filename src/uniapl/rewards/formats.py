@@ -85,7 +85,7 @@ def _validator(text: str) -> Any:
         UsageError: jsonschema is not installed, or the schema is invalid.
     """
     try:
-        import jsonschema
+        import jsonschema.validators
         import jsonschema_specifications
     except ImportError as error:
         raise UsageError("json_schema needs jsonschema: pip install 'uniapl[jsonschema]'") from error

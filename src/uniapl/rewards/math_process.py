@@ -29,7 +29,13 @@ class Comparison(NamedTuple):
 class MathProcess:
     """Starts the child with the first request, and again after it was ended. Requests are served in turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds: float = 5.0) -> None:
+        """Start nothing yet.
+
+        Args:
+            seconds: Wall-clock limit of a request; an ordinary one takes 0.02 s.
+        """
+        self._seconds = seconds
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
         self._pid = os.getpid()
@@ -37,14 +43,14 @@ class MathProcess:
     def compare(self, solution: str, completion: str | None = None) -> Comparison:
         """1 if the answer in a completion equals the solution, else 0; None if the solution is unparseable.
 
-        An answer that is not evaluated within the limit of 5 s counts as wrong, and such a solution as
+        An answer that is not evaluated within the limit counts as wrong, and such a solution as
         unparseable.
 
         Raises:
             UsageError: math-verify is not installed or cannot be started.
         """
         if os.getpid() != self._pid:
-            self.__init__()  # a forked process has its own child
+            self.__init__(seconds=self._seconds)  # a forked process has its own child
         with self._lock:
             child = self._running()
             assert child.stdin is not None
@@ -79,7 +85,8 @@ class MathProcess:
                 "accuracy_reward and reasoning_accuracy_reward need math-verify: pip install 'uniapl[math]'"
             )
         # -P: the directory of the file holds modules with names of the standard library's.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
+        program = str(Path(__file__).with_name("math_worker.py"))
+        command = [sys.executable, "-P", program, str(self._seconds)]
         self._child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
