@@ -204,7 +204,7 @@ def test_gsm8k_with_smollm2s_recipe(
         "--data.path",
         str(tmp_path / "build" / "train.jsonl"),
         "--data.max-demonstration-length",
-        "999",
+        "2048",
     ]
     capsys.readouterr()
     assert cli.run(["check", "recipes/gsm8k/recipe.yaml", *flags, "--json"]) == 0

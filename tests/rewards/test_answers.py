@@ -1,5 +1,6 @@
 """Rewards that compare a final answer with the row's solution; tests/parity compares them with TRL's."""
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,6 @@ import pytest
 
 from uniapl import cli
 from uniapl.errors import UsageError
-from uniapl.rewards import math_process
 from uniapl.rewards.base import Rewarder, named_reward
 from uniapl.rewards.finding import find_function
 from uniapl.rewards.math_process import MathProcess
@@ -146,8 +146,14 @@ def test_the_process_ends_when_its_input_ends() -> None:
     assert child.wait(20) == 0
 
 
+def hide_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    hidden = lambda name, *args: None if name == "math_verify" else real(name, *args)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", hidden)
+
+
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math_process.importlib.util, "find_spec", lambda name: None)
+    hide_math_verify(monkeypatch)
     message = r"accuracy_reward and reasoning_accuracy_reward need math-verify: pip install 'uniapl\[math\]'"
     with pytest.raises(UsageError, match=message):
         MathProcess().compare("72")
@@ -157,11 +163,12 @@ def test_check_reports_a_missing_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_dir: Path
 ) -> None:
     monkeypatch.setattr("uniapl.rewards.answers._math", MathProcess())
-    monkeypatch.setattr(math_process.importlib.util, "find_spec", lambda name: None)
+    hide_math_verify(monkeypatch)
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b", "solution": "72"}\n')
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: grpo\nrewards: {functions: [accuracy_reward]}\n")
     flags = ["--model.model-name-or-path", str(model_dir), "--data.path", str(data)]
+    flags += ["--rollout.max-completion-length", "8"]
     assert cli.run(["check", str(recipe), *flags]) == 2
     assert "pip install 'uniapl[math]'" in capsys.readouterr().err

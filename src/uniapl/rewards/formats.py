@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from uniapl.data.parsing import strict_json
@@ -90,12 +90,12 @@ def _validator(text: str) -> Any:
     except ImportError as error:
         raise UsageError("json_schema needs jsonschema: pip install 'uniapl[jsonschema]'") from error
     try:
-        schema = strict_json(text)
+        schema: Any = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"json_schema: the schema is not JSON ({error}): {text:.80}") from error
-    if not isinstance(schema, bool | Mapping):
+    if not isinstance(schema, bool | dict):
         raise UsageError(f"json_schema: a schema must be a mapping, not {text:.80}")
-    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    kind: Any = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:

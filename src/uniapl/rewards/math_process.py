@@ -73,7 +73,9 @@ class MathProcess:
                 return Comparison(*result)
             code = self._end()
         if code == -signal.SIGALRM:
-            return Comparison(None if completion is None else 0.0, "[unparseable]", "[timed out]")
+            if completion is None:
+                return Comparison(None, "[unparseable]", "[skipped]")
+            return Comparison(0.0, solution, "[timed out]")
         error = RuntimeError(f"math-verify's process ended with exit code {code}")
         return Comparison(error, "[error]", "[error]")
 
