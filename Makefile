@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Additional requirements for development: the extras and the developer tools.
 $(VENV)/.developed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev \
-		--editable ".[report,remote,collect,eval,peft,sandbox]"
+		--editable ".[report,remote,collect,eval,math,jsonschema,peft,sandbox]"
 	touch $@
 
 demo: $(VENV)/.installed

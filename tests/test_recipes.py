@@ -1,18 +1,26 @@
 """The recipes: Qwen3's on directories of those models' shapes without weights, GSM8K's and SmolLM2's."""
 
 import json
+import math
+import os
 import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from support.benchmark_data import GSM8K, on_stand_ins_and_real_data, rows
+from support.benchmark_data import DATA, GSM8K, STAND_INS, on_stand_ins_and_real_data, rows
 from support.documents import ROOT, TEMPLATE, block, read_rows
 from support.tiny import LETTERS, SMALL, make_tokenizer
 from uniapl import cli
+from uniapl.config.resolve import resolve
+from uniapl.rewards.base import build_rewarder
+from uniapl.rewards.finding import find_function
+from uniapl.types import Example
 
 COMMON = {
     "num_key_value_heads": 8,
@@ -37,6 +45,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
     },
 }
+QWEN_GSM8K = "recipes/gsm8k/qwen3-0.6b.yaml"
 RECIPES = sorted((ROOT / "recipes").glob("qwen3-*.yaml"))
 
 
@@ -103,7 +112,7 @@ def byte_model(path: Path) -> Path:
 
 @pytest.mark.case(18)
 @on_stand_ins_and_real_data
-def test_gsm8k(
+def test_gsm8k_with_qwen3(
     benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The solutions are demonstrations and the reward's column, from a file and in the form of the Hub."""
@@ -121,28 +130,133 @@ def test_gsm8k(
     (hub / "train.jsonl").write_bytes(data.read_bytes())
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for path in (data, hub):
-        assert cli.run(["check", "recipes/gsm8k.yaml", *flags, f"--data.path={path}", "--json"]) == 0
+        assert cli.run(["check", QWEN_GSM8K, *flags, f"--data.path={path}", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["examples"] == report["with_demonstration"] == len(solutions)
-        assert report["rewards"] == {"recipes/gsm8k_reward.py:exact_answer": len(solutions)}
+        assert report["rewards"] == {"exact_match": len(solutions)}
         assert questions[1] in report["preview"]["text"].split("[[")[0]
         assert f"[[{solutions[1]}<eos>]]" in report["preview"]["text"]
-    reward = runpy.run_path("recipes/gsm8k_reward.py")["exact_answer"]
     answers = [*solutions.values()]
-    assert reward(answers, answer=answers) == [1.0] * len(answers)
-    assert reward(["18", "#### 19", "#### $1,018.0"], answer=["#### 18", "#### 18", "#### 1018"]) == [0, 0, 1]
+    assert find_function("exact_match")(answers, answer=answers) == [1.0] * len(answers)
     small = "--batching.prompts-per-step 2 --batching.demonstrations-per-step 2 --rollout.num-generations 2"
     flags += [*small.split(), "--rollout.max-completion-length", "8", "--max-steps", "2"]
     run = tmp_path / "run"
-    assert cli.run(["train", "recipes/gsm8k.yaml", *flags, f"--data.path={data}", f"--output-dir={run}"]) == 0
+    assert cli.run(["train", QWEN_GSM8K, *flags, f"--data.path={data}", f"--output-dir={run}"]) == 0
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [m["rewards/recipes/gsm8k_reward.py:exact_answer/mean"] for m in metrics] == [0.0, 0.0]
+    assert [m["rewards/exact_match/mean"] for m in metrics] == [0.0, 0.0]
     assert all(m["tokens/sft"] > 100 and m["tokens/rl"] > 0 for m in metrics), "both columns are used"
     logged = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert len(logged) == 4
     for line in logged:
         assert line["prompt"] == questions[line["row"]]
         assert line["demonstration"] == solutions[line["row"]]
+
+
+def prepare_gsm8k(train: Path, build: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Run recipes/gsm8k/prepare.py; the rows for training."""
+    words = ["prepare.py", "--train", str(train), "--test", str(train), "--output-dir", str(build)]
+    monkeypatch.setattr("sys.argv", words)
+    assert runpy.run_path("recipes/gsm8k/prepare.py")["main"]() == 0
+    return rows(build / "train.jsonl")
+
+
+def score_by_recipe(written: list[dict[str, str]], completions: list[str]) -> list[float | None]:
+    """The rewards of completions, one for each row, by the configuration of recipes/gsm8k/recipe.yaml."""
+    config = resolve(yaml.safe_load(Path("recipes/gsm8k/recipe.yaml").read_text())).config
+    rewarder = build_rewarder(config.rewards)
+    examples = [
+        Example(
+            row=n, prompt="", prompt_ids=(), demonstration=None, demonstration_ids=None, columns=dict(row)
+        )
+        for n, row in enumerate(written)
+    ]
+    assert rewarder.check_rows(examples) == []
+    outcomes = rewarder.score(examples, completions, [()] * len(completions))
+    return rewarder.combine(outcomes, len(completions))
+
+
+@on_stand_ins_and_real_data
+def test_gsm8k_with_smollm2s_recipe(
+    benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All demonstrations pass the recipe's reward, nearly equal ones do not, and a run scores completions."""
+    pytest.importorskip("math_verify")
+    monkeypatch.chdir(ROOT)
+    data = benchmarks / GSM8K
+    written = prepare_gsm8k(data, tmp_path / "build", monkeypatch)
+    answers = [row["answer"] for row in rows(data)]
+    if benchmarks == STAND_INS:
+        assert written[2]["completion"] == (
+            "It builds 3 * 8 = 24 houses.\nThen it has 1250 + 24 = 1274 houses.\nThe answer is \\boxed{1274}."
+        )
+        assert written[3]["solution"] == "-5"
+    demonstrations = [row["completion"] for row in written]
+    assert len(demonstrations) == len(answers)
+    assert score_by_recipe(written, demonstrations) == [1.0] * len(answers)
+    # 172 in place of 72, 1-5 in place of -5; GSM8K's own form is no LaTeX.
+    wrong = [text.replace("\\boxed{", "\\boxed{1") for text in demonstrations]
+    assert score_by_recipe(written, wrong) == [0.0] * len(answers)
+    unboxed = [f"The answer is {row['solution']}." for row in written[:3]]
+    assert score_by_recipe(written[:3], unboxed) == [0.0] * 3
+    monkeypatch.setattr("uniapl.cli.check._memory", lambda *_: {"text": ""})
+    flags = ["--model.model-name-or-path", str(byte_model(tmp_path / "model")), "--optim.bf16", "False"]
+    flags += [
+        "--data.path",
+        str(tmp_path / "build" / "train.jsonl"),
+        "--data.max-demonstration-length",
+        "2048",
+    ]
+    capsys.readouterr()
+    assert cli.run(["check", "recipes/gsm8k/recipe.yaml", *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rewards"] == {"accuracy_reward": len(answers)}
+    assert report["with_demonstration"] == len(answers)
+
+
+def smollm2() -> Path | None:
+    """SmolLM2-135M-Instruct: the directory UNIAPL_TEST_SMOLLM2, or the copy in the Hub's cache."""
+    if given := os.environ.get("UNIAPL_TEST_SMOLLM2"):
+        return Path(given)
+    try:
+        return Path(snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct", local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+@pytest.mark.slow
+def test_smollm2_learns_gsm8k_for_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of the recipe on the model that it names: a cold start and two steps with rollouts."""
+    pytest.importorskip("math_verify")
+    if (model := smollm2()) is None:
+        pytest.skip(
+            "SmolLM2-135M-Instruct is not in the Hub's cache; set UNIAPL_TEST_SMOLLM2 to its directory"
+        )
+    monkeypatch.chdir(ROOT)
+    data = DATA / GSM8K if (DATA / GSM8K).is_file() else STAND_INS / GSM8K
+    written = prepare_gsm8k(data, tmp_path / "build", monkeypatch)
+    small = "--max-steps 3 --batching.prompts-per-step 1 --batching.demonstrations-per-step 2"
+    small += " --rollout.num-generations 4 --rollout.max-completion-length 64 --optim.bf16 False"
+    flags = ["--model.model-name-or-path", str(model), "--data.path", str(tmp_path / "build" / "train.jsonl")]
+    flags += small.split()
+    run = tmp_path / "run"
+    assert cli.run(["train", "recipes/gsm8k/recipe.yaml", *flags, f"--output-dir={run}"]) == 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    for m in metrics:
+        assert math.isfinite(m["loss"])
+        assert m["skipped"] == 0
+        # The solutions are plain English arithmetic: between 0.1 and 3 nats per token for this model.
+        assert 0.1 < m["sft/nll"] < 3
+        assert m["tokens/sft"] > 50
+    groups = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert [group["step"] for group in groups] == [2, 3]
+    for group, m in zip(groups, metrics[1:], strict=True):
+        own = [written[group["row"] - 1]] * 4
+        rewards = score_by_recipe(own, [one["text"] for one in group["completions"]])
+        assert [one["reward"] for one in group["completions"]] == rewards
+        assert {*rewards} <= {0.0, 1.0}
+        assert m["rewards/accuracy_reward/none_rate"] == m["rewards/accuracy_reward/error_rate"] == 0
+        assert m["rewards/accuracy_reward/mean"] == sum(reward == 1 for reward in rewards) / 4
 
 
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

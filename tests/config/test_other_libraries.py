@@ -67,6 +67,8 @@ def test_every_suggested_key_exists() -> None:
         ("sequence_len", "did you mean 'data.max_demonstration_length"),
         ("num_epochs", "did you mean 'num_train_epochs'?"),
         ("rlhf_type", "did you mean 'method'?"),  # ms-swift
+        ("soft_cache_length", "did you mean 'rewards.functions (get_soft_overlong_punishment)'?"),
+        ("overlong_buffer", "did you mean 'rewards.functions (get_soft_overlong_punishment)'?"),  # verl
         ("train_type", "did you mean 'model.lora_r'?"),
         ("chord_mu_peak", "did you mean 'objective.mu_peak'?"),
         ("attn_impl", "did you mean 'model.attn_implementation'?"),

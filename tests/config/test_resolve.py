@@ -214,6 +214,18 @@ def test_reward_functions_may_be_names() -> None:
     assert [(f.name, f.weight) for f in functions] == [("no_comma", 1.0), ("x", 2.0)]
 
 
+def test_arguments_of_reward_functions_may_be_lists_and_mappings() -> None:
+    args = {"schema": {"type": ["object"], "required": []}, "n": 1, "x": 0.5, "on": True, "off": None}
+    [function] = resolve({"rewards": {"functions": [{"name": "x", "args": args}]}}).config.rewards.functions
+    assert function.args == args
+    assert [type(v) for v in function.args.values()][1:] == [
+        int,
+        float,
+        bool,
+        type(None),
+    ]
+
+
 def test_synonyms_of_other_libraries_as_flags() -> None:
     with pytest.raises(
         UsageError, match=r"unknown flag '--group-size'; did you mean '--rollout.num-generations'"

@@ -245,6 +245,26 @@ def test_builtin_rewards_by_hand() -> None:
     assert find_function("no_comma")([[{"role": "assistant", "content": "a, b"}]]) == [0.0]
 
 
+def test_a_soft_overlong_punishment_lowers_the_sum() -> None:
+    """An answer of 90 tokens is right, one of 100 is right but truncated, one of 95 is wrong."""
+
+    def right(completions: list[str]) -> list[float]:
+        return [float(c == "right") for c in completions]
+
+    args = {"max_completion_len": 100, "soft_punish_cache": 20}
+    name = "get_soft_overlong_punishment"
+    punish = named_reward(name, find_function(name), weight=0.5, args=args)
+    rewarder = Rewarder([named_reward("right", right), punish])
+    ids = [[1] * length for length in (90, 100, 95)]
+    outcomes = rewarder.score([example()] * 3, ["right", "right", "wrong"], ids)
+    assert outcomes[name].values == [-0.5, -1.0, -0.75]
+    assert rewarder.combine(outcomes, 3) == [0.75, 0.5, -0.375]
+    broken = named_reward(name, find_function(name), args={**args, "soft_punish_cache": 101})
+    message = r"soft_punish_cache 101 must be from 0 to max_completion_len \(100\)"
+    with pytest.raises(UsageError, match=message):
+        Rewarder([broken]).try_out([example()])
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_reward_model_scores_as_in_trl(tmp_path: Path, batch_size: int) -> None:
     """Scoring one sequence at a time, without padding, gives the same logits."""

@@ -5,7 +5,7 @@ Keys are TRL's wherever TRL has one. The docstring of a key is its description i
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from uniapl.config.batching import BatchingConfig
 from uniapl.config.health import HealthConfig
@@ -138,7 +138,7 @@ class RewardFunctionConfig(Section):
     """Name of a registered function, `module:function` or `path.py:function`."""
     weight: float = 1.0
     """Weight in the sum over all functions."""
-    args: dict[str, bool | int | float | str] = Field(default={})
+    args: dict[str, JsonValue] = Field(default={})
     """Keyword arguments of every call."""
 
 

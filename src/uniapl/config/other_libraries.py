@@ -65,6 +65,9 @@ OTHER_NAMES = _by_name(
         "rollout.max_off_policy_steps (1 for true, 0 for false)": "rollout.one_step_off async_generate",
         "rewards.functions": "reward_funcs reward_functions reward_model external_plugins reward_fn",
         "rewards.functions (each has a weight)": "reward_weights",
+        "rewards.functions (get_soft_overlong_punishment)": (
+            "overlong_buffer soft_max_length soft_cache_length"
+        ),
         "objective.beta": "kl_coef init_kl_coef kl_loss_coef kl_ctl",
         "objective.epsilon": "clip_range eps_clip clip_ratio cliprange",
         "objective.epsilon_high": "clip_ratio_high",
@@ -165,7 +168,6 @@ NO_EQUIVALENT = _by_name(
         "objective.entropy_coef is constant": (
             "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
         ),
-        "a reward function can lower the reward of long completions": "overlong_buffer",
         "every group is trained; groups with equal rewards are counted as frac_reward_zero_std": (
             "dynamic_sample filter_groups dynamic_filtering"
         ),

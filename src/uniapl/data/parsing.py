@@ -15,6 +15,16 @@ _WHITE_SPACE = re.compile(r"\s*")
 _QUOTED = re.compile(r'"[^"]*"')
 
 
+def strict_json(text: str) -> Any:
+    """One JSON value; duplicate keys, NaN and numbers beyond float64 are errors.
+
+    Raises:
+        ValueError: The text is not strict JSON.
+        RecursionError: It is nested too deeply.
+    """
+    return _DECODER.decode(text)
+
+
 def parse_json_lines(text: str) -> Iterator[NumberedRow]:
     """One row per line, numbered by line; empty lines are skipped.
 
@@ -24,7 +34,7 @@ def parse_json_lines(text: str) -> Iterator[NumberedRow]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, _DECODER.decode(line)
+                yield number, strict_json(line)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
                 raise UsageError(f"line {number}: invalid JSON ({reason})") from error

@@ -16,7 +16,14 @@ the loss, and are counted in ``rewards/<name>/error_rate`` or ``timeout_rate``. 
 which would be a score.
 """
 
-from uniapl.rewards import builtin, code, instructions, model  # noqa: F401 - they register their functions
+from uniapl.rewards import (  # noqa: F401 - they register their functions
+    answers,
+    builtin,
+    code,
+    formats,
+    instructions,
+    model,
+)
 from uniapl.rewards.base import Rewarder, RewardFunction, RowCheck
 from uniapl.rewards.finding import register
 from uniapl.rewards.scoring import RewardOutcome, extra_columns

@@ -1,10 +1,12 @@
-"""Reward functions included in the package: 1.0 if the completion satisfies a constraint, else 0.0.
+"""Reward functions of a completion's words and length.
 
-A completion of only white space satisfies no constraint, as in IFEval (arXiv 2311.07911).
+A constraint gives 1.0 if the completion satisfies it, else 0.0. A completion of only white space satisfies
+none, as in IFEval (arXiv 2311.07911).
 """
 
 from typing import Any
 
+from uniapl.errors import UsageError
 from uniapl.rewards.finding import register
 
 
@@ -29,3 +31,31 @@ def lowercase(completions: list[Any]) -> list[float]:
 def length(completions: list[Any], *, max_words: int, min_words: int = 1) -> list[float]:
     """1.0 for `min_words` to `max_words` words, separated by white space."""
     return [float(min_words <= len(text.split()) <= max_words) for text in map(completion_text, completions)]
+
+
+@register("get_soft_overlong_punishment")
+def get_soft_overlong_punishment(
+    completion_ids: list[list[int]], *, max_completion_len: int, soft_punish_cache: int
+) -> list[float]:
+    """A penalty from 0 to -1 for long completions, with TRL's name and values.
+
+    0 up to `max_completion_len - soft_punish_cache` tokens, then linear, -1 from `max_completion_len` on.
+    Source: DAPO (arXiv 2503.14476), eq. 13.
+
+    Raises:
+        UsageError: `soft_punish_cache` is negative or greater than `max_completion_len`.
+    """
+    if not 0 <= soft_punish_cache <= max_completion_len:
+        raise UsageError(
+            f"get_soft_overlong_punishment: soft_punish_cache {soft_punish_cache} must be from 0 to "
+            f"max_completion_len ({max_completion_len})"
+        )
+    free = max_completion_len - soft_punish_cache
+    return [
+        0.0
+        if len(ids) <= free
+        else -1.0
+        if len(ids) > max_completion_len
+        else (free - len(ids)) / soft_punish_cache
+        for ids in completion_ids
+    ]
