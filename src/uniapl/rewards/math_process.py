@@ -33,7 +33,7 @@ class MathProcess:
         """Start nothing yet.
 
         Args:
-            seconds: Wall-clock limit of a request; an ordinary one takes 0.02 s.
+            seconds: Processor time allowed for a request; an ordinary one takes 0.02 s.
         """
         self._seconds = seconds
         self._lock = threading.Lock()
@@ -43,7 +43,7 @@ class MathProcess:
     def compare(self, solution: str, completion: str | None = None) -> Comparison:
         """1 if the answer in a completion equals the solution, else 0; None if the solution is unparseable.
 
-        An answer that is not evaluated within the limit counts as wrong, and such a solution as
+        An answer that is not evaluated within it counts as wrong, and such a solution as
         unparseable.
 
         Raises:
@@ -72,7 +72,7 @@ class MathProcess:
                     return Comparison(RuntimeError(result), "[error]", "[error]")
                 return Comparison(*result)
             code = self._end()
-        if code == -signal.SIGALRM:
+        if code == -signal.SIGPROF:
             if completion is None:
                 return Comparison(None, "[unparseable]", "[skipped]")
             return Comparison(0.0, solution, "[timed out]")

@@ -49,7 +49,7 @@ def main(seconds: float) -> None:
     """Answer requests until the input ends.
 
     Args:
-        seconds: Wall-clock limit of a request.
+        seconds: Processor time allowed for a request.
     """
     # Whatever a library prints goes to stderr, not between the results.
     results = os.fdopen(os.dup(1), "w")
@@ -70,13 +70,13 @@ def main(seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     write(None)
     for line in sys.stdin:
-        # SIGALRM ends the process even inside one operation on huge integers, which an exception cannot.
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # SIGPROF ends the process even inside one operation on huge integers, which an exception cannot.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             result = compare(*json.loads(line))
         except Exception as error:
             result = repr(error)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         write(result)
 
 
