@@ -27,6 +27,7 @@ from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.suites import load_suites
 from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 
 TASK = """\
 include: {theirs}/ifeval.yaml

@@ -33,6 +33,7 @@ from uniapl.models.loading import (
 )
 from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 
 OVERRIDES = {
     "evaluation": ("suites", "max_completion_length", "num_samples", "temperature", "limit", "answer_after"),
@@ -83,10 +84,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     put_on_device(model)
     sampler = LocalSampler(
         model=model,
-        stop_ids=stop_ids,
+        settings=SamplingSettings.of_evaluation(config, stop_ids, tokenizer),
         pad_id=pad_id_of(tokenizer),
-        max_completion_length=evaluation.max_completion_length,
-        temperature=evaluation.sampling_temperature,
         max_batch_size=options.batch_size,
         decoding=config.rollout.decoding,
     )

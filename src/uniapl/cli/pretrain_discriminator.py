@@ -35,6 +35,7 @@ from uniapl.models.loading import (
 )
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.training.checkpoint.directory import write_directory
 from uniapl.training.distributed.accelerator import make_accelerator
 from uniapl.types import Example, TokenIds, derive_seed
@@ -206,9 +207,10 @@ def _sample(
         )
     sampler = LocalSampler(
         model=model.to(device),
-        stop_ids=stop_ids,
+        settings=SamplingSettings(
+            max_completion_length=options.max_completion_length, stop_ids=stop_ids
+        ),
         pad_id=pad_id_of(tokenizer),
-        max_completion_length=options.max_completion_length,
     )
     prompts = [example for example in examples if example.row in wanted] or _distinct(examples)
     groups = sampler.sample(
