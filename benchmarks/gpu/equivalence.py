@@ -54,7 +54,7 @@ def gradient(stage: Stage, rows: list[Row], inputs: RunInputs, *, packed: bool) 
     for part in batches:
         logprobs, _ = policy_logprobs(stage.policy, part)
         sums = component_sums(logprobs, logprobs.detach(), part, stage.loss_settings)
-        objective(sums, batch.weights, batch.counts).backward()
+        objective(sums, batch.weights, stage.loss_settings.divisors(batch)).backward()
     found = torch.cat([p.grad.flatten().clone() for p in stage.policy.parameters() if p.grad is not None])
     stage.policy.zero_grad()
     return found

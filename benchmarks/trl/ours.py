@@ -12,6 +12,7 @@ from work import Work, data_rows, load, random_reward
 from uniapl.config.resolve import merge, resolve, stages_of
 from uniapl.data.batching import Row, micro_batches
 from uniapl.training.distributed.accelerator import make_accelerator
+from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.load import load_inputs
 from uniapl.training.stage import Stage, build_stage
@@ -45,7 +46,7 @@ def our_stage(
     stages = stages_of(resolved)
     rows = data_rows(work.shape, 4)
     inputs = load_inputs(
-        resolved, stages, train_dataset=rows, reward_functions=[random_reward], with_suites=False
+        resolved, stages, Given(train_dataset=rows, reward_functions=[random_reward]), with_suites=False
     )
     accelerator = make_accelerator(resolved.config)
     model, _ = load(folder, options.device)

@@ -135,7 +135,7 @@ class MicroBatch:
     adv_mask: Bool[Tensor, "B T"]
     """Rollout tokens that the discriminator scored."""
     rollout_mask: Bool[Tensor, "B T"]
-    """All rollout tokens, for the KL term and the rollout metrics."""
+    """All rollout tokens that enter the loss, for the KL term, the entropy and the rollout metrics."""
     advantages: Float[Tensor, " B"]
     adversarial_advantages: Float[Tensor, " B"]
     temperature: Float[Tensor, " B"]

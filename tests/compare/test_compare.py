@@ -289,9 +289,9 @@ def test_validation_prompts_are_the_same_for_all_and_never_trained_on(
     trained: list[Any] = []
     real = cell_module.train_resolved
 
-    def train(*arguments: Any, train_dataset: Any, **settings: Any) -> Any:
-        trained.append(train_dataset)
-        return real(*arguments, train_dataset=train_dataset, **settings)
+    def train(recipe: Any, given: Any) -> Any:
+        trained.append(given.train_dataset)
+        return real(recipe, given)
 
     monkeypatch.setattr(cell_module, "train_resolved", train)
     outcome = run_cell(replace(found, cell=replace(found.cell, search=True)))

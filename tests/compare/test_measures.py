@@ -89,6 +89,19 @@ def test_the_judge_by_hand() -> None:
     assert judged({"one": point}, {"one": three}, same_words) == found
 
 
+def test_a_question_that_is_asked_several_times_leaves_the_threshold_alone() -> None:
+    """Of four questions with three rows each, many pairs have the same question."""
+    texts = [f"{n} {n}x" for n in range(4) for _ in range(3)]
+    whole = entry(
+        scores={"reward": [[1.0, 1]] * 12},
+        texts=[text.split()[0] for text in texts],
+        expert={"index": [*range(12)], "texts": texts},
+    )
+    assert judged({"one": whole}, {"one": whole}, same_words) == {"judge": 0.5, "on_topic": 1.0}
+    whole["expert"]["texts"] = ["a b"] * 12
+    assert judged({"one": whole}, {"one": whole}, same_words) == {"judge": 0.0}, "no threshold"
+
+
 def test_the_judge_is_the_cosine_of_sentence_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     class SentenceTransformer:
         def __init__(self, name: str) -> None:

@@ -390,3 +390,46 @@ def test_the_learning_rate_of_a_new_head_is_higher_than_that_of_a_copy() -> None
     assert rates == {"head": 1e-3, "bradley-terry": 1e-5}
     given = resolve({"discriminator": {"kind": "head", "learning_rate": 3e-4}}).config.discriminator
     assert given.trained_learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (
+            {"loss_type": "cispo", "epsilon_high": 0.28},
+            "epsilon_high is the largest ratio itself and must be at least 1, not 0.28; null uses 5",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
+            "'normalize_then_sum' divides by the deviations of the group and of the step: remove",
+        ),
+        ({"loss_type": "luspo"}, "objective.loss_type"),
+        ({"entropy_coef": -0.1}, "objective.entropy_coef"),
+    ],
+)
+def test_a_loss_that_contradicts_itself_is_refused(objective: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        resolve({"method": "grpo", "objective": objective})
+
+
+@pytest.mark.parametrize(("given", "value"), [(True, "group"), (False, "none"), ("batch", "batch")])
+def test_scale_rewards_takes_trl_s_values(given: Any, value: str) -> None:
+    assert resolve({"objective": {"scale_rewards": given}}).config.objective.scale_rewards == value
+
+
+def test_the_largest_ratio_of_cispo_is_not_the_clip_width() -> None:
+    def clip_high(**objective: Any) -> float:
+        return resolve({"objective": objective}).config.objective.clip_high
+
+    assert clip_high(loss_type="cispo") == 5.0
+    assert clip_high(loss_type="cispo", epsilon_high=1.0) == 1.0
+    assert clip_high(loss_type="grpo") == 0.2
+
+
+def test_sft_has_no_entropy_bonus_for_which_it_would_sample() -> None:
+    resolved = resolve({"method": "sft", "objective": {"entropy_coef": 0.1}})
+    assert not resolved.config.objective.uses_rollouts
+    assert any("objective.entropy_coef = 0.0" in note for note in resolved.notes)
+    assert (
+        resolve({"method": "grpo", "objective": {"entropy_coef": 0.1}}).config.objective.entropy_coef == 0.1
+    )

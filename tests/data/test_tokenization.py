@@ -22,6 +22,7 @@ from uniapl.data.tokenization import (
     ordinary_tokens,
 )
 from uniapl.models.loading import ModelSource, load_stop_ids
+from uniapl.training.given import Given
 from uniapl.training.preflight.load import load_inputs
 
 CHATML = (
@@ -292,12 +293,12 @@ def test_an_end_token_of_ordinary_text_in_the_generation_configuration_is_noted(
     GenerationConfig(eos_token_id=[1, newline]).save_pretrained(path)
     resolved = resolve(recipe(path, tmp_path / "run", method="sft"))
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b\nc"}]
-    inputs = load_inputs(resolved, [resolved], train_dataset=rows)
+    inputs = load_inputs(resolved, [resolved], Given(train_dataset=rows))
     assert inputs.stop_ids == {1, newline}
     assert [len(example.demonstration_ids or ()) for example in inputs.dataset.examples] == [2]
     assert any(f"the end token {newline} ('\\n')" in note for note in inputs.notes)
     usual = resolve(recipe(model_dir, tmp_path / "run", method="sft"))
-    assert load_inputs(usual, [usual], train_dataset=rows).notes == ()
+    assert load_inputs(usual, [usual], Given(train_dataset=rows)).notes == ()
 
 
 def test_added_and_special_tokens_are_not_ordinary() -> None:

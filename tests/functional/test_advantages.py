@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from support import reference
-from uniapl.functional import group_advantages
+from uniapl.functional import decoupled_advantages, group_advantages
 
 
 def tensors(groups: list[list[float | None]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,3 +87,61 @@ def test_small_differences_of_rewards_are_kept() -> None:
     rewards = torch.tensor([[1.0, 1.0 + 2e-6]], dtype=torch.float64)
     got = group_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool))
     assert got.tolist()[0] == pytest.approx([-1e-6, 1e-6], rel=1e-6)
+
+
+def test_batch_divides_by_the_deviation_of_all_known_rewards() -> None:
+    # Rewards 1, 0, 3, 3 and an unknown one: mean 7/4, squares 9/16 + 49/16 + 25/16 + 25/16 = 27/4, / 3.
+    rewards, known = tensors([[1, 0, None], [3, None, 3]])
+    std = (27 / 4 / 3) ** 0.5
+    expected = torch.tensor([[0.5, -0.5, 0], [0, 0, 0]], dtype=torch.float64) / (std + 1e-4)
+    assert_close(group_advantages(rewards, known, scale="batch"), expected)
+    least = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    got = group_advantages(rewards, known, scale="batch", min_std=least)
+    assert_close(got[0, 0], torch.tensor(0.5 / 2.0001, dtype=torch.float64))
+    nothing = torch.zeros_like(known)
+    assert torch.equal(group_advantages(rewards, nothing, scale="batch"), torch.zeros(2, 3).double())
+
+
+@given(st.lists(st.lists(reward, min_size=4, max_size=4), min_size=1, max_size=5))
+def test_batch_equals_plain_python(groups: list[list[float | None]]) -> None:
+    std = reference.batch_std([r for group in groups for r in group if r is not None])
+    centred = [reference.group_advantages(group, "none") for group in groups]
+    expected = torch.tensor(centred, dtype=torch.float64) / (std + 1e-4)
+    assert_close(group_advantages(*tensors(groups), scale="batch"), expected, atol=1e-7, rtol=1e-6)
+
+
+def test_decoupled_by_hand() -> None:
+    """Two functions; the second, whose values are 1,000 times as large, does not hide the first."""
+    first, first_known = tensors([[1, 0], [0, 0]])
+    second, second_known = tensors([[0, 0], [3000, 1000]])
+    rewards, known = torch.stack([first, second]), torch.stack([first_known, second_known])
+    got = decoupled_advantages(rewards, known, torch.tensor([1.0, 0.5], dtype=torch.float64))
+    one = 0.5 / (0.5**0.5 + 1e-4)
+    other = 0.5 * 1000 / (2_000_000**0.5 + 1e-4)
+    std = ((2 * one**2 + 2 * other**2) / 3) ** 0.5
+    expected = torch.tensor([[one, -one], [other, -other]], dtype=torch.float64) / (std + 1e-4)
+    assert_close(got, expected)
+
+
+@given(
+    st.lists(
+        st.lists(st.lists(reward, min_size=3, max_size=3), min_size=2, max_size=2), min_size=1, max_size=3
+    )
+)
+def test_decoupled_equals_plain_python(parts: list[list[list[float | None]]]) -> None:
+    weights = [1.0, 0.5, 2.0][: len(parts)]
+    both = [tensors(part) for part in parts]
+    got = decoupled_advantages(
+        torch.stack([values for values, _ in both]),
+        torch.stack([known for _, known in both]),
+        torch.tensor(weights, dtype=torch.float64),
+    )
+    expected = torch.tensor(reference.decoupled_advantages(parts, weights), dtype=torch.float64)
+    assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_decoupled_rewards_that_are_equal_in_each_group_give_exactly_zero() -> None:
+    rewards = torch.tensor([[[0.1] * 3, [0.7] * 3], [[2.0] * 3, [1 / 3] * 3]], dtype=torch.float64)
+    weights = torch.ones(2, dtype=torch.float64)
+    got = decoupled_advantages(rewards, torch.ones_like(rewards, dtype=torch.bool), weights)
+    assert torch.equal(got, torch.zeros(2, 3, dtype=torch.float64))

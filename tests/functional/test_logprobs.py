@@ -119,3 +119,54 @@ def test_bf16_weight_gradient_is_summed_in_fp32() -> None:
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(Exception, match=r"(?i)type-check|shape|violat"):
         selected_logprobs(torch.zeros(3, 2), torch.zeros(5, 4), torch.zeros(3).long(), torch.ones(3))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_the_entropy_s_gradient_is_that_of_the_full_computation(chunk_size: int | None) -> None:
+    x = make()
+    leaves = [x[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    logits = x["hidden"] @ x["weight"].T + x["bias"]
+    full, full_entropy = logprobs_from_logits(logits, x["token_ids"], x["temperature"], entropy_gradient=True)
+    upstream = torch.randn(2, len(full), dtype=full.dtype)
+    expected = torch.autograd.grad((full * upstream[0] + full_entropy * upstream[1]).sum(), leaves)
+    logprobs, entropy = selected_logprobs(
+        *(x[name] for name in ("hidden", "weight", "token_ids", "temperature")),
+        bias=x["bias"],
+        chunk_size=chunk_size,
+        entropy_gradient=True,
+    )
+    grads = torch.autograd.grad((logprobs * upstream[0] + entropy * upstream[1]).sum(), leaves)
+    assert_close(entropy, full_entropy)
+    for got, want in zip(grads, expected, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_the_entropy_s_gradient_against_finite_differences(chunk_size: int) -> None:
+    x = make(n=5, d=3, v=6)
+
+    def entropy(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return selected_logprobs(
+            hidden,
+            weight,
+            x["token_ids"],
+            x["temperature"],
+            bias=bias,
+            chunk_size=chunk_size,
+            entropy_gradient=True,
+        )[1]
+
+    assert torch.autograd.gradcheck(
+        entropy, tuple(x[n].requires_grad_() for n in ("hidden", "weight", "bias"))
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, None])
+def test_the_entropy_s_gradient_stays_finite_where_a_probability_is_zero(chunk_size: int | None) -> None:
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    options = {"chunk_size": chunk_size, "entropy_gradient": True}
+    _, entropy = selected_logprobs(hidden, weight, torch.tensor([1, 1]), torch.ones(2), **options)
+    entropy.sum().backward()
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, torch.zeros(2, 1))

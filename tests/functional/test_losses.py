@@ -1,6 +1,7 @@
 """The losses by hand, against plain Python, by finite differences, with NaN outside the mask; `objective`."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from uniapl.functional import (
 )
 
 B, T = 3, 5
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 LOSSES = ("sft", "sft_is", "sft_phi", "sft_luffy", "surrogate", "weighted", "kl")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import uniapl
+from support import reference
 from support.runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train, write_recipe
 from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
@@ -684,6 +685,40 @@ def test_a_learned_lambda_answers_to_the_pairs(model_dir: Path, tmp_path: Path) 
             assert record["constraint/multiplier"] == pytest.approx(value)
         assert record["weight/lambda_adv"] == pytest.approx(value if record["step"] > 1 else 0.0)
     assert value != 0.5
+
+
+def test_settings_of_the_rollouts_loss_reach_the_update(model_dir: Path, tmp_path: Path) -> None:
+    """Recomputed from what the run wrote: counts without truncated completions, advantages, metrics."""
+    objective = {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "mask_truncated_completions": True,
+        "entropy_coef": 0.5,
+        "multi_objective_aggregation": "normalize_then_sum",
+        "num_iterations": 2,
+        "beta": 0.1,
+    }
+
+    def length(completions: list[str]) -> list[float]:
+        return [100.0 * len(text) for text in completions]
+
+    values = recipe(model_dir, tmp_path / "run", method="grpo", max_steps=3, objective=objective)
+    train(values, reward_functions=[has_letter, length])
+    completions = lines(tmp_path / "run" / "completions.jsonl")
+    truncated = 0
+    for record in lines(tmp_path / "run" / "metrics.jsonl"):
+        here = [line["completions"] for line in completions if line["step"] == record["step"]]
+        every = [c for group in here for c in group]
+        kept = [c for c in every if c["finish_reason"] == "stop"]
+        truncated += len(every) - len(kept)
+        assert record["tokens/rollout"] == sum(c["tokens"] for c in every)
+        assert record["tokens/rl"] == sum(c["tokens"] for c in kept)
+        assert not record["skipped"]
+        parts = [[[c["rewards"][name] for c in group] for group in here] for name in here[0][0]["rewards"]]
+        expected = reference.decoupled_advantages(parts, [1.0, 1.0])
+        got = [[c["advantage"] for c in group] for group in here]
+        assert got == [pytest.approx(values, abs=1e-6) for values in expected]
+    assert truncated
 
 
 def test_rollout_tokens_are_counted(model_dir: Path, tmp_path: Path) -> None:

@@ -35,19 +35,20 @@ from uniapl.data.rows import tokenize_row
 from uniapl.functional import (
     clip_counts,
     clipped_surrogate,
+    decoupled_advantages,
     group_advantages,
     importance_weights,
     k3_kl,
     objective,
     sft_loss,
 )
-from uniapl.models.policy import Policy
+from uniapl.models.policy import Policy, inputs_of
 from uniapl.models.token_states import TokenReader
 from uniapl.training.monitor.metrics import rollout_metrics, update_metrics
 from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.credit import assign_credit, rollout_rows
 from uniapl.training.update.policy_step import LossSettings, policy_step
-from uniapl.types import Example, Rollout, RolloutGroup
+from uniapl.types import Example, MicroBatch, Rollout, RolloutGroup
 
 # TRL still uses these names itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
@@ -60,7 +61,7 @@ TOLERANCE = 1e-5
 VISIBLE = 1e-4
 """Every parameter's largest gradient must exceed this: where both are zero, agreement would prove nothing."""
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
 # Lengths differ within a group's completions and between prompts, so that padding differs on every side.
 PROMPTS = ((5, 9, 31), (40, 41, 42, 43, 44, 45, 46, 3))
@@ -179,6 +180,7 @@ def grpo_trainer(
     folder: Path,
     *,
     rewards: Sequence[float | None] = REWARDS,
+    more_rewards: Sequence[Sequence[float | None]] = (),
     sampling_logprobs: Mapping[tuple[int, ...], tuple[float, ...]] | None = None,
     **settings: Any,
 ) -> GRPOTrainer:
@@ -198,26 +200,32 @@ def grpo_trainer(
     def given_rewards(row: list[int], **_: Any) -> list[float | None]:
         return [rewards[number] for number in row]
 
+    def others(values: Sequence[float | None]) -> Callable[..., list[float | None]]:
+        def other_rewards(row: list[int], **_: Any) -> list[float | None]:
+            return [values[number] for number in row]
+
+        return other_rewards
+
     settings = {
         "num_generations": GROUP,
         "per_device_train_batch_size": 4,
         "scale_rewards": "none",
         # GRPO's KL term as published; TRL's own default is another formula, which a test below spells out.
         "use_bias_correction_kl": False,
+        "loss_type": "dapo",
+        "epsilon": CLIP["clip_low"],
+        "epsilon_high": CLIP["clip_high"],
     } | settings
     accumulation = len(rewards) // settings["per_device_train_batch_size"]
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=given_rewards,
+        reward_funcs=[given_rewards, *(others(values) for values in more_rewards)],
         args=GRPOConfig(
             output_dir=str(folder / "grpo"),
             report_to="none",
             use_cpu=True,
             bf16=False,  # TRL's default is autocast
             gradient_checkpointing=False,
-            loss_type="dapo",
-            epsilon=CLIP["clip_low"],
-            epsilon_high=CLIP["clip_high"],
             gradient_accumulation_steps=accumulation,
             max_completion_length=16,
             seed=0,
@@ -248,9 +256,13 @@ def trl_grpo_step(trainer: GRPOTrainer) -> Result:
     for _ in range(trainer.args.gradient_accumulation_steps):
         losses.append(trainer.training_step(trainer.model, generation_batch(len(COMPLETIONS)), None))
         micro_batch = trainer._buffered_inputs[(trainer._step - 1) % trainer.args.steps_per_generation]
-        tokens = float(micro_batch["completion_mask"].sum())
-        for side, name in enumerate(("low", "high")):
-            clipped[side] += trainer._metrics["train"][f"clip_ratio/{name}_mean"][-1] * tokens
+        mask = micro_batch["completion_mask"]
+        by_sequence = trainer.importance_sampling_level == "sequence"
+        number = len(mask) if by_sequence else float(mask.sum())
+        cispo = trainer.loss_type == "cispo"
+        names = ("", "cispo_clip_ratio") if cispo else ("clip_ratio/low_mean", "clip_ratio/high_mean")
+        for side, name in enumerate(names):
+            clipped[side] += trainer._metrics["train"][name][-1] * number if name else 0.0
     return Result(
         loss=torch.stack(losses).sum(), grads=gradients(trainer.model), clipped=(clipped[0], clipped[1])
     )
@@ -375,6 +387,148 @@ def test_grpo_step_has_trls_dapo_loss_and_gradients(
         assert sum(expected.clipped) < 0.7 * tokens, "and leave others"
     else:
         assert expected.clipped == (0.0, 0.0)
+
+
+class KeepGradients(torch.optim.SGD):
+    """An optimizer that keeps the gradient of its step and changes nothing."""
+
+    def step(self, closure: Any = None) -> None:
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def our_policy_step(
+    model: Qwen3ForCausalLM,
+    rows: Sequence[Row],
+    *,
+    old: Qwen3ForCausalLM | None = None,
+    reference: Qwen3ForCausalLM | None = None,
+    beta: float = 0.0,
+    entropy_coef: float = 0.0,
+    **settings: Any,
+) -> Result:
+    """A step of `policy_step`, as in a run: three micro-batches of like lengths, right-padded."""
+
+    def logprobs_of(other: Qwen3ForCausalLM, batch: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            return Policy(other)(*inputs_of(batch, batch.rollout_mask))[0]
+
+    batches = micro_batches(rows, pad_id=PAD, max_tokens=10_000, max_rows=3)
+    if reference is not None:
+        batches = [replace(batch, ref_logprobs=logprobs_of(reference, batch)) for batch in batches]
+    old_logprobs = None if old is None else [logprobs_of(old, batch) for batch in batches]
+    policy = Policy(model)
+    optimizer = KeepGradients(policy.parameters(), lr=1.0)
+    weights = {"sft": 0.0, "rl": 1.0, "adv": 0.0, "kl": beta, "entropy": -entropy_coef}
+    mixed = MixedBatch(rows=rows, micro_batches=batches, weights=weights)
+    given = {"max_completion_length": 16, **CLIP, **settings}
+    result = policy_step(Accelerator(cpu=True), policy, optimizer, mixed, LossSettings(**given), old_logprobs)
+    names = [name for name, _ in model.named_parameters()]
+    return Result(
+        loss=torch.tensor(result.sums["loss"]),
+        grads=dict(zip(names, optimizer.gradients, strict=True)),
+        clipped=(result.sums["clip_low"], result.sums["clip_high"]),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*importance_sampling_level.*")
+@pytest.mark.parametrize("beta", [0.0, 0.3], ids=["no-kl", "kl"])
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "cispo"])
+def test_every_loss_type_and_level_has_trls_loss_and_gradients(
+    loss_type: str,
+    level: str,
+    off_policy: bool,
+    beta: float,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    sampler = tiny_model(0)
+    reference = moved(sampler, by=-0.01)
+    updated = moved(sampler, by=0.02) if off_policy else sampler
+    theirs, ours = deepcopy(sampler), deepcopy(updated)
+    reference.save_pretrained(tmp_path / "reference")
+    theirs.config._name_or_path = str(tmp_path / "reference")
+    # A sequence's ratio, a mean, is nearer to 1.
+    low, high = (CLIP["clip_low"], CLIP["clip_high"]) if level == "token" else (0.01, 0.02)
+    high += loss_type == "cispo"
+    trainer = grpo_trainer(
+        theirs,
+        tokenizer,
+        tmp_path,
+        beta=beta,
+        temperature=0.7,
+        num_iterations=2 if off_policy else 1,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon=low,
+        epsilon_high=high,
+        # TRL's bnpo depends on its micro-batches: here the step is one, as ours always is.
+        per_device_train_batch_size=8 if loss_type == "bnpo" else 4,
+    )
+    expected = trl_grpo_step(trainer)
+    if off_policy:
+        theirs.load_state_dict(updated.state_dict())
+        expected = trl_grpo_step(trainer)
+    result = our_policy_step(
+        ours,
+        rows_of(trainer, temperature=0.7),
+        old=sampler if off_policy else None,
+        reference=reference if beta else None,
+        beta=beta,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        clip_low=low,
+        clip_high=high,
+    )
+    assert_same(result, expected)
+    assert result.clipped == pytest.approx(expected.clipped, abs=1e-4)
+    assert off_policy == (sum(expected.clipped) > 0)
+
+
+def test_the_entropy_bonus_is_trls(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """TRL's mean is over a micro-batch, so its step is one here."""
+    theirs = tiny_model(0)
+    ours = deepcopy(theirs)
+    options: dict[str, Any] = {"loss_type": "grpo", "entropy_coef": 0.2}
+    trainer = grpo_trainer(
+        theirs, tokenizer, tmp_path, temperature=0.7, per_device_train_batch_size=8, **options
+    )
+    expected = trl_grpo_step(trainer)
+    rows = rows_of(trainer, temperature=0.7)
+    assert_same(our_policy_step(ours, rows, **options), expected)
+    without = our_policy_step(ours, rows, loss_type="grpo")
+    assert abs(float(without.loss - expected.loss)) > 0.1
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_masked_truncated_completions_are_trls(
+    loss_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Their rewards count in the advantages of the others.
+
+    A difference on purpose: TRL counts them as completions in the divisors of grpo and dr_grpo; ours leave
+    them out, as all rollouts that have no loss.
+    """
+    theirs = tiny_model(0)
+    reference, ours = moved(theirs, by=-0.01), deepcopy(theirs)
+    reference.save_pretrained(tmp_path / "reference")
+    theirs.config._name_or_path = str(tmp_path / "reference")
+    trainer = grpo_trainer(
+        theirs, tokenizer, tmp_path, loss_type=loss_type, mask_truncated_completions=True, beta=0.3
+    )
+    expected = trl_grpo_step(trainer)
+    groups = rollout_groups(REWARDS)
+    unscaled = ObjectiveConfig(scale_rewards="none")
+    credits = assign_credit(groups, unscaled, expert_mean=None, lambda_adv=0.0)
+    rows = rollout_rows(groups, credits, temperature=1.0, mask_truncated=True)
+    kept = sum(row.completion_ids[-1] == EOS for row in rows)
+    assert component_counts(rows)["kl"] == sum(len(c) for c in COMPLETIONS if c[-1] == EOS)
+    assert 0 < kept < len(rows)
+    factor = 1.0 if loss_type == "dapo" else len(rows) / kept
+    result = our_policy_step(ours, rows, reference=reference, beta=0.3, loss_type=loss_type)
+    grads = {name: grad * factor for name, grad in expected.grads.items()}
+    assert_same(result, Result(loss=expected.loss * factor, grads=grads))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3], ids=["no-kl", "kl"])
@@ -609,14 +763,41 @@ def our_advantages(groups: Sequence[Sequence[float | None]], scale: Any) -> Tens
     return group_advantages(rewards, ~rewards.isnan(), scale=scale)
 
 
-@pytest.mark.parametrize("scale", ["none", "group"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_group_advantages_are_trls_also_where_rewards_are_unknown(
     scale: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     groups = list(GROUPS.values())
     expected = trl_advantages(groups, scale, tokenizer, tmp_path)
     assert_close(our_advantages(groups, scale), expected, atol=1e-6, rtol=0)
-    assert (expected[0].abs() > 0.01).all()
+    # The rewards far from zero have a large part in the deviation of the batch.
+    assert (expected[0].abs() > (1e-4 if scale == "batch" else 0.01)).all()
+
+
+def test_decoupled_advantages_are_trls_normalize_then_sum(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """GDPO, with functions of different scales, some without values, and different weights."""
+    parts = (list(GROUPS.values()), list(GROUPS.values())[::-1], [(3.0, None, 1.0, 100.0)] * len(GROUPS))
+    weights = (1.0, -0.5, 2.0)
+    flat = [[value for group in part for value in group] for part in parts]
+    trainer = grpo_trainer(
+        tiny_model(0),
+        tokenizer,
+        tmp_path,
+        rewards=flat[0],
+        more_rewards=flat[1:],
+        reward_weights=list(weights),
+        multi_objective_aggregation="normalize_then_sum",
+        num_generations=GROUP,
+        per_device_train_batch_size=GROUP,
+    )
+    output = trainer._generate_and_score_completions(generation_batch(len(flat[0])))
+    expected = output["advantages"].view(-1, GROUP)
+    values = torch.tensor([[[torch.nan if v is None else v for v in g] for g in part] for part in parts])
+    got = decoupled_advantages(values, ~values.isnan(), torch.tensor(weights))
+    assert_close(got, expected, atol=1e-5, rtol=0)
+    assert float(expected.abs().max()) > 1
 
 
 def test_a_group_of_equal_rewards_gets_exactly_zero_where_trl_keeps_a_rounding_error(

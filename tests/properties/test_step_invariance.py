@@ -46,6 +46,7 @@ def step(
     old_logprobs: Sequence[torch.Tensor] | None = None,
     importance_cap: float | None = None,
     accelerator: Accelerator | None = None,
+    **settings: Any,
 ) -> tuple[PolicyStep, list[torch.Tensor]]:
     """One policy step on all components, KL included; its result and the gradient of every parameter."""
     accelerator = accelerator or Accelerator(cpu=True)
@@ -63,6 +64,7 @@ def step(
             clip_high=0.28,
             token_weight=token_weight,
             importance_cap=importance_cap,
+            **settings,
         ),
         old_logprobs,
     )
@@ -319,6 +321,143 @@ def test_every_method_may_be_cut_and_padded(method: str) -> None:
     assert_same(step(cut, rows, weights=weights, token_weight=token_weight), expected)
 
 
+LOSSES: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 12},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "cispo": {"loss_type": "cispo"},
+    "entropy": {"weights": WEIGHTS | {"entropy": -0.4}},
+}
+"""Settings of a step for each loss of the rollouts, all off-policy; 0.28 is cispo's largest ratio."""
+
+
+def off_policy(batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    """The old log-probabilities: those that the sampler reported."""
+    return [torch.where(batch.rollout_mask, batch.sampling_logprobs, 0.0) for batch in batches]
+
+
+def loss_step(
+    name: str, batches: Sequence[MicroBatch], rows: Sequence[Row], **options: Any
+) -> tuple[PolicyStep, list[torch.Tensor]]:
+    return step(batches, rows, old_logprobs=off_policy(batches), **(LOSSES[name] | options))
+
+
+def likely_rows() -> list[Row]:
+    """Rollouts whose sampling log-probabilities are 0.3 nats from the model's, so that ratios are near 1."""
+    rows = random_rows()
+    batch = collate(rows, pad_id=0)
+    logprobs = step([batch], rows)[0].old_logprobs[0]
+    return [
+        replace(
+            row,
+            sampling_logprobs=tuple(
+                value - 0.3 * (-1) ** position
+                for position, value in enumerate(logprobs[number, len(row.prompt_ids) : row.length].tolist())
+            ),
+        )
+        if row.sampling_logprobs
+        else row
+        for number, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_may_be_cut_padded_and_reordered(loss: str) -> None:
+    rows = likely_rows()
+    expected = loss_step(loss, [collate(rows, pad_id=0)], rows)
+    long = Row(prompt_ids=(5,) * 40, completion_ids=(), components=frozenset())
+    cut = [collate([*rows[::-1][i::3], long], pad_id=0, padding_side="left") for i in range(3)]
+    assert_same(loss_step(loss, cut, rows), expected)
+    # The loss is another one than dapo's.
+    plain = step([collate(rows, pad_id=0)], rows, old_logprobs=off_policy([collate(rows, pad_id=0)]))
+    assert abs(plain[0].sums["loss"] - expected[0].sums["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_poison_outside_the_masks_of_every_loss(loss: str) -> None:
+    rows = likely_rows()
+    batch = collate(rows, pad_id=0)
+    nan = float("nan")
+    poisoned = replace(
+        batch,
+        sampling_logprobs=torch.where(batch.rollout_mask, batch.sampling_logprobs, nan),
+        ref_logprobs=torch.where(batch.rollout_mask, batch.ref_logprobs, nan),
+        advantages=torch.where(batch.rl_mask.any(-1), batch.advantages, nan),
+        adversarial_advantages=torch.where(batch.adv_mask.any(-1), batch.adversarial_advantages, nan),
+    )
+    expected = loss_step(loss, [batch], rows)
+    got = step(
+        [poisoned],
+        rows,
+        old_logprobs=[torch.where(batch.rollout_mask, off_policy([batch])[0], nan)],
+        **LOSSES[loss],
+    )
+    for mine, theirs in zip(got[1], expected[1], strict=True):
+        assert torch.equal(mine, theirs)
+    assert got[0].sums == expected[0].sums
+
+
+def test_demonstrations_do_not_depend_on_the_loss_type() -> None:
+    """Their term is the mean over their tokens, whatever divides those of the rollouts."""
+    rows = likely_rows()
+    batches = [collate(rows, pad_id=0)]
+    only = {"sft": 1.0, "rl": 0.0, "adv": 0.0, "kl": 0.0}
+    expected = step(batches, rows, weights=only)
+    for loss in ("grpo", "dr_grpo", "gspo", "cispo"):
+        gradients = loss_step(loss, batches, rows, weights=only)[1]
+        for mine, theirs in zip(gradients, expected[1], strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("component", ["rl", "adv", "kl"])
+def test_in_grpo_every_completion_weighs_the_same(component: str) -> None:
+    """For rewards, adversary and KL: the loss is the mean of the losses of each completion by itself."""
+    rows = [row for row in likely_rows() if component in row.components]
+    assert len({len(row.completion_ids) for row in rows}) > 1
+    only = dict.fromkeys(WEIGHTS, 0.0) | {component: 1.0}
+    together = loss_step("grpo", [collate(rows, pad_id=0)], rows, weights=only)[0].sums["loss"]
+    alone = [
+        step(
+            [collate([row], pad_id=0)],
+            [row],
+            old_logprobs=off_policy([collate([row], pad_id=0)]),
+            weights=only,
+        )[0].sums["loss"]
+        for row in rows
+    ]
+    assert together == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+    scaled = loss_step("dr_grpo", [collate(rows, pad_id=0)], rows, weights=only)[0].sums["loss"]
+    lengths = [len(row.completion_ids) for row in rows]
+    assert scaled == pytest.approx(
+        sum(a * n for a, n in zip(alone, lengths, strict=True)) / len(rows) / 12, rel=1e-5
+    )
+
+
+def test_the_entropy_bonus_raises_the_entropy() -> None:
+    """The component is the mean entropy of the rollout tokens, and its gradient that of the full logits."""
+    rows = random_rows()
+    batch = collate(rows, pad_id=0)
+    got, gradients = step([batch], rows, weights=dict.fromkeys(WEIGHTS, 0.0) | {"entropy": -0.5})
+    model = make_model()
+    logits = (
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask.long(),
+            position_ids=batch.position_ids,
+        ).logits[:, :-1]
+        / batch.temperature[:, None, None]
+    )
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)[batch.rollout_mask[:, 1:]]
+    (-0.5 * entropy.mean()).backward()
+    assert got.sums["loss"] == pytest.approx(float(-0.5 * entropy.mean()), rel=1e-5)
+    expected = [p.grad for p in model.parameters()]
+    assert max(float(g.abs().max()) for g in gradients) > 1e-3
+    for mine, theirs in zip(gradients, expected, strict=True):
+        assert theirs is not None
+        assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
 def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
     """Run every method's step on this process's rows; rank 0 saves the results.
 
@@ -338,10 +477,10 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
     batches += [empty_micro_batch(0)] * num_empty_micro_batches(accelerator, len(batches))
     forward = Policy.forward
 
-    def small(self: Policy, input_ids: torch.Tensor, *args: Any) -> Any:
+    def small(self: Policy, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
         if len(input_ids) > 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, input_ids, *args)
+        return forward(self, input_ids, *args, **options)
 
     if rank == small_one:
         Policy.forward = small
@@ -356,6 +495,9 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
             small_one = None
         result, gradients = step(batches, rows, accelerator=accelerator, **settings)
         results[method] = (result.sums, result.grad_norm, gradients)
+    for loss in LOSSES:
+        result, gradients = loss_step(loss, batches, rows, accelerator=accelerator)
+        results[loss + " loss"] = (result.sums, result.grad_norm, gradients)
     if rank == 0:
         torch.save(results, folder / "result.pt")
 
@@ -374,3 +516,7 @@ def test_processes(world: int, small_one: int | None, sharded: bool, tmp_path: P
         result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
         expected = step([collate(rows, pad_id=0)], rows, weights=weights, token_weight=token_weight)
         assert_same((result, gradients), expected)
+    for loss in LOSSES:
+        sums, grad_norm, gradients = saved[loss + " loss"]
+        result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
+        assert_same((result, gradients), loss_step(loss, [collate(rows, pad_id=0)], rows))

@@ -50,7 +50,7 @@ def test_logprobs_equal_the_trainers(family: str, temperature: float) -> None:
         Row(
             prompt_ids=prompt,
             completion_ids=rollout.completion_ids,
-            components=frozenset({"rl"}),
+            components=frozenset({"rl", "kl"}),
             temperature=temperature,
             sampling_logprobs=rollout.sampling_logprobs,
         )

@@ -1,6 +1,7 @@
 """The formulas in plain Python floats and loops, written from the papers, to hold the tensors against."""
 
 import math
+from collections.abc import Sequence
 
 
 def log_softmax(logits: list[float], temperature: float) -> list[float]:
@@ -14,7 +15,7 @@ def entropy(logits: list[float], temperature: float) -> float:
     return -sum(math.exp(x) * x for x in log_softmax(logits, temperature))
 
 
-def group_advantages(rewards: list[float | None], scale: str) -> list[float]:
+def group_advantages(rewards: Sequence[float | None], scale: str) -> list[float]:
     known = [r for r in rewards if r is not None]
     if not known or max(known) == min(known):
         return [0.0] * len(rewards)
@@ -54,6 +55,58 @@ def surrogate(
                 weight = 1.0 if weights is None else weights[b][t]
                 total += -weight * min(ratio * advantages[b], clipped * advantages[b])
     return total
+
+
+def policy_loss(
+    completions: list[tuple[list[float], list[float], float]],
+    loss_type: str,
+    level: str,
+    low: float,
+    high: float,
+    max_length: int,
+) -> float:
+    """Loss of completions, each as its log-probabilities, its old ones and its advantage."""
+    means: list[float] = []
+    sums: list[float] = []
+    for logprobs, old, advantage in completions:
+        log_ratios = [p - q for p, q in zip(logprobs, old, strict=True)]
+        if level == "sequence":
+            log_ratios = [sum(log_ratios) / len(log_ratios)] * len(log_ratios)
+        terms: list[float] = []
+        for log_ratio in log_ratios:
+            ratio = math.exp(log_ratio)
+            terms.append(-min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage))
+        sums.append(sum(terms))
+        means.append(sum(terms) / len(terms))
+    if loss_type == "grpo":
+        return sum(means) / len(means)
+    if loss_type == "dr_grpo":
+        return sum(sums) / (len(sums) * max_length)
+    return sum(sums) / sum(len(logprobs) for logprobs, _, _ in completions)
+
+
+def batch_std(values: list[float]) -> float:
+    mean = sum(values) / len(values) if values else 0.0
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+
+
+def decoupled_advantages(
+    parts: Sequence[Sequence[Sequence[float | None]]], weights: list[float]
+) -> list[list[float]]:
+    """GDPO, from the values of each function for each group."""
+    groups: list[list[float | None]] = []
+    for number in range(len(parts[0])):
+        normalised = [group_advantages(part[number], "group") for part in parts]
+        groups.append(
+            [
+                sum(w * n[i] for w, n in zip(weights, normalised, strict=True))
+                if any(part[number][i] is not None for part in parts)
+                else None
+                for i in range(len(parts[0][number]))
+            ]
+        )
+    std = batch_std([v for group in groups for v in group if v is not None])
+    return [[0.0 if v is None else v / (std + 1e-4) for v in group] for group in groups]
 
 
 def importance(old: float, sampling: float, cap: float) -> float:

@@ -17,6 +17,7 @@ from support.tiny import letter_rows
 from uniapl.config.resolve import resolve
 from uniapl.training.api import train_resolved
 from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.given import Given
 
 
 def recipe(model_dir: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -62,7 +63,8 @@ def evaluated(folder: Path, **settings: Any) -> dict[str, Any]:
 def train(values: dict[str, Any], **settings: Any) -> uniapl.RunResult:
     """Train as the command line does, with its console output."""
     settings = {"train_dataset": letter_rows(), "reward_functions": [has_letter]} | settings
-    return train_resolved(resolve(values), **settings)
+    show = settings.pop("show", "text")
+    return train_resolved(resolve(values), Given(**settings), show=show)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

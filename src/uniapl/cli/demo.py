@@ -23,6 +23,7 @@ from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.models.loading import ModelSource, load_model
 from uniapl.training.api import train_resolved
+from uniapl.training.given import Given
 
 SHOWN = (
     ("good", "{:.2f}", "satisfies every constraint and is fluent"),
@@ -71,7 +72,7 @@ def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> dict[str, Me
         models = {"base": base}
         for run in runs:
             console.print(f"\ntraining {run.config.method} with the reward '{reward}'", markup=False)
-            models[run.config.method] = train_resolved(run, train_dataset=task.rows).final_dir
+            models[run.config.method] = train_resolved(run, Given(train_dataset=task.rows)).final_dir
         measured = {name: _measured(path, task) for name, path in models.items()}
     title = f"{len(task.held_out)} held-out prompts, one text each"
     table = Table("", *models, "", title=title)

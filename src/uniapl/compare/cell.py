@@ -23,6 +23,7 @@ from uniapl.data.reading import read_rows
 from uniapl.files import write_text
 from uniapl.models.loading import ModelSource, load_model, put_on_device
 from uniapl.training.api import train_resolved
+from uniapl.training.given import Given
 from uniapl.training.state_adversary import STATE_KINDS
 
 CURVE = (
@@ -115,7 +116,7 @@ def _train(job: Job, config: Config, suites: Suites, work: Path) -> tuple[Path, 
     out = {number for numbers in cut for number in numbers}
     rows = [row for number, row in read_rows(config.data) if number not in out] if out else None
     recipe = resolve(merge(dict(job.cell.recipe), changes))
-    result = train_resolved(recipe, train_dataset=rows, evaluate=evaluate)
+    result = train_resolved(recipe, Given(train_dataset=rows, evaluate=evaluate))
     return result.final_dir, points
 
 

@@ -1,6 +1,7 @@
 """Numbers from the completions of a model: scores, closeness to the expert, diversity, truncation."""
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from uniapl.report.analysis import distinct, wasserstein
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """(texts, expert's texts) -> a similarity for each pair."""
 
+SAME = 0.9
+"""Similarity from which two of the expert's texts are taken as answers to the same question. Our choice."""
 DESCRIPTIONS = {
     "expert_nll": "nats per token of the expert's held-out completions under the model; lower is closer",
     "length_distance": "Wasserstein-1 distance of the completion lengths from the expert's, in tokens",
@@ -76,7 +79,8 @@ def judged(sample: Sample, final: Sample, judge: Judge) -> dict[str, float]:
     """The measures of the judge, over the prompts that have an expert's text.
 
     `on_topic` compares with a threshold: the 95 % quantile of the similarities of each expert's text to that
-    of the next prompt.
+    of another prompt, drawn at random. Texts that are nearly the same answer the same question (a suite may
+    ask it several times in other words), and are not used for it.
 
     Args:
         final: The sample of the same suites that has the expert's texts.
@@ -88,9 +92,11 @@ def judged(sample: Sample, final: Sample, judge: Judge) -> dict[str, float]:
     similarities = judge(ours, [text for text in known for _ in range(samples)])
     found = {"judge": statistics.fmean(similarities)}
     if len(known) > 1:
-        others = sorted(judge(known, [*known[1:], known[0]]))
-        threshold = others[math.ceil(0.95 * len(others)) - 1]
-        found["on_topic"] = statistics.fmean(value > threshold for value in similarities)
+        order = random.Random(0).sample(known, len(known))
+        others = sorted(value for value in judge(order, [*order[1:], order[0]]) if value < SAME)
+        if others:
+            threshold = others[math.ceil(0.95 * len(others)) - 1]
+            found["on_topic"] = statistics.fmean(value > threshold for value in similarities)
     return found
 
 

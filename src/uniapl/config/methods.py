@@ -12,7 +12,10 @@ _COPY = {"kind": "bradley-terry"}
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # method: {"fixed": values of `objective` that define it, "proposed": defaults that the user may change}
-    "sft": {"fixed": _constant_mu(1.0) | {"lambda_adv": 0.0, "beta": 0.0}, "proposed": {}},
+    "sft": {
+        "fixed": _constant_mu(1.0) | {"lambda_adv": 0.0, "beta": 0.0, "entropy_coef": 0.0},
+        "proposed": {},
+    },
     "a-sft": {"fixed": _constant_mu(1.0), "proposed": {"discriminator": _COPY}},
     "grpo": {"fixed": _constant_mu(0.0) | {"lambda_adv": 0.0}, "proposed": {}},
     "a-grpo": {"fixed": _constant_mu(0.0), "proposed": {"discriminator": _COPY}},

@@ -1,10 +1,13 @@
 """The sections `objective` and `discriminator`: weights and shapes of the loss components."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from uniapl.config.section import FractionInterval, PathText, PositiveInterval, Section
+
+MAX_RATIO_OF_CISPO = 5.0
+"""Default of `epsilon_high` with loss_type cispo: the value of ScaleRL (arXiv 2510.13786)."""
 
 
 class ObjectiveConfig(Section):
@@ -51,11 +54,31 @@ class ObjectiveConfig(Section):
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clip width of the ratio, and the upper one if epsilon_high is null."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper clip width of the ratio (DAPO: 0.28); null uses epsilon."""
+    """Upper clip width of the ratio (DAPO: 0.28); null uses epsilon. With loss_type cispo the largest ratio,
+    at least 1; null uses 5.0 (ScaleRL)."""
+    loss_type: Literal["dapo", "bnpo", "grpo", "dr_grpo", "cispo"] = "dapo"
+    """Loss of the rollouts, for rewards, adversary and KL; demonstrations are always averaged over their
+    tokens. dapo averages over all tokens of the step, grpo over the tokens of each completion and then over
+    completions; dr_grpo divides by the number of completions times rollout.max_completion_length; bnpo equals
+    dapo, because micro-batches do not affect the loss. cispo limits the ratio by epsilon_high and keeps the
+    gradient of every token, averaged as in dapo."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Whether each token has its own ratio, or all tokens of a completion have their geometric mean (GSPO,
+    which uses loss_type grpo)."""
+    mask_truncated_completions: bool = False
+    """Leave completions that reached the length limit out of the loss; their rewards still count in the
+    advantages of the others (DAPO)."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the bonus for the mean entropy of the rollout tokens; 0 disables it."""
     num_iterations: int = Field(default=1, ge=1)
     """Policy updates per sampled batch."""
-    scale_rewards: Literal["none", "group"] = "group"
-    """group divides advantages by the group's standard deviation, as TRL does; none does not (Dr. GRPO)."""
+    scale_rewards: Literal["none", "group", "batch"] = "group"
+    """group divides advantages by the group's standard deviation, as TRL does; batch by that of all rewards
+    of the step; none does not divide (Dr. GRPO)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """sum_then_normalize adds the weighted reward functions and then computes advantages; normalize_then_sum
+    normalizes each function within its group, adds the results with their weights, and divides by the
+    standard deviation over the step (GDPO)."""
     sft_token_weight: Literal["none", "is", "phi", "luffy"] = "none"
     """Weight of a demonstration token with probability p: none is 1, is p, phi p(1-p), luffy p/(p+0.1)."""
     adversarial_credit: Literal["win_probability", "logit", "log_sigmoid", "standardized"] = "win_probability"
@@ -70,6 +93,25 @@ class ObjectiveConfig(Section):
     pass_reward: str | None = None
     """Reward function whose value decides whether a completion passes; null takes the first one that applies
     to the prompt."""
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _as_trl_reads_it(cls, value: Any) -> Any:
+        return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _loss_is_consistent(self) -> "ObjectiveConfig":
+        if self.loss_type == "cispo" and self.clip_high < 1:
+            raise ValueError(
+                "with loss_type 'cispo', epsilon_high is the largest ratio itself and must be at least 1, "
+                f"not {self.clip_high:g}; null uses {MAX_RATIO_OF_CISPO:g}"
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise ValueError(
+                "multi_objective_aggregation 'normalize_then_sum' divides by the deviations of the group and "
+                "of the step: remove scale_rewards"
+            )
+        return self
 
     @model_validator(mode="after")
     def _controllers_have_a_range(self) -> "ObjectiveConfig":
@@ -105,13 +147,14 @@ class ObjectiveConfig(Section):
     @property
     def uses_rollouts(self) -> bool:
         """Whether any step samples completions."""
-        active = self.learns_from_rewards or self.lambda_adv > 0 or self.beta > 0
+        active = self.learns_from_rewards or self.lambda_adv > 0 or self.beta > 0 or self.entropy_coef > 0
         return active or self.mu_controller != "schedule"
 
     @property
     def clip_high(self) -> float:
-        """The upper clip width, with its default filled in."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+        """The upper clip width, or the largest ratio of cispo, with its default filled in."""
+        default = MAX_RATIO_OF_CISPO if self.loss_type == "cispo" else self.epsilon
+        return default if self.epsilon_high is None else self.epsilon_high
 
 
 LEARNING_RATE_OF_COPY = 1e-5

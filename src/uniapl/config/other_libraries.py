@@ -71,6 +71,10 @@ OTHER_NAMES = _by_name(
         "objective.num_iterations": "ppo_epochs steps_per_generation",
         "objective.reference_step": "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha",
         "objective.scale_rewards": "norm_adv_by_std_in_grpo",
+        "objective.loss_type": "loss_agg_mode policy_loss_fn loss_mode",
+        "objective.entropy_coef": "entropy_loss_coef entropy_coeff",
+        "objective.multi_objective_aggregation": "reward_aggregation",
+        "objective.mask_truncated_completions": "overlong_filter",
         "objective.mu_peak": "mu chord_mu_peak",
         "objective.mu_valley": "chord_mu_valley",
         "objective.mu_warmup_steps": "chord_mu_warmup_steps",
@@ -146,19 +150,15 @@ NO_EQUIVALENT = _by_name(
             "unfrozen_parameters"
         ),
         "dropout is always disabled": "lora_dropout disable_dropout",
-        "the loss is the clipped GRPO loss over all tokens of the step (TRL's dapo)": (
-            "loss_type importance_sampling_level delta sapo_temperature_neg sapo_temperature_pos "
+        "the rollouts' loss is one of objective.loss_type, without these settings": (
+            "delta sapo_temperature_neg sapo_temperature_pos "
             "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg top_entropy_quantile "
-            "use_bias_correction_kl advantage_estimator loss_agg_mode router_aux_loss_coef loss_scale"
+            "use_bias_correction_kl advantage_estimator router_aux_loss_coef loss_scale"
         ),
-        "the loss has no entropy term": (
-            "entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
-            "entropy_target entropy_loss_coef entropy_coeff"
+        "objective.entropy_coef is constant": (
+            "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
         ),
-        "rewards are added with their weights": "multi_objective_aggregation reward_aggregation",
-        "truncated completions are trained with their reward, which can lower it": (
-            "mask_truncated_completions overlong_filter overlong_buffer"
-        ),
+        "a reward function can lower the reward of long completions": "overlong_buffer",
         "every group is trained; groups with equal rewards are counted as frac_reward_zero_std": (
             "dynamic_sample filter_groups dynamic_filtering"
         ),

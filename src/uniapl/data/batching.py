@@ -18,7 +18,7 @@ class Row:
     prompt_ids: TokenIds
     completion_ids: TokenIds
     components: frozenset[str]
-    """A subset of "sft", "rl", "adv", "kl"."""
+    """A subset of "sft", "rl", "adv", "kl". The tokens of "kl" also enter the entropy bonus."""
     advantage: float = 0.0
     adversarial_advantage: float = 0.0
     temperature: float = 1.0
@@ -35,7 +35,8 @@ class Row:
     def has_gradient(self, weights: Mapping[str, float]) -> bool:
         """Whether a component with a weight gives the row a gradient; an advantage of 0 gives none."""
         advantages = {"rl": self.advantage, "adv": self.adversarial_advantage}
-        return any(weights[name] and advantages.get(name, 1.0) for name in self.components)
+        with_entropy = bool(weights.get("entropy")) and "kl" in self.components
+        return with_entropy or any(weights[name] and advantages.get(name, 1.0) for name in self.components)
 
 
 def demonstration_rows(example: Example) -> list[Row]:
@@ -52,6 +53,11 @@ def component_counts(rows: Sequence[Row]) -> dict[str, int]:
         name: sum(len(row.completion_ids) for row in rows if name in row.components)
         for name in ("sft", "rl", "adv", "kl")
     }
+
+
+def completion_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Completions per component over `rows`."""
+    return {name: sum(name in row.components for row in rows) for name in ("sft", "rl", "adv", "kl")}
 
 
 def batch_by_length(
@@ -237,7 +243,7 @@ def collate(
         sft_mask=mask("sft" in row.components for row in rows),
         rl_mask=mask("rl" in row.components for row in rows),
         adv_mask=mask("adv" in row.components for row in rows),
-        rollout_mask=mask(row.sampling_logprobs is not None for row in rows),
+        rollout_mask=mask("kl" in row.components for row in rows),
         advantages=per_row(row.advantage for row in rows),
         adversarial_advantages=per_row(row.adversarial_advantage for row in rows),
         temperature=per_row(row.temperature for row in rows),

@@ -6,7 +6,7 @@ Shapes: P prompts, G rollouts per prompt, B rows of a micro-batch, T token posit
 D hidden size, V vocabulary size.
 """
 
-from uniapl.functional.advantages import group_advantages
+from uniapl.functional.advantages import decoupled_advantages, group_advantages
 from uniapl.functional.adversarial import (
     adversarial_advantages,
     bradley_terry_loss,
@@ -17,11 +17,15 @@ from uniapl.functional.adversarial import (
 from uniapl.functional.controllers import Multiplier, dual_ascent, expert_gap, pid
 from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
 from uniapl.functional.losses import (
+    cispo_loss,
     clip_counts,
     clipped_surrogate,
+    divisors,
     importance_weights,
     k3_kl,
+    length_weights,
     objective,
+    policy_ratios,
     sft_loss,
 )
 from uniapl.functional.schedules import reward_threshold, warmup_cosine
@@ -30,18 +34,23 @@ __all__ = [
     "Multiplier",
     "adversarial_advantages",
     "bradley_terry_loss",
+    "cispo_loss",
     "clip_counts",
     "clipped_surrogate",
+    "decoupled_advantages",
+    "divisors",
     "dual_ascent",
     "expert_gap",
     "group_advantages",
     "importance_weights",
     "k3_kl",
+    "length_weights",
     "logistic_losses",
     "logprobs_from_logits",
     "multiplied_rewards",
     "objective",
     "pid",
+    "policy_ratios",
     "reward_threshold",
     "selected_logprobs",
     "sft_loss",

@@ -15,6 +15,8 @@ def logprobs_from_logits(
     logits: Float[Tensor, "N V"],
     token_ids: Int[Tensor, " N"],
     temperature: Float[Tensor, " N"],
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-probability of one token per row and the row's entropy, both of softmax(logits / temperature).
 
@@ -22,13 +24,14 @@ def logprobs_from_logits(
         logits: Carries the gradient.
         token_ids: One token per row.
         temperature: Positive; the sampling temperature for rollouts, 1 for demonstrations.
+        entropy_gradient: Whether the entropy carries a gradient; without one it is a metric.
 
     Returns:
-        `logprobs` and `entropy`, in nats. The entropy is a metric and carries no gradient.
+        `logprobs` and `entropy`, in nats.
     """
     scaled = logits / temperature.unsqueeze(-1)
     logprobs = torch.log_softmax(scaled, dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
 
@@ -41,6 +44,7 @@ def selected_logprobs(
     *,
     bias: Float[Tensor, " V"] | None = None,
     chunk_size: int | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """`logprobs_from_logits` of `hidden @ weight.T + bias`, computed in chunks of rows.
 
@@ -57,18 +61,23 @@ def selected_logprobs(
         temperature: Positive, one per row.
         bias: Bias of the head, if it has one.
         chunk_size: Rows per chunk; by default as many as have `CHUNK_LOGITS` logits.
+        entropy_gradient: Whether the entropy carries a gradient, whose backward pass needs one more copy of a
+            chunk's logits.
 
     Returns:
-        `logprobs` (nats, fp32 or wider) and `entropy` (nats, without gradient).
+        `logprobs` and `entropy` (nats, fp32 or wider).
     """
     chunk_size = chunk_size or max(1, CHUNK_LOGITS // weight.shape[0])
     # Function.apply has no type annotations.
     function = cast("Any", _SelectedLogprobs)
-    return function.apply(hidden, weight, bias, token_ids, temperature, chunk_size)
+    return function.apply(hidden, weight, bias, token_ids, temperature, chunk_size, entropy_gradient)
 
 
 class _SelectedLogprobs(torch.autograd.Function):
-    """d logprob / d logit_v = (1[v = token] - softmax_v) / temperature; the softmax is recomputed."""
+    """d logprob / d logit_v = (1[v = token] - p_v) / temperature, with p the softmax, which is recomputed.
+
+    d entropy / d logit_v = - p_v (log p_v + entropy) / temperature.
+    """
 
     @staticmethod
     def forward(
@@ -79,6 +88,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         token_ids: Tensor,
         temperature: Tensor,
         chunk_size: int,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         out_dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=out_dtype)
@@ -95,15 +105,17 @@ class _SelectedLogprobs(torch.autograd.Function):
             logprobs[rows] = logits.gather(-1, token_ids[rows, None]).squeeze(-1) - log_partition[rows]
             entropy[rows] = log_partition[rows] - torch.einsum("nv,nv->n", probs, logits) / total
             kept = probs.div_(total.unsqueeze(-1)) if len(chunks) == 1 else None
-        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, log_partition, kept)
-        ctx.chunk_size = chunk_size
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, log_partition, entropy, kept)
+        ctx.chunk_size, ctx.entropy_gradient = chunk_size, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hidden, weight, bias, token_ids, temperature, log_partition, kept = ctx.saved_tensors
+        hidden, weight, bias, token_ids, temperature, log_partition, entropy, kept = ctx.saved_tensors
         grad_logprobs: Tensor = grads[0]
+        grad_entropy: Tensor | None = grads[1] if ctx.entropy_gradient else None
         head = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are summed in the wide dtype, because bf16 sums would lose small terms.
@@ -114,9 +126,17 @@ class _SelectedLogprobs(torch.autograd.Function):
             factor = (grad_logprobs[rows] / temperature[rows]).unsqueeze(-1)
             if kept is None:
                 logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], wide)
-                grad_logits = logits.sub_(log_partition[rows, None]).exp_().mul_(-factor)
+                probs = logits.sub_(log_partition[rows, None]).exp_()
             else:
-                grad_logits = kept * -factor
+                probs = kept
+            by_entropy = None
+            if grad_entropy is not None:
+                scale = (grad_entropy[rows] / temperature[rows]).unsqueeze(-1)
+                # xlogy is 0 where a probability underflows to 0.
+                by_entropy = torch.xlogy(probs, probs).addcmul_(probs, entropy[rows, None]).mul_(-scale)
+            grad_logits = probs.mul_(-factor) if kept is None else probs * -factor
+            if by_entropy is not None:
+                grad_logits += by_entropy
             grad_logits.scatter_add_(-1, token_ids[rows, None], factor)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
@@ -129,6 +149,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

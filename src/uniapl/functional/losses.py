@@ -1,10 +1,11 @@
 """The token losses, and `objective`, which combines them.
 
-    L = mu S_sft / N_sft + (1 - mu) w_r S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl
+    L = mu S_sft / N_sft + (1 - mu) w_r S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl - c S_H / N_H
 
 Each S is a sum over the tokens of one component in the optimizer step (all micro-batches, all processes), and
-N is the number of those tokens. Masks are applied with `torch.where`: values outside the mask, even NaN,
-affect neither the loss nor a gradient. w_r is `reward_weight`.
+N is the number of those tokens, unless `loss_type` chooses another divisor (`divisors`). Masks are applied
+with `torch.where`: values outside the mask, even NaN, affect neither the loss nor a gradient. w_r is
+`reward_weight`, c is `entropy_coef`, and S_H the sum of the entropies.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 TokenWeight = Literal["none", "is", "phi", "luffy"]
+LossType = Literal["dapo", "bnpo", "grpo", "dr_grpo", "cispo"]
+SamplingLevel = Literal["token", "sequence"]
 
 LUFFY_GAMMA = 0.1
 """gamma of p / (p + gamma): LUFFY's published setting (arXiv 2504.14945, "p_div_p_0.1")."""
@@ -58,6 +61,7 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
     weights: Float[Tensor, "B T"] | None = None,
+    level: SamplingLevel = "token",
 ) -> Float[Tensor, ""]:
     """Sum of `-min(rho_t A, clip(rho_t, 1-epsilon_low, 1+epsilon_high) A)`.
 
@@ -73,15 +77,118 @@ def clipped_surrogate(
         mask: The rollout tokens that enter this component.
         clip_low: epsilon_low; with 0.2 the ratio is clipped at 0.8.
         clip_high: epsilon_high; with 0.2 the ratio is clipped at 1.2.
-        weights: A factor per token (see `importance_weights`). No gradient.
+        weights: A factor per token (see `importance_weights` and `length_weights`). No gradient.
+        level: See `policy_ratios`.
     """
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
+    ratio = policy_ratios(logprobs, old_logprobs, mask, level=level)
     row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     terms = torch.minimum(ratio * row_advantages, clipped * row_advantages)
     if weights is not None:
         terms = terms * weights
     return -torch.where(mask, terms, 0.0).sum()
+
+
+def cispo_loss(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    cap: float,
+    weights: Float[Tensor, "B T"] | None = None,
+    level: SamplingLevel = "token",
+) -> Float[Tensor, ""]:
+    """Sum of `-min(rho_t, cap) A log p_t`; the capped ratio carries no gradient.
+
+    No token loses its gradient, in contrast to `clipped_surrogate`, where a clipped ratio has none. Source:
+    CISPO (MiniMax-M1, arXiv 2506.13585) without a lower bound, as in ScaleRL (arXiv 2510.13786) and TRL.
+
+    Args:
+        logprobs: Current policy, nats. Carries the gradient.
+        old_logprobs: Policy before the update, nats, at the same temperature. No gradient.
+        advantages: One per row; positive values raise the row's probability.
+        mask: The rollout tokens that enter this component.
+        cap: Largest ratio, at least 1: TRL's `epsilon_high`, ScaleRL's epsilon_max.
+        weights: A factor per token, as in `clipped_surrogate`. No gradient.
+        level: See `policy_ratios`.
+    """
+    ratio = policy_ratios(logprobs, old_logprobs, mask, level=level).detach().clamp(max=cap)
+    terms = ratio * torch.where(mask, advantages.unsqueeze(-1), 0.0) * torch.where(mask, logprobs, 0.0)
+    if weights is not None:
+        terms = terms * weights
+    return -torch.where(mask, terms, 0.0).sum()
+
+
+def policy_ratios(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    level: SamplingLevel = "token",
+) -> Float[Tensor, "B T"]:
+    """The ratio rho of each token, 1 outside the mask.
+
+    Args:
+        logprobs: Current policy, nats. Carries the gradient.
+        old_logprobs: Policy before the update, nats.
+        mask: The rollout tokens.
+        level: "token": p_t / p_old,t (PPO). "sequence": every token of a row has the geometric mean of the
+            row's ratios (GSPO, arXiv 2507.18071, eq. 7).
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    if level == "sequence":
+        mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        log_ratio = torch.where(mask, mean, 0.0)
+    return log_ratio.exp()
+
+
+def length_weights(mask: Bool[Tensor, "B T"], *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "B T"]:
+    """1 / (tokens of the row) for each token under the mask, 0 elsewhere: a row's weighted sum is its mean.
+
+    A row is a complete completion, so the weights do not depend on the micro-batch.
+    """
+    return torch.where(mask, mask.sum(-1, keepdim=True).clamp(min=1).to(dtype).reciprocal(), 0.0)
+
+
+def divisors(
+    tokens: Mapping[str, int],
+    completions: Mapping[str, int],
+    *,
+    loss_type: LossType,
+    max_completion_length: int,
+) -> dict[str, int]:
+    """The divisor of each component's sum, for `objective`.
+
+    Args:
+        tokens: Tokens per component in the optimizer step, over all micro-batches and processes.
+        completions: The same for completions.
+        loss_type: "dapo" (arXiv 2503.14476), "cispo" and "bnpo": the component's tokens. TRL's "bnpo" uses
+            those of the local micro-batch, here the whole step is one batch. "grpo" (arXiv 2402.03300, eq. 3;
+            with `length_weights`): its completions. "dr_grpo" (arXiv 2503.20783): its completions times
+            `max_completion_length`.
+        max_completion_length: Tokens.
+
+    Returns:
+        `tokens` for "sft", the divisor of `loss_type` for the rollouts' components "rl", "adv" and "kl", and
+        "entropy", always the rollout tokens (as in TRL).
+
+    Examples:
+        >>> divisors(
+        ...     dict(sft=5, rl=6, adv=2, kl=6),
+        ...     dict(sft=1, rl=3, adv=1, kl=3),
+        ...     loss_type="dr_grpo",
+        ...     max_completion_length=8,
+        ... )
+        {'sft': 5, 'rl': 24, 'adv': 8, 'kl': 24, 'entropy': 6}
+    """
+    found = dict(tokens)
+    for name in ("rl", "adv", "kl"):
+        if loss_type == "grpo":
+            found[name] = completions[name]
+        elif loss_type == "dr_grpo":
+            found[name] = completions[name] * max_completion_length
+    return found | {"entropy": tokens["kl"]}
 
 
 def importance_weights(
@@ -114,12 +221,15 @@ def clip_counts(
     *,
     clip_low: float,
     clip_high: float,
+    level: SamplingLevel = "token",
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Count the tokens whose gradient is zeroed by the lower and by the upper clip."""
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).detach().exp()
+    """Count the tokens, or with level "sequence" the rows, whose gradient the lower and upper clip zero."""
+    ratio = policy_ratios(logprobs, old_logprobs, mask, level=level).detach()
     row_advantages = torch.where(mask, advantages.unsqueeze(-1), 0.0)
     low = (ratio < 1 - clip_low) & (row_advantages < 0)
     high = (ratio > 1 + clip_high) & (row_advantages > 0)
+    if level == "sequence":
+        low, high = low.any(-1), high.any(-1)
     return low.sum().to(logprobs.dtype), high.sum().to(logprobs.dtype)
 
 
@@ -127,6 +237,8 @@ def k3_kl(
     logprobs: Float[Tensor, "B T"],
     ref_logprobs: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
+    *,
+    weights: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of the k3 estimates `r - 1 - log r`, `r = p_ref / p`, of KL(policy || reference).
 
@@ -136,9 +248,13 @@ def k3_kl(
         logprobs: Current policy, nats. Carries the gradient.
         ref_logprobs: Reference policy on the same tokens, nats. No gradient.
         mask: The rollout tokens.
+        weights: A factor per token (see `length_weights`). No gradient.
     """
     log_ratio = torch.where(mask, ref_logprobs - logprobs, 0.0)
-    return torch.where(mask, log_ratio.exp() - 1 - log_ratio, 0.0).sum()
+    terms = log_ratio.exp() - 1 - log_ratio
+    if weights is not None:
+        terms = terms * weights
+    return torch.where(mask, terms, 0.0).sum()
 
 
 def objective(
@@ -146,7 +262,7 @@ def objective(
     weights: Mapping[str, float],
     counts: Mapping[str, int],
 ) -> Tensor:
-    """A micro-batch's part of the step's loss: the sum over components of weight * sum / global token count.
+    """A micro-batch's part of the step's loss: the sum over components of weight * sum / global count.
 
     This is the only division in the loss, so the amount of data in one component never rescales another.
     Components without tokens or with weight 0 are left out. If none is left, the result is a differentiable
@@ -154,8 +270,9 @@ def objective(
 
     Args:
         sums: A scalar per component, summed over this micro-batch.
-        weights: mu, (1 - mu) * reward_weight, lambda_adv and beta, by the keys of `sums`.
-        counts: Tokens per component in the optimizer step, over all micro-batches and processes.
+        weights: mu, (1 - mu) * reward_weight, lambda_adv, beta and -entropy_coef, by the keys of `sums`.
+        counts: Divisor of each component (see `divisors`), over all micro-batches and processes: by default
+            its tokens in the optimizer step.
 
     Returns:
         A scalar, whose sum over all micro-batches and processes is the loss of the step.

@@ -83,6 +83,7 @@ class Policy(nn.Module):
         temperature: Tensor,
         spans: Sequence[Span] = (),
         layers: Sequence[int] = (),
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, ...]:
         """Log-probability and entropy of the tokens under `mask`, 0 elsewhere.
 
@@ -92,6 +93,7 @@ class Policy(nn.Module):
             temperature: [B], one per row.
             spans: One per row, to compute packed rows if the model can; empty for padded rows.
             layers: Decoder layers, from 1, whose hidden states are returned as well.
+            entropy_gradient: Whether the entropy carries a gradient.
 
         Returns:
             `logprobs` and `entropy`, [B, T], in nats, aligned with the token they refer to; with `layers`
@@ -113,7 +115,9 @@ class Policy(nn.Module):
             else:
                 logits = self.model(**inputs).logits[:, :-1][selected].float()
         if not self.has_linear_head:
-            logprobs, entropy = logprobs_from_logits(logits, token_ids, temperatures)
+            logprobs, entropy = logprobs_from_logits(
+                logits, token_ids, temperatures, entropy_gradient=entropy_gradient
+            )
         else:
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
@@ -121,7 +125,9 @@ class Policy(nn.Module):
             head: Any = self.model.get_output_embeddings()
             bias = getattr(head, "bias", None)
             with torch.autocast(device, enabled=False):
-                logprobs, entropy = selected_logprobs(hidden, head.weight, token_ids, temperatures, bias=bias)
+                logprobs, entropy = selected_logprobs(
+                    hidden, head.weight, token_ids, temperatures, bias=bias, entropy_gradient=entropy_gradient
+                )
         zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
         results = zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
         if not layers:

@@ -1,24 +1,26 @@
 """`uniapl.train`: from a configuration to a trained model, stage by stage."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, chdir, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uniapl.config import Config
-from uniapl.config.resolve import Resolved, load_recipe, resolve, stages_of
+from uniapl.config import Config, ModelConfig
+from uniapl.config.resolve import Resolved, load_recipe, merge, resolve, stages_of
 from uniapl.errors import UniAPLError, UsageError
-from uniapl.models.loading import check_vocabulary, load_policy
+from uniapl.models.loading import ModelSource, check_vocabulary, load_model, load_policy
 from uniapl.training.build_sampler import check_processes
 from uniapl.training.checkpoint import disk
 from uniapl.training.distributed import fsdp
 from uniapl.training.distributed.accelerator import make_accelerator
 from uniapl.training.distributed.ranks import check_agreement, on_rank_zero
 from uniapl.training.evaluation import Evaluate, Evaluation
+from uniapl.training.given import Given, OnStepEnd, Rows, start_directory
 from uniapl.training.inputs import RunInputs
 from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
@@ -45,13 +47,22 @@ class RunResult:
     metrics: dict[str, Any]
     """Metrics of the last step."""
 
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """The trained model with any adapter merged, loaded from `final_dir` in fp32 on the CPU."""
+        return load_model(ModelSource.resolve(ModelConfig(model_name_or_path=str(self.final_dir))))
+
 
 def train(
     config: Config | Mapping[str, Any] | str | Path,
     *,
-    train_dataset: Iterable[Mapping[str, Any]] | None = None,
+    model: PreTrainedModel | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    train_dataset: Rows | None = None,
+    eval_dataset: Rows | Mapping[str, Rows] | None = None,
     reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     evaluate: Evaluate | None = None,
+    on_step_end: OnStepEnd | None = None,
     quiet: bool = False,
 ) -> RunResult:
     """Train a model, from the first step or from a checkpoint, and save it in `output_dir`.
@@ -61,11 +72,18 @@ def train(
 
     Args:
         config: A configuration, a mapping with the same keys, or the path of a YAML recipe.
+        model: A model in place of `model.model_name_or_path`. It is saved next to `output_dir`, in a
+            directory whose name ends in "-start", and is not changed: the trained one is the result's.
+        processing_class: The tokenizer of `model`.
         train_dataset: Rows (a `datasets.Dataset` or a list of dicts) that replace `data.path`.
+        eval_dataset: Rows that are evaluated every `eval_steps` steps, in addition to `evaluation.suites`, as
+            the suite "eval"; or several such suites by name.
         reward_functions: Callables with TRL's signature, in addition to those that the configuration names.
         evaluate: Called after each step, and with `eval_on_start` as step 0 before the first one, with the
             step's number and the model; the metrics that it returns are logged with the step's metrics, under
             "eval/". It may return {} in most steps.
+        on_step_end: Called after each step, before a checkpoint is saved, with the step's metrics as
+            metrics.jsonl has them. An error that it raises ends the run.
         quiet: Log nothing, and hide the progress bars of transformers.
 
     Raises:
@@ -79,37 +97,42 @@ def train(
         path, config = config, load_recipe(config)
     if isinstance(config, Config):
         config = config.model_dump(exclude_unset=True)
+    resolved = resolve(dict(config), path=path)
+    if model is not None:
+        if resolved.config.model.model_name_or_path is not None:
+            raise UsageError("the model is given twice: remove model.model_name_or_path, or 'model'")
+        start = {"model": {"model_name_or_path": str(start_directory(resolved.config))}}
+        resolved = resolve(merge(dict(config), start), path=path)
+    given = Given(
+        model=model,
+        processing_class=processing_class,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        reward_functions=reward_functions,
+        evaluate=evaluate,
+        on_step_end=on_step_end,
+    )
     with progress_bars_hidden() if quiet else nullcontext():
-        return train_resolved(
-            resolve(dict(config), path=path),
-            train_dataset=train_dataset,
-            reward_functions=reward_functions,
-            evaluate=evaluate,
-            show="quiet" if quiet else "log",
-        )
+        return train_resolved(resolved, given, show="quiet" if quiet else "log")
 
 
-def train_resolved(
-    resolved: Resolved,
-    *,
-    train_dataset: Iterable[Mapping[str, Any]] | None = None,
-    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
-    evaluate: Evaluate | None = None,
-    show: Show = "text",
-) -> RunResult:
+def train_resolved(resolved: Resolved, given: Given | None = None, *, show: Show = "text") -> RunResult:
     """:func:`train` for a resolved configuration; by default it prints to the console."""
+    given = given or Given()
     config = resolved.config
     stages = stages_of(resolved)
     accelerator = _launched(config, stages)
     directory = Path(str(accelerator.project_dir))
-    check_evaluation(stages[-1].config, has_function=evaluate is not None)
-    inputs = _load(resolved, stages, accelerator, train_dataset, reward_functions)
+    given.check(config)
+    check_evaluation(stages[-1].config, has_function=given.evaluate is not None)
+    on_rank_zero(accelerator, lambda: given.save_model(config))
+    inputs = _load(resolved, stages, accelerator, given)
     stages = [with_max_steps(stage, inputs.dataset, inputs.rewarder) for stage in stages]
     if not config.stages:
         (resolved,) = stages
     num_steps = sum(stage.config.max_steps for stage in stages)
     view = make_view(num_steps, visible=accelerator.is_main_process, show=show)
-    if train_dataset is not None and config.data.path is not None:
+    if given.train_dataset is not None and config.data.path is not None:
         view.say("note: data.path is ignored because train_dataset is given")
     for note in _notes(resolved, stages, inputs, accelerator):
         view.say(f"note: {note}")
@@ -118,7 +141,12 @@ def train_resolved(
         on_rank_zero(accelerator, lambda: locked.enter_context(disk.exclusive(directory)))
         build, run, stage = _start(resolved, stages, inputs, accelerator, view)
         run.evaluation = Evaluation(
-            config=config, inputs=inputs, accelerator=accelerator, last_step=num_steps, custom=evaluate
+            config=config,
+            inputs=inputs,
+            accelerator=accelerator,
+            last_step=num_steps,
+            custom=given.evaluate,
+            on_step_end=given.on_step_end,
         )
         with (
             end_state_recorded(run),
@@ -164,8 +192,7 @@ def _load(
     resolved: Resolved,
     stages: Sequence[Resolved],
     accelerator: Accelerator,
-    train_dataset: Iterable[Mapping[str, Any]] | None,
-    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any],
+    given: Given,
 ) -> RunInputs:
     """The inputs of a run, on which all ranks agree."""
     # Reward functions are tried, and may change the working directory, to which paths are relative.
@@ -173,8 +200,7 @@ def _load(
         inputs = load_inputs(
             resolved,
             stages,
-            train_dataset=train_dataset,
-            reward_functions=reward_functions,
+            given,
             with_suites=resolved.config.eval_steps > 0,
             once=functools.partial(on_rank_zero, accelerator),
         )

@@ -34,6 +34,8 @@ class Evaluation:
     """The last step of the run, in which the suites are always evaluated."""
     custom: Evaluate | None
     """The user's function, which rank 0 calls after each step."""
+    on_step_end: Callable[[Mapping[str, Any]], None] | None = None
+    """The user's function that rank 0 calls with the metrics of each step."""
 
     def metrics(self, step: int, stage: Stage) -> dict[str, Any]:
         """The metrics of the policy after a step, the same on every rank; all ranks call it together.
@@ -47,6 +49,12 @@ class Evaluation:
         with stage.gathered_policy():
             found = on_rank_zero(self.accelerator, functools.partial(self._by_user, step, stage.model))
             return found | self._by_suites(step, stage) if due else found
+
+    def report(self, record: Mapping[str, Any]) -> None:
+        """Pass a step's metrics to the user; all ranks call it together."""
+        report = self.on_step_end
+        if report is not None:
+            on_rank_zero(self.accelerator, lambda: report(dict(record)))
 
     def _by_user(self, step: int, model: PreTrainedModel) -> dict[str, Any]:
         found = self.custom(step, model) if self.custom is not None else {}

@@ -213,6 +213,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         config.objective,
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
         lambda_adv=lambda_adv,
+        reward_weights={reward.name: reward.weight for reward in run.inputs.rewarder.rewards},
     )
     demonstrated: list[Example] = []
     if config.objective.mu_controller == "gate" and not stage.schedule.in_cold_start:
@@ -221,7 +222,12 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         demonstrated = [group.example for group in failed]
     elif stage.schedule.trains_on_demonstrations:
         demonstrated = stream.take(stage.schedule.demonstrations_per_step)
-    rows = rollout_rows(groups, credits, temperature=config.rollout.temperature)
+    rows = rollout_rows(
+        groups,
+        credits,
+        temperature=config.rollout.temperature,
+        mask_truncated=config.objective.mask_truncated_completions,
+    )
     rows += [row for example in demonstrated for row in demonstration_rows(example)]
     weights = stage.schedule.weights(groups)
     # Rows whose gradient is 0 are left out; `MixedBatch.counts` still includes them.

@@ -130,6 +130,8 @@ class Run:
         self._stop_early(stage, record)
         best = schedule.stopping.best_step == self.step
         self._log(stage, record, completion_records(self.step, result.groups, result.batch.credits))
+        if self.evaluation is not None:
+            self.evaluation.report(record)
         last = schedule.ended or bool(problem) or interrupted
         if last or best or self.step % self.config.save_steps == 0:
             with self.view.phase("save"):

@@ -165,6 +165,9 @@ def build_stage(
         loss_settings=LossSettings(
             clip_low=objective.epsilon,
             clip_high=objective.clip_high,
+            loss_type=objective.loss_type,
+            max_completion_length=config.rollout.max_completion_length,
+            importance_sampling_level=objective.importance_sampling_level,
             token_weight=objective.sft_token_weight,
             importance_cap=config.rollout.importance_cap,
             max_grad_norm=optim.max_grad_norm,

@@ -12,6 +12,7 @@ from support.tiny import letter_rows
 from uniapl import cli
 from uniapl.config.resolve import load_recipe, resolve, stages_of
 from uniapl.training.checkpoint import directory as checkpoint
+from uniapl.training.given import Given
 from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.load import load_inputs
 
@@ -20,7 +21,7 @@ def steps(model_dir: Path, rows: list[dict[str, Any]], **values: Any) -> list[in
     base = recipe(model_dir, Path("unused"), **values)
     resolved = resolve({key: value for key, value in base.items() if key != "max_steps"})
     stages = stages_of(resolved)
-    inputs = load_inputs(resolved, stages, train_dataset=rows, reward_functions=[has_letter])
+    inputs = load_inputs(resolved, stages, Given(train_dataset=rows, reward_functions=[has_letter]))
     return [with_max_steps(stage, inputs.dataset, inputs.rewarder).config.max_steps for stage in stages]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from support import reference
 from uniapl.config.objective import ObjectiveConfig
-from uniapl.data.batching import component_counts
+from uniapl.data.batching import completion_counts, component_counts
 from uniapl.training.monitor.metrics import length_metrics, pair_metrics, rollout_metrics
 from uniapl.training.update.credit import assign_credit, failed_groups, passing, rollout_rows
 from uniapl.types import Example, Rollout, RolloutGroup
@@ -122,6 +122,89 @@ def test_a_row_has_the_components_whose_advantage_is_known() -> None:
     unrewarded = [c.without_rewards() for c in credits]
     components = [row.components for row in rollout_rows(groups, unrewarded, temperature=0.7)]
     assert components == [{"kl", "adv"}, {"kl", "adv"}, {"kl"}, {"kl"}]
+
+
+def test_masked_truncated_completions_enter_no_component() -> None:
+    """Their rewards and logits still count in the means of their group."""
+    item = group((1.0, 0.0, 0.5), (0.0, 1.0, 2.0), 0.0)
+    cut = replace(item.rollouts[1], finish_reason="length")
+    item = replace(item, rollouts=(item.rollouts[0], cut, item.rollouts[2]))
+    credits = [credit(item)]
+    rows = rollout_rows([item], credits, temperature=1.0, mask_truncated=True)
+    assert [row.components for row in rows] == [{"kl", "rl", "adv"}, set(), {"kl", "rl", "adv"}]
+    assert [row.advantage for row in rows] == [0.5, -0.5, 0.0]
+    assert component_counts(rows) == {"sft": 0, "rl": 1 + 3, "adv": 1 + 3, "kl": 1 + 3}
+    assert completion_counts(rows) == {"sft": 0, "rl": 2, "adv": 2, "kl": 2}
+    weights = {"sft": 1.0, "rl": 1.0, "adv": 1.0, "kl": 0.1, "entropy": -0.1}
+    assert [row.has_gradient(weights) for row in rows] == [True, False, True]
+    kept = rollout_rows([item], credits, temperature=1.0)
+    assert [row.components for row in kept] == [{"kl", "rl", "adv"}] * 3
+
+
+def test_an_entropy_bonus_gives_a_row_without_advantage_a_gradient() -> None:
+    item = group((1.0, 1.0))
+    rows = rollout_rows([item], [credit(item)], temperature=1.0)
+    weights = {"sft": 1.0, "rl": 1.0, "adv": 0.0, "kl": 0.0}
+    assert [row.has_gradient(weights | {"entropy": c}) for c in (-0.1, -0.0) for row in rows] == [
+        *(True, True),
+        *(False, False),
+    ]
+
+
+def test_batch_scaling_is_over_all_groups_of_the_step() -> None:
+    """Rewards 1, 0, 3, 3 and an unknown one, in groups of two and three."""
+    objective = ObjectiveConfig(scale_rewards="batch")
+    groups = [group((1.0, 0.0)), group((3.0, None, 3.0))]
+    first, second = assign_credit(groups, objective, expert_mean=None, lambda_adv=0.0)
+    std = math.sqrt(27 / 4 / 3) + 1e-4
+    assert first.advantages == pytest.approx((0.5 / std, -0.5 / std))
+    assert second.advantages == (0.0, None, 0.0)
+
+
+def parted(**parts: tuple[float | None, ...]) -> RolloutGroup:
+    """A group whose rewards are the sums of the parts; unknown where a part named "failed" is."""
+    rewards = tuple(
+        None
+        if all(v is None for v in values) or ("failed" in parts and parts["failed"][i] is None)
+        else sum(v for v in values if v is not None)
+        for i, values in enumerate(zip(*parts.values(), strict=True))
+    )
+    return replace(group(rewards), reward_parts=parts)
+
+
+def test_decoupled_rewards_by_the_weights_of_their_functions() -> None:
+    """The second function applies to one group; where a function failed, no other part counts either."""
+    nothing = (None, None, None)
+    groups = [
+        parted(right=(1.0, 0.0, 0.0), failed=(10.0, 30.0, 20.0)),
+        parted(right=(1.0, 0.0, 5.0), failed=(0.0, 8.0, None)),
+        replace(parted(right=(0.0, 1.0, 1.0)), reward_parts={"right": (0.0, 1.0, 1.0), "failed": nothing}),
+    ]
+    objective = ObjectiveConfig(multi_objective_aggregation="normalize_then_sum")
+    weights = {"right": 1.0, "failed": -2.0}
+    credits = assign_credit(groups, objective, expert_mean=None, lambda_adv=0.0, reward_weights=weights)
+    right = [[1.0, 0.0, 0.0], [1.0, 0.0, None], [0.0, 1.0, 1.0]]
+    failed = [[10.0, 30.0, 20.0], [0.0, 8.0, None], [None] * 3]
+    expected = reference.decoupled_advantages([right, failed], [1.0, -2.0])
+    for got, want in zip(credits, expected, strict=True):
+        assert [v or 0.0 for v in got.advantages] == pytest.approx(want)
+    assert credits[1].advantages[2] is None
+
+
+def test_decoupled_rewards_are_multiplied_one_by_one() -> None:
+    """The weighted rewards: a positive one is multiplied by u, a penalty is not."""
+    item = parted(right=(1.0, 0.5, 0.0), length=(3.0, 1.0, 2.0))
+    item = replace(item, rewards=(1 - 0.3, 0.5 - 0.1, -0.2), policy_logits=(0.0, 1.0, 2.0), expert_logit=0.0)
+    objective = ObjectiveConfig(
+        multi_objective_aggregation="normalize_then_sum", adversarial_placement="multiply"
+    )
+    weights = {"right": 2.0, "length": -0.1}
+    (got,) = assign_credit([item], objective, expert_mean=None, lambda_adv=1.0, reward_weights=weights)
+    # Only the first passes; the second keeps at most half.
+    right = [1.0 * reference.sigmoid(0.0), 0.5 * 0.5, 0.0]
+    expected = reference.decoupled_advantages([[right], [[3.0, 1.0, 2.0]]], [2.0, -0.1])
+    assert got.advantages == pytest.approx(expected[0])
+    assert got.reward_changes == pytest.approx((2.0 * 0.5, 2.0 * 0.25, 0.0))
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:

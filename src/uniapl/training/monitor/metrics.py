@@ -19,25 +19,28 @@ from uniapl.types import RolloutGroup
 def update_metrics(
     step: PolicyStep, counts: Mapping[str, int], weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Loss, its components (unweighted, per token of the component), clip ratios and sampler mismatch.
+    """Loss, its components (unweighted, divided as in the loss), clip ratios and sampler mismatch.
 
     A component without weight has no value: the batch leaves out rows that only it would use. For the same
     reason the means named "trained/" are over the rollout tokens of rows that have a gradient.
     """
     sums, trained_tokens = step.sums, step.sums["rollout_tokens"]
+    divisors = {**counts, "clip": counts["kl"], **step.divisors}
 
-    def per(component: str, name: str | None = None) -> float | None:
+    def per(component: str, name: str | None = None, divisor: int | None = None) -> float | None:
         value = sums.get(name or component)
         has_gradient = counts[component] and weights[component]
-        return value / counts[component] if value is not None and has_gradient else None
+        return value / (divisor or divisors[component]) if value is not None and has_gradient else None
 
     def of_trained(name: str) -> float | None:
         return sums[name] / trained_tokens if trained_tokens and name in sums else None
 
     def clipped(*names: str) -> float | None:
-        """Over all rollout tokens, as in TRL: tokens without a reward or an advantage are never clipped."""
+        """Over all rollout tokens or, with a ratio per sequence, completions, as in TRL: those without a
+        reward or an advantage are never clipped.
+        """
         has_gradient = counts["rl"] and weights["rl"]
-        return sum(sums[name] for name in names) / counts["kl"] if has_gradient else None
+        return sum(sums[name] for name in names) / divisors["clip"] if has_gradient else None
 
     return {
         "loss": sums["loss"],
@@ -46,14 +49,12 @@ def update_metrics(
         "loss/adv": per("adv"),
         "loss/kl": per("kl"),
         "sft/nll": per("sft", "nll"),
-        "kl": per("kl") if "kl" in sums else None,
+        "kl": per("kl", "token_kl" if "token_kl" in sums else "kl", counts["kl"]),
         "weight/mu": weights["sft"],
         "weight/rl": weights["rl"],
         "tokens/sft": counts["sft"],
         "tokens/rl": counts["rl"],
         "tokens/adv": counts["adv"],
-        # The KL counts every rollout, also those without a reward.
-        "tokens/rollout": counts["kl"],
         "grad_norm": step.grad_norm,
         "clip_ratio/low_mean": clipped("clip_low"),
         "clip_ratio/high_mean": clipped("clip_high"),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerState
@@ -12,6 +12,7 @@ from uniapl.config.resolve import Resolved
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
 from uniapl.data.rows import tokenize_rows, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
+from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
 from uniapl.models.loading import (
     ModelSource,
@@ -21,6 +22,7 @@ from uniapl.models.loading import (
     load_tokenizer,
 )
 from uniapl.rewards.base import Once, build_rewarder, here
+from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import (
     check_recipe,
@@ -35,9 +37,8 @@ from uniapl.training.preflight.epochs import with_max_steps
 def load_inputs(
     resolved: Resolved,
     stages: Sequence[Resolved],
+    given: Given | None = None,
     *,
-    train_dataset: Iterable[Mapping[str, Any]] | None = None,
-    reward_functions: Sequence[Callable[..., Any]] | Callable[..., Any] = (),
     with_suites: bool = True,
     once: Once = here,
 ) -> RunInputs:
@@ -49,13 +50,14 @@ def load_inputs(
     Raises:
         UsageError: Any error that would otherwise stop the run later.
     """
-    config = resolved.config
-    check_recipe(config)
+    given, config = given or Given(), resolved.config
+    check_recipe(config, has_rows=given.eval_dataset is not None)
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
     check_vocabulary_size(getattr(model_config.get_text_config(), "vocab_size", len(tokenizer)), tokenizer)
-    rows = read_rows(config.data) if train_dataset is None else number_rows(train_dataset, config.data)
+    own = given.train_dataset
+    rows = read_rows(config.data) if own is None else number_rows(own, config.data)
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     limits = {"stop_ids": stop_ids, "context_length": window}
@@ -64,9 +66,8 @@ def load_inputs(
         most = max(longest, default=0)
         dataset = tokenize_rows(rows, tokenizer, config.data, max_completion_length=most, **limits)
         unknown = check_tokens(tokenizer, dataset, stop_ids)
-    functions = [reward_functions] if callable(reward_functions) else reward_functions
     state = _trainer_state(config)
-    rewarder = build_rewarder(config.rewards, functions, state, once=once)
+    rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
     notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
     if longest:
         rewarder.check_columns(dataset.examples)
@@ -83,7 +84,11 @@ def load_inputs(
         rewarder.try_out(dataset.examples)
     suites: tuple[Suite, ...] = ()
     if with_suites:
-        suites = load_suites(config, tokenizer, functions=functions, state=state, once=once, **limits)
+        scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
+        suites = load_suites(config, tokenizer, **scoring)
+        if own_suites := given.suites(config):
+            suites += load_suites(config, tokenizer, rows=own_suites, **scoring)
+            _check_names(suites)
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
         source=model_source,
@@ -95,6 +100,15 @@ def load_inputs(
         notes=tuple(notes),
         suites=suites,
     )
+
+
+def _check_names(suites: Sequence[Suite]) -> None:
+    names = [suite.name for suite in suites]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"two suites are called '{name}': give eval_dataset as a mapping of names to rows"
+            )
 
 
 def _sha256(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from uniapl.data.batching import Row, component_counts
+from uniapl.data.batching import Row, completion_counts, component_counts
 from uniapl.training.update.credit import Credit
 from uniapl.types import MicroBatch
 
@@ -18,7 +18,8 @@ class MixedBatch:
     """At least one. With DDP on several processes the last one is empty; with FSDP2 empty ones make the count
     equal on all processes."""
     weights: dict[str, float]
-    """One weight per component: "sft", "rl", "adv", "kl"."""
+    """One weight per component: "sft", "rl", "adv", "kl", and "entropy" if it has a bonus (minus its
+    coefficient)."""
     credits: Sequence[Credit] = ()
     """One per group of rollouts."""
     lambda_adv: float = 0.0
@@ -28,6 +29,16 @@ class MixedBatch:
     def counts(self) -> dict[str, int]:
         """Tokens per component, over all processes."""
         return component_counts(self.rows)
+
+    @cached_property
+    def completions(self) -> dict[str, int]:
+        """Completions per component, over all processes."""
+        return completion_counts(self.rows)
+
+    @property
+    def rollout_tokens(self) -> int:
+        """Tokens of all rollouts, also of those that are left out of the loss."""
+        return sum(len(row.completion_ids) for row in self.rows if row.sampling_logprobs is not None)
 
     @property
     def num_tokens(self) -> int:

@@ -31,12 +31,13 @@ def component_gradient_norms(
         OutOfMemoryError: The same call with smaller micro-batches has the same result.
     """
     gradients: dict[str, Tensor] = {}
-    for name in [name for name in ("sft", "rl", "adv") if batch.weights[name] and batch.counts[name]]:
+    counts = settings.divisors(batch)
+    for name in [name for name in ("sft", "rl", "adv") if batch.weights[name] and counts[name]]:
 
         def loss_of(micro_batch: MicroBatch, name: str = name) -> Tensor:
             logprobs, _ = policy_logprobs(policy, micro_batch)
             sums = component_sums(logprobs, logprobs.detach(), micro_batch, settings)
-            return objective({name: sums[name]}, batch.weights, batch.counts)
+            return objective({name: sums[name]}, batch.weights, counts)
 
         accumulate_gradients(accelerator, policy, loss_of, batch.micro_batches)
         trained = [p for p in policy.parameters() if p.requires_grad]

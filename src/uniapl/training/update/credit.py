@@ -1,14 +1,21 @@
 """Advantages from rewards and discriminator logits, and rows from groups of rollouts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import Row
-from uniapl.functional import adversarial_advantages, group_advantages, multiplied_rewards, win_probability
+from uniapl.functional import (
+    adversarial_advantages,
+    decoupled_advantages,
+    group_advantages,
+    multiplied_rewards,
+    win_probability,
+)
 from uniapl.tolerance import at_least
 from uniapl.types import RolloutGroup
 
@@ -41,56 +48,138 @@ def assign_credit(
     *,
     expert_mean: float | None,
     lambda_adv: float,
+    reward_weights: Mapping[str, float] | None = None,
 ) -> list[Credit]:
     """Group-relative advantages of the rewards and of the adversary.
 
     Args:
+        groups: All groups of the step, because `scale_rewards: batch` and `normalize_then_sum` divide by a
+            deviation over all of them.
         expert_mean: Used as the expert's logit if a prompt has no demonstration; None gives such a group no
             adversarial credit.
         lambda_adv: The adversary's weight in this step: of the adversarial advantage that is added to the
             reward's (adversarial_placement: reward), or the exponent of u (multiply). 0 changes no reward.
+        reward_weights: Reward function -> its weight, for `normalize_then_sum`.
     """
+    if not groups:
+        return []
+    rewards, known, weights = _rewards(groups, objective, reward_weights or {})
+    least = torch.zeros(len(groups), dtype=torch.float64)
+    advantages = _advantages(rewards, known, weights, least, objective)
+    judged = [_judge(group, objective, expert_mean) for group in groups]
+    acts = [bool(lambda_adv) and bool(one.usable.any()) for one in judged]
+    multiplied, before = rewards.clone(), advantages
+    if objective.adversarial_placement == "multiply" and any(acts):
+        for number, (group, one) in enumerate(zip(groups, judged, strict=True)):
+            if acts[number]:
+                passes = torch.tensor([passing(group, objective)])
+                every = known[:, number, : len(group.rollouts)].any(0)
+                least[number] = STD_OF_PASSING if bool(passes[0][every].all()) else 0.0
+                _multiply(multiplied[:, number], weights, one, passes, exponent=lambda_adv)
+        advantages = _advantages(multiplied, known, weights, least, objective)
     credits: list[Credit] = []
-    for group in groups:
-        unknown = (None,) * len(group.rollouts)
-        rewards, known = _with_mask(group.rewards or unknown)
-        expert = group.expert_logit if group.expert_logit is not None else expert_mean
-        if expert is None or not math.isfinite(expert):
-            expert, policy_logits = 0.0, unknown
-        else:
-            policy_logits = [x if math.isfinite(x) else None for x in group.policy_logits or ()] or unknown
-        logits, usable = _with_mask(policy_logits)
-        expert_logits = torch.tensor([expert], dtype=torch.float64)
-        adversarial = adversarial_advantages(
-            logits, expert_logits, usable, adversarial_credit=objective.adversarial_credit
-        )
-        wins = win_probability(logits, expert_logits)
-        # Unknown advantages are 0.
-        advantages = group_advantages(rewards, known, scale=objective.scale_rewards)
+    for number, one in enumerate(judged):
+        size = one.usable.shape[1]
+        mine, every = advantages[number, :size], known[:, number, :size].any(0)
         changes: dict[str, tuple[float, ...]] = {}
         if lambda_adv and objective.adversarial_placement == "reward":
-            advantages += lambda_adv * adversarial
-        elif lambda_adv and objective.adversarial_placement == "multiply" and bool(usable.any()):
-            passes = torch.tensor([passing(group, objective)])
-            # Without a logit it is undecided whether the completion is the expert's.
-            multiplied = multiplied_rewards(
-                rewards, torch.where(usable, wins, 0.5), passes, exponent=lambda_adv
-            )
-            all_pass = bool(passes[known].all())
-            least = torch.tensor([STD_OF_PASSING if all_pass else 0.0], dtype=torch.float64)
-            before = advantages
-            advantages = group_advantages(multiplied, known, scale=objective.scale_rewards, min_std=least)
-            changes["reward_changes"] = tuple((rewards - multiplied)[known].tolist())
-            changes["advantage_changes"] = tuple((advantages - before)[known].abs().tolist())
+            mine = mine + lambda_adv * one.advantages[0]
+        elif acts[number] and objective.adversarial_placement == "multiply":
+            lost = (weights.unsqueeze(-1) * (rewards - multiplied)[:, number, :size]).sum(0)
+            changes["reward_changes"] = tuple(lost[every].tolist())
+            changes["advantage_changes"] = tuple((mine - before[number, :size])[every].abs().tolist())
         credits.append(
             Credit(
-                advantages=_where_known(advantages, known),
-                adversarial_advantages=_where_known(adversarial, usable),
-                win_rates=_where_known(wins, usable),
+                advantages=_where_known(mine, every),
+                adversarial_advantages=_where_known(one.advantages[0], one.usable[0]),
+                win_rates=_where_known(one.wins[0], one.usable[0]),
                 **changes,
             )
         )
     return credits
+
+
+class _Judged(NamedTuple):
+    """What the discriminator says about a group, [1, G]."""
+
+    advantages: torch.Tensor
+    wins: torch.Tensor
+    usable: torch.Tensor
+
+
+def _judge(group: RolloutGroup, objective: ObjectiveConfig, expert_mean: float | None) -> _Judged:
+    unknown = (None,) * len(group.rollouts)
+    expert = group.expert_logit if group.expert_logit is not None else expert_mean
+    if expert is None or not math.isfinite(expert):
+        expert, policy_logits = 0.0, unknown
+    else:
+        policy_logits = [x if math.isfinite(x) else None for x in group.policy_logits or ()] or unknown
+    logits, usable = _with_mask([policy_logits])
+    expert_logits = torch.tensor([expert], dtype=torch.float64)
+    advantages = adversarial_advantages(
+        logits, expert_logits, usable, adversarial_credit=objective.adversarial_credit
+    )
+    return _Judged(advantages, win_probability(logits, expert_logits), usable)
+
+
+def _rewards(
+    groups: Sequence[RolloutGroup], objective: ObjectiveConfig, weights: Mapping[str, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards [K, P, G], the mask of the known ones, and weights [K]; shorter groups are padded.
+
+    K is the number of reward functions with `normalize_then_sum`, otherwise 1, for their weighted sum. A
+    completion whose sum is unknown, because a function failed, has no known part either.
+    """
+    unknown = [(None,) * len(group.rollouts) for group in groups]
+    sums, known = _with_mask([group.rewards or none for group, none in zip(groups, unknown, strict=True)])
+    names = [*dict.fromkeys(name for group in groups for name in group.reward_parts)]
+    if objective.multi_objective_aggregation == "sum_then_normalize" or not names:
+        return sums.unsqueeze(0), known.unsqueeze(0), sums.new_ones(1)
+    parts = [
+        _with_mask([group.reward_parts.get(n, none) for group, none in zip(groups, unknown, strict=True)])
+        for n in names
+    ]
+    values, masks = zip(*parts, strict=True)
+    return (
+        torch.stack(values),
+        torch.stack(masks) & known,
+        sums.new_tensor([weights.get(n, 1) for n in names]),
+    )
+
+
+def _advantages(
+    rewards: torch.Tensor,
+    known: torch.Tensor,
+    weights: torch.Tensor,
+    least: torch.Tensor,
+    objective: ObjectiveConfig,
+) -> torch.Tensor:
+    """Advantages [P, G]; unknown ones are 0."""
+    if objective.multi_objective_aggregation == "normalize_then_sum":
+        return decoupled_advantages(rewards, known, weights, min_std=least)
+    return group_advantages(rewards[0], known[0], scale=objective.scale_rewards, min_std=least)
+
+
+def _multiply(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    judged: _Judged,
+    passes: torch.Tensor,
+    *,
+    exponent: float,
+) -> None:
+    """Multiply a group's rewards [K, G] in place.
+
+    The weighted reward is multiplied, so that a function with a negative weight stays a penalty.
+    """
+    size = passes.shape[1]
+    # Without a logit it is undecided whether the completion is the expert's.
+    wins = torch.where(judged.usable, judged.wins, 0.5)
+    for number, weight in enumerate(weights.tolist()):
+        if weight:
+            mine = weight * rewards[number : number + 1, :size]
+            product = multiplied_rewards(mine, wins, passes, exponent=exponent)
+            rewards[number, :size] = product[0] / weight
 
 
 def passing(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[bool, ...]:
@@ -123,16 +212,31 @@ def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[Roll
 
 
 def rollout_rows(
-    groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, temperature: float
+    groups: Sequence[RolloutGroup],
+    credits: Sequence[Credit],
+    *,
+    temperature: float,
+    mask_truncated: bool = False,
 ) -> list[Row]:
-    """One row per rollout, in the components whose advantage is known."""
+    """One row per rollout, in the components whose advantage is known.
+
+    Args:
+        mask_truncated: Truncated completions enter no component. Their rewards still count in the mean and
+            the deviation of their groups, as in TRL.
+    """
     return [
         Row(
             prompt_ids=group.example.prompt_ids,
             completion_ids=rollout.completion_ids,
-            components=frozenset({"kl"})
-            | ({"rl"} if advantage is not None else set())
-            | ({"adv"} if adversarial is not None else set()),
+            components=frozenset(
+                name
+                for name, enters in (
+                    ("kl", True),
+                    ("rl", advantage is not None),
+                    ("adv", adversarial is not None),
+                )
+                if enters and not (mask_truncated and rollout.finish_reason == "length")
+            ),
             advantage=advantage or 0.0,
             adversarial_advantage=adversarial or 0.0,
             temperature=temperature,
@@ -146,13 +250,14 @@ def rollout_rows(
     ]
 
 
-def _with_mask(values: Sequence[float | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [1, G] in fp64, 0 where unknown, and the mask of the known ones."""
-    filled = torch.tensor([[0.0 if value is None else value for value in values]], dtype=torch.float64)
-    return filled, torch.tensor([[value is not None for value in values]])
+def _with_mask(groups: Sequence[Sequence[float | None]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [P, G] in fp64, 0 where unknown, and the mask of the known ones."""
+    size = max(len(values) for values in groups)
+    padded = [[*values, *(None,) * (size - len(values))] for values in groups]
+    filled = [[0.0 if value is None else value for value in values] for values in padded]
+    known = [[value is not None for value in values] for values in padded]
+    return torch.tensor(filled, dtype=torch.float64), torch.tensor(known)
 
 
 def _where_known(values: torch.Tensor, known: torch.Tensor) -> tuple[float | None, ...]:
-    return tuple(
-        value if use else None for value, use in zip(values[0].tolist(), known[0].tolist(), strict=True)
-    )
+    return tuple(value if use else None for value, use in zip(values.tolist(), known.tolist(), strict=True))

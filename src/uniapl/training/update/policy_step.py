@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from uniapl.functional import (
+    cispo_loss,
     clip_counts,
     clipped_surrogate,
+    divisors,
     importance_weights,
     k3_kl,
+    length_weights,
     objective,
     sft_loss,
 )
-from uniapl.functional.losses import TokenWeight
+from uniapl.functional.losses import LossType, SamplingLevel, TokenWeight
 from uniapl.models.policy import inputs_of
 from uniapl.training.update.accumulate import accumulate_gradients, clip_gradient, reduce_sums
 from uniapl.training.update.batch import MixedBatch
@@ -30,10 +33,29 @@ class LossSettings:
 
     clip_low: float
     clip_high: float
+    """Upper clip width; with loss_type cispo the largest ratio."""
+    loss_type: LossType = "dapo"
+    max_completion_length: int = 1
+    """What dr_grpo divides the sum of each completion by."""
+    importance_sampling_level: SamplingLevel = "token"
     token_weight: TokenWeight = "none"
     importance_cap: float | None = None
     """Upper bound of the importance weights that correct for a separate sampler; None uses no weights."""
     max_grad_norm: float = math.inf
+
+    def divisors(self, batch: MixedBatch) -> dict[str, int]:
+        """The divisor of each component's sum over the step, and "clip", that of the clip counts."""
+        by_sequence = self.importance_sampling_level == "sequence"
+        return divisors(
+            batch.counts,
+            batch.completions,
+            loss_type=self.loss_type,
+            max_completion_length=self.max_completion_length,
+        ) | {"clip": (batch.completions if by_sequence else batch.counts)["kl"]}
+
+    def row_weights(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The factor of each token that makes a row's sum its mean (loss_type grpo); None uses no factor."""
+        return length_weights(mask, dtype=dtype) if self.loss_type == "grpo" else None
 
 
 @dataclass
@@ -48,6 +70,8 @@ class PolicyStep:
     """Sums over the step (see `_measure`), and "loss"."""
     old_logprobs: list[Tensor] = field(repr=False)
     """Per micro-batch, the log-probabilities before the first update on these rollouts."""
+    divisors: dict[str, int] = field(default_factory=dict[str, int])
+    """See :meth:`LossSettings.divisors`."""
 
 
 def policy_step(
@@ -70,16 +94,22 @@ def policy_step(
     """
     measured: list[dict[str, Tensor]] = []
     kept: list[Tensor] = []
+    counts = settings.divisors(batch)
+    with_entropy = bool(batch.weights.get("entropy"))
 
     def loss_of(number: int) -> Tensor:
         micro_batch = batch.micro_batches[number]
-        logprobs, entropy = policy_logprobs(policy, micro_batch)
+        logprobs, entropy = policy_logprobs(policy, micro_batch, entropy_gradient=with_entropy)
         old = logprobs.detach() if old_logprobs is None else old_logprobs[number]
         kept.append(old)
         sums = component_sums(logprobs, old, micro_batch, settings)
         if batch.weights["kl"]:
-            sums["kl"] = k3_kl(logprobs, micro_batch.ref_logprobs, micro_batch.rollout_mask)
-        loss = objective(sums, batch.weights, batch.counts)
+            mask = micro_batch.rollout_mask
+            weights = settings.row_weights(mask, logprobs.dtype)
+            sums["kl"] = k3_kl(logprobs, micro_batch.ref_logprobs, mask, weights=weights)
+        if with_entropy:
+            sums["entropy"] = torch.where(micro_batch.rollout_mask, entropy, 0.0).sum()
+        loss = objective(sums, batch.weights, counts)
         values = {"loss": loss, **sums}
         measured.append(
             {name: value.detach() for name, value in values.items()}
@@ -93,28 +123,41 @@ def policy_step(
     sums = reduce_sums(accelerator, measured)
     applied = math.isfinite(sums["loss"]) and math.isfinite(grad_norm)
     # Without an active component there is no gradient, and weight decay alone must not move the policy.
-    if applied and any(weight and batch.counts[name] for name, weight in batch.weights.items()):
+    if applied and any(weight and counts[name] for name, weight in batch.weights.items()):
         optimizer.step()
     optimizer.zero_grad()
-    return PolicyStep(applied=applied, grad_norm=grad_norm, sums=sums, old_logprobs=kept)
+    return PolicyStep(applied=applied, grad_norm=grad_norm, sums=sums, old_logprobs=kept, divisors=counts)
 
 
-def policy_logprobs(policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+def policy_logprobs(
+    policy: nn.Module, batch: MicroBatch, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Run the policy: log-probabilities and entropies [B, T] of the tokens that enter a loss component."""
-    return policy(*inputs_of(batch, batch.sft_mask | batch.rollout_mask))
+    inputs = inputs_of(batch, batch.sft_mask | batch.rollout_mask)
+    return policy(*inputs, entropy_gradient=entropy_gradient)
 
 
 def component_sums(
     logprobs: Tensor, old: Tensor, batch: MicroBatch, settings: LossSettings
 ) -> dict[str, Tensor]:
     """Sums of the "sft", "rl" and "adv" components over a micro-batch."""
-    clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
     importance = _importance(old, batch, settings)
-    adversarial = batch.adversarial_advantages
+
+    def surrogate(advantages: Tensor, mask: Tensor) -> Tensor:
+        weights, level = importance, settings.importance_sampling_level
+        lengths = settings.row_weights(mask, logprobs.dtype)
+        if lengths is not None:
+            weights = lengths if weights is None else weights * lengths
+        inputs = (logprobs, old, advantages, mask)
+        if settings.loss_type == "cispo":
+            return cispo_loss(*inputs, cap=settings.clip_high, weights=weights, level=level)
+        clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
+        return clipped_surrogate(*inputs, **clip, weights=weights, level=level)
+
     return {
         "sft": sft_loss(logprobs, batch.sft_mask, token_weight=settings.token_weight),
-        "rl": clipped_surrogate(logprobs, old, batch.advantages, batch.rl_mask, weights=importance, **clip),
-        "adv": clipped_surrogate(logprobs, old, adversarial, batch.adv_mask, weights=importance, **clip),
+        "rl": surrogate(batch.advantages, batch.rl_mask),
+        "adv": surrogate(batch.adversarial_advantages, batch.adv_mask),
     }
 
 
@@ -129,13 +172,16 @@ def _measure(
 ) -> dict[str, Tensor]:
     """Sums over a micro-batch that are logged only; the metrics divide them by the component's count."""
     rollout_mask = batch.rollout_mask
+    # CISPO has no lower bound, and TRL's `cispo_clip_ratio` counts only positive advantages.
+    cispo = settings.loss_type == "cispo"
     low, high = clip_counts(
         logprobs,
         old,
         batch.advantages,
         batch.rl_mask,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
+        clip_low=math.inf if cispo else settings.clip_low,
+        clip_high=settings.clip_high - cispo,
+        level=settings.importance_sampling_level,
     )
     difference = torch.where(rollout_mask, (old - batch.sampling_logprobs).abs(), 0.0)
     sums = {
@@ -147,6 +193,8 @@ def _measure(
         "sampling_difference": difference.sum(),
         "sampling_difference_max": difference.max(),
     }
+    if settings.loss_type == "grpo":
+        sums["token_kl"] = k3_kl(logprobs, batch.ref_logprobs, rollout_mask)
     importance = _importance(old, batch, settings)
     if importance is not None:
         sums["importance"] = torch.where(rollout_mask, importance, 0.0).sum()
