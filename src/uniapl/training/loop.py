@@ -21,7 +21,7 @@ from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
-from uniapl.training.oom_retry import read_in_parts, split_micro_batches
+from uniapl.training.oom_retry import read_in_parts, split_micro_batches, teach_in_parts
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
 from uniapl.training.state_adversary import StateAdversary
@@ -55,7 +55,7 @@ def run_stage(run: Run, stage: Stage) -> None:
             groups = score_with_discriminator(run, stage, groups, states)
             pair_metrics = stage.update_controllers(groups)
         with phase("update"):
-            batch = mix(run, stage, groups, demonstrations)
+            batch = read_with_teacher(stage, mix(run, stage, groups, demonstrations))
             gradient_metrics = measure_gradients(run, stage, batch)
             update = update_policy(run, stage, batch)
         with phase("discriminator"):
@@ -245,6 +245,13 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     return MixedBatch(
         rows=rows, micro_batches=batches, weights=weights, credits=credits, lambda_adv=lambda_adv
     )
+
+
+def read_with_teacher(stage: Stage, batch: MixedBatch) -> MixedBatch:
+    """Add the teacher's log-probabilities to this process's micro-batches, for the KL to the teacher."""
+    if stage.teacher is None or not batch.counts["kl"]:
+        return batch
+    return replace(batch, micro_batches=teach_in_parts(stage.teacher, batch.micro_batches))
 
 
 def measure_gradients(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float]:
