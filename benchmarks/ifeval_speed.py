@@ -61,10 +61,10 @@ def main() -> None:
     (suite,) = load_suites(config, tokenizer, stop_ids=stop_ids)
     sampler = LocalSampler(
         model=model,
-        stop_ids=stop_ids,
+        settings=SamplingSettings(
+            max_completion_length=options.max_completion_length, stop_ids=stop_ids, temperature=0.0
+        ),
         pad_id=tokenizer.pad_token_id,
-        max_completion_length=options.max_completion_length,
-        temperature=0.0,
         max_batch_size=options.batch_size,
     )
 

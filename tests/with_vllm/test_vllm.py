@@ -27,6 +27,7 @@ from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.policy import Policy
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Colocated, Server
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.teacher.local import LocalTeacher
 from uniapl.teacher.server import TeacherServer
@@ -49,7 +50,15 @@ def make_model(seed: int, *, tied: bool = False) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(Qwen3Config(**(SMALL | shape))).eval()
 
 
-def make_sampler(engine: Colocated | Server, model: PreTrainedModel, directory: Path) -> VLLMSampler:
+SETTINGS = SamplingSettings(max_completion_length=12, stop_ids={1, 2, 3}, temperature=TEMPERATURE)
+
+
+def make_sampler(
+    engine: Colocated | Server,
+    model: PreTrainedModel,
+    directory: Path,
+    settings: SamplingSettings = SETTINGS,
+) -> VLLMSampler:
     return VLLMSampler(
         engine=engine,
         model=model,
@@ -57,9 +66,7 @@ def make_sampler(engine: Colocated | Server, model: PreTrainedModel, directory: 
         directory=directory / "weights",
         canary=PROMPTS[0],
         tolerance=TOLERANCE,
-        temperature=TEMPERATURE,
-        stop_ids={1, 2, 3},
-        max_completion_length=12,
+        settings=settings,
     )
 
 

@@ -28,12 +28,12 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template_path: PathText | None = None
-    """Chat template to use and to save in place of the tokenizer's; a Jinja file, or a directory or Hub id of
-    a tokenizer, of which only the template is taken. null keeps the tokenizer's."""
+    """Chat template that replaces the tokenizer's, also in the saved model: a Jinja file, or a directory or
+    Hub id of a tokenizer that has one. null keeps the tokenizer's."""
     stop_tokens: Texts = ()
-    """Tokens that end a completion in addition to the end tokens in the files of the model, such as
-    <|im_end|>. Rollouts and evaluation stop there, demonstrations are cut there, and the saved model has
-    them as end tokens."""
+    """Tokens that end a completion, such as <|im_end|>, in addition to the end tokens in the model's files.
+    Sampling stops there, demonstrations are cut there, and they are written into the saved model's
+    generation_config.json."""
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of a LoRA adapter that is trained; null trains all weights of the model."""
     lora_alpha: int | None = Field(default=None, ge=1)

@@ -27,10 +27,10 @@ class EvaluationConfig(Section):
     """Sample among the tokens with at least this fraction of the most likely token's probability; 0 disables
     it."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Divide the logits of tokens in the prompt or the completion by this if they are positive, and multiply
-    them if not; 1 disables it."""
-    stop_strings: Texts = ()
-    """Texts that end a completion and belong to it; without any, those of rollout are used."""
+    """Factor by which the logits of tokens in the prompt or the completion are divided if they are positive,
+    and multiplied if not; 1 disables it."""
+    stop_strings: Texts | None = None
+    """Texts that end a completion and belong to it; null uses those of rollout."""
     limit: int | None = Field(default=None, ge=1)
     """Evaluate only this many prompts from the start of each suite; null evaluates all."""
     answer_after: str | None = None

@@ -24,8 +24,8 @@ class RolloutConfig(Section):
     """Sample among the tokens with at least this fraction of the most likely token's probability, with
     log-probabilities as for top_p; 0 disables it."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Divide the logits of tokens in the prompt or the completion by this if they are positive, and multiply
-    them if not. The log-probabilities remain those without the penalty. 1 disables it."""
+    """Factor by which the logits of tokens in the prompt or the completion are divided if they are positive,
+    and multiplied if not, with log-probabilities as for top_p; 1 disables it."""
     stop_strings: Texts = ()
     """Texts that end a completion. They belong to it, with all of the token that completes them."""
     max_batch_size: int = Field(default=256, ge=1)
@@ -61,11 +61,6 @@ class RolloutConfig(Section):
                 "busy while it trains"
             )
         return self
-
-    @property
-    def truncates(self) -> bool:
-        """Whether tokens are drawn from another distribution than that of the loss's log-probabilities."""
-        return (self.top_p, self.top_k, self.min_p, self.repetition_penalty) != (1, 0, 0, 1)
 
     @property
     def behind_server(self) -> bool:

@@ -18,6 +18,7 @@ from uniapl.config import RolloutConfig
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.http import RequestError, check_url, request_json
 from uniapl.rollout import SampledTokens, SampleRequest
+from uniapl.rollout.settings import warps
 from uniapl.threads import DeadlineError, call_with_deadline, map_in_threads
 
 Result = TypeVar("Result")
@@ -38,11 +39,11 @@ class EngineLostError(Exception):
 
 def check_vllm(config: RolloutConfig) -> None:
     """Raise a UsageError if vLLM or httpx is not installed, the URL is invalid, or a setting does not fit."""
-    if config.truncates and config.temperature != 1:
+    if warps(config) and config.temperature != 1:
         raise UsageError(
-            "rollout.top_p, top_k, min_p and repetition_penalty need rollout.temperature 1 or rollout.sampler "
-            "local: the loss needs log-probabilities of the full distribution, which vLLM reports only at "
-            "temperature 1"
+            "with rollout.sampler vllm, top_p, top_k, min_p and repetition_penalty need rollout.temperature "
+            "1: the loss uses the log-probabilities before them, which vLLM reports only at temperature 1. "
+            "Set it, or use rollout.sampler local"
         )
     if config.vllm_mode == "server":
         url = config.vllm_server_base_url

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, RepetitionPenaltyLogitsProcessor
+from transformers import PreTrainedModel
 
 from uniapl.rollout import SampledTokens, SampleRequest
 from uniapl.rollout.fused import FusedDecoder, Weights, same_logits, supports_fused
 from uniapl.rollout.plain import PlainDecoder
-from uniapl.rollout.settings import SamplingSettings
+from uniapl.rollout.settings import SamplingSettings, warps
 from uniapl.types import Rollout, TokenIds
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
@@ -34,6 +34,7 @@ class LocalSampler:
 
     model: PreTrainedModel
     settings: SamplingSettings
+    """How tokens are drawn and what ends a completion."""
     pad_id: int
     max_batch_size: int = 256
     """Rows decoded at the same time; it limits the memory of the cache."""
@@ -140,7 +141,7 @@ class LocalSampler:
     def _history(self, prompts: Sequence[TokenIds], num_generations: int) -> Tensor | None:
         """The tokens of each row, for the repetition penalty; None without one.
 
-        A shorter prompt repeats its first token in place of padding, which leaves its set of tokens unchanged.
+        A shorter prompt repeats its first token in place of padding: its set of tokens does not change.
         """
         if self.settings.repetition_penalty == 1:
             return None
@@ -155,32 +156,25 @@ class LocalSampler:
         return torch.cat([torch.rand(shape, dtype=torch.float64, generator=g) for g in generators])
 
     def _choose(self, logits: Tensor, uniforms: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next token of each row, and its log-probability before penalty and truncation."""
+        """The next token of each row, and its log-probability before the penalty and the truncation."""
         temperature = self.settings.temperature
-        if history is not None:
-            penalty = RepetitionPenaltyLogitsProcessor(self.settings.repetition_penalty)
-            # A token that only the penalty makes likely may have a probability that fp32 rounds to 0.
-            full = (logits / (temperature or 1)).log_softmax(-1)
-            tokens = self._draw(penalty(history, logits), uniforms)  # type: ignore[arg-type]
-            return tokens, full.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        if warps(self.settings):
+            # The probability of a token that the penalty makes likely can be too small for fp32.
+            logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+            warped = self.settings.processors(history, logits)  # type: ignore[arg-type]
+            if temperature == 0:
+                tokens = warped.max(dim=-1).indices
+            else:
+                tokens = inverse_cdf(relative_probs(warped, temperature=1.0), uniforms)
+            return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         if temperature == 0:
             tokens = logits.max(dim=-1).indices
             probs = relative_probs(logits, temperature=1.0)
         else:
             probs = relative_probs(logits, temperature=temperature)
-            tokens = inverse_cdf(self._truncated(probs), uniforms)
+            tokens = inverse_cdf(probs, uniforms)
         chosen = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         return tokens, chosen.log() - probs.sum(-1).log()
-
-    def _draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        if self.settings.temperature == 0:
-            return logits.max(dim=-1).indices
-        probs = relative_probs(logits, temperature=self.settings.temperature)
-        return inverse_cdf(self._truncated(probs), uniforms)
-
-    def _truncated(self, probs: Tensor) -> Tensor:
-        settings = self.settings
-        return truncate(probs, top_p=settings.top_p, top_k=settings.top_k, min_p=settings.min_p)
 
 
 def unfinished_rows(finished: Tensor) -> Tensor:
@@ -200,26 +194,6 @@ def relative_probs(logits: Tensor, *, temperature: float) -> Tensor:
     if temperature != 1:
         logits.div_(temperature)
     return logits.exp_()
-
-
-def truncate(probs: Tensor, *, top_p: float, top_k: int, min_p: float = 0.0) -> Tensor:
-    """Set unnormalised probabilities [R, V] to 0 outside the k most likely tokens, the nucleus and min-p.
-
-    The nucleus is the smallest set of most likely tokens whose mass reaches top_p of what top-k left, as in
-    transformers; min-p keeps tokens with at least this fraction of the largest probability. The result is not
-    normalised.
-    """
-    if 0 < top_k < probs.shape[-1]:
-        kth = probs.topk(top_k, dim=-1).values[:, -1:]
-        probs = torch.where(probs >= kth, probs, 0.0)
-    if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        mass_before = ordered.cumsum(-1) - ordered
-        ordered = torch.where(mass_before < top_p * ordered.sum(-1, keepdim=True), ordered, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-    if min_p > 0:
-        probs = torch.where(probs >= min_p * probs.amax(dim=-1, keepdim=True), probs, 0.0)
-    return probs
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -1,13 +1,25 @@
 """The settings of sampling, which every sampler applies alike, and the end of a completion."""
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StopStringCriteria
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from uniapl.config import Config
+from uniapl.config import Config, EvaluationConfig, RolloutConfig
+from uniapl.errors import UsageError
 from uniapl.rollout import SampledTokens
 from uniapl.types import Rollout
 
@@ -18,8 +30,23 @@ class StopStrings:
     Only the completion is searched, as in vLLM: a text that begins in the prompt does not end it.
     """
 
+    @staticmethod
+    def of(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> "StopStrings | None":
+        """The criterion for these texts; None if there are none. See :meth:`__init__`."""
+        return StopStrings(strings, tokenizer) if strings else None
+
     def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Index the vocabulary.
+
+        Raises:
+            UsageError: A text cannot be written with the tokenizer's vocabulary.
+        """
         self.strings = tuple(strings)
+        for text in self.strings:
+            if text not in str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)):
+                raise UsageError(
+                    f"stop_strings: the tokenizer cannot write {text!r}, so no completion would end there"
+                )
         self._criterion = StopStringCriteria(tokenizer, list(strings))
         self.width = self._criterion.maximum_token_len
         """Tokens in which the longest of the texts fits."""
@@ -45,11 +72,11 @@ class StopStrings:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How tokens are drawn and what ends a completion.
+    """How tokens are drawn and what ends a completion, in every sampler.
 
-    A token is drawn from the logits after the repetition penalty, the temperature, top-k, top-p and min-p, in
-    this order, as in `generate` of transformers. Its log-probability is that of the full distribution: at
-    this temperature, before the penalty and the truncation.
+    The next token is drawn from the logits after the repetition penalty, the temperature, min-p, top-k and
+    top-p, in vLLM's order (transformers' `generate` applies min-p last). Its log-probability is that of the
+    policy that is trained: at this temperature, without the penalty and the truncation.
     """
 
     max_completion_length: int
@@ -68,59 +95,68 @@ class SamplingSettings:
     def of_rollouts(
         config: Config, stop_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
     ) -> "SamplingSettings":
-        """The settings of `rollout`."""
-        rollout = config.rollout
-        return SamplingSettings(
-            max_completion_length=rollout.max_completion_length,
-            stop_ids=stop_ids,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            repetition_penalty=rollout.repetition_penalty,
-            stop_strings=StopStrings(rollout.stop_strings, tokenizer) if rollout.stop_strings else None,
-        )
+        """The settings of `rollout`.
+
+        Raises:
+            UsageError: The tokenizer cannot write a stop string.
+        """
+        section = config.rollout
+        strings = StopStrings.of(section.stop_strings, tokenizer)
+        return SamplingSettings(stop_ids=stop_ids, stop_strings=strings, **_shared(section))
 
     @staticmethod
     def of_evaluation(
         config: Config, stop_ids: Collection[int], tokenizer: PreTrainedTokenizerBase
     ) -> "SamplingSettings":
-        """The settings of `evaluation`, with the stop strings of `rollout` if it has none."""
-        evaluation = config.evaluation
-        strings = evaluation.stop_strings or config.rollout.stop_strings
+        """The settings of `evaluation`; see :meth:`of_rollouts`."""
+        section = config.evaluation
+        given = config.rollout.stop_strings if section.stop_strings is None else section.stop_strings
         return SamplingSettings(
-            max_completion_length=evaluation.max_completion_length,
             stop_ids=stop_ids,
-            temperature=evaluation.sampling_temperature,
-            top_p=evaluation.top_p,
-            top_k=evaluation.top_k,
-            min_p=evaluation.min_p,
-            repetition_penalty=evaluation.repetition_penalty,
-            stop_strings=StopStrings(strings, tokenizer) if strings else None,
+            stop_strings=StopStrings.of(given, tokenizer),
+            **_shared(section) | {"temperature": section.sampling_temperature},
         )
 
     @property
     def logprobs_mode(self) -> str:
-        """The log-probabilities that vLLM has to report: those of the full distribution.
+        """The mode in which vLLM reports the policy's log-probabilities.
 
-        Before truncation it reports those at temperature 1, after it those of what is left.
+        Processed ones are at the temperature, but after the penalty and the truncation; raw ones are before
+        all of them, at temperature 1.
         """
-        whole = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1, 0, 0, 1)
-        return "processed_logprobs" if whole else "raw_logprobs"
+        return "raw_logprobs" if warps(self) else "processed_logprobs"
+
+    @functools.cached_property
+    def processors(self) -> LogitsProcessorList:
+        """What changes the logits before a token is drawn, or at temperature 0 the largest is taken."""
+        found = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature not in (0, 1):
+            found.append(TemperatureLogitsWarper(self.temperature))
+        if self.min_p > 0:
+            found.append(MinPLogitsWarper(self.min_p))
+        if self.top_k > 0:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        return found
 
     def rollouts(self, completions: Iterable[SampledTokens], policy_version: int) -> tuple[Rollout, ...]:
-        """The rollouts of one prompt, cut after what ends them. Without an end, the length limit was reached.
+        """The rollouts of one prompt, cut after what ends them.
 
-        A sampler may return tokens that it sampled after the end of a completion.
+        A sampler may return tokens that it sampled after the end of a completion. A completion that it
+        stopped before the length limit has ended, too.
         """
         found: list[Rollout] = []
+        limit = self.max_completion_length
         for ids, logprobs in completions:
             end = self._end(ids)
             found.append(
                 Rollout(
                     completion_ids=tuple(ids[:end]),
                     sampling_logprobs=tuple(logprobs[:end]),
-                    finish_reason="length" if end is None else "stop",
+                    finish_reason="length" if end is None and len(ids) >= limit else "stop",
                     policy_version=policy_version,
                 )
             )
@@ -131,3 +167,15 @@ class SamplingSettings:
         by_token = next((n for n, token in enumerate(ids, start=1) if token in self.stop_ids), None)
         by_text = self.stop_strings.end(ids) if self.stop_strings is not None else None
         return min((end for end in (by_token, by_text) if end is not None), default=None)
+
+
+def _shared(section: RolloutConfig | EvaluationConfig) -> dict[str, Any]:
+    """The settings that both sections have under the same names."""
+    names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: getattr(section, name) for name in names}
+
+
+def warps(settings: SamplingSettings | RolloutConfig) -> bool:
+    """Whether tokens are drawn from another distribution than the policy's at this temperature."""
+    used = (settings.top_p, settings.top_k, settings.min_p, settings.repetition_penalty)
+    return used != (1, 0, 0, 1)

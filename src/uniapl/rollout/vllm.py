@@ -118,9 +118,7 @@ class VLLMSampler:
                 losses.append(str(error))
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
 
-    def _generate(
-        self, request: SampleRequest, settings: SamplingSettings
-    ) -> list[tuple[Rollout, ...]]:
+    def _generate(self, request: SampleRequest, settings: SamplingSettings) -> list[tuple[Rollout, ...]]:
         groups = self._completions(request, settings)
         return [settings.rollouts(group, request.policy_version) for group in groups]
 
@@ -191,8 +189,8 @@ class VLLMSampler:
                 f"vLLM does not sample with the weights sent {when}: its log-probabilities differ from the "
                 f"trainer's by {difference:.2g} nats per token (rollout.vllm_max_logp_difference is "
                 f"{self.tolerance:g}). A server needs --logprobs-mode {self.settings.logprobs_mode}, the "
-                "trainer's dtype, and no other client that sends it weights; vLLM's CPU build cannot reload the output "
-                "head of a model with tied embeddings"
+                "trainer's dtype, and no other client that sends it weights; vLLM's CPU build cannot reload "
+                "the output head of a model with tied embeddings"
             )
 
     @torch.inference_mode()

@@ -71,7 +71,7 @@ def _vllm_sampler(
             # Compilation pays off only on a GPU.
             "enforce_eager": accelerator.device.type != "cuda",
         }
-        has_strings = rollout.stop_strings or config.evaluation.stop_strings
+        has_strings = bool(rollout.stop_strings or config.evaluation.stop_strings)
         engine = Colocated(
             settings=arguments,
             timeout=rollout.vllm_timeout,

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 import uniapl
 from support.fake_vllm import FakeServer, behind, serving
 from support.runs import evaluated, lines, recipe, run_until, timeless, train, write_recipe
+from support.sampling import local_sampler
 from support.tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.errors import Interrupted
 from uniapl.rollout import SampleRequest, engines
-from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.types import derive_seed
 
@@ -78,7 +78,7 @@ def test_rollouts_are_of_the_weights_a_step_before(
     sampled = lines(run / "completions.jsonl")
     for step in (2, 3, 4):
         weights = model_dir if step == 2 else checkpoint.checkpoint_path(run, step - 2)
-        sampler = LocalSampler(
+        sampler = local_sampler(
             model=AutoModelForCausalLM.from_pretrained(weights),
             stop_ids=[make_tokenizer().eos_token_id],
             pad_id=0,
