@@ -57,6 +57,7 @@ SHOWN = {
 EXEMPT = {
     "make ": "the virtual environment alone takes minutes",
     "pip install": "the index",
+    "python examples/": "the tests of the examples run them",
     "git clone": "there is no one address",
     "cd uniapl": "goes with git clone",
     "export VLLM": "goes with vllm serve",
