@@ -38,6 +38,8 @@ class FakeVLLM:
         """Reports log-probabilities at temperature 1 (raw_logprobs)."""
         self.cached = False
         """The prefix cache was computed with older weights."""
+        self.reads_text = True
+        """Has a tokenizer, without which it finds no stop strings."""
 
     def load(self, directory: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory)
@@ -52,6 +54,7 @@ class FakeVLLM:
         assert asked["ignore_eos"]
         assert not self.cached
         assert asked["logprobs"] == 0
+        assert self.reads_text or "stop" not in asked
 
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         settings = SamplingSettings(
