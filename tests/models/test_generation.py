@@ -1,13 +1,12 @@
 """generation_config.json, stop tokens and chat templates of a model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from support.runs import recipe, train, write_recipe
+from support.runs import lines, recipe, train, write_recipe
 from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import EvaluationConfig, ModelConfig, RolloutConfig
@@ -116,7 +115,7 @@ def test_a_chat_template_that_cannot_work_is_refused(template: str | None, said:
     model, path = save_model(tmp_path / "model"), tmp_path / "chat.jinja"
     if template is not None:
         path.write_text(template)
-    with pytest.raises(UsageError, match=f"model.chat_template_path '{path}'.*{said}"):
+    with pytest.raises(UsageError, match=rf"model\.chat_template_path '{path}'.*{said}"):
         template_of(model, path)
 
 
@@ -138,17 +137,13 @@ def test_the_chat_template_is_used_in_training_and_saved(lora: dict[str, Any], t
     rows = [{"prompt": [{"role": "user", "content": "hi"}], "letter": "a"}] * 4
     values = recipe(model, tmp_path / "run", max_steps=1, save_steps=1, method="grpo")
     values["model"] |= {"chat_template_path": str(tmp_path / "chat.jinja"), **lora}
-    seen: list[str] = []
-
-    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        return [float(len(str(text))) for text in completions]
-
-    train(values, train_dataset=rows, reward_functions=[reward])
+    train(values, train_dataset=rows)
     for saved in ("final", "checkpoints/step-000001"):
         tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "run" / saved)
         assert tokenizer.chat_template == TEMPLATE
-    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "run" / "completions.jsonl").open()]
-    assert {str(prompt) for prompt in prompts}, seen
+    assert {record["prompt"] for record in lines(tmp_path / "run" / "completions.jsonl")} == {
+        "<turn>uhi<eos><turn>a"
+    }
     assert cli.run(["export", str(tmp_path / "run"), "-o", str(tmp_path / "exported")]) == 0
     exported: Any = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert exported.chat_template == TEMPLATE

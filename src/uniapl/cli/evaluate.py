@@ -237,10 +237,12 @@ def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
 
 def _differences(results: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
     ours, theirs = results["settings"], against["settings"]
-    changed = [key for key in ours if key not in ("suites", "limit") and ours[key] != theirs.get(key)]
+    # Earlier versions had fewer settings.
+    compared = ours.keys() & theirs.keys() - {"suites", "limit"}
+    changed = [key for key in ours if key in compared and ours[key] != theirs[key]]
     return {
         "model": against["model"],
-        "notes": [f"{key} is {ours[key]} here and was {theirs.get(key)} there" for key in changed],
+        "notes": [f"{key} is {ours[key]} here and was {theirs[key]} there" for key in changed],
         "suites": {
             name: paired(result, against["suites"][name])
             for name, result in results["suites"].items()
