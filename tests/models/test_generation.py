@@ -126,7 +126,7 @@ def test_a_tokenizer_without_a_template_and_a_binary_file_are_refused(tmp_path: 
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be read"):
         template_of(model, path)
-    with pytest.raises(UsageError, match="tokenizer of model.chat_template_path '.*nothing': directory not"):
+    with pytest.raises(UsageError, match=r"tokenizer of model\.chat_template_path '.*nothing': directory not"):
         template_of(model, tmp_path / "nothing")
 
 
