@@ -21,9 +21,9 @@ TOKENIZER = make_tokenizer()
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that repeats itself, and whose generation_config.json would change every completion."""
+    """A model whose generation_config.json would change every completion."""
     path = tmp_path_factory.mktemp("model")
-    make_model(scale=3.0).save_pretrained(path)
+    make_model("mistral_sliding", scale=6.0).save_pretrained(path)
     TOKENIZER.save_pretrained(path)
     settings = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "do_sample": True, "top_k": 3}
     GenerationConfig(eos_token_id=1, **settings).save_pretrained(path)
@@ -32,18 +32,22 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def generated(path: Path, prompt: str, **settings: Any) -> str:
     """The most likely completion by transformers itself."""
+    return TOKENIZER.decode(generated_ids(path, prompt, **settings), skip_special_tokens=True)
+
+
+def generated_ids(path: Path, prompt: str, **settings: Any) -> list[int]:
     model: Any = AutoModelForCausalLM.from_pretrained(path)
     model.generation_config = GenerationConfig()
     inputs = TOKENIZER(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     options = {"do_sample": False, "max_new_tokens": LIMIT, "eos_token_id": 1, "pad_token_id": 0}
     mask = torch.ones_like(inputs)
     output = model.generate(inputs, attention_mask=mask, tokenizer=TOKENIZER, **options | settings)
-    return TOKENIZER.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
+    return output[0, inputs.shape[1] :].tolist()
 
 
 def suite(folder: Path) -> Path:
     path = folder / "held_out.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    path.write_text("".join(json.dumps({"prompt": prompt, "letter": "a"}) + "\n" for prompt in PROMPTS))
     return path
 
 
@@ -72,13 +76,12 @@ def chatted(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, *flags: st
 def test_evaluate_and_chat_complete_as_generate(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = [generated(model_dir, prompt) for prompt in PROMPTS]
-    texts = [plain[0][4:6], plain[1][7]]
+    texts = ["bj", "\n\n"]
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({}, []),
         ({"repetition_penalty": 1.6}, ["--repetition-penalty", "1.6"]),
         ({"stop_strings": texts}, ["--stop-strings", *texts]),
-        ({"eos_token_id": [1, TOKENIZER(texts[1]).input_ids[0]]}, ["--stop-tokens", texts[1]]),
+        ({"eos_token_id": [1, TOKENIZER("g").input_ids[0]]}, ["--stop-tokens", "g"]),
     ]
     found: list[list[str]] = []
     for settings, flags in cases:
@@ -87,7 +90,9 @@ def test_evaluate_and_chat_complete_as_generate(
         completions, results = evaluated(model_dir, tmp_path, *flags, "--min-p", "0.2", "--top-p", "0.5")
         assert completions == expected
         assert chatted(model_dir, monkeypatch, capsys, *flags, "--min-p", "0.2") == expected
-        assert results["suites"]["held_out"]["truncated"] == sum(len(x) == LIMIT for x in expected) / 4
+        lengths = [len(generated_ids(model_dir, prompt, **settings)) for prompt in PROMPTS]
+        assert results["suites"]["held_out"]["truncated"] == lengths.count(LIMIT) / 4
+        assert results["suites"]["held_out"]["mean_length"] == sum(lengths) / 4
         found.append(expected)
     assert len({tuple(one) for one in found}) == 4
     (note,) = results["notes"]
@@ -96,7 +101,7 @@ def test_evaluate_and_chat_complete_as_generate(
 
 def test_evaluation_during_training_completes_as_evaluate(model_dir: Path, tmp_path: Path) -> None:
     """With the stop strings of the rollouts, which the recipe gives to `uniapl evaluate` too."""
-    text = generated(model_dir, PROMPTS[0])[3:5]
+    text = "bj"
     evaluation = {"suites": str(suite(tmp_path)), "max_completion_length": LIMIT, "repetition_penalty": 1.2}
     values = recipe(model_dir, tmp_path / "run", max_steps=1, eval_steps=1, evaluation=evaluation)
     values["rollout"] |= {"stop_strings": [text], "min_p": 0.1}
@@ -118,7 +123,7 @@ def test_evaluation_during_training_completes_as_evaluate(model_dir: Path, tmp_p
 def test_chat_with_a_run_stops_as_the_run_does(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = generated(model_dir, PROMPTS[0])[3:5]
+    text = "bj"
     values = recipe(model_dir, tmp_path / "run", max_steps=1, optim={"learning_rate": 1e-12})
     values["rollout"] |= {"stop_strings": [text]}
     train(values)

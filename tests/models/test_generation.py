@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from support.runs import lines, recipe, train, write_recipe
+from support.runs import recipe, train, write_recipe
 from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import EvaluationConfig, ModelConfig, RolloutConfig
+from uniapl.config.resolve import resolve
 from uniapl.errors import UsageError
 from uniapl.models.generation import unused_generation_settings
 from uniapl.models.loading import ModelSource, load_stop_ids, load_tokenizer
+from uniapl.training.given import Given
+from uniapl.training.preflight.load import load_inputs
 
 TEMPLATE = (
     "{% for m in messages %}<turn>{{ m.role[0] }}{{ m.content }}<eos>{% endfor %}"
@@ -126,7 +129,9 @@ def test_a_tokenizer_without_a_template_and_a_binary_file_are_refused(tmp_path: 
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be read"):
         template_of(model, path)
-    with pytest.raises(UsageError, match=r"tokenizer of model\.chat_template_path '.*nothing': directory not"):
+    with pytest.raises(
+        UsageError, match=r"tokenizer of model\.chat_template_path '.*nothing': directory not"
+    ):
         template_of(model, tmp_path / "nothing")
 
 
@@ -141,9 +146,9 @@ def test_the_chat_template_is_used_in_training_and_saved(lora: dict[str, Any], t
     for saved in ("final", "checkpoints/step-000001"):
         tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "run" / saved)
         assert tokenizer.chat_template == TEMPLATE
-    assert {record["prompt"] for record in lines(tmp_path / "run" / "completions.jsonl")} == {
-        "<turn>uhi<eos><turn>a"
-    }
+    resolved = resolve(values)
+    (example, *_) = load_inputs(resolved, [resolved], Given(train_dataset=rows)).dataset.examples
+    assert make_tokenizer().decode(list(example.prompt_ids)) == "<turn>uhi<eos><turn>a"
     assert cli.run(["export", str(tmp_path / "run"), "-o", str(tmp_path / "exported")]) == 0
     exported: Any = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert exported.chat_template == TEMPLATE
