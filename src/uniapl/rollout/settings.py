@@ -43,7 +43,9 @@ class StopStrings:
         """
         self.strings = tuple(strings)
         for text in self.strings:
-            if text not in str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)):
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            # Some tokenizers remove white space around a text, which completions may have.
+            if text.strip() not in str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)):
                 raise UsageError(
                     f"stop_strings: the tokenizer cannot write {text!r}, so no completion would end there"
                 )
