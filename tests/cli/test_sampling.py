@@ -32,7 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def generated(path: Path, prompt: str, **settings: Any) -> str:
     """The most likely completion by transformers itself."""
-    return TOKENIZER.decode(generated_ids(path, prompt, **settings), skip_special_tokens=True)
+    return str(TOKENIZER.decode(generated_ids(path, prompt, **settings), skip_special_tokens=True))
 
 
 def generated_ids(path: Path, prompt: str, **settings: Any) -> list[int]:
@@ -84,6 +84,7 @@ def test_evaluate_and_chat_complete_as_generate(
         ({"eos_token_id": [1, TOKENIZER("g").input_ids[0]]}, ["--stop-tokens", "g"]),
     ]
     found: list[list[str]] = []
+    results: dict[str, Any] = {}
     for settings, flags in cases:
         expected = [generated(model_dir, prompt, **settings) for prompt in PROMPTS]
         # Greedy decoding takes the most likely token under every truncation.

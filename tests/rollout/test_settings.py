@@ -129,7 +129,7 @@ def test_fused_and_plain_decoding_agree() -> None:
 def test_stop_strings_end_a_completion_as_in_generate() -> None:
     whole = [generated(MODEL, prompt) for prompt in PROMPTS]
     # Two tokens of the first completion, and one of the last.
-    texts = [TOKENIZER.decode(whole[0][2:4]), TOKENIZER.decode(whole[3][3:4])]
+    texts = [str(TOKENIZER.decode(part)) for part in (whole[0][2:4], whole[3][3:4])]
     groups = sample(MODEL, temperature=0.0, stop_strings=StopStrings(texts, TOKENIZER))
     for prompt, group, full in zip(PROMPTS, groups, whole, strict=True):
         expected = generated(MODEL, prompt, stop_strings=texts)
@@ -147,7 +147,7 @@ def test_stop_strings_end_a_completion_as_in_generate() -> None:
 def test_a_text_that_begins_in_the_prompt_does_not_end_the_completion() -> None:
     prompt = PROMPTS[0]
     first = generated(MODEL, prompt)[0]
-    strings = StopStrings([TOKENIZER.decode([prompt[-1], first])], TOKENIZER)
+    strings = StopStrings([str(TOKENIZER.decode([prompt[-1], first]))], TOKENIZER)
     sampler = local_sampler(
         MODEL, stop_ids={1}, pad_id=0, max_completion_length=4, temperature=0.0, stop_strings=strings
     )

@@ -211,11 +211,10 @@ def load_model_config(source: ModelSource) -> Any:
 
 def load_model(source: ModelSource) -> PreTrainedModel:
     """The complete model in fp32, with its adapter merged. Training may compute in bf16 under autocast."""
-    model = _load_base(source)
+    model: Any = _load_base(source)
     if source.adapter is None:
         return model
-    saved = Path(source.adapter) / "generation_config.json"
-    if saved.exists():
+    if (source.adapter / "generation_config.json").exists():
         model.generation_config = read_generation_config(str(source.adapter))
     return merge_adapter(model, source.adapter)
 

@@ -67,7 +67,8 @@ class StopStrings:
         """Number of tokens up to and including the first that completes a text; None if no token does."""
         before = [self._nothing] * (self.width - 1)
         # The criterion's tables stay on the device of the sampler.
-        tokens = torch.tensor([*before, *ids], device=self._criterion.embedding_vec.device)
+        table: Any = self._criterion.embedding_vec
+        tokens = torch.tensor([*before, *ids], device=table.device)
         complete = self.complete(tokens.unfold(0, self.width, 1)).tolist()
         return complete.index(True) + 1 if True in complete else None
 
@@ -113,11 +114,9 @@ class SamplingSettings:
         """The settings of `evaluation`; see :meth:`of_rollouts`."""
         section = config.evaluation
         given = config.rollout.stop_strings if section.stop_strings is None else section.stop_strings
-        return SamplingSettings(
-            stop_ids=stop_ids,
-            stop_strings=StopStrings.of(given, tokenizer),
-            **_shared(section) | {"temperature": section.sampling_temperature},
-        )
+        shared = _shared(section)
+        shared["temperature"] = section.sampling_temperature
+        return SamplingSettings(stop_ids=stop_ids, stop_strings=StopStrings.of(given, tokenizer), **shared)
 
     @property
     def logprobs_mode(self) -> str:
