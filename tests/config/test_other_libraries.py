@@ -76,7 +76,7 @@ def test_every_suggested_key_exists() -> None:
         ("chat_template_path", "did you mean 'model.chat_template_path'?"),
         ("eos_token", "did you mean 'model.stop_tokens (tokens as text"),
         ("stop_words", "did you mean 'rollout.stop_strings'?"),
-        ("generation_kwargs", "it has no equivalent: sampling has temperature, top_p, top_k, min_p, "),
+        ("generation_kwargs", "it has no equivalent: rollout and evaluation have temperature, "),
     ],
 )
 def test_common_keys(name: str, said: str) -> None:

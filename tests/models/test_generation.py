@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from support.runs import recipe, train, write_recipe
+from support.runs import has_letter, recipe, train, write_recipe
 from support.tiny import letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import EvaluationConfig, ModelConfig, RolloutConfig
@@ -46,6 +46,14 @@ def test_settings_that_are_not_used_are_reported(tmp_path: Path) -> None:
     assert "temperature: 0.6" in note, "where one place uses another value"
     assert notes(tmp_path, RolloutConfig(stop_strings=("a",)), stop_strings="a") == []
     assert notes(tmp_path, temperature=0.6, do_sample=True) == [], "where nothing is sampled"
+    neutral = {"output_attentions": False, "num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
+    assert notes(tmp_path, rollout, evaluation, **neutral) == []
+
+
+def test_a_file_that_transformers_made_from_the_model_is_not_reported(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    assert (model / "generation_config.json").exists()
+    assert unused_generation_settings(str(model), None, [RolloutConfig(), EvaluationConfig()]) == []
 
 
 def test_check_reports_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +155,8 @@ def test_the_chat_template_is_used_in_training_and_saved(lora: dict[str, Any], t
         tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "run" / saved)
         assert tokenizer.chat_template == TEMPLATE
     resolved = resolve(values)
-    (example, *_) = load_inputs(resolved, [resolved], Given(train_dataset=rows)).dataset.examples
+    given = Given(train_dataset=rows, reward_functions=[has_letter])
+    (example, *_) = load_inputs(resolved, [resolved], given).dataset.examples
     assert make_tokenizer().decode(list(example.prompt_ids)) == "<turn>uhi<eos><turn>a"
     assert cli.run(["export", str(tmp_path / "run"), "-o", str(tmp_path / "exported")]) == 0
     exported: Any = AutoTokenizer.from_pretrained(tmp_path / "exported")

@@ -106,8 +106,10 @@ def test_logprobs_are_those_of_the_policy_and_draws_those_of_the_warped_distribu
         drawn = distribution(logits[0].tolist(), list(prompt), temperature=temperature, **settings)
         expected = torch.tensor(drawn)
         frequencies = torch.bincount(chosen, minlength=VOCABULARY) / count
-        # Five standard errors of a multinomial frequency; a token of probability 0 is never drawn.
-        assert ((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
+        # Five standard errors of a multinomial frequency, and three draws for the rarest tokens.
+        allowed = 5 * (expected * (1 - expected) / count).sqrt() + 3 / count
+        assert ((frequencies - expected).abs() <= allowed).all()
+        assert frequencies[expected == 0].sum() == 0
         assert (expected - policy.exp()).abs().max() > 0.02
 
 
@@ -139,9 +141,9 @@ def test_stop_strings_end_a_completion_as_in_generate() -> None:
             ended = len(expected) < LIMIT or expected[-1] == 1
             assert rollout.finish_reason == ("stop" if ended else "length")
         assert expected == full[: len(expected)]
-    assert [len(group[0].completion_ids) for group in groups] == [4, LIMIT, LIMIT, 4], (
-        "the text belongs to it"
-    )
+    # The text belongs to the completion. The third ends with <unk>, which contains the second text, k.
+    assert texts == ["vF", "k"]
+    assert [len(group[0].completion_ids) for group in groups] == [4, LIMIT, 12, 4]
 
 
 def test_a_text_that_begins_in_the_prompt_does_not_end_the_completion() -> None:

@@ -79,11 +79,6 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     if not (getattr(options, "data.prompt_format") or options.recipe) and tokenizer.chat_template:
         config = config.model_copy(update={"data": config.data.model_copy(update={"prompt_format": "chat"})})
-    settings = {**evaluation.model_dump(mode="json"), "prompt_format": config.data.prompt_format}
-    settings["temperature"] = evaluation.sampling_temperature
-    if evaluation.stop_strings is None:
-        settings["stop_strings"] = config.rollout.model_dump(mode="json")["stop_strings"]
-    settings |= config.model.model_dump(mode="json", include={*OVERRIDES["model"]})
     against = _read_results(options.against, evaluation.suites) if options.against else None
     tasks = find_tasks(options.lm_eval_tasks, options.lm_eval_include_path) if options.lm_eval_tasks else None
     model = load_model(source)
@@ -114,7 +109,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     results: dict[str, Any] = {
         "model": options.model,
         "versions": {name: version(name) for name in ("uniapl", "torch", "transformers")},
-        "settings": settings,
+        "settings": _settings(config),
         "seed": options.seed,
         "suites": {name: result.summary for name, result in found.items()},
         "notes": unused_generation_settings(source.base, source.revision, [evaluation]),
@@ -219,6 +214,15 @@ def _config(options: argparse.Namespace) -> Config:
         remedy = "give --suites, a recipe with evaluation.suites, or --lm-eval-tasks"
         raise UsageError(f"nothing to evaluate: {remedy}")
     return config
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """How the completions are sampled, with the defaults that depend on other keys filled in."""
+    found = config.evaluation.model_dump(mode="json") | {"prompt_format": config.data.prompt_format}
+    found["temperature"] = config.evaluation.sampling_temperature
+    if found["stop_strings"] is None:
+        found["stop_strings"] = config.rollout.model_dump(mode="json")["stop_strings"]
+    return found | config.model.model_dump(mode="json", include={*OVERRIDES["model"]})
 
 
 def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:

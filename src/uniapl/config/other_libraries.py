@@ -33,7 +33,9 @@ OTHER_NAMES = _by_name(
         "model.model_name_or_path": "model base_model model_id model_id_or_path model_path model_dir",
         "model.model_revision": "base_model_revision",
         "model.attn_implementation": "attn_impl flash_attention flash_attn use_flash_attn xformers_attention",
-        "model.chat_template_path (a Jinja file or a tokenizer)": "chat_template chat_template_jinja template",
+        "model.chat_template_path (a Jinja file or a tokenizer)": (
+            "chat_template chat_template_jinja template"
+        ),
         "model.stop_tokens (tokens as text, in addition to the model's)": (
             "eos_token eos_token_id stop_token_ids extra_eos_tokens"
         ),
@@ -177,8 +179,7 @@ NO_EQUIVALENT = _by_name(
         "demonstrations have no label smoothing, and their embeddings no noise": (
             "label_smoothing_factor neftune_noise_alpha"
         ),
-        "sampling has temperature, top_p, top_k, min_p, repetition_penalty and stop_strings, under rollout and "
-        "evaluation": (
+        "rollout and evaluation have temperature, top_p, top_k, min_p, repetition_penalty and stop_strings": (
             "generation_kwargs presence_penalty frequency_penalty no_repeat_ngram_size typical_p "
             "cache_implementation"
         ),

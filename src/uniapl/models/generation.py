@@ -12,10 +12,18 @@ from uniapl.data.rendering import ChatTemplate, render_conversation
 from uniapl.errors import UsageError
 
 OTHER_KEYS = {
-    *("eos_token_id", "bos_token_id", "pad_token_id"),
-    *("transformers_version", "_from_model_config", "use_cache", "cache_implementation"),
+    *("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"),
+    *("use_cache", "cache_implementation", "output_attentions", "output_hidden_states", "output_scores"),
+    *("output_logits", "return_dict_in_generate"),
 }
 """Keys of generation_config.json that are used, or do not change a completion."""
+WITHOUT_EFFECT: Any = {
+    **{"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0},
+    **{"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "length_penalty": 1.0},
+    **{"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0},
+    **{"num_return_sequences": 1, "early_stopping": False, "remove_invalid_values": False},
+}
+"""Values of other settings with which they change no completion."""
 TEMPLATE_FILES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
@@ -52,7 +60,7 @@ def unused_generation_settings(
     """
     config = read_generation_config(name, revision)
     given = {} if config is None else config.to_diff_dict()
-    sections = [_as_generation_config(section) for section in used]
+    sections = [WITHOUT_EFFECT | _as_generation_config(section) for section in used]
     ignored = {
         key: value
         for key, value in given.items()

@@ -91,10 +91,7 @@ def load_inputs(
     suites: tuple[Suite, ...] = ()
     if with_suites:
         scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
-        suites = load_suites(config, tokenizer, **scoring)
-        if own_suites := given.suites(config):
-            suites += load_suites(config, tokenizer, rows=own_suites, **scoring)
-            _check_names(suites)
+        suites = _load_suites(config, tokenizer, given, **scoring)
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
         source=model_source,
@@ -113,13 +110,19 @@ def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewar
     return [*notes_on_lengths(stages, dataset), *of_adversary, *notes_on_teacher(stages)]
 
 
-def _check_names(suites: Sequence[Suite]) -> None:
+def _load_suites(
+    config: Config, tokenizer: PreTrainedTokenizerBase, given: Given, **scoring: Any
+) -> tuple[Suite, ...]:
+    """The suites of the recipe, and those given to :func:`uniapl.train`."""
+    suites = load_suites(config, tokenizer, **scoring)
+    if own := given.suites(config):
+        suites += load_suites(config, tokenizer, rows=own, **scoring)
     names = [suite.name for suite in suites]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(
-                f"two suites are called '{name}': give eval_dataset as a mapping of names to rows"
-            )
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UsageError(
+            f"two suites are called '{repeated[0]}': give eval_dataset as a mapping of names to rows"
+        )
+    return suites
 
 
 def _sha256(rows: Sequence[Mapping[str, Any]]) -> str:
