@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from support.runs import recipe, train
 from support.tiny import make_model, make_tokenizer
 from uniapl import cli
+from uniapl.cli import evaluate
 
 LIMIT = 24
 PROMPTS = ["say a.", "hello", "a", "Any words, or none"]
@@ -98,6 +99,22 @@ def test_evaluate_and_chat_complete_as_generate(
     assert len({tuple(one) for one in found}) == 4
     (note,) = results["notes"]
     assert "do_sample: True, no_repeat_ngram_size: 1, repetition_penalty: 9.0, top_k: 3" in note
+
+
+def test_lm_eval_does_not_use_generation_config(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def run(model: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        seen.append(model.generation_config.to_diff_dict())
+        return {}
+
+    monkeypatch.setattr(evaluate, "find_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "run_lm_eval", run)
+    out = str(tmp_path / "out")
+    assert cli.run(["evaluate", str(model_dir), "--lm-eval-tasks", "task", "--output-dir", out]) == 0
+    assert [settings.keys() - {"transformers_version"} for settings in seen] == [{"eos_token_id"}]
 
 
 def test_evaluation_during_training_completes_as_evaluate(model_dir: Path, tmp_path: Path) -> None:
