@@ -148,6 +148,8 @@ def test_chat_with_a_run_stops_as_the_run_does(
     final = tmp_path / "run" / "final"
     expected = [generated(model_dir, prompt, stop_strings=[text]) for prompt in PROMPTS]
     assert chatted(final, monkeypatch, capsys) == expected
+    assert cli.run(["chat", str(final)]) == 0
+    assert f"note: stop strings as in {tmp_path / 'run' / 'config.yaml'}: ['bj']" in capsys.readouterr().err
     other = [generated(model_dir, prompt, stop_strings=["zq"]) for prompt in PROMPTS]
     assert chatted(final, monkeypatch, capsys, "--stop-strings", "zq") == other
     assert expected != other

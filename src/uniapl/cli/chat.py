@@ -93,8 +93,10 @@ def _config(options: argparse.Namespace) -> Config:
     run = _run_of(options.model)
     values = vars(options)
     sampling: dict[str, Any] = {key: values[key] for key in SAMPLING if values[key] is not None}
-    if run is not None:
-        sampling = {"stop_strings": _recipe_of(run).rollout.stop_strings} | sampling
+    if run is not None and "stop_strings" not in sampling:
+        sampling["stop_strings"] = strings = _recipe_of(run).rollout.stop_strings
+        if strings:
+            print(f"note: stop strings as in {run / 'config.yaml'}: {list(strings)}", file=sys.stderr)
     model = {key: values[key] for key in ("trust_remote_code", "chat_template_path", "stop_tokens")}
     return resolve(
         {

@@ -46,7 +46,7 @@ OVERRIDES = {
     "model": ("chat_template_path", "stop_tokens"),
 }
 """Keys of the recipe that have a flag of the same name."""
-LISTS = {"suites": "NAME", "stop_strings": "TEXT", "stop_tokens": "TOKEN"}
+LISTS = {"suites": "NAME", "stop_strings": "STR", "stop_tokens": "STR"}
 """Flags with several values, and how `--help` names one."""
 TRUNCATED = 0.1
 """The user is warned if more than this fraction of the completions reaches the token limit."""

@@ -28,10 +28,10 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template_path: PathText | None = None
-    """Chat template that replaces the tokenizer's, also in the saved model: a Jinja file, or a directory or
-    Hub id of a tokenizer that has one. null keeps the tokenizer's."""
+    """Jinja file or tokenizer whose chat template is used; a tokenizer is a directory or a Hub id. The
+    template is saved with the model. null keeps that of the model's tokenizer."""
     stop_tokens: Texts = ()
-    """Tokens that end a completion, such as <|im_end|>, in addition to the end tokens in the model's files.
+    """More tokens that end a completion, such as <|im_end|>; the end tokens in the model's files always do.
     Sampling stops there, demonstrations are cut there, and they are written into the saved model's
     generation_config.json."""
     lora_r: int | None = Field(default=None, ge=1)

@@ -24,11 +24,11 @@ class EvaluationConfig(Section):
     top_k: int = Field(default=0, ge=0)
     """Sample among the k most likely tokens; 0 disables it."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Sample among the tokens with at least this fraction of the most likely token's probability; 0 disables
+    """Least probability relative to the most likely token's; less likely tokens are not sampled. 0 disables
     it."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Factor by which the logits of tokens in the prompt or the completion are divided if they are positive,
-    and multiplied if not; 1 disables it."""
+    """Penalty on earlier tokens, also the prompt's; it divides their logits that are positive and multiplies
+    the others. 1 disables it."""
     stop_strings: Texts | None = None
     """Texts that end a completion and belong to it; null uses those of rollout."""
     limit: int | None = Field(default=None, ge=1)

@@ -21,11 +21,11 @@ class RolloutConfig(Section):
     top_k: int = Field(default=0, ge=0)
     """Sample among the k most likely tokens, with log-probabilities as for top_p; 0 disables it."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Sample among the tokens with at least this fraction of the most likely token's probability, with
-    log-probabilities as for top_p; 0 disables it."""
+    """Least probability relative to the most likely token's; less likely tokens are not sampled, with
+    log-probabilities as for top_p. 0 disables it."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Factor by which the logits of tokens in the prompt or the completion are divided if they are positive,
-    and multiplied if not, with log-probabilities as for top_p; 1 disables it."""
+    """Penalty on earlier tokens, also the prompt's; it divides their logits that are positive and multiplies
+    the others, with log-probabilities as for top_p. 1 disables it."""
     stop_strings: Texts = ()
     """Texts that end a completion. They belong to it, with all of the token that completes them."""
     max_batch_size: int = Field(default=256, ge=1)
