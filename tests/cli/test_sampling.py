@@ -110,7 +110,7 @@ def test_lm_eval_does_not_use_generation_config(
         seen.append(model.generation_config.to_diff_dict())
         return {}
 
-    monkeypatch.setattr(evaluate, "find_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "find_tasks", lambda *_: ["task"])
     monkeypatch.setattr(evaluate, "run_lm_eval", run)
     out = str(tmp_path / "out")
     assert cli.run(["evaluate", str(model_dir), "--lm-eval-tasks", "task", "--output-dir", out]) == 0
