@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -117,6 +117,12 @@ class SamplingSettings:
         shared = _shared(section)
         shared["temperature"] = section.sampling_temperature
         return SamplingSettings(stop_ids=stop_ids, stop_strings=StopStrings.of(given, tokenizer), **shared)
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON values, to compare those of two runs."""
+        strings = self.stop_strings.strings if self.stop_strings is not None else ()
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"stop_ids": sorted(self.stop_ids), "stop_strings": list(strings)}
 
     @property
     def logprobs_mode(self) -> str:

@@ -143,12 +143,13 @@ def test_a_resume_with_another_recipe_samples_again(
         "more": {"num_generations": 3},
         "cooler": {"temperature": 0.9},
         "shorter": {"max_completion_length": 5},
+        "stopping": {"stop_strings": ["e", "t"]},
         "without": {"max_off_policy_steps": 0},
     }.items():
         values = ahead(model_dir, tmp_path / name, server)
         run_until(3, values)
         train(ahead(model_dir, tmp_path / name, server, rollout=changed) | {"resume": "auto"})
-    for name in ("more", "cooler", "shorter"):
+    for name in ("more", "cooler", "shorter", "stopping"):
         assert staleness(tmp_path / name) == [0, 1, 0, 1]
     assert staleness(tmp_path / "without") == [0, 1, 0, 0]
 
