@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, Qwen3Config
 
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 
 GENERATIONS = 8
 STOP = 1
@@ -74,8 +75,8 @@ class PlannedSampler(LocalSampler):
         lengths = torch.cat([planned(self.max_completion_length)[seed] for seed in seeds])
         return uniforms.scatter(1, (lengths - 1).unsqueeze(-1), 2.0)
 
-    def _choose(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, logprobs = super()._choose(logits, uniforms.clamp(max=0.5))
+    def _choose(self, logits: Tensor, uniforms: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens, logprobs = super()._choose(logits, uniforms.clamp(max=0.5), history)
         tokens = torch.where(tokens == STOP, OTHER, tokens)
         return torch.where(uniforms > 1, STOP, tokens), logprobs
 
@@ -117,11 +118,10 @@ def decoders(model: Any, size: Size) -> dict[str, Callable[[], Sequence[int]]]:
         3, model.config.vocab_size, (size.prompts, size.prompt_length), generator=generator
     )
     lengths = planned(size.new_tokens).flatten()
-    settings: dict[str, Any] = {"model": model, "stop_ids": {STOP}, "pad_id": 0}
-    settings["max_completion_length"] = size.new_tokens
+    sampling = SamplingSettings(max_completion_length=size.new_tokens, stop_ids={STOP})
 
     def ours(decoding: str) -> Callable[[], Sequence[int]]:
-        sampler = PlannedSampler(decoding=decoding, **settings)  # type: ignore[arg-type]
+        sampler = PlannedSampler(model=model, settings=sampling, pad_id=0, decoding=decoding)
 
         def run() -> Sequence[int]:
             groups = sampler.sample(

@@ -27,6 +27,7 @@ from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.suites import load_suites
 from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 
 TASK = """\
 include: {theirs}/ifeval.yaml
@@ -60,10 +61,10 @@ def main() -> None:
     (suite,) = load_suites(config, tokenizer, stop_ids=stop_ids)
     sampler = LocalSampler(
         model=model,
-        stop_ids=stop_ids,
+        settings=SamplingSettings(
+            max_completion_length=options.max_completion_length, stop_ids=stop_ids, temperature=0.0
+        ),
         pad_id=tokenizer.pad_token_id,
-        max_completion_length=options.max_completion_length,
-        temperature=0.0,
         max_batch_size=options.batch_size,
     )
 

@@ -30,6 +30,7 @@ from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.types import derive_seed
 
 
@@ -111,13 +112,12 @@ def sample(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
     """TRL's `rollout_func` with UniAPL's sampler: what was sampled is what is trained, by token id."""
     tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
     prompt_ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    sampler = LocalSampler(
-        model=model,
-        stop_ids={tokenizer.eos_token_id},
-        pad_id=tokenizer.pad_token_id,
+    settings = SamplingSettings(
         max_completion_length=trainer.max_completion_length,
+        stop_ids={tokenizer.eos_token_id},
         temperature=trainer.temperature,
     )
+    sampler = LocalSampler(model=model, settings=settings, pad_id=tokenizer.pad_token_id)
     process, step = trainer.accelerator.process_index, trainer.state.global_step
     seeds = [derive_seed(trainer.args.seed, step, process, number) for number in range(len(prompts))]
     # TRL repeats each prompt, so that every row has one completion and a seed of its own.

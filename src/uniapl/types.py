@@ -64,9 +64,11 @@ class Rollout:
     """One sampled completion, as the sampler returned it."""
 
     completion_ids: TokenIds
-    """The sampled token ids, on which the policy is trained, including the end token if it was sampled."""
+    """The sampled token ids, on which the policy is trained, with the end token or the stop string that ended
+    them."""
     sampling_logprobs: tuple[float, ...]
-    """Nats, one per token, at the sampling temperature, before top-k and top-p truncate the distribution."""
+    """Nats, one per token, of the policy at the sampling temperature: before a repetition penalty, and before
+    min-p, top-k and top-p truncate the distribution, as in the loss."""
     finish_reason: Literal["stop", "length"]
     policy_version: int
     """The step whose weights the sampler used."""

@@ -72,6 +72,13 @@ def test_every_suggested_key_exists() -> None:
         ("train_type", "did you mean 'model.lora_r'?"),
         ("chord_mu_peak", "did you mean 'objective.mu_peak'?"),
         ("attn_impl", "did you mean 'model.attn_implementation'?"),
+        ("min_p", "did you mean 'rollout.min_p'?"),
+        ("top_p", "did you mean 'rollout.top_p'?"),
+        ("repetition_penalty", "did you mean 'rollout.repetition_penalty'?"),
+        ("chat_template_path", "did you mean 'model.chat_template_path'?"),
+        ("eos_token", "did you mean 'model.stop_tokens (tokens as text"),
+        ("stop_words", "did you mean 'rollout.stop_strings'?"),
+        ("generation_kwargs", "it has no equivalent: rollout and evaluation have temperature, "),
     ],
 )
 def test_common_keys(name: str, said: str) -> None:

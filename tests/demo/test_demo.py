@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from support.runs import lines
+from support.sampling import local_sampler
 from uniapl.cli.demo import demo
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.demo import metrics
@@ -38,7 +39,6 @@ from uniapl.errors import UsageError
 from uniapl.evaluation import load_suites
 from uniapl.models.loading import ModelSource, load_model
 from uniapl.rollout import SampleRequest
-from uniapl.rollout.local import LocalSampler
 from uniapl.types import derive_seed
 
 PLAIN = "the king lost a ring ."
@@ -251,7 +251,7 @@ def test_the_nll_of_sampled_texts_equals_the_sampling_logprobs() -> None:
         tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
         for chat in chats
     ]
-    sampler = LocalSampler(
+    sampler = local_sampler(
         model=model,
         stop_ids={tokenizer.eos_token_id},
         pad_id=tokenizer.pad_token_id,

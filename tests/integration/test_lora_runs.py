@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import uniapl
 from support.adapters import complete_model, policy_model
 from support.runs import assert_same_run, lines, recipe, run_until, train, write_recipe
+from support.sampling import local_sampler
 from support.tiny import SMALL, letter_rows, make_tokenizer, save_model
 from uniapl import cli
 from uniapl.config import ModelConfig
 from uniapl.rollout import SampleRequest
-from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 
 LORA: dict[str, Any] = {"model.lora_r": 4, "discriminator.lora_r": 2}
@@ -181,7 +181,7 @@ def test_the_merged_model_answers_as_the_adapter_does(
     prompts = [tuple(make_tokenizer()(row["prompt"])["input_ids"]) for row in letter_rows(4)]
     request = SampleRequest(prompts=prompts, seeds=[0] * 4, num_generations=2)
     answers = [
-        LocalSampler(model=model, stop_ids={1}, pad_id=0, max_completion_length=12, temperature=0.0).sample(
+        local_sampler(model=model, stop_ids={1}, pad_id=0, max_completion_length=12, temperature=0.0).sample(
             request
         )
         for model in (adapter, merged)

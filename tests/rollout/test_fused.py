@@ -19,10 +19,11 @@ from transformers import (
 )
 
 import uniapl.rollout.local as local
+from support.sampling import local_sampler
 from support.tiny import CONFIGS, SMALL, VOCABULARY, make_model
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.fused import same_logits, supports_fused
-from uniapl.rollout.local import LocalSampler, inverse_cdf, unfinished_rows
+from uniapl.rollout.local import inverse_cdf, unfinished_rows
 from uniapl.types import Rollout
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21), (30, 31, 32)]
@@ -63,7 +64,7 @@ def model_of(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
 
 def sample(model: PreTrainedModel, decoding: str, **settings: Any) -> list[Rollout]:
     defaults: dict[str, Any] = {"stop_ids": {1, 2, 3}, "pad_id": 0, "max_completion_length": 14}
-    sampler = LocalSampler(model=model, decoding=decoding, **defaults | settings)  # type: ignore[arg-type]
+    sampler = local_sampler(model=model, decoding=decoding, **defaults | settings)  # type: ignore[arg-type]
     assert sampler.fused == (decoding == "fused")
     groups = sampler.sample(request(4))
     return [rollout for group in groups for rollout in group]
@@ -103,13 +104,13 @@ def test_it_samples_the_same_with_every_way_to_choose_tokens(settings: dict[str,
 def test_it_uses_the_current_weights() -> None:
     model = model_of(FITTING["qwen2, four queries a key"])
     defaults: dict[str, Any] = {"stop_ids": {1}, "pad_id": 0, "max_completion_length": 6}
-    sampler = LocalSampler(model=model, **defaults)
+    sampler = local_sampler(model=model, **defaults)
     before = sampler.sample(request(2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     after = sampler.sample(request(2))
-    plain = LocalSampler(model=model, decoding="plain", **defaults)
+    plain = local_sampler(model=model, decoding="plain", **defaults)
     reference = plain.sample(request(2))
     assert before != after
     assert_same([r for g in after for r in g], [r for g in reference for r in g])
@@ -210,10 +211,10 @@ def test_other_arithmetic_with_the_same_parameters_is_refused() -> None:
     assert supports_fused(model)
     assert not same_logits(model)
     settings: dict[str, Any] = {"stop_ids": {1}, "pad_id": 0, "max_completion_length": 4}
-    patched = LocalSampler(model=model, **settings)
+    patched = local_sampler(model=model, **settings)
     patched.check()
     assert not patched.fused
-    reference = LocalSampler(model=model, decoding="plain", **settings)
+    reference = local_sampler(model=model, decoding="plain", **settings)
     assert patched.sample(request(2)) == reference.sample(request(2))
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from support.sampling import local_sampler
 from support.tiny import CONFIGS, VOCABULARY, make_model
 from uniapl.data.batching import Row, collate
 from uniapl.errors import UsageError
 from uniapl.models.policy import Policy
 from uniapl.rollout import SampleRequest
-from uniapl.rollout.local import LocalSampler, inverse_cdf, truncate
+from uniapl.rollout.local import LocalSampler, inverse_cdf
 
 PROMPTS = [(5, 6, 7), (9,), (11, 12, 13, 14, 15, 16, 17), (20, 21)]
 SEEDS = [100, 101, 102, 103]
@@ -23,7 +24,7 @@ def request(
 
 def sampler(family: str = "qwen3", **settings: object) -> LocalSampler:
     defaults: dict[str, object] = {"stop_ids": {1}, "pad_id": 0, "max_completion_length": 12}
-    return LocalSampler(model=make_model(family), **(defaults | settings))  # type: ignore[arg-type]
+    return local_sampler(model=make_model(family), **(defaults | settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -115,7 +116,7 @@ def test_end_and_length() -> None:
 
 def test_frequencies_are_the_model_s_probabilities() -> None:
     model = make_model(scale=2.0)
-    ours = LocalSampler(
+    ours = local_sampler(
         model=model, stop_ids={1}, pad_id=0, max_completion_length=1, temperature=0.7, max_batch_size=10_000
     )
     (group,) = ours.sample(request([PROMPTS[0]], [0], num_generations=8_000))
@@ -125,29 +126,6 @@ def test_frequencies_are_the_model_s_probabilities() -> None:
     # Five standard errors of a multinomial frequency.
     error = (counts / 8_000 - probs).abs()
     assert (error < 5 * (probs * (1 - probs) / 8_000).sqrt() + 1e-4).all()
-
-
-def test_truncation_by_hand() -> None:
-    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    assert_close(truncate(probs, top_p=1.0, top_k=2), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
-    # 0.4 is less than 0.6 and 0.4 + 0.3 is more: both stay.
-    assert_close(truncate(probs, top_p=0.6, top_k=0), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
-    # The nucleus is a part of what top-k left: 0.4 / 0.7 = 0.57 reaches 0.5.
-    assert_close(truncate(probs, top_p=0.5, top_k=2), torch.tensor([[0.0, 0.4, 0.0, 0.0]]))
-    assert torch.equal(truncate(probs, top_p=1.0, top_k=0), probs)
-
-
-def test_truncation_equals_transformers() -> None:
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
-
-    torch.manual_seed(0)
-    logits = torch.randn(50, 40) * 3
-    ids = torch.zeros(50, 1, dtype=torch.int64)
-    for top_k, top_p in ((0, 0.8), (7, 1.0), (7, 0.5), (40, 0.95), (1, 0.1)):
-        warped = TopKLogitsWarper(top_k)(ids, logits) if top_k else logits
-        warped = TopPLogitsWarper(top_p)(ids, warped) if top_p < 1 else warped
-        kept = truncate(torch.softmax(logits, -1), top_p=top_p, top_k=top_k) > 0
-        assert torch.equal(kept, warped.isfinite())
 
 
 def test_truncated_sampling_reports_logprobs_of_the_full_distribution() -> None:
@@ -175,6 +153,6 @@ def test_a_model_without_a_cache_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1)
     )
-    ours = LocalSampler(model=model, stop_ids={1}, pad_id=0, max_completion_length=2)
+    ours = local_sampler(model=model, stop_ids={1}, pad_id=0, max_completion_length=2)
     with pytest.raises(UsageError, match="no key-value cache"):
         ours.sample(request([PROMPTS[0]], [0], num_generations=2))

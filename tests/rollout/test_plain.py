@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.sampling import local_sampler
 from support.tiny import make_model
 from uniapl.rollout import SampleRequest
-from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.plain import PlainDecoder
 
 PROMPTS = [(5, 6, 7), (9, 10, 11, 12)]
@@ -66,7 +66,7 @@ class Synchronizations(TorchDispatchMode):
 
 def synchronizations(decoding: str, tokens: int, **settings: Any) -> int:
     # No token of the vocabulary ends a row, so that every row has all tokens.
-    sampler = LocalSampler(
+    sampler = local_sampler(
         model=make_model("qwen3"),
         stop_ids={10**6},
         pad_id=0,

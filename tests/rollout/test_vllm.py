@@ -80,6 +80,45 @@ def test_a_cool_sampler_reports_what_the_trainer_computes(
         assert record["trained/sampling_logp_difference/max"] < 1e-4
 
 
+WARPED = {
+    **{"top_k": 9, "min_p": 0.02, "repetition_penalty": 1.3, "temperature": 1.0},
+    "stop_strings": ["a", "bc", "."],
+}
+
+
+def test_sampling_settings_apply_alike(
+    model_dir: Path, tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same completions in training and evaluation, with the policy's log-probabilities."""
+    started = install(monkeypatch)
+    suite = evaluated(tmp_path, num_samples=2, max_completion_length=9, top_p=0.9, repetition_penalty=0.8)
+    server.raw = True
+    for name, where in {"local": {}, "colocated": {"sampler": "vllm"}, "server": behind(server)}.items():
+        train(recipe(model_dir, tmp_path / name, rollout=WARPED | where, **suite))
+    local = lines(tmp_path / "local" / "metrics.jsonl")
+    ends = [c for r in lines(tmp_path / "local" / "completions.jsonl") for c in r["completions"]]
+    assert any(c["text"][-1:] in ("a", ".") or c["text"][-2:] == "bc" for c in ends)
+    for name in ("colocated", "server"):
+        assert texts(tmp_path / name) == texts(tmp_path / "local")
+        for record, expected in zip(lines(tmp_path / name / "metrics.jsonl"), local, strict=True):
+            assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+            assert record["trained/sampling_logp_difference/max"] < 1e-4
+            assert record["trained/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+            scores = {key: value for key, value in expected.items() if key.startswith("eval/")}
+            assert {key: record[key] for key in scores} == scores
+    (engine,) = started
+    assert engine.settings["logprobs_mode"] == "raw_logprobs"
+    assert engine.reads_text, "vLLM finds stop strings in decoded text"
+
+
+def test_a_server_that_reports_warped_log_probabilities_is_refused(
+    model_dir: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    values = recipe(model_dir, tmp_path / "run", rollout=WARPED | behind(server))
+    with pytest.raises(uniapl.UsageError, match="A server needs --logprobs-mode raw_logprobs"):
+        train(values)
+
+
 def test_weights_that_were_not_taken_end_the_run(model_dir: Path, tmp_path: Path, server: FakeServer) -> None:
     """From the second step on the server ignores new weights: no rollout is sampled with old ones."""
     values = recipe(model_dir, tmp_path / "run", save_steps=1, rollout=behind(server))
@@ -209,7 +248,7 @@ def test_settings_that_cannot_work(
     path = str(write_recipe(tmp_path, model_dir))
     for flags, said in {
         "--rollout.sampler vllm": "pip install 'uniapl[vllm]'",
-        "--rollout.sampler vllm --rollout.top-p 0.9": "rollout.top_p and top_k need rollout.sampler local",
+        "--rollout.sampler vllm --rollout.min-p 0.1 --rollout.temperature 0.7": "need rollout.temperature 1",
         "--rollout.sampler vllm --rollout.vllm-mode server --rollout.vllm-server-base-url x": "invalid URL",
         "--use-vllm True": "did you mean '--rollout.sampler'",
     }.items():

@@ -7,16 +7,20 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from support.tiny import make_tokenizer
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings, StopStrings
 from uniapl.types import Rollout
 
 Found = Sequence[Rollout]
@@ -31,9 +35,11 @@ class FakeVLLM:
         self.deaf = False
         """Confirms new weights and ignores them."""
         self.raw = False
-        """Reports log-probabilities at temperature 1."""
+        """Reports log-probabilities at temperature 1 (raw_logprobs)."""
         self.cached = False
         """The prefix cache was computed with older weights."""
+        self.reads_text = True
+        """Has a tokenizer, without which it finds no stop strings."""
 
     def load(self, directory: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory)
@@ -45,26 +51,33 @@ class FakeVLLM:
             self.load(directory)
 
     def answer(self, prompt: Sequence[int], asked: dict[str, Any]) -> Found:
-        assert (asked["top_p"], asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (1, 0, 0, 1)
         assert asked["ignore_eos"]
         assert not self.cached
         assert asked["logprobs"] == 0
+        assert self.reads_text or "stop" not in asked
 
-        def sample(temperature: float) -> Found:
-            sampler = LocalSampler(
-                model=self.model,
-                stop_ids=asked["stop_token_ids"],
-                pad_id=0,
-                max_completion_length=asked["max_tokens"],
-                temperature=temperature,
-            )
-            request = SampleRequest(
-                prompts=[tuple(prompt)], seeds=[asked["seed"]], num_generations=asked["n"]
-            )
-            return sampler.sample(request)[0]
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        settings = SamplingSettings(
+            max_completion_length=asked["max_tokens"],
+            stop_ids=asked["stop_token_ids"],
+            stop_strings=StopStrings.of(asked.get("stop", ()), make_tokenizer()),
+            **{name: asked[name] for name in names},
+        )
+        sampler = LocalSampler(model=self.model, settings=settings, pad_id=0)
+        request = SampleRequest(prompts=[tuple(prompt)], seeds=[asked["seed"]], num_generations=asked["n"])
+        return [self._reported(prompt, rollout, settings) for rollout in sampler.sample(request)[0]]
 
-        # Log-probabilities at temperature 0 are those at temperature 1.
-        return sample(0.0 if self.raw else asked["temperature"])
+    @torch.inference_mode()
+    def _reported(self, prompt: Sequence[int], rollout: Rollout, settings: SamplingSettings) -> Rollout:
+        """The rollout with the log-probabilities of the mode."""
+        ids = torch.tensor([[*prompt, *rollout.completion_ids]])
+        found: list[float] = []
+        for place, logits in enumerate(self.model(ids).logits[0], start=1):
+            if len(prompt) <= place < ids.shape[1]:
+                scores: Any = logits.unsqueeze(0)
+                scores = scores if self.raw else settings.processors(ids[:, :place], scores)  # type: ignore[arg-type]
+                found.append(float(scores.log_softmax(-1)[0, ids[0, place]]))
+        return replace(rollout, sampling_logprobs=tuple(found))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -75,6 +88,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __init__(self, model: str, **settings: Any) -> None:
             super().__init__(model)
             self.settings = settings
+            self.raw = settings["logprobs_mode"] == "raw_logprobs"
+            self.reads_text = not settings["skip_tokenizer_init"]
             started.append(self)
 
         def collective_rpc(self, method: str, timeout: float, kwargs: dict[str, str]) -> list[None]:

@@ -27,6 +27,8 @@ from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.policy import Policy
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Colocated, Server
+from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings, StopStrings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.teacher.local import LocalTeacher
 from uniapl.teacher.server import TeacherServer
@@ -49,7 +51,15 @@ def make_model(seed: int, *, tied: bool = False) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(Qwen3Config(**(SMALL | shape))).eval()
 
 
-def make_sampler(engine: Colocated | Server, model: PreTrainedModel, directory: Path) -> VLLMSampler:
+SETTINGS = SamplingSettings(max_completion_length=12, stop_ids={1, 2, 3}, temperature=TEMPERATURE)
+
+
+def make_sampler(
+    engine: Colocated | Server,
+    model: PreTrainedModel,
+    directory: Path,
+    settings: SamplingSettings = SETTINGS,
+) -> VLLMSampler:
     return VLLMSampler(
         engine=engine,
         model=model,
@@ -57,9 +67,7 @@ def make_sampler(engine: Colocated | Server, model: PreTrainedModel, directory: 
         directory=directory / "weights",
         canary=PROMPTS[0],
         tolerance=TOLERANCE,
-        temperature=TEMPERATURE,
-        stop_ids={1, 2, 3},
-        max_completion_length=12,
+        settings=settings,
     )
 
 
@@ -75,14 +83,16 @@ def move(model: PreTrainedModel, seed: int) -> None:
     model.load_state_dict(make_model(seed).state_dict())
 
 
-def worst_difference(model: PreTrainedModel, groups: list[tuple[Rollout, ...]]) -> float:
+def worst_difference(
+    model: PreTrainedModel, groups: list[tuple[Rollout, ...]], temperature: float = TEMPERATURE
+) -> float:
     """Of the reported log-probabilities from the model's, computed here, row by row."""
     worst = 0.0
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for rollout in group:
             ids = torch.tensor([[*prompt, *rollout.completion_ids]])
             with torch.no_grad():
-                logits = model(ids).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+                logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
             logprobs = torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
             worst = max(worst, float((logprobs - torch.tensor(rollout.sampling_logprobs)).abs().max()))
     return worst
@@ -126,21 +136,66 @@ def check_sampling(sampler: VLLMSampler, model: PreTrainedModel) -> None:
         sample(sampler, 4)
 
 
-def colocated(*, max_model_len: int = 64) -> Colocated:
+def colocated(
+    *, max_model_len: int = 64, tokenizer: Any = None, logprobs_mode: str = "processed_logprobs"
+) -> Colocated:
     settings = {
+        "logprobs_mode": logprobs_mode,
         "dtype": "float32",
         "max_model_len": max_model_len,
         "max_num_seqs": 16,
         "gpu_memory_utilization": 0.3,
         "enforce_eager": True,
     }
-    return Colocated(settings=settings, timeout=300.0)
+    return Colocated(settings=settings, timeout=300.0, tokenizer=tokenizer)
 
 
 def test_colocated(tmp_path: Path) -> None:
     model = make_model(0)
     check_sampling(make_sampler(colocated(), model, tmp_path), model)
     assert not (tmp_path / "weights").exists()
+
+
+def test_sampling_settings(tmp_path: Path) -> None:
+    """Penalty and truncation as in the local sampler; stop strings end a completion after the same token."""
+    model, tokenizer = make_model(0), make_tokenizer()
+    strings = StopStrings(["a", "bc", "<turn>", "."], tokenizer)
+    settings = SamplingSettings(
+        max_completion_length=12,
+        stop_ids={1, 2},
+        min_p=0.05,
+        top_p=0.7,
+        repetition_penalty=1.5,
+        stop_strings=strings,
+    )
+    engine = colocated(tokenizer=tokenizer, logprobs_mode=settings.logprobs_mode)
+    sampler = make_sampler(engine, model, tmp_path, settings)
+    groups = sample(sampler, 0)
+    assert worst_difference(model, groups, temperature=1.0) < TOLERANCE
+    reasons: set[str] = set()
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for rollout in group:
+            assert (
+                rollout
+                == settings.rollouts(
+                    [(list(rollout.completion_ids), list(rollout.sampling_logprobs))], policy_version=0
+                )[0]
+            )
+            reasons.add(rollout.finish_reason)
+            ids: Any = torch.tensor([[*prompt, *rollout.completion_ids]])
+            with torch.no_grad():
+                logits = model(ids).logits[0]
+            for place in range(len(prompt), ids.shape[1]):
+                scores = settings.processors(ids[:, :place], logits[place - 1 : place])
+                assert scores[0, ids[0, place]].isfinite(), "a token that the local sampler can draw"
+    assert reasons == {"stop", "length"}
+    # Greedy decoding gives the same tokens in both.
+    greedy = replace(settings, temperature=0.0, repetition_penalty=1.2)
+    request = SampleRequest(prompts=PROMPTS, seeds=[0] * len(PROMPTS), num_generations=1)
+    local = LocalSampler(model=model, settings=greedy, pad_id=0).sample(request)
+    found = sampler.sample_with(request, greedy)
+    assert [[r.completion_ids for r in g] for g in found] == [[r.completion_ids for r in g] for g in local]
+    assert [[r.finish_reason for r in g] for g in found] == [[r.finish_reason for r in g] for g in local]
 
 
 def start_server(directory: Path, port: int, log: Path) -> subprocess.Popen[bytes]:

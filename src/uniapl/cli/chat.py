@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
-from uniapl.config import DataConfig, ModelConfig
+from uniapl.config import Config, DataConfig
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import encode_prompt
 from uniapl.errors import UsageError
+from uniapl.models.generation import unused_generation_settings
 from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer, pad_id_of
+from uniapl.rollout.settings import SamplingSettings
 
 RUN_FILES = ("config.yaml", "manifest.json")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_strings")
 
 
 def chat(arguments: Sequence[str]) -> None:
@@ -26,14 +29,18 @@ def chat(arguments: Sequence[str]) -> None:
 
     A model with a chat template gets the whole conversation; a model without one continues each line. A
     model in a run directory gets prompts as in training: with the run's system prompt and template arguments,
-    or as plain text. Its generation_config.json only adds end tokens, as in training and evaluation.
+    or as plain text. The sampling flags mean what the keys of evaluation mean. Of
+    generation_config.json only the end tokens are used, as in training and evaluation.
     """
     options = _parse(arguments)
-    config = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
-    source = ModelSource.resolve(config)
+    config = _config(options)
+    source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(source)
     model: Any = load_model(source).eval()
     stop_ids = load_stop_ids(source, model.config, tokenizer)
+    settings = SamplingSettings.of_evaluation(config, stop_ids, tokenizer)
+    for note in unused_generation_settings(source.base, source.revision, [config.evaluation]):
+        print(f"note: {note}", file=sys.stderr)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
     # Otherwise generate() would apply the model's own top_k, repetition_penalty and so on.
@@ -54,10 +61,11 @@ def chat(arguments: Sequence[str]) -> None:
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.temperature > 0,
-            temperature=options.temperature or None,
-            top_k=0 if options.temperature > 0 else None,
+            max_new_tokens=settings.max_completion_length,
+            do_sample=settings.temperature > 0,
+            top_k=0 if settings.temperature > 0 else None,
+            logits_processor=settings.processors,
+            stopping_criteria=_stopping_criteria(settings, len(ids)),
             eos_token_id=sorted(stop_ids),
             pad_token_id=pad_id_of(tokenizer),
             streamer=streamer,
@@ -67,15 +75,53 @@ def chat(arguments: Sequence[str]) -> None:
         messages.append({"role": "assistant", "content": text})
 
 
+def _stopping_criteria(settings: SamplingSettings, start: int) -> StoppingCriteriaList:
+    """The stop strings, searched after the first `start` tokens."""
+    strings = settings.stop_strings
+    if strings is None:
+        return StoppingCriteriaList()
+
+    def ended(ids: torch.Tensor, _: Any) -> torch.Tensor:
+        windows = strings.windows(len(ids), ids.device)
+        return strings.complete(torch.cat([windows, ids[:, start:]], dim=1)[:, -strings.width :])
+
+    return StoppingCriteriaList([ended])  # type: ignore[list-item]
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The model and how it is sampled, with the stop strings of the run that saved it."""
+    run = _run_of(options.model)
+    values = vars(options)
+    sampling: dict[str, Any] = {key: values[key] for key in SAMPLING if values[key] is not None}
+    if run is not None and "stop_strings" not in sampling:
+        sampling["stop_strings"] = strings = _recipe_of(run).rollout.stop_strings
+        if strings:
+            print(f"note: stop strings as in {run / 'config.yaml'}: {list(strings)}", file=sys.stderr)
+    model = {key: values[key] for key in ("trust_remote_code", "chat_template_path", "stop_tokens")}
+    return resolve(
+        {
+            "model": {"model_name_or_path": options.model, **model},
+            "evaluation": {"max_completion_length": options.max_new_tokens, **sampling},
+        }
+    ).config
+
+
+def _run_of(model: str) -> Path | None:
+    """The run directory that a model is in; a run keeps models in final/ and checkpoints/step-NNNNNN/."""
+    parents = Path(model).resolve().parents[:2]
+    return next((p for p in parents if all((p / f).is_file() for f in RUN_FILES)), None)
+
+
+def _recipe_of(run: Path) -> Config:
+    return resolve(load_recipe(run / "config.yaml")).config
+
+
 def _prompt_settings(options: argparse.Namespace, *, has_template: bool) -> DataConfig:
     """How prompts are written: as in the run that saved the model, overridden by the flags."""
-    path = Path(options.model).resolve()
-    # A run keeps models in final/ and in checkpoints/step-NNNNNN/.
-    run = next((p for p in path.parents[:2] if all((p / f).is_file() for f in RUN_FILES)), None)
+    run = _run_of(options.model)
     values: dict[str, Any] = {"prompt_format": "chat" if has_template else "text"}
     if run is not None:
-        trained = resolve(load_recipe(run / "config.yaml")).config.data
-        values |= trained.model_dump(include={"system_prompt", "chat_template_kwargs"})
+        values |= _recipe_of(run).data.model_dump(include={"system_prompt", "chat_template_kwargs"})
         if _had_text_prompts(run / "manifest.json"):
             values["prompt_format"] = "text"
         shown = {key: value for key, value in values.items() if value}
@@ -112,7 +158,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--prompt-format", choices=("text", "chat"), help="text continues each line without a template")
     help_ = "arguments of the chat template, as JSON (default: the run's)"
     add("--chat-template-kwargs", type=_json, metavar="JSON", help=help_)
+    add("--chat-template-path", metavar="PATH", help="Jinja file or tokenizer whose chat template is used")
     add("--temperature", type=float, default=0.7, help="sampling temperature; 0 takes the most likely token")
+    add("--top-p", type=float, help="nucleus sampling")
+    add("--top-k", type=int, help="sample among the k most likely tokens")
+    help_ = "sample among the tokens with this fraction of the most likely token's probability"
+    add("--min-p", type=float, help=help_)
+    add("--repetition-penalty", type=float, help="factor that lowers the logits of earlier tokens; 1 is none")
+    help_ = "texts that end a completion and belong to it (default: the run's)"
+    add("--stop-strings", nargs="+", metavar="TEXT", help=help_)
+    help_ = "tokens that end a completion, in addition to the model's end tokens"
+    add("--stop-tokens", nargs="+", default=[], metavar="TOKEN", help=help_)
     add("--max-new-tokens", type=int, default=512, help="maximum number of tokens per completion")
     add("--seed", type=int, default=0, help="seed of the sampling")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")

@@ -13,15 +13,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from transformers import GenerationConfig
 
 from uniapl.cli.help import short_parser, summary
-from uniapl.config import Config, ModelConfig
+from uniapl.config import Config
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
 from uniapl.evaluation.suites import load_suites, parse_suite
 from uniapl.files import write_text
+from uniapl.models.generation import unused_generation_settings
 from uniapl.models.loading import (
     ModelSource,
     check_vocabulary,
@@ -33,12 +35,19 @@ from uniapl.models.loading import (
 )
 from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 
 OVERRIDES = {
-    "evaluation": ("suites", "max_completion_length", "num_samples", "temperature", "limit", "answer_after"),
+    "evaluation": (
+        *("suites", "max_completion_length", "num_samples", "temperature", "top_p", "top_k", "min_p"),
+        *("repetition_penalty", "stop_strings", "limit", "answer_after"),
+    ),
     "data": ("prompt_format", "system_prompt", "chat_template_kwargs"),
+    "model": ("chat_template_path", "stop_tokens"),
 }
 """Keys of the recipe that have a flag of the same name."""
+LISTS = {"suites": "NAME", "stop_strings": "STR", "stop_tokens": "STR"}
+"""Flags with several values, and how `--help` names one."""
 TRUNCATED = 0.1
 """The user is warned if more than this fraction of the completions reaches the token limit."""
 
@@ -70,23 +79,22 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     if not (getattr(options, "data.prompt_format") or options.recipe) and tokenizer.chat_template:
         config = config.model_copy(update={"data": config.data.model_copy(update={"prompt_format": "chat"})})
-    settings = {**evaluation.model_dump(mode="json"), "prompt_format": config.data.prompt_format}
-    settings["temperature"] = evaluation.sampling_temperature
     against = _read_results(options.against, evaluation.suites) if options.against else None
     tasks = find_tasks(options.lm_eval_tasks, options.lm_eval_include_path) if options.lm_eval_tasks else None
     model = load_model(source)
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(source, model.config, tokenizer)
+    sampling = SamplingSettings.of_evaluation(config, stop_ids, tokenizer)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
     _make_directory(options.output_dir, overwrite=options.overwrite)
     put_on_device(model)
+    # lm-eval would otherwise apply the model's own repetition_penalty and so on.
+    model.generation_config = GenerationConfig(eos_token_id=sorted(stop_ids))
     sampler = LocalSampler(
         model=model,
-        stop_ids=stop_ids,
+        settings=sampling,
         pad_id=pad_id_of(tokenizer),
-        max_completion_length=evaluation.max_completion_length,
-        temperature=evaluation.sampling_temperature,
         max_batch_size=options.batch_size,
         decoding=config.rollout.decoding,
     )
@@ -101,9 +109,10 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     results: dict[str, Any] = {
         "model": options.model,
         "versions": {name: version(name) for name in ("uniapl", "torch", "transformers")},
-        "settings": settings,
+        "settings": _settings(config),
         "seed": options.seed,
         "suites": {name: result.summary for name, result in found.items()},
+        "notes": unused_generation_settings(source.base, source.revision, [evaluation]),
     }
     if against is not None:
         results["minus"] = _differences(results, against)
@@ -139,8 +148,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             add(
                 f"--{key.replace('_', '-')}",
                 dest=f"{section}.{key}",
-                metavar="NAME" if key == "suites" else "VALUE",
-                nargs="+" if key == "suites" else None,
+                metavar=LISTS.get(key, "VALUE"),
+                nargs="+" if key in LISTS else None,
                 type=_json if key == "chat_template_kwargs" else str,
                 help=text.replace("%", "%%"),
             )
@@ -186,17 +195,34 @@ def _json(text: str) -> Any:
 def _config(options: argparse.Namespace) -> Config:
     """The recipe's data, rewards and evaluation, or the defaults, overridden by the flags."""
     recipe = resolve(load_recipe(options.recipe) if options.recipe else {}).config
-    values = recipe.model_dump(include={"data", "rewards", "evaluation"})
+    include: Any = {
+        **dict.fromkeys(("data", "rewards", "evaluation"), True),
+        "rollout": {"decoding", "stop_strings"},
+        "model": {*OVERRIDES["model"]},
+    }
+    values = recipe.model_dump(include=include)
     for key, value in vars(options).items():
         section, _, name = key.partition(".")
         if name and value is not None:
             values[section][name] = value
-    config = resolve({**values, "rollout": {"decoding": recipe.rollout.decoding}}).config
+    values["model"] |= {
+        "model_name_or_path": options.model,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    config = resolve(values).config
     if not config.evaluation.suites and not options.lm_eval_tasks:
         remedy = "give --suites, a recipe with evaluation.suites, or --lm-eval-tasks"
         raise UsageError(f"nothing to evaluate: {remedy}")
-    model = ModelConfig(model_name_or_path=options.model, trust_remote_code=options.trust_remote_code)
-    return config.model_copy(update={"model": model})
+    return config
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """How the completions are sampled, with the defaults that depend on other keys filled in."""
+    found = config.evaluation.model_dump(mode="json") | {"prompt_format": config.data.prompt_format}
+    found["temperature"] = config.evaluation.sampling_temperature
+    if found["stop_strings"] is None:
+        found["stop_strings"] = config.rollout.model_dump(mode="json")["stop_strings"]
+    return found | config.model.model_dump(mode="json", include={*OVERRIDES["model"]})
 
 
 def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
@@ -215,10 +241,12 @@ def _read_results(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
 
 def _differences(results: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
     ours, theirs = results["settings"], against["settings"]
-    changed = [key for key in ours if key not in ("suites", "limit") and ours[key] != theirs.get(key)]
+    # Earlier versions had fewer settings.
+    compared = ours.keys() & theirs.keys() - {"suites", "limit"}
+    changed = [key for key in ours if key in compared and ours[key] != theirs[key]]
     return {
         "model": against["model"],
-        "notes": [f"{key} is {ours[key]} here and was {theirs.get(key)} there" for key in changed],
+        "notes": [f"{key} is {ours[key]} here and was {theirs[key]} there" for key in changed],
         "suites": {
             name: paired(result, against["suites"][name])
             for name, result in results["suites"].items()
@@ -254,6 +282,8 @@ def _show(results: dict[str, Any], directory: Path, console: Console) -> None:
         console.print(_table(name, result, minus))
         for note in notes(result, results["settings"]["max_completion_length"]):
             console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for note in results["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     for note in minus["notes"]:
         console.print(f"note: the settings differ: {note}", markup=False, soft_wrap=True)
     for task, metrics in results.get("lm_eval", {}).items():

@@ -15,13 +15,14 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification
 
-from uniapl.config import Config, DataConfig, ModelConfig
+from uniapl.config import Config, DataConfig, ModelConfig, RolloutConfig
 from uniapl.data.reading import named_source, read_rows
 from uniapl.data.rows import tokenize_rows
 from uniapl.data.tokenization import without_end
 from uniapl.discriminator.polar import END, SEPARATOR, Polar, PolarFormat
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import bradley_terry_loss
+from uniapl.models.generation import unused_generation_settings
 from uniapl.models.loading import (
     ModelSource,
     check_policy,
@@ -35,6 +36,7 @@ from uniapl.models.loading import (
 )
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.training.checkpoint.directory import write_directory
 from uniapl.training.distributed.accelerator import make_accelerator
 from uniapl.types import Example, TokenIds, derive_seed
@@ -163,6 +165,9 @@ def _sample_all(
                 f"'{name}' cannot use the same rows as '{options.policies[0]}' (window, chat template)"
             )
         texts.append(completions)
+        sampling = RolloutConfig(max_completion_length=options.max_completion_length)
+        for note in unused_generation_settings(_source(name).base, None, [sampling]):
+            console.print(f"note: {name}: {note}", markup=False)
         console.print(f"{name}: {len(completions)} prompts, {options.samples} completions each", markup=False)
     # Decoded like the completions: the data's own text lacks what a chat template adds around it.
     decode: Any = load_tokenizer(_source(options.policies[0])).decode
@@ -206,9 +211,8 @@ def _sample(
         )
     sampler = LocalSampler(
         model=model.to(device),
-        stop_ids=stop_ids,
+        settings=SamplingSettings(max_completion_length=options.max_completion_length, stop_ids=stop_ids),
         pad_id=pad_id_of(tokenizer),
-        max_completion_length=options.max_completion_length,
     )
     prompts = [example for example in examples if example.row in wanted] or _distinct(examples)
     groups = sampler.sample(

@@ -5,7 +5,7 @@ again without the model.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from uniapl.models.loading import ModelSource, load_model_config, load_stop_ids,
 from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.types import TokenIds
 
 VALIDATION = "validation"
@@ -71,21 +72,20 @@ class Suites:
 
     def sample(self, model: PreTrainedModel, seed: int) -> tuple[Sample, dict[str, SuiteResult]]:
         """The completions of a model with their scores, and the results of the suites."""
-        settings = self.config.evaluation
+        settings = SamplingSettings.of_evaluation(self.config, self.stop_ids, self.tokenizer)
         sampler = LocalSampler(
             model=model,
-            stop_ids=self.stop_ids,
+            settings=replace(settings, temperature=sampling_temperature(self.config)),
             pad_id=pad_id_of(self.tokenizer),
-            max_completion_length=settings.max_completion_length,
-            temperature=sampling_temperature(self.config),
             max_batch_size=self.config.rollout.max_batch_size,
             decoding=self.config.rollout.decoding,
         )
+        num_samples = self.config.evaluation.num_samples
         found: Sample = {}
         results: dict[str, SuiteResult] = {}
         for suite in self.suites:
             result = evaluate_suite(
-                suite, sampler, self.tokenizer, num_samples=settings.num_samples, seed=seed, with_floors=False
+                suite, sampler, self.tokenizer, num_samples=num_samples, seed=seed, with_floors=False
             )
             results[suite.name] = result
             found[suite.name] = {

@@ -8,9 +8,11 @@ from typing import Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from uniapl.config.batching import BatchingConfig
+from uniapl.config.evaluation import EvaluationConfig
 from uniapl.config.health import HealthConfig
 from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
-from uniapl.config.section import Names, Paths, PathText, Section
+from uniapl.config.rollout import RolloutConfig
+from uniapl.config.section import Names, PathText, Section, Texts
 from uniapl.config.teacher import TeacherConfig
 
 
@@ -25,6 +27,13 @@ class ModelConfig(Section):
     """Attention implementation of transformers, such as sdpa or eager; null lets transformers choose."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    chat_template_path: PathText | None = None
+    """Jinja file or tokenizer whose chat template is used; a tokenizer is a directory or a Hub id. The
+    template is saved with the model. null keeps that of the model's tokenizer."""
+    stop_tokens: Texts = ()
+    """More tokens that end a completion, such as <|im_end|>; the end tokens in the model's files always do.
+    Sampling stops there, demonstrations are cut there, and they are written into the saved model's
+    generation_config.json."""
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of a LoRA adapter that is trained; null trains all weights of the model."""
     lora_alpha: int | None = Field(default=None, ge=1)
@@ -71,64 +80,6 @@ class DataConfig(Section):
     max_demonstration_length: int | None = Field(default=None, gt=1)
     """Leave out rows whose demonstration has more tokens than this; null keeps all that fit the context
     window. (A truncated demonstration would train the policy not to stop.)"""
-
-
-class RolloutConfig(Section):
-    """Sampling of completions."""
-
-    num_generations: int = Field(default=8, ge=2)
-    """Rollouts per prompt (TRL's default)."""
-    max_completion_length: int = Field(default=256, ge=1)
-    """Maximum number of new tokens per rollout."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Temperature of sampling and of the log-probabilities in the loss on rollouts."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; the log-probabilities remain those of the full distribution. 1 disables it."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample among the k most likely tokens, with log-probabilities as for top_p; 0 disables it."""
-    max_batch_size: int = Field(default=256, ge=1)
-    """Maximum number of rollouts that are decoded at the same time."""
-    decoding: Literal["fused", "plain"] = "fused"
-    """fused runs fewer operations per token for models like Llama, Mistral, Qwen2 and Qwen3; plain runs the
-    model's own forward pass, which is the reference and is used for all other models."""
-    sampler: Literal["local", "vllm"] = "local"
-    """Sampler of the rollouts; local uses transformers in the training process, vllm uses vLLM."""
-    vllm_mode: Literal["colocate", "server"] = "colocate"
-    """Run vLLM on the trainer's GPU (colocate), or use a running `vllm serve` (server)."""
-    vllm_server_base_url: str = "http://localhost:8000"
-    """URL of the vLLM server (vllm_mode: server)."""
-    vllm_timeout: float = Field(default=600.0, gt=0)
-    """Timeout of one call to vLLM, and of waiting for a server to start or restart, in seconds."""
-    vllm_gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
-    """Fraction of the GPU's memory that a colocated vLLM uses (TRL's default)."""
-    vllm_importance_sampling_clip_max: float = Field(default=2.0, ge=1)
-    """Upper bound of the importance weights, which correct for the difference between vLLM and trainer."""
-    vllm_max_logp_difference: float = Field(default=0.05, gt=0)
-    """Stop the run when, with the same weights, the log-probabilities of vLLM and the trainer differ by more
-    than this over a completion, in nats per token on average."""
-    max_off_policy_steps: int = Field(default=0, ge=0, le=1)
-    """Policy updates between sampling a rollout and training on it. With 1, a vLLM server samples the next
-    step's rollouts while this step trains, and importance weights correct for the difference. With 0, every
-    step samples before it trains."""
-
-    @model_validator(mode="after")
-    def _off_policy_needs_a_server(self) -> "RolloutConfig":
-        if self.max_off_policy_steps and not self.behind_server:
-            raise ValueError(
-                "max_off_policy_steps 1 needs sampler vllm and vllm_mode server: the trainer's own device is "
-                "busy while it trains"
-            )
-        return self
-
-    @property
-    def behind_server(self) -> bool:
-        """Whether a vLLM server samples, on its own device."""
-        return self.sampler == "vllm" and self.vllm_mode == "server"
-
-    @property
-    def importance_cap(self) -> float | None:
-        """Upper bound of the importance weights; None if the trainer itself samples."""
-        return self.vllm_importance_sampling_clip_max if self.sampler == "vllm" else None
 
 
 class RewardFunctionConfig(Section):
@@ -227,39 +178,6 @@ class EarlyStoppingConfig(Section):
     """End the stage when the metric has not improved for this many values; null disables this rule."""
     max_tokens: int | None = Field(default=None, ge=1)
     """End the stage after training on this many completion tokens; null sets no limit."""
-
-
-class EvaluationConfig(Section):
-    """Evaluation on held-out prompts, every `eval_steps` steps and by `uniapl evaluate`."""
-
-    suites: Paths = ()
-    """ifeval, ifbench, or files of rows (PATH or NAME=PATH); the run's rewards score the rows of files."""
-    metrics: Paths = ()
-    """Functions with the signature of a reward function that measure completions without being trained on,
-    named as in rewards.functions; the first one is the main score of the suites that it applies to."""
-    max_completion_length: int = Field(default=1280, ge=1)
-    """Maximum number of new tokens per completion (lm-eval's limit)."""
-    num_samples: int = Field(default=1, ge=1)
-    """Completions per prompt: the k of pass@k."""
-    temperature: float | None = Field(default=None, ge=0)
-    """Sampling temperature; 0 takes the most likely token, null uses 0 for one sample and 1 for several."""
-    limit: int | None = Field(default=None, ge=1)
-    """Evaluate only this many prompts from the start of each suite; null evaluates all."""
-    answer_after: str | None = None
-    """In benchmarks, score only the text after this marker, such as </think>; null scores all text."""
-
-    @property
-    def sampling_temperature(self) -> float:
-        """The temperature, with its default filled in."""
-        return self.temperature if self.temperature is not None else float(self.num_samples > 1)
-
-    @model_validator(mode="after")
-    def _samples_differ(self) -> "EvaluationConfig":
-        if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"num_samples {self.num_samples} at temperature 0 would give identical completions"
-            )
-        return self
 
 
 class Config(Section):

@@ -33,6 +33,12 @@ OTHER_NAMES = _by_name(
         "model.model_name_or_path": "model base_model model_id model_id_or_path model_path model_dir",
         "model.model_revision": "base_model_revision",
         "model.attn_implementation": "attn_impl flash_attention flash_attn use_flash_attn xformers_attention",
+        "model.chat_template_path (a Jinja file or a tokenizer)": (
+            "chat_template chat_template_jinja template"
+        ),
+        "model.stop_tokens (tokens as text, in addition to the model's)": (
+            "eos_token eos_token_id stop_token_ids extra_eos_tokens"
+        ),
         "model.lora_r": "use_peft use_lora adapter peft_type train_type tuner_type finetuning_type",
         "model.lora_alpha (the adapter's output is scaled by lora_alpha / lora_r)": (
             "use_rslora peft_use_rslora"
@@ -57,6 +63,7 @@ OTHER_NAMES = _by_name(
         "rollout.max_completion_length": (
             "max_new_tokens max_tokens response_length max_response_length generate_max_len"
         ),
+        "rollout.stop_strings": "stop_words stop_sequences stop_strs",
         "rollout.sampler": "use_vllm",
         "rollout.vllm_server_base_url": "vllm_server_host vllm_server_port",
         "rollout.vllm_timeout": "vllm_server_timeout",
@@ -174,8 +181,9 @@ NO_EQUIVALENT = _by_name(
         "demonstrations have no label smoothing, and their embeddings no noise": (
             "label_smoothing_factor neftune_noise_alpha"
         ),
-        "sampling has temperature, top_p and top_k, whose log-probabilities are defined": (
-            "min_p generation_kwargs repetition_penalty presence_penalty cache_implementation stop_words"
+        "rollout and evaluation have temperature, top_p, top_k, min_p, repetition_penalty and stop_strings": (
+            "generation_kwargs presence_penalty frequency_penalty no_repeat_ngram_size typical_p "
+            "cache_implementation"
         ),
         "rollouts are at most one update old, and vLLM's importance weights per token are always used": (
             "off_policy_mask_threshold vllm_importance_sampling_correction "
@@ -193,10 +201,7 @@ NO_EQUIVALENT = _by_name(
         "completions are sampled in one turn": (
             "max_tool_calling_iterations multi_turn_scheduler tools environment_factory max_turns"
         ),
-        "the tokenizer's chat template and its special tokens are used": (
-            "chat_template chat_template_path eos_token pad_token special_tokens template "
-            "chat_template_jinja tokenizer_type tokens"
-        ),
+        "the tokenizer's special tokens are used": "pad_token special_tokens tokenizer_type tokens",
         "the loss covers the tokens of demonstrations and rollouts, never those of prompts": (
             "completion_only_loss train_on_inputs train_on_prompt roles_to_train label_names"
         ),

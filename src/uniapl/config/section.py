@@ -42,6 +42,8 @@ PositiveInterval = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator
 FractionInterval = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """A list of names; a single name is a list of one."""
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)]
+"""A list of non-empty texts; a single text is a list of one."""
 Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple)]
 """A list of paths; a single path is a list of one."""
 

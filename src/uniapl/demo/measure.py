@@ -18,6 +18,7 @@ from uniapl.demo.task import as_row
 from uniapl.models.policy import Policy
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.types import derive_seed
 
 
@@ -70,9 +71,10 @@ def measure(
     assert isinstance(tokenizer.pad_token_id, int)
     sampler = LocalSampler(
         model=model,
-        stop_ids={tokenizer.eos_token_id},
+        settings=SamplingSettings(
+            max_completion_length=MAX_COMPLETION_LENGTH, stop_ids={tokenizer.eos_token_id}
+        ),
         pad_id=tokenizer.pad_token_id,
-        max_completion_length=MAX_COMPLETION_LENGTH,
     )
     groups = sampler.sample(
         SampleRequest(

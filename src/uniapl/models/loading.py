@@ -1,8 +1,9 @@
 """Load models and tokenizers from a directory or the Hub."""
 
+import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from uniapl.config import ModelConfig
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
+from uniapl.models.generation import read_generation_config, set_chat_template, token_ids
 from uniapl.models.lora import (
     add_adapter,
     attach_adapter,
@@ -47,6 +49,10 @@ class ModelSource:
     """Branch, tag or commit of `base` on the Hub."""
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    chat_template_path: str | None = None
+    """Template that replaces the tokenizer's; see :class:`ModelConfig`."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion, in addition to those in the model's files."""
 
     @staticmethod
     def resolve(config: ModelConfig) -> "ModelSource":
@@ -67,6 +73,8 @@ class ModelSource:
             revision=revision,
             trust_remote_code=config.trust_remote_code,
             attn_implementation=config.attn_implementation,
+            chat_template_path=config.chat_template_path,
+            stop_tokens=config.stop_tokens,
         )
         refuse_adapter(source.what, name, revision)
         return source
@@ -164,14 +172,22 @@ def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer, unchanged, so that it is saved as it was.
+    """The tokenizer, as it will be saved: unchanged but for the chat template of the recipe.
 
     An adapter without a tokenizer, as PEFT saves it, uses that of its base model.
     """
     name = source.base
     if source.adapter is not None and any(source.adapter.glob("tokenizer*")):
         name = str(source.adapter)
-    return _load(AutoTokenizer, "tokenizer", replace(source, base=name))
+    tokenizer = _load(AutoTokenizer, "tokenizer", replace(source, base=name))
+    if source.chat_template_path is not None:
+
+        def load(path: str) -> PreTrainedTokenizerBase:
+            other = replace(source, base=path, revision=None)
+            return _load(AutoTokenizer, "tokenizer of model.chat_template_path", other)
+
+        set_chat_template(tokenizer, source.chat_template_path, load)
+    return tokenizer
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -195,8 +211,12 @@ def load_model_config(source: ModelSource) -> Any:
 
 def load_model(source: ModelSource) -> PreTrainedModel:
     """The complete model in fp32, with its adapter merged. Training may compute in bf16 under autocast."""
-    model = _load_base(source)
-    return model if source.adapter is None else merge_adapter(model, source.adapter)
+    model: Any = _load_base(source)
+    if source.adapter is None:
+        return model
+    if (source.adapter / "generation_config.json").exists():
+        model.generation_config = read_generation_config(str(source.adapter))
+    return merge_adapter(model, source.adapter)
 
 
 def put_on_device(model: Any) -> None:
@@ -263,31 +283,26 @@ def check_policy(source: ModelSource, config: ModelConfig) -> bool:
     return True
 
 
+def _known(ids: Any) -> list[int]:
+    return [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+
+
 def load_stop_ids(
     source: ModelSource, model_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """The end tokens of the tokenizer, of the model's configuration and of its generation configuration.
+    """The end tokens of the tokenizer, of the model's configuration, of its generation configuration and of
+    `model.stop_tokens`.
 
     Raises:
-        UsageError: The generation configuration is invalid, or an end token of the model's configuration is
-            ordinary text, like the class's default in a file without `eos_token_id`.
+        UsageError: The generation configuration is invalid, a stop token is not in the vocabulary, or an end
+            token of the model's configuration is ordinary text, like the class's default in a file without
+            `eos_token_id`.
     """
-    try:
-        generation = GenerationConfig.from_pretrained(source.base, revision=source.revision or "main")
-        configured = generation.eos_token_id
-    except Exception as error:  # transformers raises many types for an invalid file
-        # A model may come without a generation configuration, but an invalid one may hide end tokens.
-        if not isinstance(error, OSError) or os.path.exists(Path(source.base) / "generation_config.json"):
-            raise UsageError(
-                f"cannot load the generation configuration of the model '{source.base}': {error}; correct or "
-                "delete its generation_config.json"
-            ) from error
-        configured = None
-
-    def known(ids: Any) -> list[int]:
-        return [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
-
-    of_model = known(getattr(model_config.get_text_config(), "eos_token_id", None))
+    names = [(source.base, source.revision), *([(str(source.adapter), None)] if source.adapter else [])]
+    found = [read_generation_config(*name) for name in names]
+    configured = [token for one in found if one is not None for token in _known(one.eos_token_id)]
+    given = token_ids(source.stop_tokens, tokenizer)
+    of_model = _known(getattr(model_config.get_text_config(), "eos_token_id", None))
     if ordinary := ordinary_tokens(of_model, tokenizer):
         tokens = ", ".join(f"{token} ({tokenizer.decode(token)!r})" for token in ordinary)
         raise UsageError(
@@ -296,7 +311,17 @@ def load_stop_ids(
             f"has its class's default, for example to the tokenizer's {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token!r})"
         )
-    return frozenset(known(tokenizer.eos_token_id) + known(configured) + of_model)
+    return frozenset(_known(tokenizer.eos_token_id) + configured + given + of_model)
+
+
+def save_stop_ids(stop_ids: Iterable[int], model: PreTrainedModel, directory: Path) -> None:
+    """Write the end tokens into the generation_config.json of a saved model or adapter.
+
+    transformers' `generate`, vLLM, and UniAPL's other commands stop there too.
+    """
+    config = copy.deepcopy(model.generation_config) or GenerationConfig()
+    config.eos_token_id = sorted(stop_ids)
+    config.save_pretrained(directory)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -29,7 +29,7 @@ def accuracy_reward(
 ) -> list[float | Exception | None]:
     r"""1.0 if math-verify finds the answer, in \boxed{} or other LaTeX, equal to the solution, else 0.0.
 
-    None if the solution cannot be parsed. An answer that takes more than 5 s of processor time counts as wrong.
+    None if the solution cannot be parsed. More than 5 s of processor time for an answer counts as wrong.
     """
     return _accuracy([completion_text(completion) for completion in completions], solution, log_extra)
 

@@ -1,6 +1,6 @@
 """Sampling: the request, the protocol of samplers, and their implementations."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -48,18 +48,3 @@ class Sampler(Protocol):
 
 SampledTokens = tuple[list[int], list[float]]
 """The token ids of a completion and their log-probabilities."""
-
-
-def make_rollouts(
-    completions: Iterable[SampledTokens], stop_ids: Collection[int], policy_version: int
-) -> tuple[Rollout, ...]:
-    """Return the rollouts of one prompt. A completion without a stop token reached the length limit."""
-    return tuple(
-        Rollout(
-            completion_ids=tuple(ids),
-            sampling_logprobs=tuple(logprobs),
-            finish_reason="stop" if ids[-1] in stop_ids else "length",
-            policy_version=policy_version,
-        )
-        for ids, logprobs in completions
-    )

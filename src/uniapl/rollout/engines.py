@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from uniapl.config import RolloutConfig
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.http import RequestError, check_url, request_json
 from uniapl.rollout import SampledTokens, SampleRequest
+from uniapl.rollout.settings import warps
 from uniapl.threads import DeadlineError, call_with_deadline, map_in_threads
 
 Result = TypeVar("Result")
@@ -36,10 +39,11 @@ class EngineLostError(Exception):
 
 def check_vllm(config: RolloutConfig) -> None:
     """Raise a UsageError if vLLM or httpx is not installed, the URL is invalid, or a setting does not fit."""
-    if config.top_p < 1 or config.top_k > 0:
+    if warps(config) and config.temperature != 1:
         raise UsageError(
-            "rollout.top_p and top_k need rollout.sampler local: vLLM reports the log-probabilities of the "
-            "truncated distribution, but the loss needs those of the full distribution"
+            "with rollout.sampler vllm, top_p, top_k, min_p and repetition_penalty need rollout.temperature "
+            "1: the loss uses the log-probabilities before them, which vLLM reports only at temperature 1. "
+            "Set it, or use rollout.sampler local"
         )
     if config.vllm_mode == "server":
         url = config.vllm_server_base_url
@@ -70,6 +74,8 @@ class Colocated:
     """Arguments of `vllm.LLM` that depend on the run."""
     timeout: float
     """Seconds for one call."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """For stop strings, which vLLM finds in decoded text; None if there are none."""
     llm: Any = None
 
     def load(self, directory: Path) -> None:
@@ -86,7 +92,8 @@ class Colocated:
         """Return the completions of each prompt; `params` are vLLM's sampling parameters without the seed."""
         vllm = importlib.import_module("vllm")
         per_prompt = [
-            vllm.SamplingParams(**params, seed=seed % SEEDS, detokenize=False) for seed in request.seeds
+            vllm.SamplingParams(**params, seed=seed % SEEDS, detokenize="stop" in params)
+            for seed in request.seeds
         ]
         rows = [{"prompt_token_ids": list(prompt)} for prompt in request.prompts]
         outputs = self._call(lambda: self.llm.generate(rows, per_prompt, use_tqdm=False)) if rows else []
@@ -100,12 +107,13 @@ class Colocated:
 
     def _start(self, directory: Path) -> Any:
         vllm = importlib.import_module("vllm")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
         try:
             return vllm.LLM(
                 model=str(directory),
                 # Prompts and completions are token ids.
-                skip_tokenizer_init=True,
-                logprobs_mode="processed_logprobs",
+                skip_tokenizer_init=self.tokenizer is None,
                 generation_config="vllm",
                 **self.settings,
             )

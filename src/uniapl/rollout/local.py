@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from uniapl.rollout import SampledTokens, SampleRequest, make_rollouts
+from uniapl.rollout import SampledTokens, SampleRequest
 from uniapl.rollout.fused import FusedDecoder, Weights, same_logits, supports_fused
 from uniapl.rollout.plain import PlainDecoder
+from uniapl.rollout.settings import SamplingSettings, warps
 from uniapl.types import Rollout, TokenIds
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
@@ -32,14 +33,9 @@ class LocalSampler:
     """
 
     model: PreTrainedModel
-    stop_ids: Collection[int]
-    """Tokens that end a completion and belong to it."""
+    settings: SamplingSettings
+    """How tokens are drawn and what ends a completion."""
     pad_id: int
-    max_completion_length: int
-    temperature: float = 1.0
-    """0 takes the most likely token; its log-probability is then the one at temperature 1."""
-    top_p: float = 1.0
-    top_k: int = 0
     max_batch_size: int = 256
     """Rows decoded at the same time; it limits the memory of the cache."""
     decoding: Literal["fused", "plain"] = "fused"
@@ -59,11 +55,12 @@ class LocalSampler:
             decoder = self._decoder()
             for start in range(0, len(order), prompts_per_batch):
                 batch = order[start : start + prompts_per_batch]
+                history = self._history([prompts[i] for i in batch], count)
                 uniforms = self._uniforms([request.seeds[i] for i in batch], count)
-                rows = self._decode(decoder([prompts[i] for i in batch], count), uniforms)
+                rows = self._decode(decoder([prompts[i] for i in batch], count), uniforms, history)
                 for place, index in enumerate(batch):
                     group = rows[place * count : (place + 1) * count]
-                    rollouts[index] = make_rollouts(group, self.stop_ids, request.policy_version)
+                    rollouts[index] = self.settings.rollouts(group, request.policy_version)
         return rollouts
 
     def check(self) -> None:
@@ -72,7 +69,7 @@ class LocalSampler:
         Raises:
             UsageError: The model has no key-value cache that the rows of a group can share.
         """
-        probe = replace(self, max_completion_length=1)
+        probe = replace(self, settings=replace(self.settings, max_completion_length=1))
         probe.sample(SampleRequest(prompts=[(self.pad_id,)], seeds=[0], num_generations=2))
 
     @functools.cached_property
@@ -98,56 +95,84 @@ class LocalSampler:
         if not self.fused:
             return functools.partial(PlainDecoder, self.model, self.pad_id)
         return functools.partial(
-            FusedDecoder, Weights(self.model), max_completion_length=self.max_completion_length
+            FusedDecoder, Weights(self.model), max_completion_length=self.settings.max_completion_length
         )
 
-    def _decode(self, decoder: Decoder, uniforms: Tensor) -> list[SampledTokens]:
-        """Sample the completion of every row."""
-        device = self.model.device
+    def _decode(self, decoder: Decoder, uniforms: Tensor, history: Tensor | None) -> list[SampledTokens]:
+        """Sample the completion of every row; a row that finished between two checks has a few tokens more.
+
+        Args:
+            history: See :meth:`_history`.
+        """
+        device, settings, strings = self.model.device, self.settings, self.settings.stop_strings
         check_every = CHECK_EVERY.get(device.type, CHECK_EVERY["cuda"])
         uniforms = uniforms.to(device)
-        stop = torch.tensor(sorted(self.stop_ids), device=device)
+        stop = torch.tensor(sorted(settings.stop_ids), device=device)
         completions: list[SampledTokens] = [([], []) for _ in range(len(uniforms))]
         rows = torch.arange(len(uniforms), device=device)
         finished = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
+        windows = strings.windows(len(uniforms), device) if strings is not None else None
         sampled: list[tuple[Tensor, Tensor, Tensor]] = []
         logits = decoder.prefill()
-        for position in range(self.max_completion_length):
-            tokens, logprobs = self._choose(logits, uniforms[:, position])
+        for position in range(settings.max_completion_length):
+            tokens, logprobs = self._choose(logits, uniforms[:, position], history)
             sampled.append((rows, tokens, logprobs))
             finished |= torch.isin(tokens, stop)
-            if position + 1 == self.max_completion_length:
+            if strings is not None and windows is not None:
+                windows = torch.cat([windows[:, 1:], tokens.unsqueeze(-1)], dim=1)
+                finished |= strings.complete(windows)
+            if position + 1 == settings.max_completion_length:
                 break
+            history = None if history is None else torch.cat([history, tokens.unsqueeze(-1)], dim=1)
             if (position + 1) % check_every == 0 and finished.any():
                 keep = unfinished_rows(finished)
                 if not len(keep):
                     break
                 decoder.select(keep)
                 rows, tokens, uniforms, finished = (x[keep] for x in (rows, tokens, uniforms, finished))
+                windows, history = (None if x is None else x[keep] for x in (windows, history))
             logits = decoder.step(tokens)
         columns = (torch.cat(column).tolist() for column in zip(*sampled, strict=True))
         for row, token, logprob in zip(*columns, strict=True):
-            ids, row_logprobs = completions[row]
-            # A row that finished between two checks was sampled for a few tokens more.
-            if not ids or ids[-1] not in self.stop_ids:
-                ids.append(token)
-                row_logprobs.append(logprob)
+            completions[row][0].append(token)
+            completions[row][1].append(logprob)
         return completions
+
+    def _history(self, prompts: Sequence[TokenIds], num_generations: int) -> Tensor | None:
+        """The tokens of each row, for the repetition penalty; None without one.
+
+        A shorter prompt repeats its first token in place of padding: its set of tokens does not change.
+        """
+        if self.settings.repetition_penalty == 1:
+            return None
+        width = max(len(prompt) for prompt in prompts)
+        padded = [(prompt[0],) * (width - len(prompt)) + tuple(prompt) for prompt in prompts]
+        return torch.tensor(padded, device=self.model.device).repeat_interleave(num_generations, dim=0)
 
     def _uniforms(self, seeds: list[int], num_generations: int) -> Tensor:
         """One number in [0, 1) per row and position, drawn with the seed of the row's prompt."""
-        shape = (num_generations, self.max_completion_length)
+        shape = (num_generations, self.settings.max_completion_length)
         generators = (torch.Generator().manual_seed(seed) for seed in seeds)
         return torch.cat([torch.rand(shape, dtype=torch.float64, generator=g) for g in generators])
 
-    def _choose(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token of each row, and its log-probability before top-k and top-p truncate."""
-        if self.temperature == 0:
+    def _choose(self, logits: Tensor, uniforms: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next token of each row, and its log-probability before the penalty and the truncation."""
+        temperature = self.settings.temperature
+        if warps(self.settings):
+            # The probability of a token that the penalty makes likely can be too small for fp32.
+            logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+            warped = self.settings.processors(history, logits)  # type: ignore[arg-type]
+            if temperature == 0:
+                tokens = warped.max(dim=-1).indices
+            else:
+                tokens = inverse_cdf(relative_probs(warped, temperature=1.0), uniforms)
+            return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        if temperature == 0:
             tokens = logits.max(dim=-1).indices
             probs = relative_probs(logits, temperature=1.0)
         else:
-            probs = relative_probs(logits, temperature=self.temperature)
-            tokens = inverse_cdf(truncate(probs, top_p=self.top_p, top_k=self.top_k), uniforms)
+            probs = relative_probs(logits, temperature=temperature)
+            tokens = inverse_cdf(probs, uniforms)
         chosen = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         return tokens, chosen.log() - probs.sum(-1).log()
 
@@ -169,23 +194,6 @@ def relative_probs(logits: Tensor, *, temperature: float) -> Tensor:
     if temperature != 1:
         logits.div_(temperature)
     return logits.exp_()
-
-
-def truncate(probs: Tensor, *, top_p: float, top_k: int) -> Tensor:
-    """Set unnormalised probabilities [R, V] to 0 outside the k most likely tokens and the nucleus.
-
-    The nucleus is the smallest set of most likely tokens whose mass reaches top_p of what top-k left, as in
-    transformers. The result is not normalised.
-    """
-    if 0 < top_k < probs.shape[-1]:
-        kth = probs.topk(top_k, dim=-1).values[:, -1:]
-        probs = torch.where(probs >= kth, probs, 0.0)
-    if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        mass_before = ordered.cumsum(-1) - ordered
-        ordered = torch.where(mass_before < top_p * ordered.sum(-1, keepdim=True), ordered, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-    return probs
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:

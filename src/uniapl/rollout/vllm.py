@@ -6,9 +6,9 @@ then shows that it did: a short completion of vLLM's, whose log-probabilities th
 
 import shutil
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import logprobs_from_logits
 from uniapl.models.lora import merged
-from uniapl.rollout import SampledTokens, SampleRequest, make_rollouts
+from uniapl.rollout import SampledTokens, SampleRequest
 from uniapl.rollout.engines import Colocated, EngineLostError, Server
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.threads import in_background
 from uniapl.types import Rollout, TokenIds
 
@@ -50,10 +51,7 @@ class VLLMSampler:
     """Prompt of the canary."""
     tolerance: float
     """Largest mean difference between vLLM's and the trainer's log-probabilities, in nats per token."""
-    temperature: float
-    stop_ids: Collection[int]
-    """Tokens that end a completion and belong to it."""
-    max_completion_length: int
+    settings: SamplingSettings
     version: int | None = None
     """Policy version of the weights in vLLM; None if unknown."""
 
@@ -63,18 +61,12 @@ class VLLMSampler:
         Raises:
             UniAPLError: vLLM does not come back, returns malformed completions or has other weights.
         """
-        return self.sample_with(
-            request, temperature=self.temperature, max_completion_length=self.max_completion_length
-        )
+        return self.sample_with(request, self.settings)
 
-    def sample_with(
-        self, request: SampleRequest, *, temperature: float, max_completion_length: int
-    ) -> list[tuple[Rollout, ...]]:
+    def sample_with(self, request: SampleRequest, settings: SamplingSettings) -> list[tuple[Rollout, ...]]:
         """:meth:`sample` with other settings, for example those of evaluation. The canary keeps its own."""
         with _resume_hint():
-            return self._with_weights(
-                request.policy_version, lambda: self._generate(request, temperature, max_completion_length)
-            )
+            return self._with_weights(request.policy_version, lambda: self._generate(request, settings))
 
     def begin(self, request: SampleRequest) -> Callable[[], list[tuple[Rollout, ...]] | None]:
         """Send the weights and start sampling in the background.
@@ -88,7 +80,7 @@ class VLLMSampler:
         """
         with _resume_hint():
             self._with_weights(request.policy_version, lambda: None)
-        pending = in_background(lambda: self._generate(request, self.temperature, self.max_completion_length))
+        pending = in_background(lambda: self._generate(request, self.settings))
 
         def wait() -> list[tuple[Rollout, ...]] | None:
             try:
@@ -126,29 +118,29 @@ class VLLMSampler:
                 losses.append(str(error))
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
 
-    def _generate(
-        self, request: SampleRequest, temperature: float, max_tokens: int
-    ) -> list[tuple[Rollout, ...]]:
-        groups = self._completions(request, temperature, max_tokens, self.stop_ids)
-        return [make_rollouts(group, self.stop_ids, request.policy_version) for group in groups]
+    def _generate(self, request: SampleRequest, settings: SamplingSettings) -> list[tuple[Rollout, ...]]:
+        groups = self._completions(request, settings)
+        return [settings.rollouts(group, request.policy_version) for group in groups]
 
-    def _completions(
-        self, request: SampleRequest, temperature: float, max_tokens: int, stop_ids: Collection[int]
-    ) -> list[list[SampledTokens]]:
+    def _completions(self, request: SampleRequest, settings: SamplingSettings) -> list[list[SampledTokens]]:
+        max_tokens, strings = settings.max_completion_length, settings.stop_strings
         # Every parameter that the model's generation_config.json could change is set.
-        params = {
+        params: dict[str, Any] = {
             "n": request.num_generations,
             "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "min_p": settings.min_p,
+            "repetition_penalty": settings.repetition_penalty,
             "logprobs": 0,
-            "stop_token_ids": sorted(stop_ids),
+            "stop_token_ids": sorted(settings.stop_ids),
             # Only the trainer's stop tokens end a completion.
             "ignore_eos": True,
         }
+        if strings is not None:
+            # vLLM may return tokens after the text; SamplingSettings.rollouts removes them.
+            params |= {"stop": list(strings.strings), "skip_special_tokens": False}
         groups = self.engine.generate(request, params)
         for group in groups:
             lengths = [(len(ids), len(logprobs)) for ids, logprobs in group]
@@ -184,9 +176,10 @@ class VLLMSampler:
         Raises:
             UniAPLError: They differ: vLLM has other weights, or computes something else.
         """
-        length = min(CANARY_TOKENS, self.max_completion_length)
+        length = min(CANARY_TOKENS, self.settings.max_completion_length)
+        settings = replace(self.settings, max_completion_length=length, stop_ids=(), stop_strings=None)
         request = SampleRequest(prompts=[self.canary], seeds=[0], num_generations=1)
-        (((ids, reported),),) = self._completions(request, self.temperature, length, ())
+        (((ids, reported),),) = self._completions(request, settings)
         expected = self._logprobs(self.canary, ids)
         difference = statistics.fmean(abs(a - b) for a, b in zip(expected, reported, strict=True))
         # `difference > tolerance` would accept NaN.
@@ -195,9 +188,9 @@ class VLLMSampler:
             raise UniAPLError(
                 f"vLLM does not sample with the weights sent {when}: its log-probabilities differ from the "
                 f"trainer's by {difference:.2g} nats per token (rollout.vllm_max_logp_difference is "
-                f"{self.tolerance:g}). A server needs --logprobs-mode processed_logprobs, the trainer's "
-                "dtype, and no other client that sends it weights; vLLM's CPU build cannot reload the output "
-                "head of a model with tied embeddings"
+                f"{self.tolerance:g}). A server needs --logprobs-mode {self.settings.logprobs_mode}, the "
+                "trainer's dtype, and no other client that sends it weights; vLLM's CPU build cannot reload "
+                "the output head of a model with tied embeddings"
             )
 
     @torch.inference_mode()
@@ -207,7 +200,7 @@ class VLLMSampler:
         with self.autocast():
             logits = self.model(input_ids=ids, use_cache=False).logits
         logits = logits[0, len(prompt) - 1 : -1].float()
-        temperature = torch.full((len(logits),), self.temperature, device=ids.device)
+        temperature = torch.full((len(logits),), self.settings.temperature, device=ids.device)
         return logprobs_from_logits(logits, ids[0, len(prompt) :], temperature)[0].tolist()
 
 

@@ -10,6 +10,7 @@ from uniapl.errors import UsageError
 from uniapl.rollout import Sampler
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
@@ -25,12 +26,8 @@ def build_sampler(
     if rollout.sampler == "local":
         return LocalSampler(
             model=model,
-            stop_ids=inputs.stop_ids,
+            settings=SamplingSettings.of_rollouts(config, inputs.stop_ids, inputs.tokenizer),
             pad_id=inputs.pad_id,
-            max_completion_length=rollout.max_completion_length,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
             max_batch_size=rollout.max_batch_size,
             decoding=rollout.decoding,
             autocast=accelerator.autocast,
@@ -54,6 +51,7 @@ def _vllm_sampler(
     config: Config, model: PreTrainedModel, inputs: RunInputs, accelerator: Accelerator
 ) -> VLLMSampler:
     rollout = config.rollout
+    settings = SamplingSettings.of_rollouts(config, inputs.stop_ids, inputs.tokenizer)
     prompts = [example.prompt_ids for example in inputs.dataset.examples]
     lengths = [max(map(len, prompts)) + rollout.max_completion_length]
     lengths += [
@@ -64,7 +62,8 @@ def _vllm_sampler(
     if rollout.vllm_mode == "server":
         engine = Server(url=rollout.vllm_server_base_url.rstrip("/"), timeout=rollout.vllm_timeout)
     else:
-        settings = {
+        arguments = {
+            "logprobs_mode": settings.logprobs_mode,
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
             "max_model_len": max(lengths),
             "max_num_seqs": rollout.max_batch_size,
@@ -72,7 +71,12 @@ def _vllm_sampler(
             # Compilation pays off only on a GPU.
             "enforce_eager": accelerator.device.type != "cuda",
         }
-        engine = Colocated(settings=settings, timeout=rollout.vllm_timeout)
+        has_strings = bool(rollout.stop_strings or config.evaluation.stop_strings)
+        engine = Colocated(
+            settings=arguments,
+            timeout=rollout.vllm_timeout,
+            tokenizer=inputs.tokenizer if has_strings else None,
+        )
     return VLLMSampler(
         engine=engine,
         model=model,
@@ -80,7 +84,5 @@ def _vllm_sampler(
         directory=Path(str(accelerator.project_dir)) / WEIGHTS_IN_TRANSIT,
         canary=prompts[0],
         tolerance=rollout.vllm_max_logp_difference,
-        temperature=rollout.temperature,
-        stop_ids=inputs.stop_ids,
-        max_completion_length=rollout.max_completion_length,
+        settings=settings,
     )

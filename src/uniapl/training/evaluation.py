@@ -13,6 +13,7 @@ from uniapl.config import Config
 from uniapl.evaluation import Part, evaluate_suite
 from uniapl.rollout import Sampler, SampleRequest
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.training.distributed.rank_zero_sampler import Groups, RankZeroSampler
 from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.training.inputs import RunInputs
@@ -82,20 +83,14 @@ class Evaluation:
 
     def _sampler(self, step: int, stage: Stage) -> Sampler:
         """vLLM if the stage samples with it, else the local sampler, with the settings of evaluation."""
-        settings = self.config.evaluation
+        inputs = self.inputs
+        settings = SamplingSettings.of_evaluation(self.config, inputs.stop_ids, inputs.tokenizer)
         if isinstance(stage.sampler, RankZeroSampler) and stage.config.objective.uses_rollouts:
-            return _VLLM(
-                sampler=stage.sampler,
-                policy_version=step,
-                temperature=settings.sampling_temperature,
-                max_completion_length=settings.max_completion_length,
-            )
+            return _VLLM(sampler=stage.sampler, policy_version=step, settings=settings)
         return LocalSampler(
             model=stage.model,
-            stop_ids=self.inputs.stop_ids,
-            pad_id=self.inputs.pad_id,
-            max_completion_length=settings.max_completion_length,
-            temperature=settings.sampling_temperature,
+            settings=settings,
+            pad_id=inputs.pad_id,
             max_batch_size=self.config.rollout.max_batch_size,
             decoding=self.config.rollout.decoding,
             autocast=self.accelerator.autocast,
@@ -108,15 +103,10 @@ class _VLLM:
 
     sampler: RankZeroSampler
     policy_version: int
-    temperature: float
-    max_completion_length: int
+    settings: SamplingSettings
 
     def sample(self, request: SampleRequest) -> Groups:
-        return self.sampler.evaluate(
-            replace(request, policy_version=self.policy_version),
-            temperature=self.temperature,
-            max_completion_length=self.max_completion_length,
-        )
+        return self.sampler.evaluate(replace(request, policy_version=self.policy_version), self.settings)
 
     def check(self) -> None:
         self.sampler.check()

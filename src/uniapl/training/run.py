@@ -16,6 +16,7 @@ from uniapl.config.resolve import Resolved
 from uniapl.data.streams import Stream
 from uniapl.errors import HealthStop, Interrupted, UniAPLError
 from uniapl.files import JsonlLog, write_text
+from uniapl.models.loading import save_stop_ids
 from uniapl.models.lora import save_weights
 from uniapl.report import write_report
 from uniapl.report.adversary import AdversaryEffect
@@ -387,4 +388,6 @@ def save_model(run: Run, stage: Stage, path: Path) -> None:
 
 def _save_policy(run: Run, stage: Stage, directory: Path) -> None:
     save_weights(stage.model, directory)
+    if run.config.model.stop_tokens:
+        save_stop_ids(run.inputs.stop_ids, stage.model, directory)
     run.inputs.tokenizer.save_pretrained(directory)

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 import uniapl
 from support.fake_vllm import FakeServer, behind, serving
 from support.runs import evaluated, lines, recipe, run_until, timeless, train, write_recipe
+from support.sampling import local_sampler
 from support.tiny import make_tokenizer, save_model
 from uniapl import cli
 from uniapl.errors import Interrupted
 from uniapl.rollout import SampleRequest, engines
-from uniapl.rollout.local import LocalSampler
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.types import derive_seed
 
@@ -78,7 +78,7 @@ def test_rollouts_are_of_the_weights_a_step_before(
     sampled = lines(run / "completions.jsonl")
     for step in (2, 3, 4):
         weights = model_dir if step == 2 else checkpoint.checkpoint_path(run, step - 2)
-        sampler = LocalSampler(
+        sampler = local_sampler(
             model=AutoModelForCausalLM.from_pretrained(weights),
             stop_ids=[make_tokenizer().eos_token_id],
             pad_id=0,
@@ -143,12 +143,13 @@ def test_a_resume_with_another_recipe_samples_again(
         "more": {"num_generations": 3},
         "cooler": {"temperature": 0.9},
         "shorter": {"max_completion_length": 5},
+        "stopping": {"stop_strings": ["e", "t"]},
         "without": {"max_off_policy_steps": 0},
     }.items():
         values = ahead(model_dir, tmp_path / name, server)
         run_until(3, values)
         train(ahead(model_dir, tmp_path / name, server, rollout=changed) | {"resume": "auto"})
-    for name in ("more", "cooler", "shorter"):
+    for name in ("more", "cooler", "shorter", "stopping"):
         assert staleness(tmp_path / name) == [0, 1, 0, 1]
     assert staleness(tmp_path / "without") == [0, 1, 0, 0]
 

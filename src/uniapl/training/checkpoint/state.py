@@ -21,9 +21,9 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 AHEAD: dict[str, Any] = {
     "prompt_ids": TokenIds,
     "seed": Count,
-    "temperature": float,
-    "max_completion_length": Count,
     "rollouts": list[Rollout],
+    # Checkpoints of earlier versions have none, so that their rollouts are sampled again.
+    "settings": (dict[str, Any], {}),
 }
 """The rollouts of one prompt that were sampled one step ahead."""
 FIELDS: dict[str, Any] = {

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from uniapl.rollout import SampleRequest
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.training.distributed.rank_zero_sampler import Groups, RankZeroSampler, merged
 from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.types import Rollout, TokenIds
@@ -39,10 +40,10 @@ class OneStepOffSampler(RankZeroSampler):
         complete = all(len(group) == request.num_generations for group in groups)
         return groups if all(gather_object([complete])) else super().sample(request)
 
-    def evaluate(self, request: SampleRequest, *, temperature: float, max_completion_length: int) -> Groups:
+    def evaluate(self, request: SampleRequest, settings: SamplingSettings) -> Groups:
         """See :meth:`RankZeroSampler.evaluate`; vLLM first finishes the next step's rollouts."""
         self.wait()
-        return super().evaluate(request, temperature=temperature, max_completion_length=max_completion_length)
+        return super().evaluate(request, settings)
 
     def begin(self, request: SampleRequest) -> None:
         """Send the weights and start sampling in the background, for a later :meth:`sample`."""
@@ -66,8 +67,12 @@ class OneStepOffSampler(RankZeroSampler):
     def state(self) -> list[dict[str, Any]]:
         """Return the finished rollouts as JSON values."""
         return [
-            {"prompt_ids": prompt, "seed": seed, "rollouts": [asdict(rollout) for rollout in group]}
-            | self._settings
+            {
+                "prompt_ids": prompt,
+                "seed": seed,
+                "rollouts": [asdict(rollout) for rollout in group],
+                "settings": self.sampler.settings.as_json(),
+            }
             for (prompt, seed), group in self.ready.items()
         ]
 
@@ -76,15 +81,7 @@ class OneStepOffSampler(RankZeroSampler):
         self.ready = {
             (tuple(entry["prompt_ids"]), entry["seed"]): tuple(map(_rollout, entry["rollouts"]))
             for entry in state
-            if {name: entry[name] for name in self._settings} == self._settings
-        }
-
-    @property
-    def _settings(self) -> dict[str, float]:
-        """The settings on which rollouts depend, besides the prompt, the seed and the weights."""
-        return {
-            "temperature": self.sampler.temperature,
-            "max_completion_length": self.sampler.max_completion_length,
+            if entry.get("settings") == self.sampler.settings.as_json()
         }
 
 

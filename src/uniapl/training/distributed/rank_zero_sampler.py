@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from uniapl.rollout import SampleRequest
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.types import Rollout
@@ -29,14 +30,9 @@ class RankZeroSampler:
         """Return the rollouts of this rank's prompts. See :class:`Sampler`."""
         return self._sample(request, self.sampler.sample)
 
-    def evaluate(self, request: SampleRequest, *, temperature: float, max_completion_length: int) -> Groups:
+    def evaluate(self, request: SampleRequest, settings: SamplingSettings) -> Groups:
         """:meth:`sample` with the settings of evaluation."""
-        return self._sample(
-            request,
-            lambda everything: self.sampler.sample_with(
-                everything, temperature=temperature, max_completion_length=max_completion_length
-            ),
-        )
+        return self._sample(request, lambda everything: self.sampler.sample_with(everything, settings))
 
     def _sample(self, request: SampleRequest, sample: Callable[[SampleRequest], Groups]) -> Groups:
         requests = gather_object([request])

@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from uniapl.config import Config
+from uniapl.config import Config, EvaluationConfig, RolloutConfig
 from uniapl.config.resolve import Resolved
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
 from uniapl.data.rows import Dataset, tokenize_rows, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
+from uniapl.models.generation import token_ids, unused_generation_settings
 from uniapl.models.loading import (
     ModelSource,
     check_vocabulary_size,
@@ -23,6 +24,7 @@ from uniapl.models.loading import (
 )
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
+from uniapl.rollout.settings import SamplingSettings
 from uniapl.training.build_teacher import check_teacher, notes_on_teacher
 from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
@@ -82,16 +84,14 @@ def load_inputs(
         check_stage(stage.config, dataset, rewarder, notes)
         check_teacher(stage.config, tokenizer, dataset.examples)
     configs = [stage.config for stage in stages]
+    notes += _sampling_notes(configs, model_source, stop_ids, tokenizer)
     notes += unknown + _notes_on_stages(configs, dataset, rewarder)
     if longest:
         rewarder.try_out(dataset.examples)
     suites: tuple[Suite, ...] = ()
     if with_suites:
         scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
-        suites = load_suites(config, tokenizer, **scoring)
-        if own_suites := given.suites(config):
-            suites += load_suites(config, tokenizer, rows=own_suites, **scoring)
-            _check_names(suites)
+        suites = _load_suites(config, tokenizer, given, **scoring)
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
         source=model_source,
@@ -110,13 +110,19 @@ def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewar
     return [*notes_on_lengths(stages, dataset), *of_adversary, *notes_on_teacher(stages)]
 
 
-def _check_names(suites: Sequence[Suite]) -> None:
+def _load_suites(
+    config: Config, tokenizer: PreTrainedTokenizerBase, given: Given, **scoring: Any
+) -> tuple[Suite, ...]:
+    """The suites of the recipe, and those given to :func:`uniapl.train`."""
+    suites = load_suites(config, tokenizer, **scoring)
+    if own := given.suites(config):
+        suites += load_suites(config, tokenizer, rows=own, **scoring)
     names = [suite.name for suite in suites]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(
-                f"two suites are called '{name}': give eval_dataset as a mapping of names to rows"
-            )
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UsageError(
+            f"two suites are called '{repeated[0]}': give eval_dataset as a mapping of names to rows"
+        )
+    return suites
 
 
 def _sha256(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -130,12 +136,30 @@ def _data_notes(
     stop_ids: Collection[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
+    chosen = token_ids(config.model.stop_tokens, tokenizer)
     notes = [
         f"the end token {token} ({tokenizer.decode(token)!r}) in generation_config.json is ordinary text: "
         "every completion ends there"
-        for token in ordinary_tokens(stop_ids, tokenizer)
+        for token in ordinary_tokens({*stop_ids}.difference(chosen), tokenizer)
     ]
     return notes + unused_columns(rows, config.data) + list(rows.notes if isinstance(rows, Rows) else ())
+
+
+def _sampling_notes(
+    stages: Sequence[Config],
+    source: ModelSource,
+    stop_ids: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    """What of the model's own settings is not used. The settings of sampling are made once, to check them."""
+    for config in stages:
+        SamplingSettings.of_rollouts(config, stop_ids, tokenizer)
+        SamplingSettings.of_evaluation(config, stop_ids, tokenizer)
+    used: list[RolloutConfig | EvaluationConfig] = [
+        config.rollout for config in stages if config.objective.uses_rollouts
+    ]
+    used += [config.evaluation for config in stages[:1] if config.evaluation.suites]
+    return unused_generation_settings(source.base, source.revision, used)
 
 
 def _trainer_state(config: Config) -> TrainerState:
