@@ -48,9 +48,14 @@ class Schedule:
 
     @property
     def trains_on_demonstrations(self) -> bool:
-        """The current step trains on demonstrations, if it has no gate."""
+        """The current step draws demonstrations, if it has no gate."""
+        return self.imitates or self.config.objective.pairs_rejected
+
+    @property
+    def imitates(self) -> bool:
+        """The current step trains on its demonstrations with the SFT loss."""
         objective = self.config.objective
-        return objective.mu_peak > 0 if self.in_cold_start else objective.learns_from_demonstrations
+        return objective.mu_peak > 0 if self.in_cold_start else objective.imitates
 
     @property
     def learning_rate(self) -> float:
@@ -117,6 +122,7 @@ class Schedule:
             "adv": self.lambda_adv if objective.adversarial_placement == "loss" else 0.0,
             "kl": objective.beta if self.uses_reference else 0.0,
             "teacher": objective.teacher_kl,
+            "pref": objective.pref_weight if self.uses_reference else 0.0,
             "entropy": -objective.entropy_coef,
         }
 
