@@ -167,12 +167,12 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
         raise UsageError(
             f"{method} needs rewards: set rewards.functions, or choose sft, a-sft, gad, opd or dpo"
         )
+    _check_pairs(config, prompts, demonstrations)
     if config.learns_from_demonstrations and not demonstrations:
         raise UsageError(
             f"{method} needs demonstrations, but no row has a 'completion' (or 'messages' that end with the "
             "assistant): add them, or choose grpo"
         )
-    _check_pairs(config, prompts, demonstrations)
     if adversarial and all(example.demonstration_ids is None for example in demonstrations):
         raise UsageError(
             f"{method} compares completions with demonstrations, but no row has a 'completion': add them, or "
