@@ -84,7 +84,7 @@ def test_without_pairs_it_is_a_differentiable_zero() -> None:
 def test_a_large_margin_stays_finite() -> None:
     logprobs = torch.tensor([[-2000.0], [0.0]], requires_grad=True)
     mask, pairs = torch.ones(2, 1).bool(), torch.tensor([1, -1])
-    assert float(loss_of(logprobs, torch.zeros(2, 1), mask, pairs, beta=1.0)) == 0
+    assert loss_of(logprobs, torch.zeros(2, 1), mask, pairs, beta=1.0).item() == 0
     loss = loss_of(logprobs, torch.zeros(2, 1), mask, torch.tensor([-1, 0]), beta=1.0)
     loss.backward()
     assert float(loss) == pytest.approx(2000.0)
