@@ -101,7 +101,7 @@ def test_loss_metrics_and_gradients_are_trls(beta: float, packed: bool, tmp_path
     policy = Policy(ours)
     optimizer = KeepGradients(policy.parameters(), lr=1.0)
     weights = {"sft": 0.0, "rl": 0.0, "adv": 0.0, "kl": 0.0, "pref": 1.0}
-    batches = micro_batches(rows, pad_id=0, max_tokens=60, packed=packed)
+    batches = micro_batches(rows, pad_id=0, max_tokens=40, packed=packed)
     assert len(batches) > 1
     batch = MixedBatch(rows=rows, micro_batches=batches, weights=weights)
     settings = LossSettings(clip_low=0.2, clip_high=0.2, beta_pref=beta)
