@@ -100,7 +100,9 @@ class Policy(nn.Module):
         """Log-probability and entropy of the tokens under `mask`, 0 elsewhere.
 
         Args:
-            input_ids, attention_mask, position_ids: [B, T], as in MicroBatch.
+            input_ids: [B, T], as in MicroBatch.
+            attention_mask: [B, T].
+            position_ids: [B, T].
             mask: [B, T]; False in the first column, which has no previous token.
             temperature: [B], one per row.
             spans: One per row, to compute packed rows if the model can; empty for padded rows.
