@@ -545,11 +545,14 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
     assert accelerator.num_processes == world
-    rows = paired_rows()
-    share = rows[rank::world]
+
+    def own(rows: list[Row], max_rows: int | None) -> list[MicroBatch]:
+        batches = micro_batches(rows[rank::world], pad_id=0, max_tokens=10_000, max_rows=max_rows)
+        return batches + [empty_micro_batch(0)] * num_empty_micro_batches(accelerator, len(batches))
+
     # Unequal numbers of micro-batches: 2 rows in each on the first process, all in one on the others.
-    batches = micro_batches(share, pad_id=0, max_tokens=10_000, max_rows=2 if rank == 0 else None)
-    batches += [empty_micro_batch(0)] * num_empty_micro_batches(accelerator, len(batches))
+    rows = paired_rows()
+    batches = own(rows, 2 if rank == 0 else None)
     forward = Policy.forward
 
     def small(self: Policy, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -570,6 +573,8 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
             small_one = None
         result, gradients = step(batches, rows, accelerator=accelerator, **settings)
         results[method] = (result.sums, result.grad_norm, gradients)
+    rows = random_rows()
+    batches = own(rows, 2 if rank < 2 else None)
     for loss in LOSSES:
         result, gradients = loss_step(loss, batches, rows, accelerator=accelerator)
         results[loss + " loss"] = (result.sums, result.grad_norm, gradients)
@@ -591,6 +596,7 @@ def test_processes(world: int, small_one: int | None, sharded: bool, tmp_path: P
         result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
         expected = step([collate(rows, pad_id=0)], rows, weights=weights, token_weight=token_weight)
         assert_same((result, gradients), expected)
+    rows = random_rows()
     for loss in LOSSES:
         sums, grad_norm, gradients = saved[loss + " loss"]
         result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
