@@ -20,6 +20,10 @@ PAIRS = [
 ]
 
 
+ROWS = letter_rows(demonstrated=range(1, 12))
+"""Every step has a prompt with a demonstration, and one step a prompt without."""
+
+
 def with_pairs(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
     objective = {"pref_weight": 0.5, "beta_pref": 0.5, **changes.pop("objective", {})}
     return recipe(model, output, objective=objective, **changes)
@@ -81,7 +85,7 @@ def test_dpo_prefers_the_chosen_completions(model_dir: Path, tmp_path: Path) -> 
 def run(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations against rollouts, next to all other components."""
     folder = tmp_path_factory.mktemp("pairs") / "run"
-    train(with_pairs(model_dir, folder))
+    train(with_pairs(model_dir, folder), train_dataset=ROWS)
     return folder
 
 
@@ -100,6 +104,7 @@ def test_rollouts_are_compared_with_demonstrations(run: Path) -> None:
         parts = [record[key] * (record[f"loss/{name}"] or 0.0) for name, key in weights.items()]
         parts += [0.05 * record["loss/kl"], 0.5 * (record["loss/pref"] or 0.0)]
         assert record["loss"] == pytest.approx(sum(parts), abs=1e-5)
+    assert any(not group["demonstration"] for groups in _by_step(run) for group in groups)
 
 
 def _by_step(run: Path) -> list[list[dict[str, Any]]]:
@@ -111,8 +116,8 @@ def _by_step(run: Path) -> list[list[dict[str, Any]]]:
 
 def test_resume_is_exact(run: Path, model_dir: Path, tmp_path: Path) -> None:
     values = with_pairs(model_dir, tmp_path / "run")
-    run_until(3, values)
-    train(values | {"resume": "auto"})
+    run_until(3, values, train_dataset=ROWS)
+    train(values | {"resume": "auto"}, train_dataset=ROWS)
     assert_same_run(tmp_path / "run", run, 4)
 
 
@@ -120,7 +125,7 @@ def test_resume_is_exact(run: Path, model_dir: Path, tmp_path: Path) -> None:
 def test_micro_batches_do_not_change_the_run(
     run: Path, model_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    train(with_pairs(model_dir, tmp_path / "run", batching=changes))
+    train(with_pairs(model_dir, tmp_path / "run", batching=changes), train_dataset=ROWS)
     assert_close_runs(tmp_path / "run", run)
 
 
@@ -129,7 +134,7 @@ def test_a_pair_that_does_not_fit_with_others_is_split_off(
 ) -> None:
     """With two updates, so that the old log-probabilities are split too."""
     objective = {"num_iterations": 2}
-    train(with_pairs(model_dir, tmp_path / "whole", objective=objective))
+    train(with_pairs(model_dir, tmp_path / "whole", objective=objective), train_dataset=ROWS)
     forward = Policy.forward
 
     def small(self: Policy, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -138,18 +143,19 @@ def test_a_pair_that_does_not_fit_with_others_is_split_off(
         return forward(self, input_ids, *args, **options)
 
     monkeypatch.setattr(Policy, "forward", small)
-    train(with_pairs(model_dir, tmp_path / "run", objective=objective))
+    train(with_pairs(model_dir, tmp_path / "run", objective=objective), train_dataset=ROWS)
     assert_close_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def _train(folder: Path, values: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
-    train(values, **({"train_dataset": rows, "reward_functions": []} if rows else {}))
+def _train(folder: Path, values: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    rewards = {} if "letter" in rows[0] else {"reward_functions": []}
+    train(values, train_dataset=rows, **rewards)
 
 
 @pytest.mark.distributed
 def test_two_processes_give_the_same_run(run: Path, model_dir: Path, tmp_path: Path) -> None:
     values = with_pairs(model_dir, tmp_path / "run")
-    assert run_processes(2, _train, tmp_path, values, None) == [0, 0]
+    assert run_processes(2, _train, tmp_path, values, ROWS) == [0, 0]
     assert_close_runs(tmp_path / "run", run)
     _train(tmp_path, dpo(model_dir, tmp_path / "one"), PAIRS)
     assert run_processes(2, _train, tmp_path, dpo(model_dir, tmp_path / "two"), PAIRS) == [0, 0]
@@ -176,7 +182,7 @@ def test_the_reference_reads_each_completion_once(
 
 def test_there_are_no_pairs_before_the_reference(model_dir: Path, tmp_path: Path) -> None:
     objective = {"reference_step": 2, "beta": 0.0}
-    train(with_pairs(model_dir, tmp_path / "run", objective=objective))
+    train(with_pairs(model_dir, tmp_path / "run", objective=objective), train_dataset=ROWS)
     records = metrics(tmp_path / "run")
     assert [record["tokens/pref"] for record in records[:2]] == [0, 0]
     assert [record["loss/pref"] for record in records[:2]] == [None, None]

@@ -222,7 +222,7 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         failed = failed_groups(groups, config.objective.gate_threshold)
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [group.example for group in failed]
-    elif stage.schedule.trains_on_demonstrations:
+    elif stage.schedule.imitates or config.objective.pairs_rejected:
         demonstrated = stream.take(stage.schedule.demonstrations_per_step)
     rows = rollout_rows(
         groups,

@@ -47,13 +47,8 @@ class Schedule:
         return self.step < self.config.cold_start_steps
 
     @property
-    def trains_on_demonstrations(self) -> bool:
-        """The current step draws demonstrations, if it has no gate."""
-        return self.imitates or self.config.objective.pairs_rejected
-
-    @property
     def imitates(self) -> bool:
-        """The current step trains on its demonstrations with the SFT loss."""
+        """The current step trains on demonstrations with the SFT loss."""
         objective = self.config.objective
         return objective.mu_peak > 0 if self.in_cold_start else objective.imitates
 
