@@ -264,7 +264,7 @@ def test_demonstrations_are_drawn_only_where_they_have_a_weight() -> None:
     subject = Schedule(config=config, adversary=None, multiplier=Multiplier(value=1.0))
     found = []
     for subject.step in (0, 3, 4, 9):
-        found.append(subject.trains_on_demonstrations)
+        found.append(subject.imitates)
     assert found == [True, True, False, False]
 
 
