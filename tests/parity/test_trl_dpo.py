@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from torch.testing import assert_close
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from support.tiny import make_model, make_tokenizer
 from uniapl.config import DataConfig
@@ -79,9 +80,10 @@ def test_loss_metrics_and_gradients_are_trls(beta: float, packed: bool, tmp_path
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
-    samples = list(trainer.train_dataset)
-    loss = trainer.training_step(trainer.model, trainer.data_collator(samples), None)
-    expected = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    samples: list[Any] = list(trainer.train_dataset)
+    model: Any = trainer.model
+    loss = trainer.training_step(model, trainer.data_collator(samples), None)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
 
     examples = [tokenize_row(n, row, tokenizer, DataConfig()) for n, row in enumerate(PAIRS)]
     reader = TokenReader(

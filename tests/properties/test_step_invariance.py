@@ -326,7 +326,8 @@ def test_a_teacher_s_top_k_may_be_cut_padded_and_packed(family: str, loss_type: 
     settings: dict[str, Any] = {"family": family, "top_k": 3, "loss_type": loss_type}
     settings["weights"] = WEIGHTS | {"teacher": 0.6}
     expected = step([collate(rows, pad_id=0)], rows, **settings)
-    without = step([collate(rows, pad_id=0)], rows, **settings | {"weights": WEIGHTS})
+    plain: dict[str, Any] = settings | {"weights": WEIGHTS}
+    without = step([collate(rows, pad_id=0)], rows, **plain)
     assert abs(expected[0].sums["loss"] - without[0].sums["loss"]) > 0.01
     long = Row(prompt_ids=(5,) * 40, completion_ids=(), components=frozenset())
     cut = [collate([*rows[i::3], long], pad_id=0, padding_side="left") for i in range(3)]
@@ -354,7 +355,8 @@ def test_pairs_may_be_cut_halved_packed_and_reordered(family: str, loss_type: st
     weights = WEIGHTS | {"kl": 0.02}
     settings["weights"] = weights | {"pref": 0.6}
     expected = step([collate(rows, pad_id=0)], rows, **settings)
-    without = step([collate(rows, pad_id=0)], rows, **settings | {"weights": weights})
+    plain: dict[str, Any] = settings | {"weights": weights}
+    without = step([collate(rows, pad_id=0)], rows, **plain)
     assert expected[0].sums["loss"] - without[0].sums["loss"] == pytest.approx(
         0.6 * expected[0].sums["pref"] / 5, abs=1e-5
     )

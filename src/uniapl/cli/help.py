@@ -41,7 +41,9 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
     names: Sequence[str] = ()
     if verb == "demo":
         from uniapl.demo.recipe import RECIPE as recipe
-        from uniapl.demo.recipe import REWARDS as names
+        from uniapl.demo.recipe import REWARDS
+
+        names = [*REWARDS]
     elif flags and not flags[0].startswith("-"):
         recipe = load_recipe(flags.pop(0))
     if "--help-all" in arguments:
@@ -49,9 +51,7 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         print(f"--rewards.functions NAME ...: {_field('rewards.functions').description}")
         flags.append("--help")
     values = flatten(resolve(recipe, flags).config)
-    rewards = (
-        f"\nValues of --reward: {', '.join(names)} (all but the first are imperfect).\n" if names else ""
-    )
+    rewards = f"\nRewards: {', '.join(names)}; only the first is right.\n" if names else ""
     keys = "\n".join(
         f"  {_shorten(f'{key}: {_text(values[key])}', KEY_WIDTH):<{KEY_WIDTH}} {_summary(key)}"
         for key in KEYS
