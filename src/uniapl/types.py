@@ -46,11 +46,17 @@ class Example:
     demonstration_ids: TokenIds | None
     """The expert's completion, including its end token."""
     rejected_ids: TokenIds | None = None
-    """A completion that is worse than the demonstration; the discriminator is trained on it too."""
+    """A completion that is worse than the demonstration; the discriminator is trained on it too, and it is
+    the rejected one of a preference pair."""
     earlier_turns: tuple[tuple[TokenIds, TokenIds], ...] = ()
     """Prompt and completion of each earlier assistant turn that only the SFT loss covers."""
     columns: dict[str, Any]
     """The other columns of the row, which reward functions receive by name."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the row is a preference pair: equal completions would have no gradient."""
+        return self.demonstration_ids is not None and self.rejected_ids not in (None, self.demonstration_ids)
 
     @property
     def demonstrated_turns(self) -> tuple[tuple[TokenIds, TokenIds], ...]:
@@ -73,7 +79,7 @@ class Rollout:
     policy_version: int
     """The step whose weights the sampler used."""
     ref_logprobs: tuple[float, ...] | None = None
-    """Nats, one per token, under the KL reference; None in a step without a KL term."""
+    """Nats, one per token, under the KL reference; None in a step that does not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,8 @@ class RolloutGroup:
     """Not the language model's logits: the discriminator's logit of each rollout; None if they have none."""
     expert_logit: float | None = None
     """The discriminator's logit of the demonstration; None without a demonstration."""
+    demonstration_ref_logprobs: tuple[float, ...] | None = None
+    """Nats, one per token of the demonstration, under the KL reference; None if no component needs them."""
 
 
 class Span(NamedTuple):
@@ -138,6 +146,10 @@ class MicroBatch:
     """Rollout tokens that the discriminator scored."""
     rollout_mask: Bool[Tensor, "B T"]
     """All rollout tokens that enter the loss, for the KL term, the entropy and the rollout metrics."""
+    pref_mask: Bool[Tensor, "B T"]
+    """Completion tokens of preference pairs, chosen and rejected."""
+    chosen: Int[Tensor, " B"]
+    """For the rejected completion of a pair, the row of the chosen one; -1 for all other rows."""
     advantages: Float[Tensor, " B"]
     adversarial_advantages: Float[Tensor, " B"]
     temperature: Float[Tensor, " B"]
@@ -145,7 +157,7 @@ class MicroBatch:
     sampling_logprobs: Float[Tensor, "B T"]
     """Nats, from the sampler; 0 outside `rollout_mask`."""
     ref_logprobs: Float[Tensor, "B T"]
-    """Nats, under the KL reference; 0 outside `rollout_mask` and in a step without a KL term."""
+    """Nats, under the KL reference; 0 outside `rollout_mask` and `pref_mask`, and in a step without it."""
     spans: tuple[Span, ...] = ()
     """One per row for packed rows; empty for padded rows."""
     teacher_logprobs: Float[Tensor, "B T K"] | None = None

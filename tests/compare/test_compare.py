@@ -315,6 +315,10 @@ def test_costs_by_hand() -> None:
     assert found["cost"] == {"rollout_tokens": 50, "trained_tokens": 160, "flops": 1_060_000, "seconds": 4.0}
     (point,) = found["curve"]
     assert (point["step"], point["flops"], point["metrics"]) == (2, 1_060_000, {"reward": 0.5})
+    # Pairs of the data: trained, and read by the reference.
+    pairs = [{"step": 1, "stage": 0, "tokens/rollout": 0, "tokens/sft": 0, "tokens/pref": 40, **common}]
+    found = costs(pairs, [resolve({"method": "dpo"}).config], 1000, {})
+    assert found["cost"] == {"rollout_tokens": 0, "trained_tokens": 40, "flops": 320_000, "seconds": 2.0}
 
 
 def test_the_first_warning_of_each_rule() -> None:
@@ -327,6 +331,7 @@ def test_the_first_warning_of_each_rule() -> None:
     [
         ({"method": "grpo"}, 8),
         ({"method": "grpo", "objective": {"beta": 0.1}}, 10),
+        ({"method": "grpo", "objective": {"pref_weight": 0.1}}, 10),
         ({"method": "a-grpo"}, 8 + 2 + 2 * 6),
         ({"method": "uniapl", "discriminator": {"kind": "head"}}, 10),
         ({"method": "uniapl", "discriminator": {"kind": "polar"}}, 12),

@@ -15,7 +15,7 @@ from uniapl.errors import UsageError
 
 KEYS = {*flatten(Config()), *Config.model_fields}
 LEAVES = {key.rsplit(".", 1)[-1] for key in KEYS}
-NAMES = ("GRPOConfig", "SFTConfig", "ModelConfig", "ScriptArguments")
+NAMES = ("GRPOConfig", "SFTConfig", "DPOConfig", "ModelConfig", "ScriptArguments")
 CLASSES = (*(getattr(trl, name) for name in NAMES), transformers.TrainingArguments)
 FIELDS = sorted({field.name for one in CLASSES for field in dataclasses.fields(one)})
 LATER = {"data.name", "data.revision"}
@@ -62,6 +62,8 @@ def test_every_suggested_key_exists() -> None:
         ("max_length", "did you mean 'data.max_demonstration_length (longer rows are left out"),
         ("max_prompt_length", "did you mean 'data.max_prompt_length'?"),
         ("beta", "did you mean 'objective.beta'?"),
+        ("pref_beta", "did you mean 'objective.beta_pref'?"),  # LLaMA-Factory
+        ("ld_alpha", "it has no equivalent: the loss on preference pairs is DPO's with a sigmoid"),
         ("base_model", "did you mean 'model.model_name_or_path'?"),  # Axolotl
         ("micro_batch_size", "did you mean 'batching.per_device_train_batch_size'?"),
         ("sequence_len", "did you mean 'data.max_demonstration_length"),

@@ -76,7 +76,7 @@ def test_demonstrations_without_a_last_one_are_in_their_stream() -> None:
     row = {"messages": [*CHAT[:3], turn("aso", weight=0)]}
     examples = (one(row), one(row, train_on="all"))
     prompts, demonstrations = split_streams(
-        Dataset(examples=examples), can_be_rewarded=lambda _: False, uses_adversary=True
+        Dataset(examples=examples), can_be_rewarded=lambda _: False, compares=True
     )
     assert prompts == [], "the discriminator compares with the last turn only"
     assert demonstrations == [examples[1]]

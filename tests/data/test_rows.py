@@ -259,10 +259,8 @@ def test_the_two_streams_have_their_own_shuffles() -> None:
 
 def test_a_row_s_columns_decide_what_it_teaches() -> None:
     dataset = Dataset(examples=tuple(examples(6)))
-    prompts, demonstrations = split_streams(
-        dataset, can_be_rewarded=lambda e: e.row == 0, uses_adversary=False
-    )
+    prompts, demonstrations = split_streams(dataset, can_be_rewarded=lambda e: e.row == 0, compares=False)
     assert [e.row for e in prompts] == [0]
     assert [e.row for e in demonstrations] == [1, 3, 5]
-    prompts, _ = split_streams(dataset, can_be_rewarded=lambda e: e.row == 0, uses_adversary=True)
+    prompts, _ = split_streams(dataset, can_be_rewarded=lambda e: e.row == 0, compares=True)
     assert [e.row for e in prompts] == [0, 1, 3, 5]

@@ -74,7 +74,7 @@ def test_by_hand() -> None:
 
 def test_divisors_by_hand() -> None:
     tokens = {"sft": 7, "rl": 6, "adv": 2, "kl": 9}
-    completions = {"sft": 2, "rl": 3, "adv": 1, "kl": 4}
+    completions = {"sft": 2, "rl": 3, "adv": 1, "kl": 4, "pref": 5}
     of: dict[str, dict[str, int]] = {
         "dapo": {"rl": 6, "adv": 2, "kl": 9},
         "bnpo": {"rl": 6, "adv": 2, "kl": 9},
@@ -84,7 +84,7 @@ def test_divisors_by_hand() -> None:
     }
     for loss_type, expected in of.items():
         got = divisors(tokens, completions, loss_type=loss_type, max_completion_length=10)  # type: ignore[arg-type]
-        assert got == expected | {"sft": 7, "teacher": expected["kl"], "entropy": 9}
+        assert got == expected | {"sft": 7, "teacher": expected["kl"], "entropy": 9, "pref": 5}
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo", "dr_grpo"])

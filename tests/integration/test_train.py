@@ -31,7 +31,10 @@ def test_every_method_runs_and_only_its_components_act(method: str, model_dir: P
     teacher: dict[str, Any] = {}
     if method == "opd":
         teacher = {"teacher": {"model_name_or_path": str(save_model(tmp_path / "teacher", seed=5))}}
-    result = train(recipe(model_dir, tmp_path / "run", method=method, **teacher))
+    rows = letter_rows()
+    if method == "dpo":
+        rows = [row | ({"rejected": "no"} if "completion" in row else {}) for row in rows]
+    result = train(recipe(model_dir, tmp_path / "run", method=method, **teacher), train_dataset=rows)
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     objective = uniapl.Config.model_validate(
@@ -39,19 +42,19 @@ def test_every_method_runs_and_only_its_components_act(method: str, model_dir: P
     )
     last = records[-1]
     assert (last["tokens/sft"] > 0) == objective.objective.learns_from_demonstrations
-    rollouts = method != "sft"
+    rollouts = method not in ("sft", "dpo")
     assert ("reward" in last) == rollouts
     assert (last["tokens/rl"] > 0) == rollouts
     adversary = method in ("a-sft", "a-grpo", "uniapl", "gad")
     assert (last["weight/lambda_adv"] > 0) == adversary
     assert ("discriminator/win_rate" in last) == adversary
     assert records[0]["weight/lambda_adv"] == 0, "nothing is felt of the discriminator while it warms up"
-    rewarded, taught = method not in ("gad", "opd"), method == "opd"
+    rewarded, taught = method not in ("gad", "opd", "dpo"), method == "opd"
     for record in records:
         assert math.isfinite(record["loss"])
-        mu, beta = record["weight/mu"], 0.0 if method == "sft" else 0.05
+        mu, beta = record["weight/mu"], 0.05 if rollouts else 0.0
         weights = {"sft": mu, "rl": (1 - mu) * rewarded, "adv": record["weight/lambda_adv"], "kl": beta}
-        weights["teacher"] = float(taught)
+        weights |= {"teacher": float(taught), "pref": float(method == "dpo")}
         mixed = sum(weight * (record[f"loss/{name}"] or 0.0) for name, weight in weights.items())
         assert record["loss"] == pytest.approx(mixed, abs=1e-5), "the objective, term by term"
         assert record["skipped"] == 0

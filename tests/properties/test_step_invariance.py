@@ -14,7 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch.testing import assert_close
 
 from support.processes import run_processes
-from support.tiny import make_model, random_rows
+from support.tiny import make_model, paired_rows, random_rows
 from uniapl.config import methods
 from uniapl.data.batching import Row, collate, component_counts, empty_micro_batch, halves, micro_batches
 from uniapl.functional.losses import TokenWeight
@@ -57,6 +57,8 @@ def step(
     assert is_sharded(policy) == shards_weights()
     if weights.get("teacher"):
         batches = LocalTeacher(model=Policy(make_model(family, seed=3)), top_k=top_k).read(batches)
+    if weights.get("pref"):
+        settings["beta_pref"] = 0.3
     optimizer = KeepGradients(policy.parameters(), lr=1.0)
     result = policy_step(
         accelerator,
@@ -308,6 +310,7 @@ METHODS: dict[str, tuple[dict[str, float], TokenWeight]] = {
     "uniapl": ({"sft": 0.4, "rl": 0.6, "adv": 0.5, "kl": 0.1}, "none"),
     "gad": ({"sft": 0.0, "rl": 0.0, "adv": 1.0, "kl": 0.0}, "none"),
     "opd": ({"sft": 0.0, "rl": 0.0, "adv": 0.0, "kl": 0.0, "teacher": 1.0}, "none"),
+    "dpo": ({"sft": 0.0, "rl": 0.0, "adv": 0.0, "kl": 0.0, "pref": 1.0}, "none"),
 }
 """The weights of each method at one of its steps."""
 
@@ -323,7 +326,8 @@ def test_a_teacher_s_top_k_may_be_cut_padded_and_packed(family: str, loss_type: 
     settings: dict[str, Any] = {"family": family, "top_k": 3, "loss_type": loss_type}
     settings["weights"] = WEIGHTS | {"teacher": 0.6}
     expected = step([collate(rows, pad_id=0)], rows, **settings)
-    without = step([collate(rows, pad_id=0)], rows, **settings | {"weights": WEIGHTS})
+    plain: dict[str, Any] = settings | {"weights": WEIGHTS}
+    without = step([collate(rows, pad_id=0)], rows, **plain)
     assert abs(expected[0].sums["loss"] - without[0].sums["loss"]) > 0.01
     long = Row(prompt_ids=(5,) * 40, completion_ids=(), components=frozenset())
     cut = [collate([*rows[i::3], long], pad_id=0, padding_side="left") for i in range(3)]
@@ -334,12 +338,64 @@ def test_a_teacher_s_top_k_may_be_cut_padded_and_packed(family: str, loss_type: 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_may_be_cut_and_padded(method: str) -> None:
-    rows = random_rows()
+    rows = paired_rows()
     weights, token_weight = METHODS[method]
     long = Row(prompt_ids=(5,) * 40, completion_ids=(), components=frozenset())
     cut = [collate([*rows[i::3], long], pad_id=0, padding_side="left") for i in range(3)]
     expected = step([collate(rows, pad_id=0)], rows, weights=weights, token_weight=token_weight)
     assert_same(step(cut, rows, weights=weights, token_weight=token_weight), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2_softcap"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_pairs_may_be_cut_halved_packed_and_reordered(family: str, loss_type: str) -> None:
+    """Next to all other components; no cut separates a pair."""
+    rows = paired_rows()
+    settings: dict[str, Any] = {"family": family, "loss_type": loss_type}
+    weights = WEIGHTS | {"kl": 0.02}
+    settings["weights"] = weights | {"pref": 0.6}
+    expected = step([collate(rows, pad_id=0)], rows, **settings)
+    plain: dict[str, Any] = settings | {"weights": weights}
+    without = step([collate(rows, pad_id=0)], rows, **plain)
+    assert expected[0].sums["loss"] - without[0].sums["loss"] == pytest.approx(
+        0.6 * expected[0].sums["pref"] / 5, abs=1e-5
+    )
+    for max_tokens in (1, 40):
+        for packed in (False, True):
+            batches = micro_batches(rows[::-1], pad_id=0, max_tokens=max_tokens, packed=packed)
+            assert_same(step(batches, rows, **settings), expected)
+    batches = micro_batches(rows, pad_id=0, max_tokens=10_000, packed=True)
+    assert [len(batch.input_ids) for batch in batches] == [9 + 3]
+    for _ in range(5):
+        batches = [half for batch in batches for half in halves(batch)]
+        assert_same(step(batches, rows, **settings), expected)
+    # A single row, or a pair, is not cut.
+    assert sorted(len(batch.input_ids) for batch in batches) == [1, 1, 1, 1, 2, 2, 2, 2, 2]
+
+
+def test_the_preference_loss_of_a_step_by_plain_python() -> None:
+    """From the model's own logits: each pair's margin, its sigmoid, and the mean over the pairs."""
+    rows, model = paired_rows(), make_model()
+
+    def log_ratio(row: Row) -> float:
+        ids = torch.tensor([row.prompt_ids + row.completion_ids])
+        with torch.no_grad():
+            logprobs = (model(ids).logits[0].float() / row.temperature).log_softmax(-1)
+        assert row.ref_logprobs is not None
+        start = len(row.prompt_ids)
+        return sum(
+            float(logprobs[start + t - 1, token]) - row.ref_logprobs[t]
+            for t, token in enumerate(row.completion_ids)
+        )
+
+    margins = [0.3 * (log_ratio(row.chosen) - log_ratio(row)) for row in rows if row.chosen]
+    expected = sum(math.log(1 + math.exp(-margin)) for margin in margins) / len(margins)
+    only = dict.fromkeys(WEIGHTS, 0.0) | {"pref": 1.0}
+    got = step([collate(rows, pad_id=0, packed=True)], rows, weights=only)[0]
+    assert len(margins) == got.divisors["pref"] == 5
+    assert got.sums["loss"] == pytest.approx(expected, rel=1e-5)
+    assert got.sums["chosen"] - got.sums["rejected"] == pytest.approx(sum(margins), rel=1e-4)
+    assert got.sums["preferred"] == sum(margin > 0 for margin in margins)
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -491,11 +547,14 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
     assert accelerator.num_processes == world
-    rows = random_rows()
-    share = rows[rank::world]
+
+    def own(rows: list[Row], max_rows: int | None) -> list[MicroBatch]:
+        batches = micro_batches(rows[rank::world], pad_id=0, max_tokens=10_000, max_rows=max_rows)
+        return batches + [empty_micro_batch(0)] * num_empty_micro_batches(accelerator, len(batches))
+
     # Unequal numbers of micro-batches: 2 rows in each on the first process, all in one on the others.
-    batches = micro_batches(share, pad_id=0, max_tokens=10_000, max_rows=2 if rank == 0 else None)
-    batches += [empty_micro_batch(0)] * num_empty_micro_batches(accelerator, len(batches))
+    rows = paired_rows()
+    batches = own(rows, 2 if rank == 0 else None)
     forward = Policy.forward
 
     def small(self: Policy, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -516,6 +575,8 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
             small_one = None
         result, gradients = step(batches, rows, accelerator=accelerator, **settings)
         results[method] = (result.sums, result.grad_norm, gradients)
+    rows = random_rows()
+    batches = own(rows, 2 if rank < 2 else None)
     for loss in LOSSES:
         result, gradients = loss_step(loss, batches, rows, accelerator=accelerator)
         results[loss + " loss"] = (result.sums, result.grad_norm, gradients)
@@ -530,13 +591,14 @@ def _one_process(folder: Path, small_one: int | None, sharded: bool) -> None:
 def test_processes(world: int, small_one: int | None, sharded: bool, tmp_path: Path) -> None:
     """Every method; also if one process runs out of memory, so that both split their micro-batches."""
     assert run_processes(world, _one_process, tmp_path, small_one, sharded) == [0] * world
-    rows = random_rows()
+    rows = paired_rows()
     saved = torch.load(tmp_path / "result.pt", weights_only=True)
     for method, (weights, token_weight) in METHODS.items():
         sums, grad_norm, gradients = saved[method]
         result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])
         expected = step([collate(rows, pad_id=0)], rows, weights=weights, token_weight=token_weight)
         assert_same((result, gradients), expected)
+    rows = random_rows()
     for loss in LOSSES:
         sums, grad_norm, gradients = saved[loss + " loss"]
         result = PolicyStep(applied=True, grad_norm=grad_norm, sums=sums, old_logprobs=[])

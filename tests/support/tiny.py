@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,30 @@ def random_rows(seed: int = 0, count: int = 9) -> list[Row]:
                 ref_logprobs=tuple(-integer(1, 30) / 10 for _ in completion),
             )
         )
+    return rows
+
+
+def paired_rows() -> list[Row]:
+    """`random_rows` with pairs: two prompts with two rejected rollouts each, and a pair of the data."""
+    rows, pref = random_rows(), frozenset({"pref"})
+
+    def chosen(prompt: tuple[int, ...], ids: tuple[int, ...], temperature: float) -> Row:
+        ref_logprobs = tuple(-0.3 * n for n in range(1, len(ids) + 1))
+        return Row(
+            prompt_ids=prompt,
+            completion_ids=ids,
+            components=pref,
+            temperature=temperature,
+            ref_logprobs=ref_logprobs,
+        )
+
+    for first, ids in ((1, (9, 30, 41, 1)), (4, (50, 1))):
+        prompt = rows[first].prompt_ids
+        for number in (first, first + 1):
+            pair = {"components": rows[number].components | pref, "chosen": chosen(prompt, ids, 0.7)}
+            rows[number] = replace(rows[number], prompt_ids=prompt, **pair)
+    prompt = rows[6].prompt_ids
+    rows[6] = replace(chosen(prompt, (20, 21, 22, 1), 1.0), chosen=chosen(prompt, (33, 1), 1.0))
     return rows
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from support.fake_vllm import serving
 from support.teacher_server import TeacherStandIn
-from support.tiny import make_model, make_tokenizer, random_rows, save_model
+from support.tiny import make_model, make_tokenizer, paired_rows, random_rows, save_model
 from uniapl.data.batching import Row, collate, micro_batches
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.policy import Policy
@@ -69,7 +69,10 @@ def test_a_local_teacher(family: str, packed: bool, top_k: int) -> None:
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
-def test_what_does_not_fit_is_read_in_parts(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [ROWS, paired_rows()], ids=["rows", "pairs"])
+def test_what_does_not_fit_is_read_in_parts(
+    rows: list[Row], top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(seed=5)
     policy = Policy(model)
     hidden = Policy._hidden
@@ -82,9 +85,9 @@ def test_what_does_not_fit_is_read_in_parts(top_k: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(Policy, "_hidden", scarce)
     batches = teach_in_parts(
         LocalTeacher(model=policy, top_k=top_k),
-        [collate(ROWS[:2], pad_id=0), collate(ROWS[2:], pad_id=0)],
+        [collate(rows[:2], pad_id=0), collate(rows[2:], pad_id=0)],
     )
-    assert_right(batches, [ROWS[:2], ROWS[2:]], model, top_k)
+    assert_right(batches, [rows[:2], rows[2:]], model, top_k)
     monkeypatch.setattr(
         Policy, "_hidden", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )

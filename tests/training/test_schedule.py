@@ -164,9 +164,13 @@ def test_the_weights_by_hand() -> None:
     subject = at(20, objective=objective, discriminator={"warmup_steps": 5, "min_accuracy": 0.5})
     vars(subject)["adversary"] = with_accuracy(0.9, subject.config)
     weights = {"sft": 0.25, "rl": 0.75 * 3.0, "adv": 2.0, "kl": 0.0, "teacher": 0.0, "entropy": 0.0}
-    assert subject.weights([]) == weights
+    assert subject.weights([]) == weights | {"pref": 0.0}
     subject.uses_reference = True
     assert subject.weights([])["kl"] == 0.05
+    paired = at(20, objective={**objective, "pref_weight": 0.3})
+    assert paired.weights([])["pref"] == 0.0, "there is no reference yet"
+    paired.uses_reference = True
+    assert paired.weights([])["pref"] == 0.3
     inside = at(20, objective={**objective, "adversarial_placement": "reward"})
     vars(inside)["adversary"] = with_accuracy(0.9, inside.config)
     assert inside.weights([])["adv"] == 0.0
@@ -265,7 +269,7 @@ def test_demonstrations_are_drawn_only_where_they_have_a_weight() -> None:
     subject = Schedule(config=config, adversary=None, multiplier=Multiplier(value=1.0))
     found = []
     for subject.step in (0, 3, 4, 9):
-        found.append(subject.trains_on_demonstrations)
+        found.append(subject.imitates)
     assert found == [True, True, False, False]
 
 

@@ -148,7 +148,8 @@ def costs(
     """The costs of a complete run and of each point of its curve, without the measurements.
 
     FLOPs are 2 per parameter and token for a forward pass and 6 for a training step (arXiv 2001.08361), over
-    completion tokens: prompts are not counted. See :func:`flops_per_token`.
+    completion tokens: prompts are not counted. See :func:`flops_per_token`. The reference also reads the
+    completions of preference pairs.
 
     Args:
         parameters: Of the policy.
@@ -159,9 +160,11 @@ def costs(
     for record in records:
         rollout, sft = record["tokens/rollout"], record["tokens/sft"]
         cost["rollout_tokens"] += rollout
-        cost["trained_tokens"] += rollout + sft
+        # Older runs have no pairs.
+        pairs = record.get("tokens/pref", 0)
+        cost["trained_tokens"] += rollout + sft + pairs
         stage = record.get("stage") or 0
-        cost["flops"] += parameters * (rollout * flops_per_token(stages[stage]) + 6 * sft)
+        cost["flops"] += parameters * (rollout * flops_per_token(stages[stage]) + 6 * sft + 8 * pairs)
         cost["flops"] += 2 * rollout * (teachers[stage] if teachers else 0)
         cost["seconds"] += record["step_time"]
         if sample := points.get(record["step"]):
@@ -181,7 +184,7 @@ def flops_per_token(config: Config) -> int:
     adversary = objective.lambda_adv > 0
     on_reference = adversary and discriminator.kind in STATE_KINDS
     flops = 2 + 6
-    if objective.beta > 0 or on_reference:
+    if objective.uses_reference or on_reference:
         flops += 2
     if adversary and not on_reference:
         flops += 2

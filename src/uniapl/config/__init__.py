@@ -183,9 +183,9 @@ class EarlyStoppingConfig(Section):
 class Config(Section):
     """The configuration of a run."""
 
-    method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad", "opd"] = (
-        "uniapl"
-    )
+    method: Literal[
+        "sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad", "opd", "dpo"
+    ] = "uniapl"
     """Training method; it sets some values of `objective` and provides defaults for others."""
     output_dir: PathText = "runs/uniapl"
     """Directory of the run."""
@@ -280,9 +280,14 @@ class Config(Section):
 
     @property
     def learns_from_demonstrations(self) -> bool:
-        """Whether any step trains on demonstrations."""
+        """Whether any step draws demonstrations."""
+        return self.imitates or self.objective.pairs_rejected
+
+    @property
+    def imitates(self) -> bool:
+        """Whether any step trains on demonstrations with the SFT loss."""
         cold = self.cold_start_steps > 0 and self.objective.mu_peak > 0
-        return cold or self.objective.learns_from_demonstrations
+        return cold or self.objective.imitates
 
     @model_validator(mode="after")
     def _resume_keeps_the_run(self) -> "Config":

@@ -13,7 +13,8 @@ _COPY = {"kind": "bradley-terry"}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # method: {"fixed": values of `objective` that define it, "proposed": defaults that the user may change}
     "sft": {
-        "fixed": _constant_mu(1.0) | dict.fromkeys(("lambda_adv", "beta", "teacher_kl", "entropy_coef"), 0.0),
+        "fixed": _constant_mu(1.0)
+        | dict.fromkeys(("lambda_adv", "beta", "teacher_kl", "pref_weight", "entropy_coef"), 0.0),
         "proposed": {},
     },
     "a-sft": {"fixed": _constant_mu(1.0), "proposed": {"discriminator": _COPY}},
@@ -55,5 +56,12 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "opd": {
         "fixed": _constant_mu(0.0) | {"lambda_adv": 0.0, "reward_weight": 0.0},
         "proposed": {"objective": {"teacher_kl": 1.0}},
+    },
+    # arXiv 2305.18290: only the data's pairs of `chosen` and `rejected`, and no rollouts.
+    "dpo": {
+        "fixed": _constant_mu(0.0)
+        | dict.fromkeys(("lambda_adv", "beta", "teacher_kl", "entropy_coef", "reward_weight"), 0.0)
+        | {"pref_pairs": "rejected"},
+        "proposed": {"objective": {"pref_weight": 1.0}},
     },
 }

@@ -71,6 +71,15 @@ class ObjectiveConfig(Section):
     teacher_kl: float = Field(default=0.0, ge=0)
     """Weight of the reverse KL from the policy to a teacher on the rollouts (on-policy distillation; section
     teacher); 0 uses no teacher."""
+    pref_weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss on preference pairs (DPO), in which a demonstration is preferred to another
+    completion of its prompt; 0 uses no pairs."""
+    pref_pairs: Literal["rollouts", "rejected"] = "rollouts"
+    """rollouts pairs the demonstration of a sampled prompt with those of its rollouts that do not pass
+    (pass_reward, pass_threshold), or with all of them if no reward applies to the prompt (SPIN); rejected
+    pairs `chosen` and `rejected` of the demonstrations' rows, without rollouts (DPO)."""
+    beta_pref: float = Field(default=0.1, gt=0)
+    """Factor of the pairs' log-ratios to the reference (TRL's beta in DPOConfig)."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the bonus for the mean entropy of the rollout tokens; 0 disables it."""
     num_iterations: int = Field(default=1, ge=1)
@@ -120,6 +129,11 @@ class ObjectiveConfig(Section):
     def _controllers_have_a_range(self) -> "ObjectiveConfig":
         if self.mu_controller == "reward" and self.mu_valley >= self.mu_peak:
             raise ValueError("mu_controller 'reward' needs mu_valley below mu_peak")
+        if self.mu_controller == "gate" and self.pairs_rejected:
+            raise ValueError(
+                "pref_pairs 'rejected' needs demonstrations in every step, and mu_controller 'gate' draws "
+                "none: set pref_pairs to rollouts, or use another mu_controller"
+            )
         low, high = self.lambda_bounds
         adapted = self.lambda_controller != "fixed" and self.lambda_adv > 0
         if adapted and not low <= self.lambda_adv <= high:
@@ -128,7 +142,12 @@ class ObjectiveConfig(Section):
 
     @property
     def learns_from_demonstrations(self) -> bool:
-        """Whether any step after the cold start trains on demonstrations."""
+        """Whether any step after the cold start draws demonstrations."""
+        return self.imitates or self.pairs_rejected
+
+    @property
+    def imitates(self) -> bool:
+        """Whether any step after the cold start trains on demonstrations with the SFT loss."""
         if self.mu_controller != "schedule":
             return self.mu_controller == "gate" or self.mu_peak > 0
         return self.mu_valley > 0 or (self.mu_peak > 0 and self._mu_changes)
@@ -150,8 +169,23 @@ class ObjectiveConfig(Section):
     @property
     def uses_rollouts(self) -> bool:
         """Whether any step samples completions."""
-        weights = (self.lambda_adv, self.beta, self.teacher_kl, self.entropy_coef)
+        weights = (self.lambda_adv, self.beta, self.teacher_kl, self.entropy_coef, self.pairs_rollouts)
         return self.learns_from_rewards or any(weights) or self.mu_controller != "schedule"
+
+    @property
+    def pairs_rollouts(self) -> bool:
+        """Whether rollouts are compared with the demonstrations of their prompts."""
+        return self.pref_weight > 0 and self.pref_pairs == "rollouts"
+
+    @property
+    def pairs_rejected(self) -> bool:
+        """Whether the data's rejected completions are compared with the demonstrations."""
+        return self.pref_weight > 0 and self.pref_pairs == "rejected"
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a loss component needs the KL reference."""
+        return self.beta > 0 or self.pref_weight > 0
 
     @property
     def clip_high(self) -> float:

@@ -79,6 +79,7 @@ OTHER_NAMES = _by_name(
         "objective.epsilon": "clip_range eps_clip clip_ratio cliprange",
         "objective.epsilon_high": "clip_ratio_high",
         "objective.num_iterations": "ppo_epochs steps_per_generation",
+        "objective.beta_pref": "pref_beta dpo_beta",
         "objective.reference_step": "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha",
         "objective.scale_rewards": "norm_adv_by_std_in_grpo",
         "objective.loss_type": "loss_agg_mode policy_loss_fn loss_mode",
@@ -171,6 +172,16 @@ NO_EQUIVALENT = _by_name(
             "delta sapo_temperature_neg sapo_temperature_pos "
             "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg top_entropy_quantile "
             "use_bias_correction_kl advantage_estimator router_aux_loss_coef loss_scale"
+        ),
+        "the loss on preference pairs is DPO's with a sigmoid, without these settings": (
+            "loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting discopop_tau "
+            "pref_loss"
+        ),
+        "method a-sft with objective.lambda_adv 0 and objective.pref_weight adds the SFT loss to pairs": (
+            "rpo_alpha pref_ftx"
+        ),
+        "the reference reads the completions of each step": (
+            "precompute_ref_log_probs precompute_ref_batch_size"
         ),
         "objective.entropy_coef is constant": (
             "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"

@@ -308,6 +308,12 @@ def _inactive_components(config: Config) -> list[str]:
         ("no rollouts are sampled", cold, config.cold_start_steps, samples),
         ("the KL is never used", reference, config.reference_step, objective.beta > 0 and not only_cold),
         (
+            "no preference pair is used",
+            reference,
+            config.reference_step,
+            objective.pref_weight > 0 and not only_cold,
+        ),
+        (
             "the adversary is never used",
             _adversary_wait(config, cold, reference),
             config.adversary_step,

@@ -1,7 +1,7 @@
 """Micro-batches of demonstrations and rollouts, with one mask and one token count per loss component."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -18,15 +18,18 @@ class Row:
     prompt_ids: TokenIds
     completion_ids: TokenIds
     components: frozenset[str]
-    """A subset of "sft", "rl", "adv", "kl". The tokens of "kl" also enter the entropy bonus and the KL to the
-    teacher."""
+    """A subset of "sft", "rl", "adv", "kl", "pref". The tokens of "kl" also enter the entropy bonus and the
+    KL to the teacher."""
     advantage: float = 0.0
     adversarial_advantage: float = 0.0
     temperature: float = 1.0
     sampling_logprobs: tuple[float, ...] | None = None
     """Nats, one per completion token; None for a demonstration."""
     ref_logprobs: tuple[float, ...] | None = None
-    """As `sampling_logprobs`, under the KL reference; None without a KL term."""
+    """As `sampling_logprobs`, under the KL reference; None without one."""
+    chosen: "Row | None" = None
+    """The completion of the same prompt that is preferred to this one, for "pref". It is a part of the row,
+    so that a pair is never separated: each micro-batch has the chosen completions of its rows."""
 
     @property
     def length(self) -> int:
@@ -60,19 +63,33 @@ def component_counts(rows: Sequence[Row]) -> dict[str, int]:
 
 def completion_counts(rows: Sequence[Row]) -> dict[str, int]:
     """Completions per component over `rows`."""
-    return {name: sum(name in row.components for row in rows) for name in ("sft", "rl", "adv", "kl")}
+    names = ("sft", "rl", "adv", "kl", "pref")
+    return {name: sum(name in row.components for row in rows) for name in names}
+
+
+def chosen_rows(rows: Iterable[Row]) -> list[Row]:
+    """The chosen completions of the rows' pairs, each once."""
+    return [*dict.fromkeys(row.chosen for row in rows if row.chosen is not None)]
 
 
 def batch_by_length(
-    lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+    counts: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Group the indices of sequences into batches of similar length, longest first.
 
     A batch has at most `max_tokens` tokens, padding included (or one sequence), and at most `max_rows` rows.
+
+    Args:
+        counts: Rows that each index stands for; by default 1.
     """
+    counts = counts or [1] * len(lengths)
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
-        rows = len(batches[-1]) + 1 if batches else 0
+        rows = sum(counts[other] for other in (*batches[-1], index)) if batches else 0
         if rows and rows <= (max_rows or rows) and rows * lengths[batches[-1][0]] <= max_tokens:
             batches[-1].append(index)
         else:
@@ -86,40 +103,61 @@ def batch_sequences(
     max_tokens: int,
     max_rows: int | None = None,
     packed: bool,
+    chosen: Sequence[TokenIds | None] | None = None,
 ) -> list[list[int]]:
     """Group the indices of (prompt, completion) pairs into batches.
 
     Padded batches are those of `batch_by_length`. In a packed batch a prompt counts once and there is no
     padding; the completions of one prompt stay in one batch if they fit.
+
+    Args:
+        chosen: The completion that each one brings into its batch (`Row.chosen`), or None. In a packed batch
+            the completions that share it bring it once; a padded batch has room for one with each.
     """
     spans = spans_of(sequences)
+    chosen = chosen or [None] * len(spans)
+    counts = [1 + (ids is not None) for ids in chosen]
     if not packed:
-        return batch_by_length([span.length for span in spans], max_tokens=max_tokens, max_rows=max_rows)
+        lengths = [
+            max(span.length, span.prompt_length + len(ids or ()))
+            for span, ids in zip(spans, chosen, strict=True)
+        ]
+        return batch_by_length(lengths, max_tokens=max_tokens, max_rows=max_rows, counts=counts)
     groups: dict[int, list[int]] = {}
     for index, span in enumerate(spans):
         groups.setdefault(span.prompt, []).append(index)
 
-    limits = {"max_tokens": max_tokens, "max_rows": max_rows or len(spans)}
+    limits = {"max_tokens": max_tokens, "max_rows": max_rows or sum(counts)}
+
+    def brought(batch: list[int]) -> int:
+        return sum(len(ids or ()) for _, ids in {(spans[index].prompt, chosen[index]) for index in batch})
 
     def tokens(batch: list[int]) -> int:
-        return packed_tokens([spans[index] for index in batch])
+        return packed_tokens([spans[index] for index in batch]) + brought(batch)
 
     parts: list[tuple[list[int], int]] = []
     for group in sorted(groups.values(), key=tokens, reverse=True):
         prompt_length = spans[group[0]].prompt_length
         completions = [([index], spans[index].length - prompt_length) for index in group]
-        parts += [(part, tokens(part)) for part in _join(completions, shared=prompt_length, **limits)]
-    return _join(parts, shared=0, **limits)
+        shared = prompt_length + brought(group)
+        parts += [(part, tokens(part)) for part in _join(completions, counts, shared=shared, **limits)]
+    return _join(parts, counts, shared=0, **limits)
 
 
 def _join(
-    parts: Iterable[tuple[list[int], int]], *, shared: int, max_tokens: int, max_rows: int
+    parts: Iterable[tuple[list[int], int]],
+    counts: Sequence[int],
+    *,
+    shared: int,
+    max_tokens: int,
+    max_rows: int,
 ) -> list[list[int]]:
     """Concatenate consecutive (indices, tokens) while they fit; `shared` tokens count once per result."""
     joined: list[list[int]] = []
     taken = 0
     for part, tokens in parts:
-        if joined and taken + tokens <= max_tokens and len(joined[-1]) + len(part) <= max_rows:
+        rows = sum(counts[index] for index in (*joined[-1], *part)) if joined else 0
+        if joined and taken + tokens <= max_tokens and rows <= max_rows:
             joined[-1] += part
             taken += tokens
         else:
@@ -138,7 +176,8 @@ def shards(rows: Sequence[Row], number: int) -> list[list[Row]]:
     for group in sorted(groups.values(), key=lambda group: sum(row.length for row in group), reverse=True):
         smallest = loads.index(min(loads))
         dealt[smallest] += group
-        loads[smallest] += len(group[0].prompt_ids) + sum(len(row.completion_ids) for row in group)
+        completions = [*group, *chosen_rows(group)]
+        loads[smallest] += len(group[0].prompt_ids) + sum(len(row.completion_ids) for row in completions)
     return dealt
 
 
@@ -168,6 +207,20 @@ def pad_right(
     return input_ids.to(device), attention_mask.to(device)
 
 
+def batch_rows(
+    rows: Sequence[Row], *, max_tokens: int, max_rows: int | None, packed: bool
+) -> list[list[Row]]:
+    """Group rows into batches (see `batch_sequences`), with room for their chosen completions."""
+    parts = batch_sequences(
+        [(row.prompt_ids, row.completion_ids) for row in rows],
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        packed=packed,
+        chosen=[row.chosen and row.chosen.completion_ids for row in rows],
+    )
+    return [[rows[index] for index in part] for part in parts]
+
+
 def micro_batches(
     rows: Sequence[Row],
     *,
@@ -178,11 +231,8 @@ def micro_batches(
     device: torch.device | str = "cpu",
 ) -> list[MicroBatch]:
     """Split rows into micro-batches (see `batch_sequences`). Without rows, return one empty micro-batch."""
-    sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-    batches = [
-        collate([rows[index] for index in part], pad_id=pad_id, packed=packed, device=device)
-        for part in batch_sequences(sequences, max_tokens=max_tokens, max_rows=max_rows, packed=packed)
-    ]
+    parts = batch_rows(rows, max_tokens=max_tokens, max_rows=max_rows, packed=packed)
+    batches = [collate(part, pad_id=pad_id, packed=packed, device=device) for part in parts]
     return batches or [empty_micro_batch(pad_id, device=device)]
 
 
@@ -193,16 +243,27 @@ def empty_micro_batch(pad_id: int, *, device: torch.device | str = "cpu") -> Mic
 
 
 def halves(batch: MicroBatch) -> list[MicroBatch]:
-    """Split a micro-batch into its first and second half of rows; a single row is returned unchanged."""
-    rows = len(batch.input_ids)
-    middle = (rows + 1) // 2
+    """Split a micro-batch into its first and second half of rows; a single row, or a single pair, is returned
+    unchanged."""
+    return [_of_rows(batch, part) for part in rows_of_halves(batch)]
+
+
+def rows_of_halves(batch: MicroBatch) -> list[list[int]]:
+    """The rows that each half of a micro-batch has; both have the chosen completions of their pairs."""
+    chosen = batch.chosen.tolist()
+    own = [row for row in range(len(chosen)) if row not in chosen]
+    middle = (len(own) + 1) // 2
+    parts = (own[:middle], own[middle:])
+    return [[*part, *sorted({chosen[row] for row in part} - {-1})] for part in parts if part]
+
+
+def _of_rows(batch: MicroBatch, rows: list[int]) -> MicroBatch:
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-
-    def of(part: slice) -> dict[str, Any]:
-        return {name: value if value is None else value[part] for name, value in values.items()}
-
-    parts = (slice(0, middle), slice(middle, rows))
-    return [MicroBatch(**of(part)) for part in parts if rows > part.start]
+    tensors = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = {row: number for number, row in enumerate(rows)}
+    chosen = [numbers.get(row, -1) for row in tensors["chosen"].tolist()]
+    tensors["chosen"] = torch.tensor(chosen, device=batch.chosen.device)
+    return replace(batch, **tensors, spans=tuple(batch.spans[row] for row in rows) if batch.spans else ())
 
 
 def collate(
@@ -213,10 +274,13 @@ def collate(
     packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """Pad rows into one micro-batch. Masks depend on lengths, never on token ids.
+    """Pad rows into one micro-batch, followed by the chosen completions of their pairs.
 
-    `packed` adds the spans, with which the model reads the rows packed.
+    Masks depend on lengths, never on token ids. `packed` adds the spans, with which the model reads the rows
+    packed.
     """
+    numbers = {row: number for number, row in enumerate(chosen_rows(rows), start=len(rows))}
+    rows = [*rows, *numbers]
 
     def padded(values: Iterable[Sequence[float]], fill: int, dtype: torch.dtype) -> Tensor:
         tensors = [torch.tensor(value, dtype=dtype) for value in values]
@@ -249,6 +313,8 @@ def collate(
         rl_mask=mask("rl" in row.components for row in rows),
         adv_mask=mask("adv" in row.components for row in rows),
         rollout_mask=mask("kl" in row.components for row in rows),
+        pref_mask=mask("pref" in row.components for row in rows),
+        chosen=per_row((-1 if row.chosen is None else numbers[row.chosen] for row in rows), torch.int64),
         advantages=per_row(row.advantage for row in rows),
         adversarial_advantages=per_row(row.adversarial_advantage for row in rows),
         temperature=per_row(row.temperature for row in rows),

@@ -29,6 +29,7 @@ from uniapl.functional.losses import (
     policy_ratios,
     sft_loss,
 )
+from uniapl.functional.preference import implicit_rewards, preference_loss
 from uniapl.functional.schedules import reward_threshold, warmup_cosine
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "dual_ascent",
     "expert_gap",
     "group_advantages",
+    "implicit_rewards",
     "importance_weights",
     "k3_kl",
     "length_weights",
@@ -52,6 +54,7 @@ __all__ = [
     "objective",
     "pid",
     "policy_ratios",
+    "preference_loss",
     "reward_threshold",
     "sampled_reverse_kl",
     "selected_logprobs",

@@ -1,12 +1,14 @@
 """The token losses, and `objective`, which combines them.
 
     L = mu S_sft / N_sft + (1 - mu) w_r S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl
-        + t S_teacher / N_teacher - c S_H / N_H
+        + t S_teacher / N_teacher + p S_pref / N_pref - c S_H / N_H
 
 Each S is a sum over the tokens of one component in the optimizer step (all micro-batches, all processes), and
-N is the number of those tokens, unless `loss_type` chooses another divisor (`divisors`). Masks are applied
-with `torch.where`: values outside the mask, even NaN, affect neither the loss nor a gradient. w_r is
-`reward_weight`, t is `teacher_kl`, c is `entropy_coef`, and S_H the sum of the entropies.
+N is the number of those tokens, unless `loss_type` chooses another divisor (`divisors`); S_pref is a sum
+over preference pairs, and N_pref their number (`functional.preference`). Masks are applied with
+`torch.where`: values outside the mask, even NaN, affect neither the loss nor a gradient. w_r is
+`reward_weight`, t is `teacher_kl`, p is `pref_weight`, c is `entropy_coef`, and S_H the sum of the
+entropies.
 """
 
 from collections.abc import Mapping
@@ -163,7 +165,7 @@ def divisors(
 
     Args:
         tokens: Tokens per component in the optimizer step, over all micro-batches and processes.
-        completions: The same for completions.
+        completions: The same for completions; of "pref" the pairs.
         loss_type: "dapo" (arXiv 2503.14476), "cispo" and "bnpo": the component's tokens. TRL's "bnpo" uses
             those of the local micro-batch, here the whole step is one batch. "grpo" (arXiv 2402.03300, eq. 3;
             with `length_weights`): its completions. "dr_grpo" (arXiv 2503.20783): its completions times
@@ -172,16 +174,16 @@ def divisors(
 
     Returns:
         `tokens` for "sft", the divisor of `loss_type` for the rollouts' components "rl", "adv", "kl" and
-        "teacher", and "entropy", always the rollout tokens (as in TRL).
+        "teacher", "entropy", always the rollout tokens (as in TRL), and "pref", the pairs.
 
     Examples:
         >>> divisors(
         ...     dict(sft=5, rl=6, adv=2, kl=6),
-        ...     dict(sft=1, rl=3, adv=1, kl=3),
+        ...     dict(sft=1, rl=3, adv=1, kl=3, pref=2),
         ...     loss_type="dr_grpo",
         ...     max_completion_length=8,
         ... )
-        {'sft': 5, 'rl': 24, 'adv': 8, 'kl': 24, 'teacher': 24, 'entropy': 6}
+        {'sft': 5, 'rl': 24, 'adv': 8, 'kl': 24, 'teacher': 24, 'entropy': 6, 'pref': 2}
     """
     found = dict(tokens)
     for name in ("rl", "adv", "kl"):
@@ -189,7 +191,7 @@ def divisors(
             found[name] = completions[name]
         elif loss_type == "dr_grpo":
             found[name] = completions[name] * max_completion_length
-    return found | {"teacher": found["kl"], "entropy": tokens["kl"]}
+    return found | {"teacher": found["kl"], "entropy": tokens["kl"], "pref": completions.get("pref", 0)}
 
 
 def importance_weights(
@@ -271,8 +273,8 @@ def objective(
 
     Args:
         sums: A scalar per component, summed over this micro-batch.
-        weights: mu, (1 - mu) * reward_weight, lambda_adv, beta, teacher_kl and -entropy_coef, by the keys of
-            `sums`.
+        weights: mu, (1 - mu) * reward_weight, lambda_adv, beta, teacher_kl, pref_weight and -entropy_coef, by
+            the keys of `sums`.
         counts: Divisor of each component (see `divisors`), over all micro-batches and processes: by default
             its tokens in the optimizer step.
 

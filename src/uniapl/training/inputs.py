@@ -43,10 +43,17 @@ class RunInputs:
 def stream_examples(
     config: Config, dataset: Dataset, rewarder: Rewarder
 ) -> tuple[list[Example], list[Example]]:
-    """Return the examples of the prompt stream and of the demonstration stream."""
-    return split_streams(
+    """Return the examples of the prompt stream and of the demonstration stream.
+
+    If the demonstrations serve only as a part of preference pairs, rows without a pair are left out.
+    """
+    objective = config.objective
+    prompts, demonstrations = split_streams(
         dataset,
         can_be_rewarded=rewarder.applies_to,
-        uses_adversary=config.objective.lambda_adv > 0,
-        uses_teacher=config.objective.teacher_kl > 0,
+        compares=objective.lambda_adv > 0 or objective.pairs_rollouts,
+        uses_teacher=objective.teacher_kl > 0,
     )
+    if objective.pairs_rejected and not config.imitates:
+        demonstrations = [example for example in demonstrations if example.is_pair]
+    return prompts, demonstrations

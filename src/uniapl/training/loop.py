@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from uniapl.data.batching import demonstration_rows, empty_micro_batch, micro_batches, shards
+from uniapl.data.batching import Row, demonstration_rows, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
 from uniapl.models.token_states import TokenStates
 from uniapl.rewards import RewardOutcome, extra_columns
@@ -30,6 +30,7 @@ from uniapl.training.update.activation_checkpointing import activation_checkpoin
 from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.component_gradients import component_gradient_norms
 from uniapl.training.update.credit import assign_credit, failed_groups, rollout_rows
+from uniapl.training.update.pairs import pair_rejected, pair_rollouts, with_reference
 from uniapl.training.update.policy_step import PolicyStep, policy_step
 from uniapl.types import Example, RolloutGroup, derive_seed
 
@@ -147,37 +148,37 @@ def update_trainer_state(run: Run) -> None:
 def score_with_reference(
     run: Run, stage: Stage, groups: Sequence[RolloutGroup]
 ) -> tuple[list[RolloutGroup], list[list[TokenStates]] | None]:
-    """Add the reference's log-probabilities to the rollouts, for the KL; each process reads its part.
+    """Add the reference's log-probabilities to the rollouts, for the KL, and to the demonstrations that are
+    paired with them; each process reads its part.
 
     Returns:
         The groups, and the states of this process's rollouts, each group followed by its demonstration if the
-        discriminator reads them; None in a step without a reference.
+        discriminator or the pairs need it; None in a step without a reference.
     """
     if stage.reader is None or not stage.schedule.uses_reference:
         return list(groups), None
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
     completions = [[rollout.completion_ids for rollout in group.rollouts] for group in local]
-    if isinstance(stage.adversary, StateAdversary):
+    objective = stage.config.objective
+    if isinstance(stage.adversary, StateAdversary) or objective.pairs_rollouts:
         for group, ids in zip(local, completions, strict=True):
             ids += [group.example.demonstration_ids] if group.example.demonstration_ids is not None else []
     reader = replace(stage.reader, max_tokens=run.max_tokens(stage))
     sequences = [(g.example.prompt_ids, y) for g, ids in zip(local, completions, strict=True) for y in ids]
     found = iter(read_in_parts(reader, sequences))
     states = [[next(found) for _ in ids] for ids in completions]
-    if not stage.config.objective.beta:
+    if not objective.uses_reference:
         return list(groups), states
-    of_rollouts = [
-        [part.logprobs.tolist() for part in parts[: len(group.rollouts)]]
-        for group, parts in zip(local, states, strict=True)
-    ]
-    logprobs = _gather(run.accelerator, of_rollouts)
+    found_here = [[tuple(part.logprobs.tolist()) for part in parts] for parts in states]
+    logprobs = _gather(run.accelerator, found_here)
     return [
         replace(
             group,
             rollouts=tuple(
-                replace(rollout, ref_logprobs=tuple(values))
-                for rollout, values in zip(group.rollouts, parts, strict=True)
+                replace(rollout, ref_logprobs=values)
+                for rollout, values in zip(group.rollouts, parts, strict=False)
             ),
+            demonstration_ref_logprobs=parts[-1] if len(parts) > len(group.rollouts) else None,
         )
         for group, parts in zip(groups, logprobs, strict=True)
     ], states
@@ -216,11 +217,12 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         reward_weights={reward.name: reward.weight for reward in run.inputs.rewarder.rewards},
     )
     demonstrated: list[Example] = []
+    weights = stage.schedule.weights(groups)
     if config.objective.mu_controller == "gate" and not stage.schedule.in_cold_start:
         failed = failed_groups(groups, config.objective.gate_threshold)
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [group.example for group in failed]
-    elif stage.schedule.trains_on_demonstrations:
+    elif stage.schedule.imitates or config.objective.pairs_rejected:
         demonstrated = stream.take(stage.schedule.demonstrations_per_step)
     rows = rollout_rows(
         groups,
@@ -228,12 +230,18 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         temperature=config.rollout.temperature,
         mask_truncated=config.objective.mask_truncated_completions,
     )
-    rows += [row for example in demonstrated for row in demonstration_rows(example)]
-    weights = stage.schedule.weights(groups)
+    if weights["pref"] and config.objective.pairs_rollouts:
+        applies = run.inputs.rewarder.applies_to
+        rows = pair_rollouts(rows, groups, config.objective, is_rewarded=applies)
+    if stage.schedule.imitates:
+        rows += [row for example in demonstrated for row in demonstration_rows(example)]
+    if weights["pref"] and config.objective.pairs_rejected and stage.reader is not None:
+        rows += pair_rejected(demonstrated, temperature=stage.reader.temperature)
     # Rows whose gradient is 0 are left out; `MixedBatch.counts` still includes them.
     trained = [row for row in rows if row.has_gradient(weights)]
+    local = shards(trained, accelerator.num_processes)[accelerator.process_index]
     batches = micro_batches(
-        shards(trained, accelerator.num_processes)[accelerator.process_index],
+        read_pairs_with_reference(run, stage, local),
         pad_id=run.inputs.pad_id,
         max_tokens=run.max_tokens(stage),
         max_rows=config.batching.per_device_train_batch_size,
@@ -245,6 +253,14 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
     return MixedBatch(
         rows=rows, micro_batches=batches, weights=weights, credits=credits, lambda_adv=lambda_adv
     )
+
+
+def read_pairs_with_reference(run: Run, stage: Stage, rows: Sequence[Row]) -> list[Row]:
+    """Add the reference's log-probabilities to the pairs of the data; those of rollouts have them already."""
+    if stage.reader is None:
+        return list(rows)
+    reader = replace(stage.reader, max_tokens=run.max_tokens(stage))
+    return with_reference(rows, lambda sequences: read_in_parts(reader, sequences))
 
 
 def read_with_teacher(stage: Stage, batch: MixedBatch) -> MixedBatch:

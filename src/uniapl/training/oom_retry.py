@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
-from uniapl.data.batching import halves
+from uniapl.data.batching import halves, rows_of_halves
 from uniapl.errors import UniAPLError
 from uniapl.models.token_states import TokenReader, Tokens, TokenStates
 from uniapl.teacher import Teacher
@@ -23,11 +22,11 @@ def split_micro_batches(
     """Halve the largest micro-batches, and with them their old log-probabilities; later steps keep the limit.
 
     Raises:
-        UniAPLError: Every micro-batch has one row already.
+        UniAPLError: Every micro-batch has one row, or one preference pair, already.
     """
     largest = max(gather_object([max(part.tokens for part in batch.micro_batches)]))
     # Micro-batches of several rows: the one that did not fit is not necessarily the one with most tokens.
-    splittable = [part.tokens for part in batch.micro_batches if len(part.input_ids) > 1]
+    splittable = [part.tokens for part in batch.micro_batches if len(rows_of_halves(part)) > 1]
     limit = max(gather_object([max(splittable, default=0)])) // 2
     if not limit:
         raise UniAPLError(
@@ -44,8 +43,12 @@ def split_micro_batches(
     split = replace(batch, micro_batches=[half for part in parts for half in part])
     if old_logprobs is None:
         return split, None
-    sizes = [[len(half.input_ids) for half in part] for part in parts]
-    return split, [half for old, rows in zip(old_logprobs, sizes, strict=True) for half in old.split(rows)]
+    divided = zip(batch.micro_batches, old_logprobs, strict=True)
+    return split, [
+        half
+        for part, old in divided
+        for half in ([old[rows] for rows in rows_of_halves(part)] if part.tokens > limit else [old])
+    ]
 
 
 def read_in_parts(reader: TokenReader, sequences: Sequence[Tokens]) -> list[TokenStates]:
@@ -86,7 +89,7 @@ def teach_in_parts(teacher: Teacher, batches: Sequence[MicroBatch]) -> list[Micr
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        if len(batches) == 1 and len(batches[0].input_ids) == 1:
+        if len(batches) == 1 and len(rows_of_halves(batches[0])) == 1:
             raise UniAPLError(
                 f"out of memory: the teacher cannot read one row of {batches[0].tokens} tokens; lower "
                 "rollout.max_completion_length or data.max_prompt_length, or serve the teacher with vLLM "
@@ -95,8 +98,21 @@ def teach_in_parts(teacher: Teacher, batches: Sequence[MicroBatch]) -> list[Micr
     clear_device_cache(garbage_collection=True)
     if len(batches) > 1:
         return [taught for batch in batches for taught in teach_in_parts(teacher, [batch])]
-    parts = [taught for half in halves(batches[0]) for taught in teach_in_parts(teacher, [half])]
-    logprobs = [part.teacher_logprobs for part in parts if part.teacher_logprobs is not None]
-    ids = [part.teacher_ids for part in parts if part.teacher_ids is not None]
-    joined = {"teacher_logprobs": torch.cat(logprobs), "teacher_ids": torch.cat(ids) if ids else None}
-    return [replace(batches[0], **joined)]
+    (batch,) = batches
+    parts = [taught for half in halves(batch) for taught in teach_in_parts(teacher, [half])]
+
+    def joined(found: Sequence[Tensor | None]) -> Tensor | None:
+        whole: Tensor | None = None
+        for rows, part in zip(rows_of_halves(batch), found, strict=True):
+            if part is not None:
+                whole = part.new_zeros(len(batch.input_ids), *part.shape[1:]) if whole is None else whole
+                whole[rows] = part
+        return whole
+
+    return [
+        replace(
+            batch,
+            teacher_logprobs=joined([part.teacher_logprobs for part in parts]),
+            teacher_ids=joined([part.teacher_ids for part in parts]),
+        )
+    ]

@@ -47,10 +47,10 @@ class Schedule:
         return self.step < self.config.cold_start_steps
 
     @property
-    def trains_on_demonstrations(self) -> bool:
-        """The current step trains on demonstrations, if it has no gate."""
+    def imitates(self) -> bool:
+        """The current step trains on demonstrations with the SFT loss."""
         objective = self.config.objective
-        return objective.mu_peak > 0 if self.in_cold_start else objective.learns_from_demonstrations
+        return objective.mu_peak > 0 if self.in_cold_start else objective.imitates
 
     @property
     def learning_rate(self) -> float:
@@ -117,6 +117,7 @@ class Schedule:
             "adv": self.lambda_adv if objective.adversarial_placement == "loss" else 0.0,
             "kl": objective.beta if self.uses_reference else 0.0,
             "teacher": objective.teacher_kl,
+            "pref": objective.pref_weight if self.uses_reference else 0.0,
             "entropy": -objective.entropy_coef,
         }
 

@@ -50,8 +50,8 @@ class Stage:
     copy."""
     optimizer: Optimizer
     reader: TokenReader | None
-    """Reads completions with the reference, for the KL and for a discriminator on its states. The reference
-    is allocated at the start so that memory does not grow at `reference_step`."""
+    """Reads completions with the reference, for the KL, for preference pairs and for a discriminator on its
+    states. The reference is allocated at the start so that memory does not grow at `reference_step`."""
     loss_settings: LossSettings
     adversary: Adversary | StateAdversary | None
     teacher: Teacher | None
@@ -178,6 +178,7 @@ def build_stage(
             importance_sampling_level=objective.importance_sampling_level,
             token_weight=objective.sft_token_weight,
             importance_cap=config.rollout.importance_cap,
+            beta_pref=objective.beta_pref if objective.pref_weight else 0.0,
             max_grad_norm=optim.max_grad_norm,
         ),
         adversary=adversary,
@@ -195,14 +196,14 @@ def build_stage(
 def _reader(
     config: Config, policy: Policy, inputs: RunInputs, accelerator: Accelerator, source: ModelSource
 ) -> TokenReader | None:
-    """The reader of the KL reference; None if neither the KL nor the discriminator needs one."""
+    """The reader of the KL reference; None if no loss component and no discriminator needs one."""
     on_states = config.objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
-    if not config.objective.beta and not on_states:
+    if not config.objective.uses_reference and not on_states:
         return None
     return TokenReader(
         model=reference_at_start(policy, source),
         layers=state_layers(config.discriminator, policy.model) if on_states else (),
-        temperature=config.rollout.temperature,
+        temperature=config.rollout.temperature if config.objective.uses_rollouts else 1.0,
         pad_id=inputs.pad_id,
         max_tokens=config.batching.max_tokens_per_micro_batch,
         packed=config.batching.packing and policy.packs,

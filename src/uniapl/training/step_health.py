@@ -105,6 +105,7 @@ class RunHealth:
                     "prompt": decode(list(row.prompt_ids)),
                     "completion": decode(list(row.completion_ids)),
                     **vars(row),
+                    "chosen": row.chosen and decode(list(row.chosen.completion_ids)),
                     "components": sorted(row.components),
                 }
                 for row in result.batch.rows

@@ -19,20 +19,27 @@ Show = Literal["text", "quiet"] | Callable[[str], None]
 
 # Columns are two spaces apart. Those whose metric a step does not have are left out.
 LINE = (
-    "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  win {discriminator/win_rate:.2f}  "
-    "adv {adversary/reward_change:.2f}  mu {weight/mu:.2f}  lam {weight/lambda_adv:.2f}  "
-    "len {completions/mean_length:.1f}  s {step_time:.1f}"
+    "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  acc {rewards/accuracies:.2f}  "
+    "win {discriminator/win_rate:.2f}  adv {adversary/reward_change:.2f}  mu {weight/mu:.2f}  "
+    "lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  s {step_time:.1f}"
 )
 ROWS = {
     "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
     "ratio {completions/length_ratio:.2f}  entropy {rollout/entropy_estimate:.2f}",
     "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
+    "preferences": "loss {loss/pref:.3f}  accuracy {rewards/accuracies:.2f}  margin {rewards/margins:.2f}  "
+    "tokens {tokens/pref:,}",
     "rewards": "loss {loss/rl:.3f}  weight {weight/rl:.2f}  tokens {tokens/rl:,}",
     "adversary": "loss {loss/adv:.3f}  lambda {weight/lambda_adv:.2f}  tokens {tokens/adv:,}  "
     "win rate {discriminator/win_rate:.2f}  change {adversary/reward_change:.2f}",
 }
 """The table below the progress bar on a terminal."""
-TOKENS = {"demonstrations": "tokens/sft", "rewards": "tokens/rl", "adversary": "tokens/adv"}
+TOKENS = {
+    "demonstrations": "tokens/sft",
+    "preferences": "tokens/pref",
+    "rewards": "tokens/rl",
+    "adversary": "tokens/adv",
+}
 """A loss component without tokens has no row: it had no effect in this step."""
 SHOWN_CHARACTERS = 240
 """Maximum length of a shown prompt or completion: three lines of a terminal. Our choice."""

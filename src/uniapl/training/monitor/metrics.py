@@ -1,11 +1,12 @@
 """A step's metrics, and the records of completions.jsonl.
 
-A metric with the name of a metric of TRL's GRPOTrainer or SFTTrainer is computed as TRL computes it.
+A metric with the name of a metric of TRL's GRPOTrainer, SFTTrainer or DPOTrainer is computed as TRL computes
+it.
 """
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from uniapl.functional import expert_gap
@@ -25,12 +26,12 @@ def update_metrics(
     reason the means named "trained/" are over the rollout tokens of rows that have a gradient.
     """
     sums, trained_tokens = step.sums, step.sums["rollout_tokens"]
-    divisors = {**counts, "clip": counts["kl"], **step.divisors}
+    divisors = {**counts, "clip": counts["kl"], "pref": 0, **step.divisors}
 
     def per(component: str, name: str | None = None, divisor: int | None = None) -> float | None:
         value = sums.get(name or component)
         tokens = "kl" if component == "teacher" else component
-        has_gradient = counts[tokens] and weights.get(component)
+        has_gradient = {**divisors, **counts}[tokens] and weights.get(component)
         return value / (divisor or divisors[component]) if value is not None and has_gradient else None
 
     def of_trained(name: str) -> float | None:
@@ -50,6 +51,7 @@ def update_metrics(
         "loss/adv": per("adv"),
         "loss/kl": per("kl"),
         "loss/teacher": per("teacher"),
+        "loss/pref": per("pref"),
         "sft/nll": per("sft", "nll"),
         "kl": per("kl", "token_kl" if "token_kl" in sums else "kl", counts["kl"]),
         "weight/mu": weights["sft"],
@@ -65,6 +67,18 @@ def update_metrics(
         "trained/sampling_logp_difference/mean": of_trained("sampling_difference"),
         "trained/sampling_logp_difference/max": sums["sampling_difference_max"] if trained_tokens else None,
         "trained/importance_sampling_ratio/mean": of_trained("importance"),
+        **(_pair_metrics(per) if "pref" in sums else {}),
+    }
+
+
+def _pair_metrics(per: Callable[[str, str], float | None]) -> dict[str, float | None]:
+    """Means over the preference pairs, by the names of TRL's DPOTrainer."""
+    chosen, rejected = per("pref", "chosen"), per("pref", "rejected")
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": None if chosen is None or rejected is None else chosen - rejected,
+        "rewards/accuracies": per("pref", "preferred"),
     }
 
 

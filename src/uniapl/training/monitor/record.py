@@ -50,6 +50,7 @@ def step_record(
         "stage": stage,
         **metrics.update_metrics(update, batch.counts, batch.weights),
         "tokens/rollout": batch.rollout_tokens,
+        "tokens/pref": batch.pair_tokens,
         "weight/lambda_adv": batch.lambda_adv,
         **result.gradient_metrics,
         **({"adversary/active": int(adversary_acts(batch))} if has_adversary else {}),

@@ -164,7 +164,10 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
     prompts, demonstrations = stream_examples(config, dataset, rewarder)
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
     if rewarded and not rewarder.rewards:
-        raise UsageError(f"{method} needs rewards: set rewards.functions, or choose sft, a-sft, gad or opd")
+        raise UsageError(
+            f"{method} needs rewards: set rewards.functions, or choose sft, a-sft, gad, opd or dpo"
+        )
+    _check_pairs(config, prompts, demonstrations)
     if config.learns_from_demonstrations and not demonstrations:
         raise UsageError(
             f"{method} needs demonstrations, but no row has a 'completion' (or 'messages' that end with the "
@@ -200,6 +203,20 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
         raise UsageError(f"{method} samples completions, but no row has a reward or a demonstration")
     if objective.uses_rollouts and config.rollout.sampler == "vllm":
         check_vllm(config.rollout)
+
+
+def _check_pairs(config: Config, prompts: Sequence[Example], demonstrations: Sequence[Example]) -> None:
+    if config.objective.pairs_rollouts and all(example.demonstration_ids is None for example in prompts):
+        raise UsageError(
+            "objective.pref_weight compares completions with the demonstration of their prompt, but no "
+            "sampled prompt has one: add a 'completion' to rows, or, if the rows have 'chosen' and "
+            "'rejected', set objective.pref_pairs to rejected"
+        )
+    if config.objective.pairs_rejected and not any(example.is_pair for example in demonstrations):
+        raise UsageError(
+            "objective.pref_pairs 'rejected' needs preference pairs, but no row has 'chosen' and a different "
+            "'rejected': add them (data.columns renames columns), or set objective.pref_pairs to rollouts"
+        )
 
 
 def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:

@@ -1,7 +1,7 @@
 """Peak memory of a stage, computed from the model's shapes before any weight is loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import psutil
@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from uniapl.config import BatchingConfig, Config, ModelConfig
-from uniapl.data.batching import Row, batch_sequences
+from uniapl.data.batching import Row, batch_rows, chosen_rows
 from uniapl.functional.logprobs import CHUNK_LOGITS
 from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
@@ -176,7 +176,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
     stays = {"process": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
     stays |= {"policy": policy.weights, "optimizer": MOMENTS * policy.trained}
     on_states = objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
-    if objective.beta > 0 or on_states:
+    if objective.uses_reference or on_states:
         stays["reference"] = policy.trained
     if objective.teacher_kl and config.teacher.url is None:
         teacher = _model(AutoModelForCausalLM, teacher_source(config.teacher))
@@ -250,6 +250,12 @@ def _longest_prompt(inputs: RunInputs) -> int:
     return max(len(example.prompt_ids) for example in inputs.dataset.examples)
 
 
+def _longest_answer(inputs: RunInputs) -> int:
+    """The longest demonstration or rejected completion."""
+    examples = inputs.dataset.examples
+    return max(len(ids or ()) for e in examples for ids in (e.demonstration_ids, e.rejected_ids))
+
+
 def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
     """The rows of a step in which every text has its maximum length; equal numbers share a prompt.
 
@@ -262,7 +268,15 @@ def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
         count = min(batching.prompts_per_step * generations, most)
         size = (_longest_prompt(inputs), config.rollout.max_completion_length)
         rows += [_row(number // generations, *size) for number in range(count)]
-    if config.learns_from_demonstrations:
+        if config.objective.pairs_rollouts:
+            rows = [
+                replace(row, chosen=_row(row.prompt_ids[0], size[0], _longest_answer(inputs))) for row in rows
+            ]
+    if config.objective.pairs_rejected:
+        size = (_longest_prompt(inputs), _longest_answer(inputs))
+        pairs = (_row(-1 - number, *size) for number in range(min(batching.demonstrations_per_step, most)))
+        rows += [replace(row, chosen=row) for row in pairs]
+    if config.imitates:
         turns = (turn for e in inputs.dataset.examples for turn in e.demonstrated_turns)
         size = max(((len(prompt), len(completion)) for prompt, completion in turns), key=sum)
         count = min(batching.demonstrations_per_step, most)
@@ -279,9 +293,8 @@ def _row(number: int, prompt: int, completion: int) -> Row:
 def _largest(rows: Sequence[Row], batching: BatchingConfig, *, packed: bool) -> list[Row]:
     """The rows of the largest micro-batch."""
     limit, most = batching.max_tokens_per_micro_batch, batching.per_device_train_batch_size
-    sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-    parts = batch_sequences(sequences, max_tokens=limit, max_rows=most, packed=packed)
-    return max(([rows[index] for index in part] for part in parts), key=_tokens)
+    parts = batch_rows(rows, max_tokens=limit, max_rows=most, packed=packed)
+    return max(([*part, *chosen_rows(part)] for part in parts), key=_tokens)
 
 
 def _tokens(rows: Sequence[Row]) -> int:

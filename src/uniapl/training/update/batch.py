@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from uniapl.data.batching import Row, completion_counts, component_counts
+from uniapl.data.batching import Row, chosen_rows, completion_counts, component_counts
 from uniapl.training.update.credit import Credit
 from uniapl.types import MicroBatch
 
@@ -18,7 +18,7 @@ class MixedBatch:
     """At least one. With DDP on several processes the last one is empty; with FSDP2 empty ones make the count
     equal on all processes."""
     weights: dict[str, float]
-    """One weight per component: "sft", "rl", "adv", "kl", "teacher", and "entropy" (minus its
+    """One weight per component: "sft", "rl", "adv", "kl", "teacher", "pref", and "entropy" (minus its
     coefficient)."""
     credits: Sequence[Credit] = ()
     """One per group of rollouts."""
@@ -43,9 +43,16 @@ class MixedBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens over all processes, with the prompt of every row (TRL's `num_tokens`)."""
-        return sum(row.length for row in self.rows)
+        return sum(row.length for row in (*self.rows, *chosen_rows(self.rows)))
 
     @property
     def completion_tokens(self) -> int:
         """Completion tokens, over all processes."""
-        return sum(len(row.completion_ids) for row in self.rows)
+        return sum(len(row.completion_ids) for row in (*self.rows, *chosen_rows(self.rows)))
+
+    @property
+    def pair_tokens(self) -> int:
+        """Completion tokens that only the preference pairs have: those of chosen and rejected completions
+        without the rollouts."""
+        rejected = [row for row in self.rows if row.components == {"pref"}]
+        return sum(len(row.completion_ids) for row in (*rejected, *chosen_rows(self.rows)))

@@ -14,7 +14,7 @@ from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.policy_step import LossSettings, component_sums, policy_logprobs
 from uniapl.types import MicroBatch
 
-COMPONENTS = ("sft", "rl", "adv", "teacher")
+COMPONENTS = ("sft", "rl", "adv", "teacher", "pref")
 """The components whose gradients are measured."""
 
 

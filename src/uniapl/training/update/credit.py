@@ -188,13 +188,18 @@ def passing(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[bool, ...]
     This is `pass_reward`, or else the first function that applies to the prompt. The weighted sum does not
     decide, because other functions, such as a bonus for length, could make a wrong completion pass.
     """
+    return tuple(
+        value is not None and at_least(value, objective.pass_threshold)
+        for value in deciding_values(group, objective)
+    )
+
+
+def deciding_values(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[float | None, ...]:
+    """The value of each rollout that decides whether it passes (see `passing`); None if it is unknown."""
     applying = (name for name, values in group.reward_parts.items() if any(v is not None for v in values))
     name = objective.pass_reward or next(applying, None)
     values = group.reward_parts[name] if name is not None else group.rewards
-    return tuple(
-        value is not None and at_least(value, objective.pass_threshold)
-        for value in values or (None,) * len(group.rollouts)
-    )
+    return tuple(values) or (None,) * len(group.rollouts)
 
 
 def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:

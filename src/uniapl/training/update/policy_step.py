@@ -14,10 +14,12 @@ from uniapl.functional import (
     clip_counts,
     clipped_surrogate,
     divisors,
+    implicit_rewards,
     importance_weights,
     k3_kl,
     length_weights,
     objective,
+    preference_loss,
     sampled_reverse_kl,
     sft_loss,
     top_k_reverse_kl,
@@ -43,6 +45,8 @@ class LossSettings:
     token_weight: TokenWeight = "none"
     importance_cap: float | None = None
     """Upper bound of the importance weights that correct for a separate sampler; None uses no weights."""
+    beta_pref: float = 0.0
+    """Factor of the log-ratios of preference pairs; 0 in a stage without pairs."""
     max_grad_norm: float = math.inf
 
     def divisors(self, batch: MixedBatch) -> dict[str, int]:
@@ -136,7 +140,7 @@ def policy_logprobs(
 ) -> tuple[Tensor, ...]:
     """Run the policy: log-probabilities and entropies [B, T] of the tokens that enter a loss component, and
     with `batch.teacher_ids` their log-probabilities [B, T, K]."""
-    inputs = inputs_of(batch, batch.sft_mask | batch.rollout_mask)
+    inputs = inputs_of(batch, batch.sft_mask | batch.rollout_mask | batch.pref_mask)
     return policy(*inputs, Extras(entropy_gradient=entropy_gradient, candidates=batch.teacher_ids))
 
 
@@ -147,7 +151,8 @@ def component_sums(
     settings: LossSettings,
     candidates: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Sums of the "sft", "rl" and "adv" components over a micro-batch, and of "teacher" if it has one.
+    """Sums of the "sft", "rl" and "adv" components over a micro-batch, and of "teacher" and "pref" if the
+    stage has them.
 
     Args:
         candidates: The policy's log-probabilities [B, T, K] of `batch.teacher_ids`.
@@ -178,7 +183,14 @@ def component_sums(
             if candidates is None
             else top_k_reverse_kl(candidates, teacher, mask, weights=weights)
         )
+    if settings.beta_pref:
+        sums["pref"] = preference_loss(*_implicit_rewards(logprobs, batch, settings))
     return sums
+
+
+def _implicit_rewards(logprobs: Tensor, batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    inputs = (logprobs, batch.ref_logprobs, batch.pref_mask, batch.chosen)
+    return implicit_rewards(*inputs, beta=settings.beta_pref)
 
 
 def _importance(old: Tensor, batch: MicroBatch, settings: LossSettings) -> Tensor | None:
@@ -215,6 +227,9 @@ def _measure(
     }
     if settings.loss_type == "grpo":
         sums["token_kl"] = k3_kl(logprobs, batch.ref_logprobs, rollout_mask)
+    if settings.beta_pref:
+        chosen, rejected = _implicit_rewards(logprobs, batch, settings)
+        sums |= {"chosen": chosen.sum(), "rejected": rejected.sum(), "preferred": (chosen > rejected).sum()}
     importance = _importance(old, batch, settings)
     if importance is not None:
         sums["importance"] = torch.where(rollout_mask, importance, 0.0).sum()
