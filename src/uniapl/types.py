@@ -93,6 +93,11 @@ class RolloutGroup:
     expert_logit: float | None = None
     """The discriminator's logit of the demonstration; None without a demonstration."""
 
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all completions."""
+        return sum(len(rollout.completion_ids) for rollout in self.rollouts)
+
 
 class Span(NamedTuple):
     """The position of a row's tokens in its padded row, and the number of its prompt."""

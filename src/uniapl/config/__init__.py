@@ -87,6 +87,9 @@ class RolloutConfig(Section):
     """Sample among the k most likely tokens, with log-probabilities as for top_p; 0 disables it."""
     max_batch_size: int = Field(default=256, ge=1)
     """Maximum number of rollouts that are decoded at the same time."""
+    max_resample_times: int = Field(default=0, ge=0)
+    """Times that a step samples new prompts in place of those whose rollouts all have the same reward (dynamic
+    sampling of DAPO); the rollouts that are replaced are counted and not trained. 0 keeps every prompt."""
     decoding: Literal["fused", "plain"] = "fused"
     """fused runs fewer operations per token for models like Llama, Mistral, Qwen2 and Qwen3; plain runs the
     model's own forward pass, which is the reference and is used for all other models."""
@@ -226,6 +229,9 @@ class EarlyStoppingConfig(Section):
     """End the stage when the metric has not improved for this many values; null disables this rule."""
     max_tokens: int | None = Field(default=None, ge=1)
     """End the stage after training on this many completion tokens; null sets no limit."""
+    max_rollouts: int | None = Field(default=None, ge=1)
+    """End the stage after sampling this many rollouts, replaced ones included (rollout.max_resample_times);
+    null sets no limit."""
 
 
 class EvaluationConfig(Section):

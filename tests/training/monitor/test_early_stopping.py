@@ -15,7 +15,7 @@ def ends_at(values: list[float | None], tokens: int = 10, **rule: Any) -> tuple[
     """The number of the last value, from 1, and the rule that ended the stage."""
     stopping = Stopping()
     for number, value in enumerate(values, start=1):
-        stopping.update(EarlyStoppingConfig(**{"metric": "m", **rule}), {"m": value}, number * tokens)
+        stopping.update(EarlyStoppingConfig(**{"metric": "m", **rule}), {"m": value}, number * tokens, 0)
         if stopping.reason:
             return number, stopping.reason.split(":")[0]
     return None
