@@ -132,6 +132,8 @@ def first_warnings(log: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return found
 
 
+SAMPLING = 2
+"""FLOPs per parameter for sampling one token."""
 COSTS = ("rollout_tokens", "trained_tokens", "flops", "seconds")
 
 
@@ -144,15 +146,18 @@ def costs(
     """The costs of a complete run and of each point of its curve, without the measurements.
 
     FLOPs are 2 per parameter and token for a forward pass and 6 for a training step (arXiv 2001.08361), over
-    completion tokens: prompts are not counted. See :func:`flops_per_token`.
+    completion tokens: prompts are not counted. See :func:`flops_per_token`. Rollouts that were replaced are
+    only sampled.
     """
     cost: dict[str, float] = dict.fromkeys(COSTS, 0)
     curve: list[dict[str, Any]] = []
     for record in records:
         rollout, sft = record["tokens/rollout"], record["tokens/sft"]
+        discarded = record.get("tokens/discarded", 0)
+        trained, config = rollout - discarded, stages[record.get("stage") or 0]
         cost["rollout_tokens"] += rollout
-        cost["trained_tokens"] += rollout + sft
-        cost["flops"] += parameters * (rollout * flops_per_token(stages[record.get("stage") or 0]) + 6 * sft)
+        cost["trained_tokens"] += trained + sft
+        cost["flops"] += parameters * (trained * flops_per_token(config) + SAMPLING * discarded + 6 * sft)
         cost["seconds"] += record["step_time"]
         if sample := points.get(record["step"]):
             kept = {name: record[name] for name in CURVE if record.get(name) is not None}
@@ -170,7 +175,7 @@ def flops_per_token(config: Config) -> int:
     objective, discriminator = config.objective, config.discriminator
     adversary = objective.lambda_adv > 0
     on_reference = adversary and discriminator.kind in STATE_KINDS
-    flops = 2 + 6
+    flops = SAMPLING + 6
     if objective.beta > 0 or on_reference:
         flops += 2
     if adversary and not on_reference:

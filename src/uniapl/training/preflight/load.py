@@ -30,6 +30,7 @@ from uniapl.training.preflight.checks import (
     check_tokens,
     notes_on_adversary,
     notes_on_lengths,
+    notes_on_selection,
 )
 from uniapl.training.preflight.epochs import with_max_steps
 
@@ -80,6 +81,7 @@ def load_inputs(
         check_stage(stage.config, dataset, rewarder, notes)
     configs = [stage.config for stage in stages]
     notes += [*unknown, *notes_on_lengths(configs, dataset), *notes_on_adversary(configs, dataset, rewarder)]
+    notes += notes_on_selection(configs, rewarder)
     if longest:
         rewarder.try_out(dataset.examples)
     suites: tuple[Suite, ...] = ()
