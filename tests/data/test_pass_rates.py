@@ -54,7 +54,7 @@ def test_the_probability_that_not_all_pass(passed: list[bool], probability: floa
     assert rates.probability(example(5), 2) == pytest.approx(probability, abs=1e-15)
 
 
-@pytest.mark.parametrize(("generations", "limit"), [(2, 0.3056), (8, 0.3670), (64, 0.3911)])
+@pytest.mark.parametrize(("generations", "limit"), [(2, 0.3056), (8, 0.3670), (64, 0.3899)])
 def test_a_prompt_that_always_passes_is_still_drawn(generations: int, limit: float) -> None:
     """1 - ((2 G + 1) / (2 G + 2)) ** G."""
     rates = PassRates()

@@ -95,7 +95,7 @@ def rollout_limit(config: Config) -> dict[str, Any]:
     rollouts = _contents(config).rollouts
     if not config.rollout.max_resample_times or not rollouts:
         return {}
-    return {"early_stopping": {"max_rollouts": rollouts}}
+    return {"early_stopping": {"max_rollouts": min(rollouts, config.early_stopping.max_rollouts or rollouts)}}
 
 
 def _fit_stage(config: Config, share: Budget) -> dict[str, Any]:
