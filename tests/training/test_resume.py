@@ -136,7 +136,7 @@ def test_pass_rates_of_another_form_are_refused(wrong: object, model_dir: Path, 
         read_state(saved)
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_pass_rates(model_dir: Path, tmp_path: Path) -> None:
+def test_a_state_without_pass_rates_is_read(model_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     values = recipe(model_dir, path, max_steps=2, batching={"prompt_selection": "informative"})
     train(values)

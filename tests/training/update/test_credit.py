@@ -279,7 +279,7 @@ def test_groups_that_dynamic_sampling_replaces() -> None:
 
 
 def test_dynamic_sampling_keeps_functions_that_cancel_only_in_their_sum() -> None:
-    """With `normalize_then_sum`, functions of different weight leave an advantage although the sums are equal."""
+    """With `normalize_then_sum`, functions of different weight leave an advantage at equal sums."""
     item = replace(group((2.0, 2.0, 2.0)), reward_parts={"right": (2.0, 0.0, 0.0), "brief": (0.0, 1.0, 1.0)})
     weights = {"right": 1.0, "brief": 2.0}
     assert groups_without_advantage([item], ObjectiveConfig(), weights) == [item]
