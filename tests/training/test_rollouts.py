@@ -247,9 +247,18 @@ def test_rollouts_one_step_ahead(model_dir: Path, tmp_path: Path, monkeypatch: p
     """The next prompts are known after the rewards; replacements come from the current weights."""
     monkeypatch.setattr(engines, "PAUSE", 0.02)
     with serving(FakeServer(save_model(tmp_path / "theirs", seed=9))) as server:
+        answer, asked = server.answer, []
+
+        def counted(prompt: Any, body: dict[str, Any]) -> Any:
+            asked.append(body["n"])
+            return answer(prompt, body)
+
+        server.answer = counted  # type: ignore[method-assign]
         ahead = behind(server, max_off_policy_steps=1)
         whole, broken = (both(model_dir, tmp_path / name, rollout=ahead) for name in ("whole", "broken"))
         train(whole)
+        # The canary has one completion.
+        assert asked.count(4) == len(lines(tmp_path / "whole" / "completions.jsonl")), "none in vain"
         run_until(6, broken)
         train(broken | {"resume": "auto"})
     ours, theirs = (timeless(lines(tmp_path / name / "metrics.jsonl")) for name in ("broken", "whole"))
