@@ -22,7 +22,7 @@ LAYERS = [
     {"types", "files", "http", "threads", "intervals"},
     {"config"},
     {"data", "models"},
-    {"rollout", "rewards", "discriminator"},
+    {"rollout", "rewards", "discriminator", "teacher"},
     {"evaluation"},
     {"compose", "collect", "report"},
     {"training"},
@@ -59,7 +59,7 @@ def test_dependency_direction(path: Path) -> None:
     assert level is not None, f"{unit(path)} has no layer: add it to LAYERS"
     allowed = set().union(*LAYERS[: level + 1]) | {"errors"}
     assert ours(path) <= allowed
-    rivals = {"rollout", "rewards", "discriminator"}
+    rivals = {"rollout", "rewards", "discriminator", "teacher"}
     if unit(path) in rivals:
         assert not ours(path) & (rivals - {unit(path)})
 

@@ -27,8 +27,7 @@ from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
 from uniapl.config.resolve import load_recipe, resolve
-from uniapl.demo.recipe import RECIPE
-from uniapl.demo.rewards import REWARDS
+from uniapl.demo.recipe import RECIPE, REWARDS
 
 LEFT_OUT = {
     "docs/log.md": "dated records of what was run once, with the figures that came out",
@@ -57,6 +56,7 @@ SHOWN = {
 EXEMPT = {
     "make ": "the virtual environment alone takes minutes",
     "pip install": "the index",
+    "python examples/": "the tests of the examples run them",
     "git clone": "there is no one address",
     "cd uniapl": "goes with git clone",
     "export VLLM": "goes with vllm serve",

@@ -151,6 +151,10 @@ class MicroBatch:
     """Nats, under the KL reference; 0 outside `rollout_mask` and in a step without a KL term."""
     spans: tuple[Span, ...] = ()
     """One per row for packed rows; empty for padded rows."""
+    teacher_logprobs: Float[Tensor, "B T K"] | None = None
+    """Nats, under the teacher, of `teacher_ids`, or of the token itself (K = 1); None without a teacher."""
+    teacher_ids: Int[Tensor, "B T K"] | None = None
+    """The teacher's most likely tokens; None if it gives the log-probability of the token itself only."""
 
     @property
     def tokens(self) -> int:

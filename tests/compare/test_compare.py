@@ -153,7 +153,7 @@ def test_a_cell_run_again_gives_the_same_numbers(compared: Path) -> None:
 def test_a_dry_run_estimates_from_finished_cells(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(arguments(compared, "--dry-run", "--methods", "sft,grpo")) == {}
     shown = " ".join(capsys.readouterr().out.split())
-    assert "2 runs remain, 1 at a time with 1 threads each: about" in shown
+    assert "2 runs remain, 1 at a time, threads of each: 1; about" in shown
     assert "estimated from finished runs" in shown
     assert re.search(r"sft │ \d+ │ 0 │ \d+ │ 2 │ 2 │", shown)
     assert len(cells(compared)) == 6

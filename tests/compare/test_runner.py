@@ -53,7 +53,7 @@ def test_threads_and_devices_of_each_process(tmp_path: Path) -> None:
 def test_a_failure_is_named_and_the_others_are_kept(how: str, message: str, tmp_path: Path) -> None:
     bad = Cell(method="grpo", settings={how: 1}, seed=9)
     with pytest.raises(
-        UniAPLError, match=rf"1 of 3 cells failed.*\n{bad.name}: {message} \(see .*{bad.name}.log"
+        UniAPLError, match=rf"1 of 3 runs failed.*\n{bad.name}: {message} \(see .*{bad.name}.log"
     ):
         runner(tmp_path, jobs=1).run([bad, *cells(2)])
     assert len(ran(tmp_path)) == 2

@@ -7,9 +7,8 @@ import pytest
 from uniapl.cli.demo import demo
 from uniapl.config.resolve import resolve
 from uniapl.demo.constraints import Constraint, TaskPrompt, draw_prompt
-from uniapl.demo.recipe import RECIPE
+from uniapl.demo.recipe import RECIPE, REWARDS
 from uniapl.demo.rewards import (
-    REWARDS,
     adjectives,
     constraints_satisfied,
     content_satisfied,

@@ -28,7 +28,10 @@ from uniapl.types import derive_seed
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_only_its_components_act(method: str, model_dir: Path, tmp_path: Path) -> None:
-    result = train(recipe(model_dir, tmp_path / "run", method=method))
+    teacher: dict[str, Any] = {}
+    if method == "opd":
+        teacher = {"teacher": {"model_name_or_path": str(save_model(tmp_path / "teacher", seed=5))}}
+    result = train(recipe(model_dir, tmp_path / "run", method=method, **teacher))
     records = lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     objective = uniapl.Config.model_validate(
@@ -43,11 +46,12 @@ def test_every_method_runs_and_only_its_components_act(method: str, model_dir: P
     assert (last["weight/lambda_adv"] > 0) == adversary
     assert ("discriminator/win_rate" in last) == adversary
     assert records[0]["weight/lambda_adv"] == 0, "nothing is felt of the discriminator while it warms up"
-    gad = method == "gad"
+    rewarded, taught = method not in ("gad", "opd"), method == "opd"
     for record in records:
         assert math.isfinite(record["loss"])
         mu, beta = record["weight/mu"], 0.0 if method == "sft" else 0.05
-        weights = {"sft": mu, "rl": 0.0 if gad else 1 - mu, "adv": record["weight/lambda_adv"], "kl": beta}
+        weights = {"sft": mu, "rl": (1 - mu) * rewarded, "adv": record["weight/lambda_adv"], "kl": beta}
+        weights["teacher"] = float(taught)
         mixed = sum(weight * (record[f"loss/{name}"] or 0.0) for name, weight in weights.items())
         assert record["loss"] == pytest.approx(mixed, abs=1e-5), "the objective, term by term"
         assert record["skipped"] == 0

@@ -19,6 +19,7 @@ from uniapl.config import methods
 from uniapl.data.batching import Row, collate, component_counts, empty_micro_batch, halves, micro_batches
 from uniapl.functional.losses import TokenWeight
 from uniapl.models.policy import Policy
+from uniapl.teacher.local import LocalTeacher
 from uniapl.training.distributed.fsdp import full, is_sharded, num_empty_micro_batches, shard, shards_weights
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.batch import MixedBatch
@@ -46,6 +47,7 @@ def step(
     old_logprobs: Sequence[torch.Tensor] | None = None,
     importance_cap: float | None = None,
     accelerator: Accelerator | None = None,
+    top_k: int = 0,
     **settings: Any,
 ) -> tuple[PolicyStep, list[torch.Tensor]]:
     """One policy step on all components, KL included; its result and the gradient of every parameter."""
@@ -53,6 +55,8 @@ def step(
     inner = Policy(make_model(family))
     policy = shard(accelerator, inner) if shards_weights() else accelerator.prepare_model(inner)
     assert is_sharded(policy) == shards_weights()
+    if weights.get("teacher"):
+        batches = LocalTeacher(model=Policy(make_model(family, seed=3)), top_k=top_k).read(batches)
     optimizer = KeepGradients(policy.parameters(), lr=1.0)
     result = policy_step(
         accelerator,
@@ -303,12 +307,29 @@ METHODS: dict[str, tuple[dict[str, float], TokenWeight]] = {
     "chord-phi": ({"sft": 0.1, "rl": 0.9, "adv": 0.0, "kl": 0.0}, "phi"),
     "uniapl": ({"sft": 0.4, "rl": 0.6, "adv": 0.5, "kl": 0.1}, "none"),
     "gad": ({"sft": 0.0, "rl": 0.0, "adv": 1.0, "kl": 0.0}, "none"),
+    "opd": ({"sft": 0.0, "rl": 0.0, "adv": 0.0, "kl": 0.0, "teacher": 1.0}, "none"),
 }
 """The weights of each method at one of its steps."""
 
 
 def test_the_table_has_every_method() -> None:
     assert METHODS.keys() == methods.METHODS.keys()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2_softcap"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_a_teacher_s_top_k_may_be_cut_padded_and_packed(family: str, loss_type: str) -> None:
+    rows = random_rows()
+    settings: dict[str, Any] = {"family": family, "top_k": 3, "loss_type": loss_type}
+    settings["weights"] = WEIGHTS | {"teacher": 0.6}
+    expected = step([collate(rows, pad_id=0)], rows, **settings)
+    without = step([collate(rows, pad_id=0)], rows, **settings | {"weights": WEIGHTS})
+    assert abs(expected[0].sums["loss"] - without[0].sums["loss"]) > 0.01
+    long = Row(prompt_ids=(5,) * 40, completion_ids=(), components=frozenset())
+    cut = [collate([*rows[i::3], long], pad_id=0, padding_side="left") for i in range(3)]
+    assert_same(step(cut, rows, **settings), expected)
+    packed = [collate(rows[i::2], pad_id=0, packed=True) for i in range(2)]
+    assert_same(step(packed, rows, **settings), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

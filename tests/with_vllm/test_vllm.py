@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from support.runs import lines, recipe, train
-from support.tiny import SMALL, make_tokenizer
-from uniapl.errors import UniAPLError
+from support.tiny import SMALL, make_tokenizer, random_rows
+from uniapl.data.batching import collate
+from uniapl.errors import UniAPLError, UsageError
+from uniapl.models.policy import Policy
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.vllm import VLLMSampler
+from uniapl.teacher.local import LocalTeacher
+from uniapl.teacher.server import TeacherServer
 from uniapl.training.checkpoint.directory import checkpoint_path
 from uniapl.types import Rollout
 
@@ -248,6 +253,27 @@ def test_a_run_one_step_off(
                 ours = logprobs[first - 1 : -1].gather(-1, ids[0, first:, None])[:, 0]
                 theirs = torch.tensor(rollout["sampling_logprobs"])
                 assert (ours - theirs).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_teacher_behind_the_server_gives_what_the_model_gives(
+    server: tuple[subprocess.Popen[bytes], Server], top_k: int
+) -> None:
+    _, engine = server
+    teacher = TeacherServer(url=engine.url, top_k=top_k, timeout=60.0, max_retries=0)
+    teacher.check(make_tokenizer(), ["say a."], 63)
+    with pytest.raises(UsageError, match="reads at most 64 tokens"):
+        teacher.check(make_tokenizer(), ["say a."], 64)
+    batch = collate([replace(row, temperature=1.0) for row in random_rows()], pad_id=0)
+    (served,) = teacher.read([batch])
+    (local,) = LocalTeacher(model=Policy(make_model(0)), top_k=top_k).read([batch])
+    assert served.teacher_logprobs is not None
+    assert local.teacher_logprobs is not None
+    assert float(local.teacher_logprobs.abs().sum()) > 10
+    torch.testing.assert_close(served.teacher_logprobs, local.teacher_logprobs, atol=TOLERANCE, rtol=0)
+    if top_k:
+        assert served.teacher_ids is not None
+        torch.testing.assert_close(served.teacher_ids, local.teacher_ids)
 
 
 def test_the_cpu_build_does_not_reload_a_tied_head(tmp_path: Path) -> None:

@@ -177,6 +177,9 @@ def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
         report["prompts"] = len(prompts)
         report["rollouts per step"] = batching.prompts_per_step * config.rollout.num_generations
         report["passes over the prompts"] = round(drawn / len(prompts), 2)
+    if objective.lambda_adv and objective.adversarial_placement == "multiply":
+        name = objective.pass_reward or "the first one that applies"
+        report["a completion passes if its reward"] = f"({name}) is at least {objective.pass_threshold:g}"
     paired = [e for e in prompts if e.demonstration_ids is not None]
     if objective.mu_controller == "gate":
         report["prompts with a demonstration"] = len(paired)

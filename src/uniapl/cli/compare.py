@@ -177,9 +177,9 @@ def _show_plan(
         table.add_row(escape(label), *counts, str(len(own)), str(len(walls[label])), shown)
     runner.console.print(table)
     total = sum(map(len, cells.values())) - sum(map(len, walls.values()))
-    text = f"{total} runs remain, {runner.jobs} at a time with {runner.threads} threads each"
+    text = f"{total} runs remain, {runner.jobs} at a time, threads of each: {runner.threads}"
     if remaining:
-        text += f": about {remaining / runner.jobs / 60:,.0f} minutes, estimated from finished runs"
+        text += f"; about {remaining / runner.jobs / 60:,.0f} minutes, estimated from finished runs"
     if unknown:
         text += f"; the time of {unknown} runs is not known, because no run like them is finished"
     if options.search:

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer
 from uniapl.config.resolve import explicit, merge, resolve
 from uniapl.demo.measure import Measurement, measure
 from uniapl.demo.metrics import METRICS
-from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE
-from uniapl.demo.rewards import REWARDS
+from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE, REWARDS
 from uniapl.demo.task import Task, as_row, make_task
 from uniapl.errors import UsageError
 from uniapl.files import write_text

@@ -38,8 +38,12 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
     """
     flags = [a for a in arguments if a not in (*HELP_FLAGS, "--quiet", "--json")]
     recipe: dict[str, Any] = {}
+    names: Sequence[str] = ()
     if verb == "demo":
         from uniapl.demo.recipe import RECIPE as recipe
+        from uniapl.demo.recipe import REWARDS
+
+        names = [*REWARDS]
     elif flags and not flags[0].startswith("-"):
         recipe = load_recipe(flags.pop(0))
     if "--help-all" in arguments:
@@ -47,6 +51,7 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         print(f"--rewards.functions NAME ...: {_field('rewards.functions').description}")
         flags.append("--help")
     values = flatten(resolve(recipe, flags).config)
+    rewards = f"\nRewards: {', '.join(names)}; only the first is right.\n" if names else ""
     keys = "\n".join(
         f"  {_shorten(f'{key}: {_text(values[key])}', KEY_WIDTH):<{KEY_WIDTH}} {_summary(key)}"
         for key in KEYS
@@ -56,7 +61,7 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
 usage: uniapl {verb} {VERBS[verb].usage}
 
 {VERBS[verb].summary}
-
+{rewards}
 The most important keys of a recipe, with their values. Each is also a flag: --max-steps 60
 {keys}
 

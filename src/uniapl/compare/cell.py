@@ -23,6 +23,7 @@ from uniapl.data.reading import read_rows
 from uniapl.files import write_text
 from uniapl.models.loading import ModelSource, load_model, put_on_device
 from uniapl.training.api import train_resolved
+from uniapl.training.build_teacher import teacher_source
 from uniapl.training.given import Given
 from uniapl.training.state_adversary import STATE_KINDS
 
@@ -82,7 +83,9 @@ def run_cell(job: Job) -> dict[str, Any]:
             final, points = _train(job, config, suites, Path(work))
             run = Path(work) / "run"
             stages = [stage.config for stage in stages_of(resolve(dict(cell.recipe)))]
-            outcome |= costs(_lines(run / "metrics.jsonl"), stages, _parameters(suites.source), points)
+            teachers = [_teacher_parameters(stage) for stage in stages]
+            records = _lines(run / "metrics.jsonl")
+            outcome |= costs(records, stages, _parameters(suites.source), points, teachers)
             outcome["warnings"] = first_warnings(_lines(run / "health.jsonl"))
             if job.model:
                 # A cell that was killed before it wrote its outcome may have left a model.
@@ -142,22 +145,30 @@ def costs(
     stages: Sequence[Config],
     parameters: int,
     points: Mapping[int, Sample],
+    teachers: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The costs of a complete run and of each point of its curve, without the measurements.
 
     FLOPs are 2 per parameter and token for a forward pass and 6 for a training step (arXiv 2001.08361), over
     completion tokens: prompts are not counted. See :func:`flops_per_token`. Rollouts that were replaced are
     only sampled.
+
+    Args:
+        parameters: Of the policy.
+        teachers: Parameters of each stage's local teacher, 0 without one. A served teacher is not counted.
     """
     cost: dict[str, float] = dict.fromkeys(COSTS, 0)
     curve: list[dict[str, Any]] = []
     for record in records:
         rollout, sft = record["tokens/rollout"], record["tokens/sft"]
         discarded = record.get("tokens/discarded", 0)
-        trained, config = rollout - discarded, stages[record.get("stage") or 0]
+        trained, stage = rollout - discarded, record.get("stage") or 0
         cost["rollout_tokens"] += rollout
         cost["trained_tokens"] += trained + sft
-        cost["flops"] += parameters * (trained * flops_per_token(config) + SAMPLING * discarded + 6 * sft)
+        cost["flops"] += parameters * (
+            trained * flops_per_token(stages[stage]) + SAMPLING * discarded + 6 * sft
+        )
+        cost["flops"] += 2 * trained * (teachers[stage] if teachers else 0)
         cost["seconds"] += record["step_time"]
         if sample := points.get(record["step"]):
             kept = {name: record[name] for name in CURVE if record.get(name) is not None}
@@ -183,6 +194,12 @@ def flops_per_token(config: Config) -> int:
     if adversary and discriminator.kind == "bradley-terry":
         flops += 6 * discriminator.updates_per_step
     return flops
+
+
+def _teacher_parameters(config: Config) -> int:
+    if not config.objective.teacher_kl or config.teacher.url is not None:
+        return 0
+    return _parameters(teacher_source(config.teacher))
 
 
 def _parameters(source: ModelSource) -> int:

@@ -84,7 +84,7 @@ class Runner:
                 # Left behind if the comparison was killed just after the cell was finished.
                 self.file(cell).with_suffix(".log").unlink(missing_ok=True)
         if missing:
-            text = f"{len(distinct)} cells, {len(missing)} to run, {self.jobs} at a time"
+            text = f"{len(distinct)} runs, of which {len(missing)} remain, {self.jobs} at a time"
             self.console.print(text, markup=False)
             self._run_missing(missing)
         return [self.read(cell) for cell in cells]
@@ -116,7 +116,7 @@ class Runner:
             processes.end()
             shutil.rmtree(self.directory / "work", ignore_errors=True)
         if failures:
-            raise UniAPLError(f"{len(failures)} of {len(cells)} cells failed:\n" + "\n".join(failures))
+            raise UniAPLError(f"{len(failures)} of {len(cells)} runs failed:\n" + "\n".join(failures))
 
     def _run_one(self, cell: Cell, slots: "queue.Queue[int]", processes: "_Processes") -> str | None:
         """Run a cell; returns why it failed, or None."""

@@ -11,6 +11,7 @@ from uniapl.config.batching import BatchingConfig
 from uniapl.config.health import HealthConfig
 from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
 from uniapl.config.section import Names, Paths, PathText, Section
+from uniapl.config.teacher import TeacherConfig
 
 
 class ModelConfig(Section):
@@ -270,7 +271,9 @@ class EvaluationConfig(Section):
 class Config(Section):
     """The configuration of a run."""
 
-    method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad"] = "uniapl"
+    method: Literal["sft", "a-sft", "grpo", "a-grpo", "chord-mu", "chord-phi", "uniapl", "gad", "opd"] = (
+        "uniapl"
+    )
     """Training method; it sets some values of `objective` and provides defaults for others."""
     output_dir: PathText = "runs/uniapl"
     """Directory of the run."""
@@ -313,6 +316,7 @@ class Config(Section):
     rewards: RewardsConfig = RewardsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     batching: BatchingConfig = BatchingConfig()
     health: HealthConfig = HealthConfig()

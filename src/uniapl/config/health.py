@@ -22,7 +22,8 @@ class HealthConfig(Section):
     max_kl_growth: float = Field(default=10.0, gt=1)
     """Warn when the KL of a step is more than this many times the median of the steps before."""
     max_length_growth: float = Field(default=2.0, gt=1)
-    """Warn when the mean length exceeds this many times the previous window's or the demonstrations'."""
+    """Warn when the mean length exceeds this many times the previous window's or the demonstrations', or when
+    the demonstrations' length exceeds this many times the mean length."""
     max_length_advantage: float = Field(default=0.1, ge=0)
     """Warn when a classifier that uses only the length is more accurate than the discriminator by more than
     this."""

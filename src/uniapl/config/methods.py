@@ -13,7 +13,7 @@ _COPY = {"kind": "bradley-terry"}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # method: {"fixed": values of `objective` that define it, "proposed": defaults that the user may change}
     "sft": {
-        "fixed": _constant_mu(1.0) | {"lambda_adv": 0.0, "beta": 0.0, "entropy_coef": 0.0},
+        "fixed": _constant_mu(1.0) | dict.fromkeys(("lambda_adv", "beta", "teacher_kl", "entropy_coef"), 0.0),
         "proposed": {},
     },
     "a-sft": {"fixed": _constant_mu(1.0), "proposed": {"discriminator": _COPY}},
@@ -50,5 +50,10 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "gad": {
         "fixed": _constant_mu(0.0) | {"lambda_adv": 1.0, "lambda_controller": "fixed", "reward_weight": 0.0},
         "proposed": {"objective": {"adversarial_credit": "standardized"}, "discriminator": _COPY},
+    },
+    # On-policy distillation: only the KL to the teacher. Rewards are logged and not trained on.
+    "opd": {
+        "fixed": _constant_mu(0.0) | {"lambda_adv": 0.0, "reward_weight": 0.0},
+        "proposed": {"objective": {"teacher_kl": 1.0}},
     },
 }

@@ -68,6 +68,9 @@ class ObjectiveConfig(Section):
     mask_truncated_completions: bool = False
     """Leave completions that reached the length limit out of the loss; their rewards still count in the
     advantages of the others (DAPO)."""
+    teacher_kl: float = Field(default=0.0, ge=0)
+    """Weight of the reverse KL from the policy to a teacher on the rollouts (on-policy distillation; section
+    teacher); 0 uses no teacher."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the bonus for the mean entropy of the rollout tokens; 0 disables it."""
     num_iterations: int = Field(default=1, ge=1)
@@ -147,8 +150,8 @@ class ObjectiveConfig(Section):
     @property
     def uses_rollouts(self) -> bool:
         """Whether any step samples completions."""
-        active = self.learns_from_rewards or self.lambda_adv > 0 or self.beta > 0 or self.entropy_coef > 0
-        return active or self.mu_controller != "schedule"
+        weights = (self.lambda_adv, self.beta, self.teacher_kl, self.entropy_coef)
+        return self.learns_from_rewards or any(weights) or self.mu_controller != "schedule"
 
     @property
     def clip_high(self) -> float:

@@ -76,6 +76,13 @@ OTHER_NAMES = _by_name(
         "objective.scale_rewards": "norm_adv_by_std_in_grpo",
         "objective.loss_type": "loss_agg_mode policy_loss_fn loss_mode",
         "objective.entropy_coef": "entropy_loss_coef entropy_coeff",
+        "teacher.model_name_or_path (and objective.teacher_kl or method opd)": (
+            "teacher_model_name_or_path teacher_model"
+        ),
+        "objective.teacher_kl": "teacher_kl_coef distillation_loss_coef",
+        "teacher.model_revision": "teacher_model_revision",
+        "teacher.url (and objective.teacher_kl or method opd)": "teacher_model_server_url",
+        "teacher.top_k": "loss_top_k gkd_logits_topk",
         "objective.multi_objective_aggregation": "reward_aggregation",
         "objective.mask_truncated_completions": "overlong_filter",
         "objective.mu_peak": "mu chord_mu_peak",

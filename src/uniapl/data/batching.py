@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ class Row:
     prompt_ids: TokenIds
     completion_ids: TokenIds
     components: frozenset[str]
-    """A subset of "sft", "rl", "adv", "kl". The tokens of "kl" also enter the entropy bonus."""
+    """A subset of "sft", "rl", "adv", "kl". The tokens of "kl" also enter the entropy bonus and the KL to the
+    teacher."""
     advantage: float = 0.0
     adversarial_advantage: float = 0.0
     temperature: float = 1.0
@@ -35,8 +36,10 @@ class Row:
     def has_gradient(self, weights: Mapping[str, float]) -> bool:
         """Whether a component with a weight gives the row a gradient; an advantage of 0 gives none."""
         advantages = {"rl": self.advantage, "adv": self.adversarial_advantage}
-        with_entropy = bool(weights.get("entropy")) and "kl" in self.components
-        return with_entropy or any(weights[name] and advantages.get(name, 1.0) for name in self.components)
+        others = weights.get("entropy") or weights.get("teacher")
+        return bool(others and "kl" in self.components) or any(
+            weights[name] and advantages.get(name, 1.0) for name in self.components
+        )
 
 
 def demonstration_rows(example: Example) -> list[Row]:
@@ -193,11 +196,13 @@ def halves(batch: MicroBatch) -> list[MicroBatch]:
     """Split a micro-batch into its first and second half of rows; a single row is returned unchanged."""
     rows = len(batch.input_ids)
     middle = (rows + 1) // 2
-    return [
-        MicroBatch(**{field.name: getattr(batch, field.name)[part] for field in fields(batch)})
-        for part in (slice(0, middle), slice(middle, rows))
-        if rows > part.start
-    ]
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+
+    def of(part: slice) -> dict[str, Any]:
+        return {name: value if value is None else value[part] for name, value in values.items()}
+
+    parts = (slice(0, middle), slice(middle, rows))
+    return [MicroBatch(**of(part)) for part in parts if rows > part.start]
 
 
 def collate(

@@ -67,17 +67,18 @@ def split_streams(
     *,
     can_be_rewarded: Callable[[Example], bool],
     uses_adversary: bool,
+    uses_teacher: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """Examples to sample rollouts for, and examples with demonstrations; an example may be in both.
 
-    Rollouts are sampled if a reward function applies, or if the discriminator can compare them with a
-    demonstration.
+    Rollouts are sampled if a reward function applies, if the discriminator can compare them with a
+    demonstration, or if there is a teacher.
     """
     demonstrations = [e for e in dataset.examples if e.demonstrated_turns]
     prompts = [
         e
         for e in dataset.examples
-        if can_be_rewarded(e) or (uses_adversary and e.demonstration_ids is not None)
+        if uses_teacher or can_be_rewarded(e) or (uses_adversary and e.demonstration_ids is not None)
     ]
     return prompts, demonstrations
 

@@ -1,4 +1,4 @@
-"""The recipe of the demo task, used by `uniapl demo` and by every cell of a comparison."""
+"""The recipe of the demo task, used by `uniapl demo` and by every cell of a comparison, and its rewards."""
 
 from typing import Any
 
@@ -16,3 +16,17 @@ RECIPE: dict[str, Any] = {
     # On a CPU, less padding in small micro-batches outweighs more rows per micro-batch.
     "batching": {"prompts_per_step": 12, "demonstrations_per_step": 8, "max_tokens_per_micro_batch": 1024},
 }
+
+_MODULE = "uniapl.demo.rewards"
+REWARDS: dict[str, dict[str, Any]] = {
+    "honest": {"rewards": {"functions": [f"{_MODULE}:constraints_satisfied"]}},
+    "gameable": {"rewards": {"functions": [f"{_MODULE}:content_satisfied", f"{_MODULE}:length"]}},
+    "keywords": {"rewards": {"functions": [f"{_MODULE}:content_satisfied", f"{_MODULE}:adjectives"]}},
+    "phrase": {"rewards": {"functions": [f"{_MODULE}:phrase_or_constraints"]}},
+    "preferences": {
+        "rewards": {"functions": [f"{_MODULE}:preference_model"]},
+        "objective": {"pass_threshold": 0.5},
+    },
+    "half": {"rewards": {"functions": [f"{_MODULE}:limits_satisfied"]}},
+}
+"""Changes to the recipe, by the name of the reward."""

@@ -76,21 +76,6 @@ def preference_model(completions: list[Any], constraints: list[Any]) -> list[flo
     return torch.sigmoid(features @ weights - offset).tolist()
 
 
-_HERE = "uniapl.demo.rewards"
-REWARDS: dict[str, dict[str, Any]] = {
-    "honest": {"rewards": {"functions": [f"{_HERE}:constraints_satisfied"]}},
-    "gameable": {"rewards": {"functions": [f"{_HERE}:content_satisfied", f"{_HERE}:length"]}},
-    "keywords": {"rewards": {"functions": [f"{_HERE}:content_satisfied", f"{_HERE}:adjectives"]}},
-    "phrase": {"rewards": {"functions": [f"{_HERE}:phrase_or_constraints"]}},
-    "preferences": {
-        "rewards": {"functions": [f"{_HERE}:preference_model"]},
-        "objective": {"pass_threshold": 0.5},
-    },
-    "half": {"rewards": {"functions": [f"{_HERE}:limits_satisfied"]}},
-}
-"""Changes to the demo's recipe, by the name of the reward."""
-
-
 def _texts(completions: list[Any]) -> list[str]:
     return [c if isinstance(c, str) else c[0]["content"] for c in completions]
 

@@ -15,7 +15,8 @@ from uniapl.functional.adversarial import (
     win_probability,
 )
 from uniapl.functional.controllers import Multiplier, dual_ascent, expert_gap, pid
-from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs
+from uniapl.functional.distillation import sampled_reverse_kl, top_k_reverse_kl
+from uniapl.functional.logprobs import logprobs_from_logits, selected_logprobs, top_logprobs
 from uniapl.functional.losses import (
     cispo_loss,
     clip_counts,
@@ -52,8 +53,11 @@ __all__ = [
     "pid",
     "policy_ratios",
     "reward_threshold",
+    "sampled_reverse_kl",
     "selected_logprobs",
     "sft_loss",
+    "top_k_reverse_kl",
+    "top_logprobs",
     "warmup_cosine",
     "win_probability",
 ]

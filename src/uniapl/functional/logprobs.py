@@ -13,16 +13,16 @@ matrix products, small compared with the weights of a model with a large vocabul
 
 def logprobs_from_logits(
     logits: Float[Tensor, "N V"],
-    token_ids: Int[Tensor, " N"],
+    token_ids: Int[Tensor, "N *K"],
     temperature: Float[Tensor, " N"],
     *,
     entropy_gradient: bool = False,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Log-probability of one token per row and the row's entropy, both of softmax(logits / temperature).
+) -> tuple[Float[Tensor, "N *K"], Float[Tensor, " N"]]:
+    """Log-probability of one or K tokens per row and the row's entropy, of softmax(logits / temperature).
 
     Args:
         logits: Carries the gradient.
-        token_ids: One token per row.
+        token_ids: One token per row, or K.
         temperature: Positive; the sampling temperature for rollouts, 1 for demonstrations.
         entropy_gradient: Whether the entropy carries a gradient; without one it is a metric.
 
@@ -33,19 +33,19 @@ def logprobs_from_logits(
     logprobs = torch.log_softmax(scaled, dim=-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), entropy
+    return logprobs.gather(-1, _columns(token_ids)).view(token_ids.shape), entropy
 
 
 def selected_logprobs(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
-    token_ids: Int[Tensor, " N"],
+    token_ids: Int[Tensor, "N *K"],
     temperature: Float[Tensor, " N"],
     *,
     bias: Float[Tensor, " V"] | None = None,
     chunk_size: int | None = None,
     entropy_gradient: bool = False,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+) -> tuple[Float[Tensor, "N *K"], Float[Tensor, " N"]]:
     """`logprobs_from_logits` of `hidden @ weight.T + bias`, computed in chunks of rows.
 
     Only the logits of one chunk are in memory. The backward pass recomputes them, except those of a single
@@ -57,7 +57,7 @@ def selected_logprobs(
         hidden: Last hidden states of the positions that predict `token_ids`; carries the gradient. The matrix
             products are computed in its dtype, sums and exponentials in fp32 (or fp64).
         weight: Weight of the language-model head, in any floating dtype; carries the gradient.
-        token_ids: One token per row.
+        token_ids: One token per row, or K.
         temperature: Positive, one per row.
         bias: Bias of the head, if it has one.
         chunk_size: Rows per chunk; by default as many as have `CHUNK_LOGITS` logits.
@@ -70,11 +70,37 @@ def selected_logprobs(
     chunk_size = chunk_size or max(1, CHUNK_LOGITS // weight.shape[0])
     # Function.apply has no type annotations.
     function = cast("Any", _SelectedLogprobs)
-    return function.apply(hidden, weight, bias, token_ids, temperature, chunk_size, entropy_gradient)
+    ids = _columns(token_ids)
+    logprobs, entropy = function.apply(hidden, weight, bias, ids, temperature, chunk_size, entropy_gradient)
+    return logprobs.view(token_ids.shape), entropy
+
+
+def top_logprobs(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    temperature: Float[Tensor, " N"],
+    *,
+    k: int,
+    bias: Float[Tensor, " V"] | None = None,
+) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]:
+    """The `k` most likely tokens of each row and their log-probabilities, in the chunks of
+    `selected_logprobs` and with its arguments; without gradient."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    head = weight.to(hidden.dtype)
+    ids = hidden.new_empty((len(hidden), k), dtype=torch.int64)
+    logprobs = hidden.new_empty((len(hidden), k), dtype=dtype)
+    with torch.no_grad():
+        for rows in _chunks(len(hidden), max(1, CHUNK_LOGITS // weight.shape[0])):
+            logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], dtype)
+            found = logits.topk(k, dim=-1)
+            ids[rows], logprobs[rows] = found.indices, found.values - logits.logsumexp(-1, keepdim=True)
+    return ids, logprobs
 
 
 class _SelectedLogprobs(torch.autograd.Function):
     """d logprob / d logit_v = (1[v = token] - p_v) / temperature, with p the softmax, which is recomputed.
+
+    `token_ids` is [N, K]; the gradients of a row's K log-probabilities add up.
 
     d entropy / d logit_v = - p_v (log p_v + entropy) / temperature.
     """
@@ -91,8 +117,8 @@ class _SelectedLogprobs(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         out_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = hidden.new_empty(hidden.shape[0], dtype=out_dtype)
-        entropy, log_partition = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        logprobs = hidden.new_empty(token_ids.shape, dtype=out_dtype)
+        entropy, log_partition = (hidden.new_empty(hidden.shape[0], dtype=out_dtype) for _ in range(2))
         head = weight.to(hidden.dtype)
         chunks = _chunks(hidden.shape[0], chunk_size)
         kept = None
@@ -102,7 +128,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             probs = (logits - highest).exp_()
             total = probs.sum(-1)
             log_partition[rows] = highest.squeeze(-1) + total.log()
-            logprobs[rows] = logits.gather(-1, token_ids[rows, None]).squeeze(-1) - log_partition[rows]
+            logprobs[rows] = logits.gather(-1, token_ids[rows]) - log_partition[rows, None]
             entropy[rows] = log_partition[rows] - torch.einsum("nv,nv->n", probs, logits) / total
             kept = probs.div_(total.unsqueeze(-1)) if len(chunks) == 1 else None
         ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, log_partition, entropy, kept)
@@ -123,7 +149,8 @@ class _SelectedLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-            factor = (grad_logprobs[rows] / temperature[rows]).unsqueeze(-1)
+            factors = grad_logprobs[rows] / temperature[rows, None]
+            factor = factors.sum(-1, keepdim=True)
             if kept is None:
                 logits = _scaled_logits(hidden[rows], head, bias, temperature[rows], wide)
                 probs = logits.sub_(log_partition[rows, None]).exp_()
@@ -137,7 +164,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             grad_logits = probs.mul_(-factor) if kept is None else probs * -factor
             if by_entropy is not None:
                 grad_logits += by_entropy
-            grad_logits.scatter_add_(-1, token_ids[rows, None], factor)
+            grad_logits.scatter_add_(-1, token_ids[rows], factors)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             narrow = grad_logits.to(hidden.dtype)
@@ -154,6 +181,10 @@ class _SelectedLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _columns(token_ids: Tensor) -> Tensor:
+    return token_ids.unsqueeze(-1) if token_ids.ndim == 1 else token_ids
 
 
 def _chunks(length: int, size: int) -> list[slice]:

@@ -1,11 +1,12 @@
 """The token losses, and `objective`, which combines them.
 
-    L = mu S_sft / N_sft + (1 - mu) w_r S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl - c S_H / N_H
+    L = mu S_sft / N_sft + (1 - mu) w_r S_rl / N_rl + lambda S_adv / N_adv + beta S_kl / N_kl
+        + t S_teacher / N_teacher - c S_H / N_H
 
 Each S is a sum over the tokens of one component in the optimizer step (all micro-batches, all processes), and
 N is the number of those tokens, unless `loss_type` chooses another divisor (`divisors`). Masks are applied
 with `torch.where`: values outside the mask, even NaN, affect neither the loss nor a gradient. w_r is
-`reward_weight`, c is `entropy_coef`, and S_H the sum of the entropies.
+`reward_weight`, t is `teacher_kl`, c is `entropy_coef`, and S_H the sum of the entropies.
 """
 
 from collections.abc import Mapping
@@ -170,8 +171,8 @@ def divisors(
         max_completion_length: Tokens.
 
     Returns:
-        `tokens` for "sft", the divisor of `loss_type` for the rollouts' components "rl", "adv" and "kl", and
-        "entropy", always the rollout tokens (as in TRL).
+        `tokens` for "sft", the divisor of `loss_type` for the rollouts' components "rl", "adv", "kl" and
+        "teacher", and "entropy", always the rollout tokens (as in TRL).
 
     Examples:
         >>> divisors(
@@ -180,7 +181,7 @@ def divisors(
         ...     loss_type="dr_grpo",
         ...     max_completion_length=8,
         ... )
-        {'sft': 5, 'rl': 24, 'adv': 8, 'kl': 24, 'entropy': 6}
+        {'sft': 5, 'rl': 24, 'adv': 8, 'kl': 24, 'teacher': 24, 'entropy': 6}
     """
     found = dict(tokens)
     for name in ("rl", "adv", "kl"):
@@ -188,7 +189,7 @@ def divisors(
             found[name] = completions[name]
         elif loss_type == "dr_grpo":
             found[name] = completions[name] * max_completion_length
-    return found | {"entropy": tokens["kl"]}
+    return found | {"teacher": found["kl"], "entropy": tokens["kl"]}
 
 
 def importance_weights(
@@ -270,7 +271,8 @@ def objective(
 
     Args:
         sums: A scalar per component, summed over this micro-batch.
-        weights: mu, (1 - mu) * reward_weight, lambda_adv, beta and -entropy_coef, by the keys of `sums`.
+        weights: mu, (1 - mu) * reward_weight, lambda_adv, beta, teacher_kl and -entropy_coef, by the keys of
+            `sums`.
         counts: Divisor of each component (see `divisors`), over all micro-batches and processes: by default
             its tokens in the optimizer step.
 

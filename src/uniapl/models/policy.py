@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from uniapl.errors import UsageError
-from uniapl.functional import logprobs_from_logits, selected_logprobs
+from uniapl.functional import logprobs_from_logits, selected_logprobs, top_logprobs
 from uniapl.models.packing import Packing, can_pack, packed_hidden
 from uniapl.types import MicroBatch, Span
 
@@ -53,6 +54,18 @@ def decoder_layers(trunk: nn.Module) -> nn.ModuleList:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a forward pass of the policy computes in addition."""
+
+    layers: Sequence[int] = ()
+    """Decoder layers, from 1, whose hidden states are returned as well."""
+    entropy_gradient: bool = False
+    """Whether the entropy carries a gradient."""
+    candidates: Tensor | None = None
+    """[B, T, K]: tokens whose log-probabilities at each position are returned as well."""
+
+
 class Policy(nn.Module):
     """A causal language model whose forward returns the log-probabilities of selected tokens.
 
@@ -82,58 +95,89 @@ class Policy(nn.Module):
         mask: Tensor,
         temperature: Tensor,
         spans: Sequence[Span] = (),
-        layers: Sequence[int] = (),
-        entropy_gradient: bool = False,
+        extras: Extras = Extras(),
     ) -> tuple[Tensor, ...]:
         """Log-probability and entropy of the tokens under `mask`, 0 elsewhere.
 
         Args:
-            input_ids, attention_mask, position_ids: [B, T], as in MicroBatch.
+            input_ids: [B, T], as in MicroBatch.
+            attention_mask: [B, T].
+            position_ids: [B, T].
             mask: [B, T]; False in the first column, which has no previous token.
             temperature: [B], one per row.
             spans: One per row, to compute packed rows if the model can; empty for padded rows.
-            layers: Decoder layers, from 1, whose hidden states are returned as well.
-            entropy_gradient: Whether the entropy carries a gradient.
 
         Returns:
-            `logprobs` and `entropy`, [B, T], in nats, aligned with the token they refer to; with `layers`
-            also the hidden states [N, layers * D] of the N tokens under `mask`, row by row, at their own
-            positions, in fp32.
+            `logprobs` and `entropy`, [B, T], in nats, aligned with the token they refer to; with
+            `extras.candidates` also their log-probabilities [B, T, K]; with `extras.layers` also the hidden
+            states [N, layers * D] of the N tokens under `mask`, row by row, at their own positions, in fp32.
         """
         selected = mask[:, 1:]
-        token_ids = input_ids[:, 1:][selected]
-        temperatures = temperature.unsqueeze(-1).expand_as(selected)[selected]
         inputs = self._inputs(input_ids, attention_mask, position_ids)
-        packing = Packing(spans, input_ids.shape[1], input_ids.device) if spans and self.packs else None
-        hidden = logits = input_ids.new_empty(0)
-        with layer_outputs(self.model.base_model, layers) as outputs:
-            if packing:
-                hidden = packed_hidden(self.model.base_model, input_ids, position_ids, packing)
-                hidden = hidden[packing.slots[:, :-1][selected]]
-            elif self.has_linear_head:
-                hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][selected]
-            else:
-                logits = self.model(**inputs).logits[:, :-1][selected].float()
-        if not self.has_linear_head:
-            logprobs, entropy = logprobs_from_logits(
-                logits, token_ids, temperatures, entropy_gradient=entropy_gradient
-            )
-        else:
-            device = hidden.device.type
-            if torch.is_autocast_enabled(device):
-                hidden = hidden.to(torch.get_autocast_dtype(device))
-            head: Any = self.model.get_output_embeddings()
-            bias = getattr(head, "bias", None)
-            with torch.autocast(device, enabled=False):
+        packing = self._packing(input_ids, spans)
+        with layer_outputs(self.model.base_model, extras.layers) as outputs:
+            hidden = self._hidden(inputs, selected, packing)
+        token_ids = input_ids[:, 1:][selected].unsqueeze(-1)
+        if extras.candidates is not None:
+            token_ids = torch.cat([token_ids, extras.candidates[:, 1:][selected]], dim=-1)
+        temperatures = temperature.unsqueeze(-1).expand_as(selected)[selected]
+        gradient = {"entropy_gradient": extras.entropy_gradient}
+        if self.has_linear_head:
+            with torch.autocast(hidden.device.type, enabled=False):
+                head, bias = self._head()
                 logprobs, entropy = selected_logprobs(
-                    hidden, head.weight, token_ids, temperatures, bias=bias, entropy_gradient=entropy_gradient
+                    hidden, head, token_ids, temperatures, bias=bias, **gradient
                 )
-        zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
-        results = zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
-        if not layers:
+        else:
+            logprobs, entropy = logprobs_from_logits(hidden, token_ids, temperatures, **gradient)
+        results = _spread(logprobs[:, 0], mask), _spread(entropy, mask)
+        if extras.candidates is not None:
+            results += (_spread(logprobs[:, 1:], mask),)
+        if not extras.layers:
             return results
         own = (lambda x: x[0][packing.slots[:, 1:][selected]]) if packing else (lambda x: x[:, 1:][selected])
         return *results, torch.cat([own(output).float() for output in outputs], dim=-1)
+
+    @torch.no_grad()
+    def most_likely(self, batch: MicroBatch, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` most likely tokens at each position under `mask`.
+
+        Returns:
+            Ids and log-probabilities (nats) [B, T, k], 0 elsewhere.
+        """
+        selected = mask[:, 1:]
+        inputs = self._inputs(batch.input_ids, batch.attention_mask, batch.position_ids)
+        hidden = self._hidden(inputs, selected, self._packing(batch.input_ids, batch.spans))
+        temperatures = batch.temperature.unsqueeze(-1).expand_as(selected)[selected]
+        if self.has_linear_head:
+            with torch.autocast(hidden.device.type, enabled=False):
+                head, bias = self._head()
+                ids, logprobs = top_logprobs(hidden, head, temperatures, k=k, bias=bias)
+        else:
+            logprobs, ids = (hidden / temperatures.unsqueeze(-1)).log_softmax(-1).topk(k)
+        return _spread(ids, mask), _spread(logprobs, mask)
+
+    def _packing(self, input_ids: Tensor, spans: Sequence[Span]) -> Packing | None:
+        return Packing(spans, input_ids.shape[1], input_ids.device) if spans and self.packs else None
+
+    def _hidden(self, inputs: dict[str, Any], selected: Tensor, packing: Packing | None) -> Tensor:
+        """[N, D]: the last hidden states that predict the selected tokens; [N, V], their logits in fp32,
+        without a linear head."""
+        trunk: Any = self.model.base_model
+        if packing:
+            hidden = packed_hidden(trunk, inputs["input_ids"], inputs["position_ids"], packing)
+            hidden = hidden[packing.slots[:, :-1][selected]]
+        elif self.has_linear_head:
+            hidden = trunk(**inputs).last_hidden_state[:, :-1][selected]
+        else:
+            return self.model(**inputs).logits[:, :-1][selected].float()
+        device = hidden.device.type
+        return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the language-model head."""
+        head: Any = self.model.get_output_embeddings()
+        return head.weight, getattr(head, "bias", None)
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
@@ -154,3 +198,9 @@ class Policy(nn.Module):
         difference = (head(trunk(**inputs).last_hidden_state) - logits).abs().max()
         tolerance = 1e-2 if torch.is_autocast_enabled(logits.device.type) else 1e-5
         return bool(difference <= tolerance * logits.abs().max())
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] or [B, T, K] with the values [N] or [N, K] of the tokens under `mask`, and 0 elsewhere."""
+    zeros = torch.zeros(*mask.shape, *values.shape[1:], dtype=values.dtype, device=mask.device)
+    return zeros.masked_scatter(mask if values.ndim == 1 else mask.unsqueeze(-1), values)

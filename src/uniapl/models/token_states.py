@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from uniapl.data.batching import Row, batch_sequences, collate
+from uniapl.models.policy import Extras
 from uniapl.types import TokenIds
 
 Tokens = tuple[TokenIds, TokenIds]
@@ -56,7 +57,7 @@ class TokenReader:
             inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
             with self.autocast():
                 logprobs, _, *states = self.model(
-                    *inputs, batch.sft_mask, batch.temperature, batch.spans, layers=self.layers
+                    *inputs, batch.sft_mask, batch.temperature, batch.spans, Extras(layers=self.layers)
                 )
             lengths = [len(row.completion_ids) for row in rows]
             parts = [s.split(lengths) for s in (logprobs[batch.sft_mask], *states)]

@@ -45,5 +45,8 @@ def stream_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Return the examples of the prompt stream and of the demonstration stream."""
     return split_streams(
-        dataset, can_be_rewarded=rewarder.applies_to, uses_adversary=config.objective.lambda_adv > 0
+        dataset,
+        can_be_rewarded=rewarder.applies_to,
+        uses_adversary=config.objective.lambda_adv > 0,
+        uses_teacher=config.objective.teacher_kl > 0,
     )

@@ -16,7 +16,7 @@ from uniapl.data.streams import Stream
 from uniapl.models.token_states import TokenStates
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
-from uniapl.training.oom_retry import read_in_parts, split_micro_batches
+from uniapl.training.oom_retry import read_in_parts, split_micro_batches, teach_in_parts
 from uniapl.training.rollouts import collect_rollouts, gather
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
@@ -49,6 +49,7 @@ def run_stage(run: Run, stage: Stage) -> None:
             pair_metrics = stage.update_controllers(groups)
         with phase("update"):
             batch = mix(run, stage, groups, demonstrations, discarded=rollouts.discarded)
+            batch = read_with_teacher(stage, batch)
             gradient_metrics = measure_gradients(run, stage, batch)
             update = update_policy(run, stage, batch)
         with phase("discriminator"):
@@ -186,6 +187,13 @@ def never_passed(run: Run, stage: Stage, groups: Sequence[RolloutGroup]) -> list
     examples = {group.example.prompt_ids: group.example for group in groups}
     rates = run.progress.pass_rates
     return [e for e in examples.values() if e.demonstration_ids is not None and rates.never_passed(e)]
+
+
+def read_with_teacher(stage: Stage, batch: MixedBatch) -> MixedBatch:
+    """Add the teacher's log-probabilities to this process's micro-batches, for the KL to the teacher."""
+    if stage.teacher is None or not batch.counts["kl"]:
+        return batch
+    return replace(batch, micro_batches=teach_in_parts(stage.teacher, batch.micro_batches))
 
 
 def measure_gradients(run: Run, stage: Stage, batch: MixedBatch) -> dict[str, float]:

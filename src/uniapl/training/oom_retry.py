@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from uniapl.data.batching import halves
 from uniapl.errors import UniAPLError
 from uniapl.models.token_states import TokenReader, Tokens, TokenStates
+from uniapl.teacher import Teacher
 from uniapl.training.run import Run
 from uniapl.training.update.batch import MixedBatch
+from uniapl.types import MicroBatch
 
 
 def split_micro_batches(
@@ -68,3 +71,32 @@ def read_in_parts(reader: TokenReader, sequences: Sequence[Tokens]) -> list[Toke
     clear_device_cache(garbage_collection=True)
     middle = len(sequences) // 2
     return [*read_in_parts(reader, sequences[:middle]), *read_in_parts(reader, sequences[middle:])]
+
+
+def teach_in_parts(teacher: Teacher, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """:meth:`Teacher.read`, in halves of a micro-batch if it does not fit in memory.
+
+    No other process takes part, so that each one splits by itself.
+
+    Raises:
+        UniAPLError: A single row does not fit.
+    """
+    try:
+        return teacher.read(batches)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        if len(batches) == 1 and len(batches[0].input_ids) == 1:
+            raise UniAPLError(
+                f"out of memory: the teacher cannot read one row of {batches[0].tokens} tokens; lower "
+                "rollout.max_completion_length or data.max_prompt_length, or serve the teacher with vLLM "
+                "(teacher.url)"
+            ) from error
+    clear_device_cache(garbage_collection=True)
+    if len(batches) > 1:
+        return [taught for batch in batches for taught in teach_in_parts(teacher, [batch])]
+    parts = [taught for half in halves(batches[0]) for taught in teach_in_parts(teacher, [half])]
+    logprobs = [part.teacher_logprobs for part in parts if part.teacher_logprobs is not None]
+    ids = [part.teacher_ids for part in parts if part.teacher_ids is not None]
+    joined = {"teacher_logprobs": torch.cat(logprobs), "teacher_ids": torch.cat(ids) if ids else None}
+    return [replace(batches[0], **joined)]

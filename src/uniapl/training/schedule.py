@@ -126,6 +126,7 @@ class Schedule:
             "rl": (1 - mu) * objective.reward_weight,
             "adv": self.lambda_adv if objective.adversarial_placement == "loss" else 0.0,
             "kl": objective.beta if self.uses_reference else 0.0,
+            "teacher": objective.teacher_kl,
             "entropy": -objective.entropy_coef,
         }
 

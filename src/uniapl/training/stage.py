@@ -20,8 +20,10 @@ from uniapl.models.policy import Policy
 from uniapl.models.reference import Reference, reference_at_start
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout import Sampler
+from uniapl.teacher import Teacher
 from uniapl.training.adversary import Adversary, build_adversary
 from uniapl.training.build_sampler import build_sampler
+from uniapl.training.build_teacher import build_teacher
 from uniapl.training.distributed import fsdp
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.inputs import RunInputs
@@ -52,15 +54,21 @@ class Stage:
     is allocated at the start so that memory does not grow at `reference_step`."""
     loss_settings: LossSettings
     adversary: Adversary | StateAdversary | None
+    teacher: Teacher | None
     sampler: Sampler
     schedule: Schedule
-    packing: bool = False
-    """Whether micro-batches are packed: `batching.packing` is set and the model supports it."""
 
     @property
     def config(self) -> Config:
         """The stage's configuration."""
         return self.schedule.config
+
+    @property
+    def packing(self) -> bool:
+        """Whether micro-batches are packed: `batching.packing` is set and the model supports it."""
+        # The policy may be wrapped.
+        policies = (module for module in self.policy.modules() if isinstance(module, Policy))
+        return self.config.batching.packing and next(policies).packs
 
     @property
     def reference(self) -> Reference | None:
@@ -178,6 +186,7 @@ def build_stage(
             max_grad_norm=optim.max_grad_norm,
         ),
         adversary=adversary,
+        teacher=build_teacher(config, accelerator),
         sampler=sampler,
         schedule=Schedule(
             config=config,
@@ -185,7 +194,6 @@ def build_stage(
             multiplier=Multiplier(value=objective.lambda_adv),
             uses_reference=reader is not None and not config.reference_step,
         ),
-        packing=config.batching.packing and inner.packs,
     )
 
 

@@ -118,6 +118,14 @@ def test_length_explosion() -> None:
     assert fired(records(**{ratio: (1.1, 1.9)})) == set()
 
 
+def test_length_collapse() -> None:
+    ratio = "completions__length_ratio"
+    assert fired(records(**{ratio: (0.9, 0.45)})) == {"length_collapse"}
+    assert fired(records(**{ratio: (0.9, 0.55)})) == set(), "more than half"
+    assert fired(records(**{ratio: (0.3, 0.4)})) == set(), "it was always short, and grows"
+    assert fired(steps(completions__length_ratio=0.3)) == set(), "one window shows no change"
+
+
 def test_discriminator_dead_or_saturated() -> None:
     def seen(accuracy: float, auc: float) -> set[str]:
         return fired(steps(discriminator__accuracy=accuracy, completions__length_auc=auc) * 2)

@@ -67,6 +67,7 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
         "constant_rewards": _constant_rewards(last),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
         "length_explosion": _length_explosion(before, last, config.max_length_growth),
+        "length_collapse": _length_collapse(before, last, config.max_length_growth),
         # A head learns which text belongs to the prompt, and a likelihood is not trained.
         "discriminator_dead": _discriminator_dead(before, last, config.max_length_advantage)
         if stage.discriminator.kind == "bradley-terry"
@@ -119,6 +120,17 @@ def _length_explosion(before: Records, last: Records, growth: float) -> str | No
     return (
         f"the completions grew {what} (limit: {growth:g} times); the reward may favor length. Check the "
         "longest in completions.jsonl, bound the length in the reward, or raise objective.lambda_adv"
+    )
+
+
+def _length_collapse(before: Records, last: Records, growth: float) -> str | None:
+    ratio = _mean(last, "completions/length_ratio")
+    if ratio is None or ratio * growth >= 1 or not _moved(before, last, "completions/length_ratio", up=False):
+        return None
+    return (
+        f"the completions shrank to {ratio:.0%} of the demonstrations' length (limit: 1/{growth:g}); the "
+        "reward may pass answers without content. Check the shortest in completions.jsonl, and train on "
+        "demonstrations (objective.mu_peak, method uniapl) or add a reward that such answers fail"
     )
 
 

@@ -29,7 +29,8 @@ def update_metrics(
 
     def per(component: str, name: str | None = None, divisor: int | None = None) -> float | None:
         value = sums.get(name or component)
-        has_gradient = counts[component] and weights[component]
+        tokens = "kl" if component == "teacher" else component
+        has_gradient = counts[tokens] and weights.get(component)
         return value / (divisor or divisors[component]) if value is not None and has_gradient else None
 
     def of_trained(name: str) -> float | None:
@@ -48,6 +49,7 @@ def update_metrics(
         "loss/rl": per("rl"),
         "loss/adv": per("adv"),
         "loss/kl": per("kl"),
+        "loss/teacher": per("teacher"),
         "sft/nll": per("sft", "nll"),
         "kl": per("kl", "token_kl" if "token_kl" in sums else "kl", counts["kl"]),
         "weight/mu": weights["sft"],

@@ -182,7 +182,7 @@ def check_stage(config: Config, dataset: Dataset, rewarder: Rewarder, notes: Seq
     prompts, demonstrations = stream_examples(config, dataset, rewarder)
     rewarded, adversarial = objective.learns_from_rewards, objective.lambda_adv > 0
     if rewarded and not rewarder.rewards:
-        raise UsageError(f"{method} needs rewards: set rewards.functions, or choose sft, a-sft or gad")
+        raise UsageError(f"{method} needs rewards: set rewards.functions, or choose sft, a-sft, gad or opd")
     if config.learns_from_demonstrations and not demonstrations:
         raise UsageError(
             f"{method} needs demonstrations, but no row has a 'completion' (or 'messages' that end with the "

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from uniapl.config import Config
 from uniapl.config.resolve import Resolved
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
-from uniapl.data.rows import tokenize_rows, unused_columns
+from uniapl.data.rows import Dataset, tokenize_rows, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
@@ -21,7 +21,9 @@ from uniapl.models.loading import (
     load_stop_ids,
     load_tokenizer,
 )
+from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
+from uniapl.training.build_teacher import check_teacher, notes_on_teacher
 from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import (
@@ -79,9 +81,9 @@ def load_inputs(
     state.max_steps = sum(stage.config.max_steps for stage in stages)
     for stage in stages:
         check_stage(stage.config, dataset, rewarder, notes)
+        check_teacher(stage.config, tokenizer, dataset.examples)
     configs = [stage.config for stage in stages]
-    notes += [*unknown, *notes_on_lengths(configs, dataset), *notes_on_adversary(configs, dataset, rewarder)]
-    notes += notes_on_selection(configs, rewarder)
+    notes += unknown + _notes_on_stages(configs, dataset, rewarder)
     if longest:
         rewarder.try_out(dataset.examples)
     suites: tuple[Suite, ...] = ()
@@ -102,6 +104,12 @@ def load_inputs(
         notes=tuple(notes),
         suites=suites,
     )
+
+
+def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
+    of_adversary = notes_on_adversary(stages, dataset, rewarder)
+    of_selection = notes_on_selection(stages, rewarder)
+    return [*notes_on_lengths(stages, dataset), *of_adversary, *notes_on_teacher(stages), *of_selection]
 
 
 def _check_names(suites: Sequence[Suite]) -> None:

@@ -14,6 +14,7 @@ from uniapl.functional.logprobs import CHUNK_LOGITS
 from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
 from uniapl.rollout.fused import supports_fused
+from uniapl.training.build_teacher import teacher_source
 from uniapl.training.checkpoint.disk import format_bytes
 from uniapl.training.demonstration_states import CACHE_BYTES
 from uniapl.training.inputs import RunInputs
@@ -177,6 +178,11 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
     on_states = objective.lambda_adv > 0 and config.discriminator.kind in STATE_KINDS
     if objective.beta > 0 or on_states:
         stays["reference"] = policy.trained
+    if objective.teacher_kl and config.teacher.url is None:
+        teacher = _model(AutoModelForCausalLM, teacher_source(config.teacher))
+        # See `build_teacher`: in bf16 on a device that computes in bf16.
+        halved = bf16 and device.type != "cpu"
+        stays["teacher"] = Footprint(teacher, bf16=bf16, repeats_keys=False).weights // (1 + halved)
     if on_states:
         stays["states of completions"] = _states(config, inputs, policy)
     passes = {"update": policy.update(largest, checkpointing=config.optim.gradient_checkpointing)}

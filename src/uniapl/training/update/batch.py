@@ -18,7 +18,7 @@ class MixedBatch:
     """At least one. With DDP on several processes the last one is empty; with FSDP2 empty ones make the count
     equal on all processes."""
     weights: dict[str, float]
-    """One weight per component: "sft", "rl", "adv", "kl", and "entropy" if it has a bonus (minus its
+    """One weight per component: "sft", "rl", "adv", "kl", "teacher", and "entropy" (minus its
     coefficient)."""
     credits: Sequence[Credit] = ()
     """One per group of rollouts."""

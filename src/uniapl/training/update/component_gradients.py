@@ -14,6 +14,9 @@ from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.policy_step import LossSettings, component_sums, policy_logprobs
 from uniapl.types import MicroBatch
 
+COMPONENTS = ("sft", "rl", "adv", "teacher")
+"""The components whose gradients are measured."""
+
 
 def component_gradient_norms(
     accelerator: Accelerator, policy: nn.Module, batch: MixedBatch, settings: LossSettings
@@ -24,19 +27,19 @@ def component_gradient_norms(
     forward and a backward pass and the memory of one gradient per component; the policy does not change.
 
     Returns:
-        "grad_norm/<component>" for "sft", "rl" and "adv" where their weight and token count are positive, and
-        "grad_cosine/<one>_<other>" for every two of them with a non-zero gradient.
+        "grad_norm/<component>" for `COMPONENTS` with a weight and tokens, and "grad_cosine/<one>_<other>" for
+        every two of them with a non-zero gradient.
 
     Raises:
         OutOfMemoryError: The same call with smaller micro-batches has the same result.
     """
     gradients: dict[str, Tensor] = {}
     counts = settings.divisors(batch)
-    for name in [name for name in ("sft", "rl", "adv") if batch.weights[name] and counts[name]]:
+    for name in [name for name in COMPONENTS if batch.weights.get(name) and counts[name]]:
 
         def loss_of(micro_batch: MicroBatch, name: str = name) -> Tensor:
-            logprobs, _ = policy_logprobs(policy, micro_batch)
-            sums = component_sums(logprobs, logprobs.detach(), micro_batch, settings)
+            logprobs, _, *candidates = policy_logprobs(policy, micro_batch)
+            sums = component_sums(logprobs, logprobs.detach(), micro_batch, settings, *candidates)
             return objective({name: sums[name]}, batch.weights, counts)
 
         accumulate_gradients(accelerator, policy, loss_of, batch.micro_batches)

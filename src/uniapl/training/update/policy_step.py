@@ -18,10 +18,12 @@ from uniapl.functional import (
     k3_kl,
     length_weights,
     objective,
+    sampled_reverse_kl,
     sft_loss,
+    top_k_reverse_kl,
 )
 from uniapl.functional.losses import LossType, SamplingLevel, TokenWeight
-from uniapl.models.policy import inputs_of
+from uniapl.models.policy import Extras, inputs_of
 from uniapl.training.update.accumulate import accumulate_gradients, clip_gradient, reduce_sums
 from uniapl.training.update.batch import MixedBatch
 from uniapl.types import MicroBatch
@@ -99,10 +101,10 @@ def policy_step(
 
     def loss_of(number: int) -> Tensor:
         micro_batch = batch.micro_batches[number]
-        logprobs, entropy = policy_logprobs(policy, micro_batch, entropy_gradient=with_entropy)
+        logprobs, entropy, *candidates = policy_logprobs(policy, micro_batch, entropy_gradient=with_entropy)
         old = logprobs.detach() if old_logprobs is None else old_logprobs[number]
         kept.append(old)
-        sums = component_sums(logprobs, old, micro_batch, settings)
+        sums = component_sums(logprobs, old, micro_batch, settings, *candidates)
         if batch.weights["kl"]:
             mask = micro_batch.rollout_mask
             weights = settings.row_weights(mask, logprobs.dtype)
@@ -131,16 +133,25 @@ def policy_step(
 
 def policy_logprobs(
     policy: nn.Module, batch: MicroBatch, *, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Run the policy: log-probabilities and entropies [B, T] of the tokens that enter a loss component."""
+) -> tuple[Tensor, ...]:
+    """Run the policy: log-probabilities and entropies [B, T] of the tokens that enter a loss component, and
+    with `batch.teacher_ids` their log-probabilities [B, T, K]."""
     inputs = inputs_of(batch, batch.sft_mask | batch.rollout_mask)
-    return policy(*inputs, entropy_gradient=entropy_gradient)
+    return policy(*inputs, Extras(entropy_gradient=entropy_gradient, candidates=batch.teacher_ids))
 
 
 def component_sums(
-    logprobs: Tensor, old: Tensor, batch: MicroBatch, settings: LossSettings
+    logprobs: Tensor,
+    old: Tensor,
+    batch: MicroBatch,
+    settings: LossSettings,
+    candidates: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Sums of the "sft", "rl" and "adv" components over a micro-batch."""
+    """Sums of the "sft", "rl" and "adv" components over a micro-batch, and of "teacher" if it has one.
+
+    Args:
+        candidates: The policy's log-probabilities [B, T, K] of `batch.teacher_ids`.
+    """
     importance = _importance(old, batch, settings)
 
     def surrogate(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -154,11 +165,20 @@ def component_sums(
         clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
         return clipped_surrogate(*inputs, **clip, weights=weights, level=level)
 
-    return {
+    sums = {
         "sft": sft_loss(logprobs, batch.sft_mask, token_weight=settings.token_weight),
         "rl": surrogate(batch.advantages, batch.rl_mask),
         "adv": surrogate(batch.adversarial_advantages, batch.adv_mask),
     }
+    if batch.teacher_logprobs is not None:
+        mask, teacher = batch.rollout_mask, batch.teacher_logprobs
+        weights = settings.row_weights(mask, logprobs.dtype)
+        sums["teacher"] = (
+            sampled_reverse_kl(logprobs, old, teacher.squeeze(-1), mask, weights=weights)
+            if candidates is None
+            else top_k_reverse_kl(candidates, teacher, mask, weights=weights)
+        )
+    return sums
 
 
 def _importance(old: Tensor, batch: MicroBatch, settings: LossSettings) -> Tensor | None:
