@@ -89,7 +89,7 @@ def test_every_method_has_the_same_budget(method: str) -> None:
         assert (spent.rollouts, spent.demonstrations) == (0, 5120 + 1920)
         return
     assert spent.rollouts == 5120
-    assert spent.demonstrations == (0 if method in ("grpo", "a-grpo", "gad") else 1920)
+    assert spent.demonstrations == (0 if method in ("grpo", "a-grpo", "gad", "opd") else 1920)
 
 
 def test_the_recipe_s_own_method_is_the_recipe() -> None:

@@ -84,7 +84,7 @@ def test_divisors_by_hand() -> None:
     }
     for loss_type, expected in of.items():
         got = divisors(tokens, completions, loss_type=loss_type, max_completion_length=10)  # type: ignore[arg-type]
-        assert got == expected | {"sft": 7, "entropy": 9}
+        assert got == expected | {"sft": 7, "teacher": expected["kl"], "entropy": 9}
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo", "dr_grpo"])

@@ -41,7 +41,8 @@ def with_little_memory(
 
     def small(self: Any, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
         if torch.is_grad_enabled():
-            sizes.append(packed_tokens(args[-1]) if args[-1] else input_ids.numel())
+            spans = next((value for value in args[::-1] if isinstance(value, tuple)), ())
+            sizes.append(packed_tokens(spans) if spans else input_ids.numel())
             if sizes[-1] > limit:
                 raise torch.OutOfMemoryError(FULL)
         return forward(self, input_ids, *args, **options)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_one_of_many_starts_at_once_gets_the_directory(tmp_path: Path) -> None:
                 with exclusive(run):
                     inside += 1
                     most = max(most, inside)
+                    time.sleep(0.001)  # so that the others are refused
                     (run / "config.yaml").touch()
                     (run / "config.yaml").unlink()
                     inside -= 1

@@ -166,7 +166,8 @@ def test_the_weights_by_hand() -> None:
     objective: dict[str, Any] = {**steps, "reward_weight": 3.0, "beta": 0.05}
     subject = at(20, objective=objective, discriminator={"warmup_steps": 5, "min_accuracy": 0.5})
     vars(subject)["adversary"] = with_accuracy(0.9, subject.config)
-    assert subject.weights([]) == {"sft": 0.25, "rl": 0.75 * 3.0, "adv": 2.0, "kl": 0.0, "entropy": 0.0}
+    weights = {"sft": 0.25, "rl": 0.75 * 3.0, "adv": 2.0, "kl": 0.0, "teacher": 0.0, "entropy": 0.0}
+    assert subject.weights([]) == weights
     subject.uses_reference = True
     assert subject.weights([])["kl"] == 0.05
     inside = at(20, objective={**objective, "adversarial_placement": "reward"})
