@@ -103,6 +103,11 @@ class RolloutGroup:
     demonstration_ref_logprobs: tuple[float, ...] | None = None
     """Nats, one per token of the demonstration, under the KL reference; None if no component needs them."""
 
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all completions."""
+        return sum(len(rollout.completion_ids) for rollout in self.rollouts)
+
 
 class Span(NamedTuple):
     """The position of a row's tokens in its padded row, and the number of its prompt."""

@@ -315,6 +315,10 @@ def test_costs_by_hand() -> None:
     assert found["cost"] == {"rollout_tokens": 50, "trained_tokens": 160, "flops": 1_060_000, "seconds": 4.0}
     (point,) = found["curve"]
     assert (point["step"], point["flops"], point["metrics"]) == (2, 1_060_000, {"reward": 0.5})
+    records[1]["tokens/discarded"] = 20
+    found = costs(records, stages, 1000, {})
+    # 30 tokens are sampled and trained, 20 only sampled: 6 x 20 tokens less than above.
+    assert found["cost"] == {"rollout_tokens": 50, "trained_tokens": 140, "flops": 940_000, "seconds": 4.0}
     # Pairs of the data: trained, and read by the reference.
     pairs = [{"step": 1, "stage": 0, "tokens/rollout": 0, "tokens/sft": 0, "tokens/pref": 40, **common}]
     found = costs(pairs, [resolve({"method": "dpo"}).config], 1000, {})

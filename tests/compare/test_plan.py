@@ -173,3 +173,29 @@ def test_cells_of_the_search() -> None:
     # A setting that is given is not searched.
     (fixed,) = parse_methods("grpo[objective.beta=0.5]")
     assert [cell.settings["objective.beta"] for cell in found.search_cells(fixed, [1e-4])] == [0.5]
+
+
+def test_replaced_rollouts_count_in_the_budget() -> None:
+    """Every stage that may replace rollouts ends when it has sampled its part; the others have no limit."""
+    key = "rollout.max_resample_times"
+    (own,) = stages(f"uniapl[{key}=3]")
+    (grpo,) = stages(f"grpo[{key}=3]")
+    # 80 of 100 steps with 64 rollouts.
+    assert [one.early_stopping.max_rollouts for one in (own, grpo)] == [5120, 5120]
+    assert (own.max_steps, own.cold_start_steps, grpo.max_steps) == (100, 20, 80)
+    limits = [one.early_stopping.max_rollouts for one in stages(f"sft -> grpo -> grpo[{key}=3]")]
+    assert limits == [None, 2560, 2560]
+    pipeline = plan(stages=[{"method": "sft"}, {"method": "grpo"}])
+    assert [one.early_stopping.max_rollouts for one in stages(f"sft->grpo[{key}=1]", pipeline)] == [
+        None,
+        6400,
+    ]
+    assert stages("grpo")[0].early_stopping.max_rollouts is None
+    stopped = plan(early_stopping={"max_rollouts": 100})
+    assert stages(f"grpo[{key}=3]", stopped)[0].early_stopping.max_rollouts == 100
+
+
+def test_which_completions_pass_is_the_recipe_s_for_every_method() -> None:
+    """Pass rates depend on it, whichever method uses them."""
+    found = plan(objective={**RECIPE["objective"], "pass_threshold": 0.5})
+    assert stages("grpo", found)[0].objective.pass_threshold == 0.5

@@ -4,7 +4,7 @@ import pytest
 
 from uniapl.config import Config
 from uniapl.data.streams import Stream, is_held_out
-from uniapl.types import Example
+from uniapl.types import Example, derive_seed
 
 
 def example(*prompt: int) -> Example:
@@ -53,3 +53,32 @@ def test_the_held_out_fraction_is_drawn_by_the_prompt_s_ids(fraction: float) -> 
     # A run that continues with another seed trains on none of them.
     other = Config.model_validate({"seed": 1, "discriminator": {"held_out_fraction": fraction}})
     assert [is_held_out(example(n, 7), other) for n in range(2000)] == drawn
+
+
+def test_examples_are_skipped_by_their_probability() -> None:
+    """A slow reference; the draw depends only on the position, so that a resumed stream goes on alike."""
+    examples = [example(n) for n in range(7)]
+    probability = {n: (0.3 if n % 2 else 1.0) for n in range(7)}
+    turns = [e.row for e in Stream(examples, seed=3, name="prompts").take(70)]
+    drawn = [
+        (position, row)
+        for position, row in enumerate(turns)
+        if derive_seed(3, "prompts", "turn", position) / 2**63 < probability[row]
+    ]
+    stream = Stream(examples, seed=3, name="prompts")
+    stream.probability = lambda e: probability[e.row]
+    for count in (1, 4, 0, 9, 20):
+        (taken, drawn), before = (drawn[:count], drawn[count:]), stream.position
+        assert [e.row for e in stream.peek(count)] == [row for _, row in taken]
+        assert stream.position == before
+        assert [e.row for e in stream.take(count)] == [row for _, row in taken]
+        assert stream.position == (taken[-1][0] + 1 if taken else before)
+        again = Stream(examples, seed=3, name="prompts", position=stream.position)
+        again.probability = stream.probability
+        assert again.peek(5) == stream.peek(5)
+    # Of 70 turns of each kind, 0.3 of the odd ones.
+    stream = Stream(examples, seed=3, name="prompts")
+    stream.probability = lambda e: probability[e.row]
+    taken_rows = [e.row for e in stream.take(2000)]
+    odd, even = (sum(row % 2 == kind for row in taken_rows) for kind in (1, 0))
+    assert odd / 3 / (even / 4) == pytest.approx(0.3, abs=0.04)

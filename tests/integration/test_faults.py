@@ -205,7 +205,7 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(
 @pytest.mark.parametrize(
     ("phase", "target", "remedy"),
     [
-        ("rollout", "uniapl.training.loop.sample", "rollout.max_batch_size"),
+        ("rollout", "uniapl.training.rollouts.sample", "rollout.max_batch_size"),
         ("score", "uniapl.training.loop.score_with_discriminator", "batching.max_tokens_per_micro_batch"),
     ],
 )

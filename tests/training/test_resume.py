@@ -1,5 +1,6 @@
 """Resuming a run: from which checkpoint, with which recipe, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,26 @@ def test_what_changed_since_the_last_start_is_said(
     assert "changed since the run was last started: rollout.num_generations: 4 -> 2" in output
     train(recipe(model_dir, tmp_path / "other", resume="auto", max_steps=1))
     assert "no checkpoint in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [[1.0], [-1.0, 2.0], [1.0, 2.0, 3.0], [1e300, 0.0], "often"])
+def test_pass_rates_of_another_form_are_refused(wrong: object, model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train(recipe(model_dir, path, max_steps=2, batching={"prompt_selection": "informative"}))
+    saved = checkpoint.checkpoint_path(path, 2)
+    state = read_state(saved)
+    state["pass_rates"]["0" * 16] = wrong
+    (saved / "state.json").write_text(json.dumps(state))
+    with pytest.raises(uniapl.UsageError, match=r"state.json is invalid \(pass_rates.0000000000000000"):
+        read_state(saved)
+
+
+def test_a_state_without_pass_rates_is_read(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    values = recipe(model_dir, path, max_steps=2, batching={"prompt_selection": "informative"})
+    train(values)
+    saved = checkpoint.checkpoint_path(path, 2)
+    state = read_state(saved)
+    del state["pass_rates"], state["stage_rollouts"]
+    (saved / "state.json").write_text(json.dumps(state))
+    assert {"pass_rates", "stage_rollouts"} & read_state(saved).keys() == set()

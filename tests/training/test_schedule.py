@@ -149,6 +149,9 @@ def test_mu_of_each_controller_by_hand() -> None:
     groups = [rewarded(1.0, 0.0, None), rewarded(0.5, demonstration=False)]
     by_reward = at(3, objective={"mu_controller": "reward", **limits})
     assert by_reward.mu(groups) == pytest.approx(0.3)
+    # Groups that were replaced count: (1 + 0 + 0.5 + 1 + 1) / 5 = 0.7.
+    assert by_reward.mu(groups, [rewarded(1.0, 1.0)]) == pytest.approx(0.1)
+    assert by_reward.mu([groups[0]], [rewarded(0.5, 0.9)]) == pytest.approx(0.2)
     assert by_reward.mu([rewarded(None)]) == 0.9
     assert by_reward.mu([rewarded(1.0)]) == 0.1
     gate = at(3, objective={"mu_controller": "gate", "gate_threshold": 0.0})

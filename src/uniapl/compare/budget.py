@@ -4,6 +4,9 @@ The budget is what the steps of the recipe contain with the recipe's own method,
 without rollouts gets as many demonstrations in their place; a method without demonstrations gets none. The
 stages of a pipeline share rollouts and demonstrations equally. Tokens, FLOPs and seconds depend on the
 method: they are counted and reported.
+
+Rollouts that are sampled and replaced (`rollout.max_resample_times`) count: such a stage ends early, when it
+has sampled its part of the budget.
 """
 
 from collections.abc import Sequence
@@ -85,6 +88,14 @@ def fit(stages: Sequence[Config], budget: Budget, *, fraction: float = 1.0) -> l
         demonstrations=max(1, round(fraction * total / max(1, len(learning)))),
     )
     return [_fit_stage(stage, share) for stage in stages]
+
+
+def rollout_limit(config: Config) -> dict[str, Any]:
+    """The key with which a stage that may replace rollouts samples no more of them than one that does not."""
+    rollouts = _contents(config).rollouts
+    if not config.rollout.max_resample_times or not rollouts:
+        return {}
+    return {"early_stopping": {"max_rollouts": min(rollouts, config.early_stopping.max_rollouts or rollouts)}}
 
 
 def _fit_stage(config: Config, share: Budget) -> dict[str, Any]:

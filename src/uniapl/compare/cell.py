@@ -135,6 +135,8 @@ def first_warnings(log: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return found
 
 
+SAMPLING = 2
+"""FLOPs per parameter for sampling one token."""
 COSTS = ("rollout_tokens", "trained_tokens", "flops", "seconds")
 
 
@@ -149,7 +151,7 @@ def costs(
 
     FLOPs are 2 per parameter and token for a forward pass and 6 for a training step (arXiv 2001.08361), over
     completion tokens: prompts are not counted. See :func:`flops_per_token`. The reference also reads the
-    completions of preference pairs.
+    completions of preference pairs. Rollouts that were replaced are only sampled.
 
     Args:
         parameters: Of the policy.
@@ -159,13 +161,16 @@ def costs(
     curve: list[dict[str, Any]] = []
     for record in records:
         rollout, sft = record["tokens/rollout"], record["tokens/sft"]
+        discarded = record.get("tokens/discarded", 0)
+        trained, stage = rollout - discarded, record.get("stage") or 0
         cost["rollout_tokens"] += rollout
         # Older runs have no pairs.
         pairs = record.get("tokens/pref", 0)
-        cost["trained_tokens"] += rollout + sft + pairs
-        stage = record.get("stage") or 0
-        cost["flops"] += parameters * (rollout * flops_per_token(stages[stage]) + 6 * sft + 8 * pairs)
-        cost["flops"] += 2 * rollout * (teachers[stage] if teachers else 0)
+        cost["trained_tokens"] += trained + sft + pairs
+        cost["flops"] += parameters * (
+            trained * flops_per_token(stages[stage]) + SAMPLING * discarded + 6 * sft + 8 * pairs
+        )
+        cost["flops"] += 2 * trained * (teachers[stage] if teachers else 0)
         cost["seconds"] += record["step_time"]
         if sample := points.get(record["step"]):
             kept = {name: record[name] for name in CURVE if record.get(name) is not None}
@@ -183,7 +188,7 @@ def flops_per_token(config: Config) -> int:
     objective, discriminator = config.objective, config.discriminator
     adversary = objective.lambda_adv > 0
     on_reference = adversary and discriminator.kind in STATE_KINDS
-    flops = 2 + 6
+    flops = SAMPLING + 6
     if objective.uses_reference or on_reference:
         flops += 2
     if adversary and not on_reference:

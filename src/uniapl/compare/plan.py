@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from uniapl.compare.budget import Budget, budget_of, fit
+from uniapl.compare.budget import Budget, budget_of, fit, rollout_limit
 from uniapl.config import Config
 from uniapl.config.methods import METHODS
 from uniapl.config.resolve import LENGTH, STAGE_KEYS, Resolved, explicit, merge, resolve, stages_of
@@ -35,7 +35,7 @@ OF_THE_RUN = (
 )
 """Keys of the recipe that a cell sets itself or does not need."""
 OF_ONE_METHOD = re.compile(
-    r"objective\.(mu_|gate_|lambda_|adversarial_|reward_weight|max_expert_gap|pass_|reference_step)|batching\.cold_start_"
+    r"objective\.(mu_|gate_|lambda_|adversarial_|reward_weight|max_expert_gap|reference_step)|batching\.cold_start_"
 )
 """Keys that describe the recipe's own method and are not settings of the others."""
 
@@ -179,7 +179,7 @@ class Plan:
                 merge({**_nested(stage), "num_train_epochs": None, "max_steps": config.max_steps}, changes)
                 for stage, config in zip(self.resolved.config.stages, self.stages, strict=True)
             ]
-            return {**common, "method": own[-1], "seed": seed, "stages": stages}
+            return _limited({**common, "method": own[-1], "seed": seed, "stages": stages})
         shared = _without(common, OF_ONE_METHOD)
         stages = [self._stage(method, common, settings) for method in variant.methods]
         lengths = self._lengths([merge(shared, stage) for stage in stages], settings)
@@ -191,9 +191,7 @@ class Plan:
             recipe = merge(shared, stages[0])
         else:
             recipe = {**shared, "method": variant.methods[-1], "stages": stages}
-        recipe = {**recipe, "seed": seed}
-        stages_of(resolve(recipe))
-        return recipe
+        return _limited({**recipe, "seed": seed})
 
     def _stage(self, method: str, common: dict[str, Any], settings: Mapping[str, Value]) -> dict[str, Any]:
         """What a stage adds to the settings that all methods share."""
@@ -249,6 +247,14 @@ class Plan:
     def rates(self) -> list[float]:
         """Learning rates of the first round of the search."""
         return [float(f"{factor * self.stages[0].optim.learning_rate:.2g}") for factor in RATES]
+
+
+def _limited(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe, in which each stage that may replace rollouts ends with its part of the budget."""
+    limits = [rollout_limit(stage.config) for stage in stages_of(resolve(recipe))]
+    if "stages" not in recipe:
+        return merge(recipe, limits[0])
+    return {**recipe, "stages": [merge(s, limit) for s, limit in zip(recipe["stages"], limits, strict=True)]}
 
 
 def _whole(stage: Mapping[str, Any], steps: int) -> dict[str, Any]:

@@ -178,6 +178,9 @@ class EarlyStoppingConfig(Section):
     """End the stage when the metric has not improved for this many values; null disables this rule."""
     max_tokens: int | None = Field(default=None, ge=1)
     """End the stage after training on this many completion tokens; null sets no limit."""
+    max_rollouts: int | None = Field(default=None, ge=1)
+    """End the stage after sampling this many rollouts, replaced ones included (rollout.max_resample_times);
+    null sets no limit."""
 
 
 class Config(Section):

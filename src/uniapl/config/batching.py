@@ -1,5 +1,7 @@
 """The section `batching`: contents of a step, and its split into micro-batches."""
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from uniapl.config.section import Section
@@ -10,6 +12,10 @@ class BatchingConfig(Section):
 
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts for which each step samples rollouts."""
+    prompt_selection: Literal["uniform", "informative"] = "uniform"
+    """uniform draws every prompt once per epoch. informative keeps the pass rate of each prompt
+    (objective.pass_threshold) and skips a prompt with the probability that all of its next rollouts pass; the
+    demonstrations of sampled prompts that have never passed are the first in their step."""
     demonstrations_per_step: int = Field(default=8, ge=1)
     """Demonstrations in each step."""
     cold_start_steps: float = Field(default=0, ge=0)

@@ -100,8 +100,8 @@ class ObjectiveConfig(Section):
     multiply multiplies the reward by u ** lambda_adv, u the probability that the completion is the expert's,
     so that a completion without a reward gains nothing by its style."""
     pass_threshold: float = 1.0
-    """A completion passes if its reward is at least this; completions that do not pass keep at most half of
-    their reward (adversarial_placement: multiply)."""
+    """A completion passes if its reward is at least this. Completions that do not pass keep at most half of
+    their reward (adversarial_placement: multiply); pass rates also use it (batching.prompt_selection)."""
     pass_reward: str | None = None
     """Reward function whose value decides whether a completion passes; null takes the first one that applies
     to the prompt."""

@@ -1,6 +1,6 @@
 """Keys of earlier versions and of other libraries: the key to use, or why there is none.
 
-The other libraries are TRL and transformers, Axolotl, ms-swift, LLaMA-Factory, OpenRLHF, verl and
+The other libraries are TRL and transformers, Axolotl, ms-swift, LLaMA-Factory, OpenRLHF, verl, prime-rl and
 Trinity-RFT. Names that resemble the key, such as lora_rank and lora_r, need no entry.
 """
 
@@ -69,6 +69,9 @@ OTHER_NAMES = _by_name(
         "rollout.vllm_timeout": "vllm_server_timeout",
         "rollout.vllm_importance_sampling_clip_max": "vllm_importance_sampling_cap",
         "rollout.max_batch_size": "rollout.max_rows per_device_eval_batch_size eval_batch_size",
+        "rollout.max_resample_times (0 replaces no rollouts)": (
+            "dynamic_sample filter_groups dynamic_filtering max_num_gen_batches online_difficulty_filtering"
+        ),
         "rollout.max_off_policy_steps (1 for true, 0 for false)": "rollout.one_step_off async_generate",
         "rewards.functions": "reward_funcs reward_functions reward_model external_plugins reward_fn",
         "rewards.functions (each has a weight)": "reward_weights",
@@ -118,6 +121,9 @@ OTHER_NAMES = _by_name(
         ),
         "batching.prompts_per_step (all prompts of a step; micro-batches are formed automatically)": (
             "gradient_accumulation_steps"
+        ),
+        "batching.prompt_selection (uniform or informative)": (
+            "easy_threshold hard_threshold easy_fraction hard_fraction"
         ),
         "batching.demonstrations_per_step": "chord_sft_per_device_train_batch_size",
         "batching.per_device_train_batch_size": "micro_batch_size micro_train_batch_size",
@@ -185,9 +191,6 @@ NO_EQUIVALENT = _by_name(
         ),
         "objective.entropy_coef is constant": (
             "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
-        ),
-        "every group is trained; groups with equal rewards are counted as frac_reward_zero_std": (
-            "dynamic_sample filter_groups dynamic_filtering"
         ),
         "demonstrations have no label smoothing, and their embeddings no noise": (
             "label_smoothing_factor neftune_noise_alpha"

@@ -30,6 +30,9 @@ class RolloutConfig(Section):
     """Texts that end a completion. They belong to it, with all of the token that completes them."""
     max_batch_size: int = Field(default=256, ge=1)
     """Maximum number of rollouts that are decoded at the same time."""
+    max_resample_times: int = Field(default=0, ge=0)
+    """Times that a step samples new prompts in place of those whose rollouts all have the same reward
+    (dynamic sampling, DAPO). Replaced rollouts are counted and not trained on; 0 replaces none."""
     decoding: Literal["fused", "plain"] = "fused"
     """fused runs fewer operations per token for models like Llama, Mistral, Qwen2 and Qwen3; plain runs the
     model's own forward pass, which is the reference and is used for all other models."""

@@ -1,5 +1,6 @@
 """The two streams of a run: prompts for rollouts, and demonstrations."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,24 +20,39 @@ class Stream:
         self._examples, self._seed, self._name = examples, seed, name
         self._order: tuple[int, list[int]] = (-1, [])
         self.position = position
+        self.probability: Callable[[Example], float] | None = None
+        """The probability, above 0, with which an example is drawn at its turn; otherwise it is skipped. The
+        draw depends only on (seed, name, position). None draws every example."""
 
     def __len__(self) -> int:
         return len(self._examples)
 
     @property
     def epoch(self) -> float:
-        """Passes over the examples so far, as a fraction."""
+        """Passes over the examples so far, as a fraction; skipped examples count."""
         return self.position / max(1, len(self._examples))
 
     def take(self, count: int) -> list[Example]:
         """The next `count` examples, across epochs."""
-        taken = self.peek(count)
-        self.position += len(taken)
-        return taken
+        positions = self._next(count)
+        if positions:
+            self.position = positions[-1] + 1
+        return [self._example_at(position) for position in positions]
 
     def peek(self, count: int) -> list[Example]:
         """The next `count` examples, without a change of position."""
-        return [self._example_at(self.position + offset) for offset in range(count)] if self._examples else []
+        return [self._example_at(position) for position in self._next(count)]
+
+    def _next(self, count: int) -> list[int]:
+        """Positions of the next `count` examples that are drawn."""
+        turns = itertools.count(self.position) if self._examples else ()
+        return [*itertools.islice(filter(self._is_drawn, turns), count)]
+
+    def _is_drawn(self, position: int) -> bool:
+        if self.probability is None:
+            return True
+        drawn = derive_seed(self._seed, self._name, "turn", position)
+        return drawn < self.probability(self._example_at(position)) * 2**63
 
     def _example_at(self, position: int) -> Example:
         epoch, offset = divmod(position, len(self._examples))

@@ -159,6 +159,11 @@ class Rewarder:
         self.details: list[str] = []
         """The single findings of :meth:`check_rows`."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Reward function -> its weight."""
+        return {reward.name: reward.weight for reward in self.rewards}
+
     def applies_to(self, example: Example) -> bool:
         """Whether at least one function can score completions of this row."""
         return any(reward.applies_to(example) for reward in self.rewards)

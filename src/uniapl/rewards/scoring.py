@@ -33,6 +33,24 @@ class RewardOutcome:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     """Metric -> the values that the function logged by `log_metric`."""
 
+    def followed_by(self, other: "RewardOutcome") -> "RewardOutcome":
+        """The outcome for the samples of both, in this order."""
+        return RewardOutcome(
+            values=self.values + other.values,
+            failed=self.failed + other.failed,
+            timed_out=self.timed_out + other.timed_out,
+            message=other.message if self.message is None else self.message,
+            seconds=self.seconds + other.seconds,
+            extra={
+                column: [v for o in (self, other) for v in o.extra.get(column, [None] * len(o.values))]
+                for column in {**self.extra, **other.extra}
+            },
+            metrics={
+                name: self.metrics.get(name, []) + other.metrics.get(name, [])
+                for name in {**self.metrics, **other.metrics}
+            },
+        )
+
 
 @dataclass(frozen=True)
 class CallLog:

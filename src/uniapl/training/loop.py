@@ -4,24 +4,20 @@ the discriminator.
 A method is only a set of weights; no branch depends on its name.
 """
 
-import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from uniapl.data.batching import Row, demonstration_rows, empty_micro_batch, micro_batches, shards
 from uniapl.data.streams import Stream
 from uniapl.models.token_states import TokenStates
-from uniapl.rewards import RewardOutcome, extra_columns
-from uniapl.rollout import SampleRequest
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
 from uniapl.training.monitor.record import StepResult
 from uniapl.training.oom_retry import read_in_parts, split_micro_batches, teach_in_parts
+from uniapl.training.rollouts import collect_rollouts, gather
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
 from uniapl.training.state_adversary import StateAdversary
@@ -32,7 +28,7 @@ from uniapl.training.update.component_gradients import component_gradient_norms
 from uniapl.training.update.credit import assign_credit, failed_groups, rollout_rows
 from uniapl.training.update.pairs import pair_rejected, pair_rollouts, with_reference
 from uniapl.training.update.policy_step import PolicyStep, policy_step
-from uniapl.types import Example, RolloutGroup, derive_seed
+from uniapl.types import Example, RolloutGroup
 
 
 def run_stage(run: Run, stage: Stage) -> None:
@@ -47,23 +43,23 @@ def run_stage(run: Run, stage: Stage) -> None:
     while not stage.schedule.ended:
         run.view.start_step(run.step)
         stage.start_step()
-        with phase("rollout"):
-            groups = sample(run, stage, prompts)
-        with phase("reward"):
-            groups, outcomes = reward(run, groups)
+        rollouts = collect_rollouts(run, stage, prompts)
         with phase("score"):
-            groups, states = score_with_reference(run, stage, groups)
+            groups, states = score_with_reference(run, stage, rollouts.groups)
             groups = score_with_discriminator(run, stage, groups, states)
             pair_metrics = stage.update_controllers(groups)
         with phase("update"):
-            batch = read_with_teacher(stage, mix(run, stage, groups, demonstrations))
+            batch = mix(run, stage, groups, demonstrations, discarded=rollouts.discarded)
+            batch = read_with_teacher(stage, batch)
             gradient_metrics = measure_gradients(run, stage, batch)
             update = update_policy(run, stage, batch)
         with phase("discriminator"):
             discriminator_metrics = update_discriminator(run, stage, groups)
         result = StepResult(
             groups=groups,
-            outcomes=outcomes,
+            discarded=rollouts.discarded,
+            sampling_metrics=rollouts.metrics,
+            outcomes=rollouts.outcomes,
             pair_metrics=pair_metrics,
             batch=batch,
             gradient_metrics=gradient_metrics,
@@ -71,78 +67,6 @@ def run_stage(run: Run, stage: Stage) -> None:
             discriminator_metrics=discriminator_metrics,
         )
         run.finish_step(stage, result)
-
-
-def sample(run: Run, stage: Stage, stream: Stream) -> list[RolloutGroup]:
-    """Sample rollouts for this process's prompts of the step; return [] if no component uses rollouts."""
-    if not stage.config.objective.uses_rollouts:
-        return []
-    process, processes = run.accelerator.process_index, run.accelerator.num_processes
-
-    def request(examples: Sequence[Example], step: int) -> SampleRequest:
-        return SampleRequest(
-            prompts=[example.prompt_ids for example in examples[process::processes]],
-            seeds=[
-                derive_seed(run.config.seed, "rollout", step, slot)
-                for slot in range(process, len(examples), processes)
-            ],
-            num_generations=stage.config.rollout.num_generations,
-            policy_version=run.step,
-        )
-
-    step = stage.schedule.step
-    prompts = stream.take(stage.schedule.prompts_per_step(step))
-    with stage.gathered_policy():
-        rollouts = stage.sampler.sample(request(prompts, run.step)) if prompts else []
-        following = stream.peek(stage.schedule.prompts_per_step(step + 1))
-        if stage.one_step_off is not None and following and step + 1 < stage.config.max_steps:
-            stage.one_step_off.begin(request(following, run.step + 1))
-    decode = run.inputs.decode
-    return [
-        RolloutGroup(
-            example=prompt,
-            rollouts=group,
-            texts=tuple(decode(rollout.completion_ids) for rollout in group),
-            reward_parts={},
-        )
-        for prompt, group in zip(prompts[process::processes], rollouts, strict=True)
-    ]
-
-
-def reward(
-    run: Run, groups: Sequence[RolloutGroup]
-) -> tuple[list[RolloutGroup], dict[str, list[RewardOutcome]]]:
-    """Score the rollouts. Return the groups of all processes with their rewards, and each reward function's
-    outcomes, one per process."""
-    rewarder = run.inputs.rewarder
-    update_trainer_state(run)
-    outcomes = rewarder.score(
-        [group.example for group in groups for _ in group.rollouts],
-        [text for group in groups for text in group.texts],
-        [rollout.completion_ids for group in groups for rollout in group.rollouts],
-    )
-    ends = [0, *itertools.accumulate(len(group.rollouts) for group in groups)]
-    combined = rewarder.combine(outcomes, ends[-1])
-    rewarded = [
-        replace(
-            group,
-            rewards=tuple(combined[start:end]),
-            reward_parts={name: tuple(outcome.values[start:end]) for name, outcome in outcomes.items()},
-            extra={column: tuple(values[start:end]) for column, values in extra_columns(outcomes).items()},
-        )
-        for group, (start, end) in zip(groups, itertools.pairwise(ends), strict=True)
-    ]
-    everywhere = _gather(run.accelerator, [outcomes])
-    return _gather(run.accelerator, rewarded), {name: [o[name] for o in everywhere] for name in outcomes}
-
-
-def update_trainer_state(run: Run) -> None:
-    """Set what reward functions read from `trainer_state` to the run's current step, as TRL does."""
-    state = run.inputs.rewarder.trainer_state
-    state.global_step, state.epoch = run.step, run.progress.streams["prompts"].epoch
-    state.log_history = run.health.history
-    state.is_world_process_zero = run.accelerator.is_main_process
-    state.is_local_process_zero = run.accelerator.is_local_main_process
 
 
 def score_with_reference(
@@ -170,7 +94,7 @@ def score_with_reference(
     if not objective.uses_reference:
         return list(groups), states
     found_here = [[tuple(part.logprobs.tolist()) for part in parts] for parts in states]
-    logprobs = _gather(run.accelerator, found_here)
+    logprobs = gather(run.accelerator, found_here)
     return [
         replace(
             group,
@@ -199,14 +123,21 @@ def score_with_discriminator(
         stage.adversary.gathered(),
         stage.gathered_policy() if stage.adversary.reads_policy else nullcontext(),
     ):
-        logits = _gather(run.accelerator, stage.adversary.score(local, states))
+        logits = gather(run.accelerator, stage.adversary.score(local, states))
     return [
         replace(group, policy_logits=policy, expert_logit=expert)
         for group, (policy, expert) in zip(groups, logits, strict=True)
     ]
 
 
-def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) -> MixedBatch:
+def mix(
+    run: Run,
+    stage: Stage,
+    groups: Sequence[RolloutGroup],
+    stream: Stream,
+    *,
+    discarded: Sequence[RolloutGroup] = (),
+) -> MixedBatch:
     """Build the step's mixed batch, and collate this process's micro-batches."""
     config, accelerator, lambda_adv = stage.config, run.accelerator, stage.schedule.lambda_adv
     credits = assign_credit(
@@ -214,16 +145,16 @@ def mix(run: Run, stage: Stage, groups: Sequence[RolloutGroup], stream: Stream) 
         config.objective,
         expert_mean=stage.adversary.state.expert_mean if stage.adversary else None,
         lambda_adv=lambda_adv,
-        reward_weights={reward.name: reward.weight for reward in run.inputs.rewarder.rewards},
+        reward_weights=run.inputs.rewarder.weights,
     )
     demonstrated: list[Example] = []
-    weights = stage.schedule.weights(groups)
+    weights = stage.schedule.weights(groups, discarded)
     if config.objective.mu_controller == "gate" and not stage.schedule.in_cold_start:
         failed = failed_groups(groups, config.objective.gate_threshold)
         credits = [c.without_rewards() if g in failed else c for g, c in zip(groups, credits, strict=True)]
         demonstrated = [group.example for group in failed]
     elif stage.schedule.imitates or config.objective.pairs_rejected:
-        demonstrated = stream.take(stage.schedule.demonstrations_per_step)
+        demonstrated = draw_demonstrations(run, stage, stream, [*groups, *discarded])
     rows = rollout_rows(
         groups,
         credits,
@@ -261,6 +192,20 @@ def read_pairs_with_reference(run: Run, stage: Stage, rows: Sequence[Row]) -> li
         return list(rows)
     reader = replace(stage.reader, max_tokens=run.max_tokens(stage))
     return with_reference(rows, lambda sequences: read_in_parts(reader, sequences))
+
+
+def draw_demonstrations(
+    run: Run, stage: Stage, stream: Stream, groups: Sequence[RolloutGroup]
+) -> list[Example]:
+    """The step's demonstrations: those of prompts that never passed (prompt_selection: informative), and the
+    stream's next."""
+    count = stage.schedule.demonstrations_per_step
+    found: list[Example] = []
+    if stage.selects_prompts and stage.schedule.imitates:
+        examples = {group.example.prompt_ids: group.example for group in groups}
+        rates = run.progress.pass_rates
+        found = [e for e in examples.values() if e.demonstration_ids is not None and rates.never_passed(e)]
+    return found[:count] + stream.take(max(0, count - len(found)))
 
 
 def read_with_teacher(stage: Stage, batch: MixedBatch) -> MixedBatch:
@@ -316,13 +261,3 @@ def update_discriminator(run: Run, stage: Stage, groups: Sequence[RolloutGroup])
     if stage.adversary is None:
         return {}
     return stage.adversary.update(run.accelerator, groups, stage.config, run.step, stage.schedule.step)
-
-
-def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
-    """Gather items from all processes, and undo the `[rank::world_size]` split."""
-    if accelerator.num_processes == 1:
-        return items
-    everywhere = gather_object(
-        [(position, accelerator.process_index, item) for position, item in enumerate(items)]
-    )
-    return [item for _, _, item in sorted(everywhere, key=lambda entry: entry[:2])]

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from uniapl.config import Config
 from uniapl.config.resolve import Resolved
+from uniapl.data.pass_rates import PassRates
 from uniapl.data.streams import Stream
 from uniapl.errors import HealthStop, Interrupted, UniAPLError
 from uniapl.files import JsonlLog, write_text
@@ -57,6 +58,8 @@ class Progress:
     """What the adversary did."""
     streams: dict[str, Stream] = field(default_factory=dict)
     """The streams by name: "prompts" and "demonstrations"."""
+    pass_rates: PassRates = field(default_factory=PassRates)
+    """Pass rates of the prompts; empty with `prompt_selection: uniform`."""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +101,9 @@ class Run:
         opened = self.progress.streams
         for name, pool in zip(("prompts", "demonstrations"), pools, strict=True):
             opened[name] = Stream(pool, seed=self.config.seed, name=name, position=opened[name].position)
+        if stage.selects_prompts:
+            rates, generations = self.progress.pass_rates, stage.config.rollout.num_generations
+            opened["prompts"].probability = lambda example: rates.probability(example, generations)
         return opened["prompts"], opened["demonstrations"]
 
     def finish_step(self, stage: Stage, result: StepResult) -> None:
@@ -108,8 +114,9 @@ class Run:
         """
         progress, schedule = self.progress, stage.schedule
         progress.step += 1
-        progress.num_tokens += result.batch.num_tokens
+        progress.num_tokens += result.num_tokens
         schedule.step += 1
+        schedule.rollouts += result.num_rollouts
         schedule.completion_tokens += result.batch.completion_tokens
         record = step_record(
             result,
@@ -130,7 +137,8 @@ class Run:
         self._evaluate(stage, record)
         self._stop_early(stage, record)
         best = schedule.stopping.best_step == self.step
-        self._log(stage, record, completion_records(self.step, result.groups, result.batch.credits))
+        completions = completion_records(self.step, result.groups, result.batch.credits, result.discarded)
+        self._log(stage, record, completions)
         if self.evaluation is not None:
             self.evaluation.report(record)
         last = schedule.ended or bool(problem) or interrupted
@@ -174,7 +182,7 @@ class Run:
         if watching and schedule.step == stage.config.first_rollout_step + 1 and not known:
             where = f"the stage's step {schedule.step}"
             self.view.say(f"warning: early_stopping.metric '{rule.metric}' is not a metric of {where}")
-        schedule.stopping.update(rule, record, schedule.completion_tokens)
+        schedule.stopping.update(rule, record, schedule.completion_tokens, schedule.rollouts)
         # Not at a checkpoint of an interruption: a run that was never stopped does not have it.
         saved = self.step % self.config.save_steps == 0 or schedule.ended
         if keeps_best and (saved or rule.metric.startswith("eval/")):
@@ -251,6 +259,7 @@ def start_run(
             token_limit=state["token_limit"] if same_limit else None,
             adversary=AdversaryEffect(**state.get("adversary_effect", {})),
             streams={n: Stream((), seed=config.seed, name=n, position=state.get(n, 0)) for n in names},
+            pass_rates=PassRates(state.get("pass_rates")),
         ),
         health=RunHealth(
             view=view,
@@ -319,6 +328,7 @@ def save_checkpoint(run: Run, stage: Stage) -> None:
             "seed": run.config.seed,
             "data_sha256": run.inputs.data_sha256,
             **{name: stream.position for name, stream in run.progress.streams.items()},
+            **({"pass_rates": rates} if (rates := run.progress.pass_rates.counts) else {}),
             "kind": discriminator_kind(stage.config),
             **saved.save(directory, optimizers),
         }

@@ -32,6 +32,8 @@ class Schedule:
     """Finished steps of the stage."""
     completion_tokens: int = 0
     """Completion tokens that the stage has trained on."""
+    rollouts: int = 0
+    """Rollouts that the stage has sampled, with those that were replaced."""
     uses_reference: bool = False
     """The KL term has its reference: `reference_step` is reached."""
     stopping: Stopping = field(default_factory=Stopping)
@@ -83,15 +85,21 @@ class Schedule:
         )
         return self.multiplier.value if self.adversary.state.accurate or only_component else 0.0
 
-    def mu(self, groups: Sequence[RolloutGroup]) -> float:
-        """The demonstrations' weight, which may depend on the rewards of the step's rollouts."""
+    def mu(self, groups: Sequence[RolloutGroup], discarded: Sequence[RolloutGroup] = ()) -> float:
+        """The demonstrations' weight, which may depend on the rewards of the step's rollouts.
+
+        Args:
+            discarded: Groups that were sampled and replaced. The mean reward is that of all sampled groups,
+                because those that are kept never have only good or only bad rewards.
+        """
         objective = self.config.objective
         if self.in_cold_start:
             return objective.mu_peak
         if objective.mu_controller == "gate":
             return len(failed_groups(groups, objective.gate_threshold)) / len(groups)
         if objective.mu_controller == "reward":
-            rewards = [reward for group in groups for reward in group.rewards if reward is not None]
+            sampled = [*groups, *discarded]
+            rewards = [reward for group in sampled for reward in group.rewards if reward is not None]
             if not rewards:
                 return objective.mu_peak
             return reward_threshold(
@@ -108,9 +116,11 @@ class Schedule:
             valley=objective.mu_valley,
         )
 
-    def weights(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """The weight of each loss component."""
-        objective, mu = self.config.objective, self.mu(groups)
+    def weights(
+        self, groups: Sequence[RolloutGroup], discarded: Sequence[RolloutGroup] = ()
+    ) -> dict[str, float]:
+        """The weight of each loss component; see :meth:`mu`."""
+        objective, mu = self.config.objective, self.mu(groups, discarded)
         return {
             "sft": mu,
             "rl": (1 - mu) * objective.reward_weight,

@@ -80,6 +80,11 @@ class Stage:
         """The sampler if it samples one step ahead, else None."""
         return self.sampler if isinstance(self.sampler, OneStepOffSampler) else None
 
+    @property
+    def selects_prompts(self) -> bool:
+        """Whether the prompts of a step depend on the pass rates of the steps before."""
+        return self.config.batching.prompt_selection == "informative"
+
     def check_sampler(self) -> None:
         """Sample once to report errors early, unless no remaining step uses rollouts.
 

@@ -80,6 +80,7 @@ class StageCheckpoint:
             "stage": stage.index,
             "stage_step": schedule.step,
             "stage_tokens": schedule.completion_tokens,
+            "stage_rollouts": schedule.rollouts,
             "stopping": asdict(schedule.stopping),
             "stop_rule": stage.config.early_stopping.model_dump(),
             "cold_start": [stage.config.batching.cold_start_steps, stage.config.cold_start_steps],
@@ -98,6 +99,7 @@ class StageCheckpoint:
         stage, schedule = self.stage, self.stage.schedule
         schedule.step = state["stage_step"]
         schedule.completion_tokens = state["stage_tokens"]
+        schedule.rollouts = state.get("stage_rollouts", 0)
         # A stage that an early-stopping rule ended continues if the rule has changed.
         schedule.stopping, rule = Stopping(**state["stopping"]), stage.config.early_stopping.model_dump()
         if rule != state["stop_rule"]:

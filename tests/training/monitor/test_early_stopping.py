@@ -15,7 +15,9 @@ def ends_at(values: list[float | None], tokens: int = 10, **rule: Any) -> tuple[
     """The number of the last value, from 1, and the rule that ended the stage."""
     stopping = Stopping()
     for number, value in enumerate(values, start=1):
-        stopping.update(EarlyStoppingConfig(**{"metric": "m", **rule}), {"m": value}, number * tokens)
+        stopping.update(
+            EarlyStoppingConfig(**{"metric": "m", **rule}), {"m": value}, number * tokens, 4 * number
+        )
         if stopping.reason:
             return number, stopping.reason.split(":")[0]
     return None
@@ -23,6 +25,8 @@ def ends_at(values: list[float | None], tokens: int = 10, **rule: Any) -> tuple[
 
 def test_by_hand() -> None:
     assert ends_at([0.1, 0.5, 0.4, 0.9]) is None, "no rule is on by default"
+    assert ends_at([0.1, 0.5, 0.4, 0.9], max_rollouts=12) == (3, "budget")
+    assert ends_at([0.1, 0.5, 0.4, 0.9], max_rollouts=13) == (4, "budget")
     assert ends_at([0.1, 0.5, 0.4, 0.9], target=0.5) == (2, "target")
     assert ends_at([0.9, 0.5, 0.4], target=0.4, greater_is_better=False) == (3, "target")
     assert ends_at([0.1, 0.5, 0.5, 0.4], patience=2) == (4, "patience")

@@ -9,7 +9,14 @@ from support import reference
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import completion_counts, component_counts
 from uniapl.training.monitor.metrics import length_metrics, pair_metrics, rollout_metrics
-from uniapl.training.update.credit import assign_credit, failed_groups, passing, rollout_rows
+from uniapl.training.update.credit import (
+    assign_credit,
+    failed_groups,
+    groups_without_advantage,
+    known_passing,
+    passing,
+    rollout_rows,
+)
 from uniapl.types import Example, Rollout, RolloutGroup
 
 UNSCALED = ObjectiveConfig(scale_rewards="none")
@@ -251,6 +258,33 @@ def test_the_first_function_that_applies_decides_whether_a_completion_passes() -
     assert passing(item, ObjectiveConfig(pass_reward="length")) == (True, True, True)
     assert passing(item, ObjectiveConfig(pass_reward="math")) == (False, False, False)
     assert passing(replace(item, reward_parts={}), ObjectiveConfig()) == (True, True, False)
+    assert known_passing(item, ObjectiveConfig()) == [True, False], "a failed call decides nothing"
+    assert known_passing(item, ObjectiveConfig(pass_reward="math")) == []
+
+
+def test_groups_that_dynamic_sampling_replaces() -> None:
+    """Those with known rewards, all equal up to rounding."""
+    groups = [
+        group((0.0, 0.0, 0.0)),
+        group((0.3, 0.1 + 0.2, None)),
+        group((1.0, None, None)),
+        group((1.0, 0.0, 1.0)),
+        group((None, None, None)),
+        group((-1.0, -1.0, -1.0), (0.0, 1.0, 2.0), 1.0),
+    ]
+    equal = [groups[n] for n in (0, 1, 2, 5)]
+    for scale in ("none", "group", "batch"):
+        assert groups_without_advantage(groups, ObjectiveConfig(scale_rewards=scale), {}) == equal
+    assert groups_without_advantage([], ObjectiveConfig(), {}) == []
+
+
+def test_dynamic_sampling_keeps_functions_that_cancel_only_in_their_sum() -> None:
+    """With `normalize_then_sum`, functions of different weight leave an advantage at equal sums."""
+    item = replace(group((2.0, 2.0, 2.0)), reward_parts={"right": (2.0, 0.0, 0.0), "brief": (0.0, 1.0, 1.0)})
+    weights = {"right": 1.0, "brief": 2.0}
+    assert groups_without_advantage([item], ObjectiveConfig(), weights) == [item]
+    gdpo = ObjectiveConfig(multi_objective_aggregation="normalize_then_sum")
+    assert groups_without_advantage([item], gdpo, weights) == []
 
 
 def test_a_prompt_fails_when_no_known_reward_is_above_the_threshold() -> None:

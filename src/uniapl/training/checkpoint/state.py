@@ -16,6 +16,8 @@ from uniapl.training.monitor.early_stopping import Stopping
 from uniapl.types import Rollout, TokenIds
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+WeightedCount = Annotated[float, Field(ge=0, lt=2**20)]
+"""Rollouts of a prompt, of which earlier ones count less: at most twice `num_generations`."""
 
 
 AHEAD: dict[str, Any] = {
@@ -43,6 +45,8 @@ OPTIONAL: dict[str, Any] = {
     "multiplier": (Multiplier, None),
     "adversary_effect": (AdversaryEffect, None),
     "ahead": (list[create_model("Ahead", **AHEAD)], None),
+    "stage_rollouts": (Count, 0),
+    "pass_rates": (dict[str, tuple[WeightedCount, WeightedCount]], {}),
 }
 State = create_model("State", **FIELDS, **OPTIONAL)
 

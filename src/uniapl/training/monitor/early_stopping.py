@@ -24,11 +24,14 @@ class Stopping:
     best_value: float | None = None
     """The metric at `best_step`."""
 
-    def update(self, rule: EarlyStoppingConfig, record: Mapping[str, Any], stage_tokens: int) -> None:
+    def update(
+        self, rule: EarlyStoppingConfig, record: Mapping[str, Any], stage_tokens: int, stage_rollouts: int
+    ) -> None:
         """Read a step's metrics and set `reason` if the stage ends with this step.
 
         Args:
             stage_tokens: Completion tokens that the stage has trained on.
+            stage_rollouts: Rollouts that the stage has sampled.
         """
         value = _value(rule, record)
         if value is not None:
@@ -43,6 +46,8 @@ class Stopping:
                 self.reason = f"patience: {rule.metric} {unchanged} in the last {self.waited} evaluations"
         if self.reason is None and rule.max_tokens is not None and stage_tokens >= rule.max_tokens:
             self.reason = f"budget: trained on {stage_tokens:,} tokens, the limit is {rule.max_tokens:,}"
+        if self.reason is None and rule.max_rollouts is not None and stage_rollouts >= rule.max_rollouts:
+            self.reason = f"budget: sampled {stage_rollouts:,} rollouts, the limit is {rule.max_rollouts:,}"
 
     def update_best(self, rule: EarlyStoppingConfig, record: Mapping[str, Any]) -> None:
         """Let this step, whose checkpoint is saved, be the best one if its metric is better."""

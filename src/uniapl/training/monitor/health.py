@@ -27,7 +27,7 @@ LIMITS = (
         *("zero_advantage", "frac_reward_zero_std", operator.ge, "max_frac_reward_zero_std"),
         "all rewards were equal in {:.0%} of the groups (limit {:.0%}), so their rollouts have no advantage. "
         "Use easier or harder prompts, a graded reward, a higher rollout.temperature or more "
-        "rollout.num_generations",
+        "rollout.num_generations, or replace these groups with rollout.max_resample_times",
     ),
     (
         *("truncation", "completions/clipped_ratio", operator.gt, "max_clipped_ratio"),

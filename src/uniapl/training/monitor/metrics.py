@@ -88,6 +88,9 @@ def rollout_metrics(
     """Rewards, group outcomes, completion lengths, estimated entropy, staleness and win rate.
 
     Args:
+        groups: All sampled groups, also those that were replaced: the rewards of the others would not measure
+            the policy.
+        credits: Those of the trained groups.
         step: The step whose update uses the rollouts.
     """
     if not groups:
@@ -107,7 +110,7 @@ def rollout_metrics(
         # Rewards outside [0, 1] have no known value that passes.
         "pass_rate": _mean([float(same(r, 1)) for r in every]) if every and in_range else None,
         "reward_std": _std(every),
-        # Of all groups; one with fewer than two rewards has no standard deviation.
+        # Of all sampled groups; one with fewer than two rewards has no standard deviation.
         "frac_reward_zero_std": sum(len(r) > 1 for r in constant) / len(groups) if rewarded else None,
         "groups/mixed": 1 - len(constant) / len(rewarded) if rewarded else None,
         # Good and bad are the step's best and worst reward; if all rewards are equal, neither is known.
@@ -194,9 +197,17 @@ def length_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
 
 
 def completion_records(
-    step: int, groups: Sequence[RolloutGroup], credits: Sequence[Credit]
+    step: int,
+    groups: Sequence[RolloutGroup],
+    credits: Sequence[Credit],
+    discarded: Sequence[RolloutGroup] = (),
 ) -> list[dict[str, Any]]:
-    """The lines of completions.jsonl, one per prompt."""
+    """The lines of completions.jsonl, one per prompt; those of `discarded` groups are marked."""
+    unknown = [
+        Credit(advantages=none, adversarial_advantages=none, win_rates=none)
+        for none in ((None,) * len(group.rollouts) for group in discarded)
+    ]
+    replaced = completion_records(step, discarded, unknown) if discarded else []
     return [
         {
             "step": step,
@@ -221,7 +232,7 @@ def completion_records(
             ],
         }
         for group, credit in zip(groups, credits, strict=True)
-    ]
+    ] + [{**record, "discarded": True} for record in replaced]
 
 
 def _mean(values: Sequence[float] | Sequence[int]) -> float | None:

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from uniapl.rewards import RewardOutcome
@@ -18,6 +18,10 @@ class StepResult:
     """Results of the parts of a step."""
 
     groups: Sequence[RolloutGroup]
+    discarded: Sequence[RolloutGroup] = ()
+    """Groups that were sampled and replaced by those of other prompts."""
+    sampling_metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What was replaced and skipped."""
     outcomes: Mapping[str, Sequence[RewardOutcome]]
     """Outcomes of each reward function, one per process."""
     pair_metrics: Mapping[str, float]
@@ -28,6 +32,25 @@ class StepResult:
     update: PolicyStep
     discriminator_metrics: Mapping[str, Any]
     """Metrics of the discriminator's updates."""
+
+    @property
+    def sampled(self) -> Sequence[RolloutGroup]:
+        """All groups of the step, with those that were replaced."""
+        return [*self.groups, *self.discarded]
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rollouts that were sampled."""
+        return sum(len(group.rollouts) for group in self.sampled)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rollouts and demonstrations, with the prompt of each (TRL's `num_tokens`)."""
+        discarded = sum(
+            group.completion_tokens + len(group.rollouts) * len(group.example.prompt_ids)
+            for group in self.discarded
+        )
+        return self.batch.num_tokens + discarded
 
 
 def step_record(
@@ -49,13 +72,14 @@ def step_record(
         "step": step,
         "stage": stage,
         **metrics.update_metrics(update, batch.counts, batch.weights),
-        "tokens/rollout": batch.rollout_tokens,
+        "tokens/rollout": batch.rollout_tokens + sum(g.completion_tokens for g in result.discarded),
         "tokens/pref": batch.pair_tokens,
         "weight/lambda_adv": batch.lambda_adv,
         **result.gradient_metrics,
         **({"adversary/active": int(adversary_acts(batch))} if has_adversary else {}),
-        **metrics.rollout_metrics(result.groups, batch.credits, step=step - 1),
-        **metrics.length_metrics(result.groups),
+        **metrics.rollout_metrics(result.sampled, batch.credits, step=step - 1),
+        **metrics.length_metrics(result.sampled),
+        **result.sampling_metrics,
         **result.pair_metrics,
         **result.discriminator_metrics,
         **metrics.reward_health(result.outcomes),

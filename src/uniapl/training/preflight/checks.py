@@ -145,6 +145,24 @@ def notes_on_adversary(stages: Sequence[Config], dataset: Dataset, rewarder: Rew
     return [*dict.fromkeys(notes)]
 
 
+def notes_on_selection(stages: Sequence[Config], rewarder: Rewarder) -> list[str]:
+    """Notes on settings that choose prompts by their rewards, in stages without rewards."""
+    notes: list[str] = []
+    for stage in stages:
+        if not stage.objective.uses_rollouts:
+            continue
+        if stage.rollout.max_resample_times and not stage.objective.learns_from_rewards:
+            notes.append(
+                f"rollout.max_resample_times has no effect: method '{stage.method}' does not train on rewards"
+            )
+        if stage.batching.prompt_selection == "informative" and not rewarder.rewards:
+            notes.append(
+                "batching.prompt_selection informative has no effect: without rewards.functions no rollout "
+                "passes or fails"
+            )
+    return [*dict.fromkeys(notes)]
+
+
 def _first(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 

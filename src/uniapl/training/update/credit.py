@@ -183,15 +183,22 @@ def _multiply(
 
 
 def passing(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[bool, ...]:
-    """Whether each rollout passes: the value of the deciding reward function reaches `pass_threshold`.
+    """Whether each rollout passes, by the value of the deciding reward function and `pass_threshold`.
 
-    This is `pass_reward`, or else the first function that applies to the prompt. The weighted sum does not
-    decide, because other functions, such as a bonus for length, could make a wrong completion pass.
+    That function is `pass_reward`, or else the first that applies to the prompt. The weighted sum does not
+    decide, because other functions, such as a bonus for length, could make a wrong completion pass. A rollout
+    without a value does not pass.
     """
     return tuple(
         value is not None and at_least(value, objective.pass_threshold)
         for value in deciding_values(group, objective)
     )
+
+
+def known_passing(group: RolloutGroup, objective: ObjectiveConfig) -> list[bool]:
+    """Whether each rollout passes, of those with a value of the deciding reward function."""
+    values = deciding_values(group, objective)
+    return [p for p, value in zip(passing(group, objective), values, strict=True) if value is not None]
 
 
 def deciding_values(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[float | None, ...]:
@@ -200,6 +207,24 @@ def deciding_values(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[fl
     name = objective.pass_reward or next(applying, None)
     values = group.reward_parts[name] if name is not None else group.rewards
     return tuple(values) or (None,) * len(group.rollouts)
+
+
+def groups_without_advantage(
+    groups: Sequence[RolloutGroup], objective: ObjectiveConfig, reward_weights: Mapping[str, float]
+) -> list[RolloutGroup]:
+    """Groups with known rewards, all of them equal, so that every advantage is 0.
+
+    With `normalize_then_sum` the values of every function must be equal. The adversary does not count.
+    Source: dynamic sampling of DAPO (arXiv 2503.14476, equation 11), which replaces these groups.
+    """
+    credits = assign_credit(
+        groups, objective, expert_mean=None, lambda_adv=0.0, reward_weights=reward_weights
+    )
+    return [
+        group
+        for group, credit in zip(groups, credits, strict=True)
+        if (known := [a for a in credit.advantages if a is not None]) and not any(known)
+    ]
 
 
 def failed_groups(groups: Sequence[RolloutGroup], threshold: float) -> list[RolloutGroup]:
