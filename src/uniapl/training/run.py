@@ -34,8 +34,7 @@ from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.machine_errors import disk_errors_explained
 from uniapl.training.monitor.console import RunView
 from uniapl.training.monitor.early_stopping import Stopping
-from uniapl.training.monitor.metrics import completion_records
-from uniapl.training.monitor.record import StepResult, step_record
+from uniapl.training.monitor.record import StepResult, completion_records, step_record
 from uniapl.training.monitor.trackers import track
 from uniapl.training.resume import Start
 from uniapl.training.signals import StopSignal
@@ -102,8 +101,8 @@ class Run:
         for name, pool in zip(("prompts", "demonstrations"), pools, strict=True):
             opened[name] = Stream(pool, seed=self.config.seed, name=name, position=opened[name].position)
         if stage.selects_prompts:
-            rates, generations = self.progress.pass_rates, stage.config.rollout.num_generations
-            opened["prompts"].probability = lambda example: rates.probability(example, generations)
+            generations = stage.config.rollout.num_generations
+            opened["prompts"].probability = lambda e: self.progress.pass_rates.probability(e, generations)
         return opened["prompts"], opened["demonstrations"]
 
     def finish_step(self, stage: Stage, result: StepResult) -> None:
@@ -137,8 +136,7 @@ class Run:
         self._evaluate(stage, record)
         self._stop_early(stage, record)
         best = schedule.stopping.best_step == self.step
-        completions = completion_records(self.step, result.groups, result.batch.credits, result.discarded)
-        self._log(stage, record, completions)
+        self._log(stage, record, completion_records(self.step, result))
         if self.evaluation is not None:
             self.evaluation.report(record)
         last = schedule.ended or bool(problem) or interrupted
@@ -273,9 +271,7 @@ def start_run(
 
 
 def _open_logs(directory: Path, step: int) -> dict[str, JsonlLog]:
-    # Step 0 is evaluated again.
-    last_step = step or -1
-    names = ("metrics", "completions", "health")
+    names, last_step = ("metrics", "completions", "health"), step or -1  # step 0 is evaluated again
     return {name: JsonlLog(directory / f"{name}.jsonl", last_step=last_step) for name in names}
 
 

@@ -141,7 +141,7 @@ def test_masked_truncated_completions_enter_no_component() -> None:
     assert [row.components for row in rows] == [{"kl", "rl", "adv"}, set(), {"kl", "rl", "adv"}]
     assert [row.advantage for row in rows] == [0.5, -0.5, 0.0]
     assert component_counts(rows) == {"sft": 0, "rl": 1 + 3, "adv": 1 + 3, "kl": 1 + 3}
-    assert completion_counts(rows) == {"sft": 0, "rl": 2, "adv": 2, "kl": 2}
+    assert completion_counts(rows) == {"sft": 0, "rl": 2, "adv": 2, "kl": 2, "pref": 0}
     weights = {"sft": 1.0, "rl": 1.0, "adv": 1.0, "kl": 0.1, "entropy": -0.1}
     assert [row.has_gradient(weights) for row in rows] == [True, False, True]
     kept = rollout_rows([item], credits, temperature=1.0)

@@ -115,7 +115,7 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
             self.say(f"{step:>{len(str(self._total))}}/{self._total} {' '.join(_filled(LINE, metrics))}")
 
     def completions(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Print two sampled completions (see `metrics.completion_records`) with their demonstrations."""
+        """Print two sampled completions (see `record.completion_records`) with their demonstrations."""
         shown = [record for record in records if record["demonstration"] is not None] or records
         table = Table.grid(padding=(0, 1))
         for record in shown[:2]:

@@ -196,45 +196,6 @@ def length_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
     }
 
 
-def completion_records(
-    step: int,
-    groups: Sequence[RolloutGroup],
-    credits: Sequence[Credit],
-    discarded: Sequence[RolloutGroup] = (),
-) -> list[dict[str, Any]]:
-    """The lines of completions.jsonl, one per prompt; those of `discarded` groups are marked."""
-    unknown = [
-        Credit(advantages=none, adversarial_advantages=none, win_rates=none)
-        for none in ((None,) * len(group.rollouts) for group in discarded)
-    ]
-    replaced = completion_records(step, discarded, unknown) if discarded else []
-    return [
-        {
-            "step": step,
-            "row": group.example.row,
-            "prompt": group.example.prompt,
-            "demonstration": group.example.demonstration,
-            "demonstration_tokens": len(group.example.demonstration_ids or ()) or None,
-            "completions": [
-                {
-                    "text": text,
-                    "tokens": len(rollout.completion_ids),
-                    "finish_reason": rollout.finish_reason,
-                    "reward": reward,
-                    "rewards": {name: values[i] for name, values in group.reward_parts.items()},
-                    **({"extra": {k: values[i] for k, values in group.extra.items()}} if group.extra else {}),
-                    "advantage": credit.advantages[i],
-                    "win_rate": credit.win_rates[i],
-                }
-                for i, (text, rollout, reward) in enumerate(
-                    zip(group.texts, group.rollouts, group.rewards, strict=True)
-                )
-            ],
-        }
-        for group, credit in zip(groups, credits, strict=True)
-    ] + [{**record, "discarded": True} for record in replaced]
-
-
 def _mean(values: Sequence[float] | Sequence[int]) -> float | None:
     return statistics.fmean(values) if values else None
 

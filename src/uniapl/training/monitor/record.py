@@ -9,6 +9,7 @@ from typing import Any
 from uniapl.rewards import RewardOutcome
 from uniapl.training.monitor import metrics
 from uniapl.training.update.batch import MixedBatch
+from uniapl.training.update.credit import Credit
 from uniapl.training.update.policy_step import PolicyStep
 from uniapl.types import RolloutGroup
 
@@ -115,3 +116,36 @@ def logged_by_rewards(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[s
         for name, values in part.metrics.items():
             logged.setdefault(name, []).extend(values)
     return {name: statistics.fmean(values) for name, values in logged.items()}
+
+
+def completion_records(step: int, result: StepResult) -> list[dict[str, Any]]:
+    """The lines of completions.jsonl, one per prompt; those of groups that were replaced are marked."""
+    found = [
+        _completion_record(step, *pair) for pair in zip(result.groups, result.batch.credits, strict=True)
+    ]
+    return found + [_completion_record(step, group, None) | {"discarded": True} for group in result.discarded]
+
+
+def _completion_record(step: int, group: RolloutGroup, credit: Credit | None) -> dict[str, Any]:
+    return {
+        "step": step,
+        "row": group.example.row,
+        "prompt": group.example.prompt,
+        "demonstration": group.example.demonstration,
+        "demonstration_tokens": len(group.example.demonstration_ids or ()) or None,
+        "completions": [
+            {
+                "text": text,
+                "tokens": len(rollout.completion_ids),
+                "finish_reason": rollout.finish_reason,
+                "reward": reward,
+                "rewards": {name: values[i] for name, values in group.reward_parts.items()},
+                **({"extra": {k: values[i] for k, values in group.extra.items()}} if group.extra else {}),
+                "advantage": credit.advantages[i] if credit else None,
+                "win_rate": credit.win_rates[i] if credit else None,
+            }
+            for i, (text, rollout, reward) in enumerate(
+                zip(group.texts, group.rollouts, group.rewards, strict=True)
+            )
+        ],
+    }
