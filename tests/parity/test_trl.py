@@ -629,7 +629,9 @@ def test_metrics_with_trls_names_have_trls_values(
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     settings = LossSettings(clip_low=CLIP["clip_low"], clip_high=CLIP["clip_high"])
     update = policy_step(Accelerator(cpu=True), policy, optimizer, batch, settings)
-    found = rollout_metrics(groups, credits, step=0) | update_metrics(update, batch.counts, batch.weights)
+    found = rollout_metrics(groups, credits, ObjectiveConfig(), step=0) | update_metrics(
+        update, batch.counts, batch.weights
+    )
 
     for name in SAME_ROLLOUTS:
         assert found[name] == pytest.approx(logged[name][-1], rel=1e-6, abs=1e-9), name

@@ -119,6 +119,7 @@ class Run:
         schedule.completion_tokens += result.batch.completion_tokens
         record = step_record(
             result,
+            stage.config.objective,
             step=self.step,
             stage=stage.index,
             learning_rate=stage.optimizer.param_groups[0]["lr"],

@@ -131,17 +131,16 @@ def test_quiet_and_json(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "choose one" in capsys.readouterr().err
 
 
-def test_the_pass_rate_needs_rewards_between_0_and_1(model_dir: Path, tmp_path: Path) -> None:
-    def half(completions: list[str]) -> list[float]:
-        return [float(n % 2) for n in range(len(completions))]
-
+@pytest.mark.parametrize(("threshold", "expected"), [(1.0, 0.75), (2.0, 0.5), (3.0, 0.25), (3.5, 0.0)])
+def test_the_pass_rate_counts_completions_at_the_threshold(
+    threshold: float, expected: float, model_dir: Path, tmp_path: Path
+) -> None:
     def points(completions: list[str]) -> list[float]:
-        return [float(3 * (n % 2)) for n in range(len(completions))]
+        return [float(n % 4) for n in range(len(completions))]
 
-    for function, expected in ((half, 0.5), (points, None)):
-        output = tmp_path / function.__name__
-        train(recipe(model_dir, output, max_steps=1), reward_functions=[function])
-        assert lines(output / "metrics.jsonl")[0]["pass_rate"] == expected
+    values = recipe(model_dir, tmp_path, max_steps=1, objective={"pass_threshold": threshold})
+    train(values, reward_functions=[points])
+    assert lines(tmp_path / "metrics.jsonl")[0]["pass_rate"] == expected
 
 
 def test_tensorboard_gets_the_metrics(model_dir: Path, tmp_path: Path) -> None:

@@ -75,6 +75,24 @@ def test_too_few_steps_and_unknown_values_fire_no_rule() -> None:
         assert fired([*bad[:5], *({**r, "reward": unknown} for r in bad[5:])]) == set()
 
 
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"lambda_adv": 1.0, "adversarial_placement": "multiply"}, {"nothing_passes"}),
+        ({"lambda_adv": 0.0, "adversarial_placement": "multiply"}, set()),
+        ({"lambda_adv": 1.0, "adversarial_placement": "loss"}, set()),
+    ],
+)
+def test_nothing_passes(objective: dict[str, Any], expected: set[str]) -> None:
+    config = Config.model_validate({**VALUES, "objective": objective})
+    graded = {"reward": 0.4, "reward_std": 0.2, "adversary__active": 1}
+    assert set(warnings(steps(**graded, pass_rate=0.0), config, stage_step=100)) == expected
+    once = [*steps(**graded, pass_rate=0.0)[1:], *steps(**graded, pass_rate=0.1)[:1]]
+    assert warnings(once, config, stage_step=100) == {}
+    selecting = Config.model_validate({**VALUES, "batching": {"prompt_selection": "informative"}})
+    assert "nothing_passes" in warnings(steps(**graded, pass_rate=0.0), selecting, stage_step=100)
+
+
 def test_rewards_without_a_gradient() -> None:
     constant = {"reward": 0.0, "reward_std": 0.0}
     assert fired(steps(**constant)) == {"constant_rewards"}
@@ -217,9 +235,7 @@ def test_the_adversary_has_time_until_a_window_after_cold_start_and_warm_up() ->
 
 def test_an_adversary_without_demonstrations_or_reference() -> None:
     bare = {key: value for key, value in INACTIVE.items() if "win_rate" not in key}
-    both = (
-        "no completions had a reward and a demonstration to be compared with. Add a 'completion' to the rows"
-    )
+    both = "no completions had a reward above 0 and a demonstration to be compared with. Add a 'completion'"
     assert both in str(inactive(steps(**bare)))
     assert both in str(inactive(steps(**INACTIVE | {"weight__lambda_adv": 1.0}))), "without a reward"
     alone = {"adversarial_placement": "loss"}

@@ -43,7 +43,7 @@ def group(
 def metrics(*groups: RolloutGroup) -> dict[str, Any]:
     objective = ObjectiveConfig(scale_rewards="none", adversarial_credit="logit")
     credits = assign_credit(groups, objective, expert_mean=None, lambda_adv=0.0)
-    return rollout_metrics(groups, credits, step=5)
+    return rollout_metrics(groups, credits, objective, step=5)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,9 @@ def metrics(*groups: RolloutGroup) -> dict[str, Any]:
         ((None, None), (0.5, -0.5), True, False, False),
         ((1.0, None), (None, -0.5), True, True, True),
         ((1.0, 0.0), (None, None), False, False, False),
+        ((0.0, -1.0), (0.5, -0.5), True, True, False),
     ],
-    ids=["both", "no reward", "another completion", "no logit"],
+    ids=["both", "no reward", "another completion", "no logit", "nothing to multiply"],
 )
 def test_the_adversary_acts_where_it_can_change_something(
     rewards: tuple[float | None, ...],

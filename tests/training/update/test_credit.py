@@ -314,12 +314,12 @@ def test_rounding_is_neither_a_failed_pass_nor_a_mixed_group() -> None:
     mixed = group((ROUNDED[0], 0.0, 0.5, ROUNDED[1]))
     groups = [perfect, none, mixed]
     assert credit(perfect).advantages == (0.0,) * 4
-    got = rollout_metrics(groups, [credit(one) for one in groups], step=0)
+    got = rollout_metrics(groups, [credit(one) for one in groups], ObjectiveConfig(), step=0)
     assert got["pass_rate"] == 6 / 11
     assert got["frac_reward_zero_std"] == pytest.approx(2 / 3)
     assert got["groups/mixed"] == pytest.approx(1 / 3)
     assert (got["groups/all_good"], got["groups/all_bad"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    alone = rollout_metrics([perfect], [credit(perfect)], step=0)
+    alone = rollout_metrics([perfect], [credit(perfect)], ObjectiveConfig(), step=0)
     assert (alone["pass_rate"], alone["groups/all_good"]) == (1.0, None)
 
 

@@ -65,6 +65,7 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
         found[name] = message.format(mean, limit) if mean is not None and exceeds(mean, limit) else None
     found |= {
         "constant_rewards": _constant_rewards(last),
+        "nothing_passes": _nothing_passes(last, stage),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
         "length_explosion": _length_explosion(before, last, config.max_length_growth),
         "length_collapse": _length_collapse(before, last, config.max_length_growth),
@@ -94,6 +95,23 @@ def _constant_rewards(last: Records) -> str | None:
     return (
         f"every reward of the last {len(last)} steps was {means[0]:g}, so rewards have no gradient. Check "
         "in completions.jsonl that the reward function parses the completions, or choose easier prompts"
+    )
+
+
+def _nothing_passes(last: Records, stage: Config) -> str | None:
+    """Rewards differ, but the parts of the method that distinguish completions that pass see none."""
+    objective, rates = stage.objective, _values(last, "pass_rate")
+    multiplies = objective.lambda_adv > 0 and objective.adversarial_placement == "multiply"
+    selects = stage.batching.prompt_selection == "informative"
+    if len(rates) < len(last) or any(rates) or not any(_values(last, "reward_std")):
+        return None
+    if not (multiplies or selects):
+        return None
+    value = f"the value of {objective.pass_reward or 'the first reward function that applies'}"
+    return (
+        f"no completion of the last {len(last)} steps passed: {value} must be at least "
+        f"{objective.pass_threshold:g}. Set objective.pass_threshold to the value of a right answer, choose "
+        "another function with objective.pass_reward, or use easier prompts"
     )
 
 
@@ -216,10 +234,11 @@ def _adversary_inactive(last: Records, stage: Config, stage_step: int) -> str | 
             f"{settings.min_accuracy:g}. {remedy}, or lower discriminator.min_accuracy"
         )
     else:
-        both = "" if stage.objective.adversarial_placement == "loss" else "a reward and "
+        placement = stage.objective.adversarial_placement
+        reward = {"loss": "", "reward": "a reward and ", "multiply": "a reward above 0 and "}
         reason = (
-            f"no completions had {both}a demonstration to be compared with. Add a 'completion' to the rows "
-            "with a reward, or set objective.lambda_adv to 0"
+            f"no completions had {reward[placement]}a demonstration to be compared "
+            "with. Add a 'completion' to the rows with a reward, or set objective.lambda_adv to 0"
         )
     return f"the adversary did not act in the last {len(last)} steps: {reason}"
 

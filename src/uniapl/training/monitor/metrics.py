@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from uniapl.config.objective import ObjectiveConfig
 from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
-from uniapl.tolerance import all_same, at_least, same
-from uniapl.training.update.credit import Credit
+from uniapl.tolerance import all_same, same
+from uniapl.training.update.credit import Credit, known_passing
 from uniapl.training.update.policy_step import PolicyStep
 from uniapl.types import RolloutGroup
 
@@ -83,7 +84,7 @@ def _pair_metrics(per: Callable[[str, str], float | None]) -> dict[str, float | 
 
 
 def rollout_metrics(
-    groups: Sequence[RolloutGroup], credits: Sequence[Credit], *, step: int
+    groups: Sequence[RolloutGroup], credits: Sequence[Credit], objective: ObjectiveConfig, *, step: int
 ) -> dict[str, Any]:
     """Rewards, group outcomes, completion lengths, estimated entropy, staleness and win rate.
 
@@ -91,6 +92,7 @@ def rollout_metrics(
         groups: All sampled groups, also those that were replaced: the rewards of the others would not measure
             the policy.
         credits: Those of the trained groups.
+        objective: Says which completions pass (see :func:`passing`).
         step: The step whose update uses the rollouts.
     """
     if not groups:
@@ -101,14 +103,13 @@ def rollout_metrics(
     every = [reward for rewards in rewarded for reward in rewards]
     constant = [rewards for rewards in rewarded if all_same(rewards)]
     highest, lowest = max(every, default=0.0), min(every, default=0.0)
-    in_range, varied = at_least(lowest, 0) and at_least(1, highest), not same(lowest, highest)
+    varied = not same(lowest, highest)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
     wins = [u for credit in credits for u in credit.win_rates if u is not None]
     metrics = {
         "reward": _mean(every),
-        # Rewards outside [0, 1] have no known value that passes.
-        "pass_rate": _mean([float(same(r, 1)) for r in every]) if every and in_range else None,
+        "pass_rate": _mean([float(passed) for group in groups for passed in known_passing(group, objective)]),
         "reward_std": _std(every),
         # Of all sampled groups; one with fewer than two rewards has no standard deviation.
         "frac_reward_zero_std": sum(len(r) > 1 for r in constant) / len(groups) if rewarded else None,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from uniapl.config.objective import ObjectiveConfig
 from uniapl.rewards import RewardOutcome
 from uniapl.training.monitor import metrics
 from uniapl.training.update.batch import MixedBatch
@@ -56,6 +57,7 @@ class StepResult:
 
 def step_record(
     result: StepResult,
+    objective: ObjectiveConfig,
     *,
     step: int,
     stage: int,
@@ -78,7 +80,7 @@ def step_record(
         "weight/lambda_adv": batch.lambda_adv,
         **result.gradient_metrics,
         **({"adversary/active": int(adversary_acts(batch))} if has_adversary else {}),
-        **metrics.rollout_metrics(result.sampled, batch.credits, step=step - 1),
+        **metrics.rollout_metrics(result.sampled, batch.credits, objective, step=step - 1),
         **metrics.length_metrics(result.sampled),
         **result.sampling_metrics,
         **result.pair_metrics,
@@ -94,15 +96,18 @@ def step_record(
 
 
 def adversary_acts(batch: MixedBatch) -> bool:
-    """Whether the adversary has a weight, and a completion to apply it to.
+    """Whether the adversary changed a reward or an advantage, or has a loss component with a completion.
 
-    Without a loss component of its own it acts only by rewards: a group without one has nothing to change.
+    Multiplication changes no reward of 0 and no penalty.
     """
     own_loss = batch.weights["adv"] > 0
     return batch.lambda_adv > 0 and any(
-        _any_known(credit.win_rates) and (own_loss or _any_known(credit.advantages))
-        for credit in batch.credits
+        _any_known(credit.win_rates) and (own_loss or _changed(credit)) for credit in batch.credits
     )
+
+
+def _changed(credit: Credit) -> bool:
+    return any(credit.reward_changes) if credit.reward_changes else _any_known(credit.advantages)
 
 
 def _any_known(values: Sequence[float | None]) -> bool:

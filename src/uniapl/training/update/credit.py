@@ -39,7 +39,9 @@ class Credit:
 
     def without_rewards(self) -> "Credit":
         """The same credit with every reward unknown."""
-        return replace(self, advantages=(None,) * len(self.advantages))
+        return replace(
+            self, advantages=(None,) * len(self.advantages), reward_changes=(), advantage_changes=()
+        )
 
 
 def assign_credit(
