@@ -117,12 +117,22 @@ def test_lm_eval_does_not_use_generation_config(
     assert [settings.keys() - {"transformers_version"} for settings in seen] == [{"eos_token_id"}]
 
 
-def test_evaluation_during_training_completes_as_evaluate(model_dir: Path, tmp_path: Path) -> None:
+def ending_at(text: str, where: str) -> dict[str, Any]:
+    """The keys of a run whose rollouts end at a text, by the run's section or by that of its only stage."""
+    stopping = {"rollout": {"stop_strings": [text]}}
+    return stopping if where == "run" else {"stages": [{"method": "grpo", **stopping}]}
+
+
+@pytest.mark.parametrize("where", ["run", "stage"])
+def test_evaluation_during_training_completes_as_evaluate(
+    where: str, model_dir: Path, tmp_path: Path
+) -> None:
     """With the stop strings of the rollouts, which the recipe gives to `uniapl evaluate` too."""
     text = "bj"
     evaluation = {"suites": str(suite(tmp_path)), "max_completion_length": LIMIT, "repetition_penalty": 1.2}
-    values = recipe(model_dir, tmp_path / "run", max_steps=1, eval_steps=1, evaluation=evaluation)
-    values["rollout"] |= {"stop_strings": [text], "min_p": 0.1}
+    changes = ending_at(text, where)
+    values = recipe(model_dir, tmp_path / "run", max_steps=1, eval_steps=1, evaluation=evaluation, **changes)
+    values["rollout"] |= {"min_p": 0.1}
     values["optim"] = {"learning_rate": 1e-12}
     result = train(values)
     path = tmp_path / "recipe.yaml"
@@ -138,12 +148,18 @@ def test_evaluation_during_training_completes_as_evaluate(model_dir: Path, tmp_p
     assert result.steps == 1
 
 
+@pytest.mark.parametrize("where", ["run", "stage", "evaluation"])
 def test_chat_with_a_run_stops_as_the_run_does(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = "bj"
-    values = recipe(model_dir, tmp_path / "run", max_steps=1, optim={"learning_rate": 1e-12})
-    values["rollout"] |= {"stop_strings": [text]}
+    ends: dict[str, Any] = {"rollout": {"stop_strings": ["zq"]}, "evaluation": {"stop_strings": [text]}}
+    changes = ends if where == "evaluation" else ending_at(text, where)
+    values = recipe(model_dir, tmp_path / "run", max_steps=1, optim={"learning_rate": 1e-12}, **changes)
     train(values)
     final = tmp_path / "run" / "final"
     expected = [generated(model_dir, prompt, stop_strings=[text]) for prompt in PROMPTS]

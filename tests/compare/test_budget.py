@@ -55,6 +55,14 @@ def test_the_budget_of_each_kind_of_method() -> None:
     assert budget_of([config("uniapl", **gate)]).demonstrations == 800
 
 
+def test_without_rollouts_in_the_budget_steps_keep_their_size() -> None:
+    """Preference pairs of the data need no rollouts."""
+    share = Budget(rollouts=0, demonstrations=160)
+    assert [(x["max_steps"], x["batching"]["demonstrations_per_step"]) for x in (
+        *fit([config("dpo")], share), *fit([config("sft"), config("dpo")], share)
+    )] == [(20, 8), (10, 8), (10, 8)]  # fmt: skip
+
+
 def test_steps_and_demonstrations_of_each_method() -> None:
     assert planned(config("uniapl")) == [(100, 20, 8, 64)]
     assert planned(config("grpo")) == [(80, 0, 0, None)]

@@ -178,11 +178,18 @@ def test_a_dry_run_without_finished_cells_says_so(
         ("metric", "file of '.*metric.py:has_letter'"),
         ("key", r"recipe key optim\.learning_rate"),
         ("steps", "budget"),
+        ("template", ".*chat template"),
     ],
 )
 def test_a_changed_input_is_an_error(change: str, named: str, compared: Path) -> None:
     files = {"row": "train.jsonl", "suite": "held_out.jsonl", "metric": "metric.py"}
-    flags = {"key": ["--optim.learning-rate", "0.5"], "steps": ["--max-steps", "6"]}.get(change, [])
+    template = compared.parent / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    flags = {
+        "key": ["--optim.learning-rate", "0.5"],
+        "steps": ["--max-steps", "6"],
+        "template": ["--model.chat-template-path", str(template)],
+    }.get(change, [])
     path = compared.parent / files.get(change, "train.jsonl")
     before = path.read_text()
     extra = {"row": '{"prompt": "new"}\n', "suite": '{"prompt": "new", "letter": "a"}\n', "metric": "# x\n"}
@@ -211,6 +218,7 @@ def test_a_changed_input_is_an_error(change: str, named: str, compared: Path) ->
             ["--methods", "uniapl"],
             "--methods 'uniapl': .*the budget has none.*--method uniapl",
         ),
+        ({}, ["--methods", "sft,opd"], "--methods 'opd': .*teacher"),
         ({}, ["--methods", "gad[discriminator.kind=polar]"], "'gad.*needs discriminator.model_name_or_path"),
         ({}, ["--judge", "nothing"], r"--judge needs sentence-transformers: pip install 'uniapl\[judge\]'"),
         ({}, ["--no-such-key", "1"], "no.such.key|no-such-key"),

@@ -129,6 +129,15 @@ def test_other_methods_share_what_does_not_describe_the_recipe_s_method() -> Non
     assert last.objective.mu_valley == 0.3
 
 
+def test_the_teacher_and_the_pairs_of_the_recipe_s_method_are_not_shared() -> None:
+    own = plan(objective={"teacher_kl": 0.5, "pref_weight": 0.3, "beta_pref": 0.2})
+    for method in ("grpo", "gad"):
+        (other,) = stages(method, own)
+        assert (other.objective.teacher_kl, other.objective.pref_weight) == (0, 0)
+    (same,) = stages("uniapl", own)
+    assert (same.objective.teacher_kl, same.objective.pref_weight) == (0.5, 0.3)
+
+
 def test_the_reference_of_the_recipe_s_own_schedule_is_not_shared() -> None:
     own = plan(objective={"beta": 0.2, "reference_step": 25}, batching={"cold_start_steps": 25})
     (grpo,) = stages("grpo", own)

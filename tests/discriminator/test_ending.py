@@ -189,6 +189,19 @@ def test_every_completion_is_its_text_and_one_end_token() -> None:
     assert given.rollouts[0].completion_ids == SAME[0], "the policy is trained on what it sampled"
 
 
+def test_a_stop_string_does_not_tell_the_policy_from_the_expert() -> None:
+    ending = replace(ENDING, stop_strings=(",", " h"))
+    closed = [ids_of("abc.,"), ids_of("abc.,", EOS), ids_of("abc.", EOS), ids_of("abc."), ids_of("abc. h")]
+    seen = ending.group(group(SAME[2], *closed, ids_of("a,bc."), ids_of("b.,", EOS), rejected_ids=closed[1]))
+    assert [r.completion_ids for r in seen.rollouts] == [
+        *[ids_of("abc.", EOS)] * 5, ids_of("a,bc.", EOS), ids_of("b.", EOS)
+    ]  # fmt: skip
+    assert list(seen.texts) == [*["abc."] * 5, "a,bc.", "b."]
+    assert seen.example.demonstration_ids == seen.example.rejected_ids == ids_of("abc.", EOS)
+    # A token that reaches into the stop string belongs to it.
+    assert replace(ENDING, stop_strings=("b",)).text(ids_of("cab")) == "c"
+
+
 def test_special_tokens_and_invalid_text_keep_their_ids() -> None:
     """A policy that writes special tokens differs from the expert. "<unk>" stands for an unknown text."""
     odd = [(*ids_of("a"), TURN, *ids_of("b"), EOS), (2, *ids_of("b"), EOS)]
@@ -199,7 +212,7 @@ def test_special_tokens_and_invalid_text_keep_their_ids() -> None:
 
 def test_the_ending_is_that_of_most_demonstrations() -> None:
     examples = [group(ids).example for ids in (SAME[0], SAME[2], SAME[1], SAME[2], None)]
-    assert UniformEnding.of(examples, TOKENIZER, {EOS, TURN, END}, None).end_id == END
+    assert UniformEnding.of(examples, TOKENIZER, {EOS, TURN, END}, (), None).end_id == END
 
 
 def test_an_end_token_has_room_in_the_context() -> None:

@@ -55,6 +55,28 @@ def assert_close_runs(got: Path, expected: Path) -> None:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
 
 
+def test_pairs_of_the_data_do_not_make_way_for_prompts_that_never_pass(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """With informative prompts, whose rows are no pairs."""
+    rows = [{**row, "completion": f"{row['letter']}a"} for row in letter_rows()]
+    rows += [{"prompt": f"say {x}", "chosen": x, "rejected": "no", "letter": "a"} for x in "bcd"]
+    found: list[list[int]] = []
+    for selection in ("uniform", "informative"):
+        values = recipe(
+            model_dir,
+            tmp_path / selection,
+            objective={"pref_weight": 1.0, "pref_pairs": "rejected"},
+            batching={"prompt_selection": selection, "demonstrations_per_step": 15},
+        )
+        train(
+            values, train_dataset=rows, reward_functions=[lambda completions, **_: [0.0] * len(completions)]
+        )
+        found.append([r["tokens/pref"] for r in lines(tmp_path / selection / "metrics.jsonl")])
+    assert found[0] == found[1]
+    assert min(found[0]) > 0
+
+
 def test_dpo_prefers_the_chosen_completions(model_dir: Path, tmp_path: Path) -> None:
     """Without rewards and rollouts. The policy is its own reference at first: margin 0 and loss log 2."""
     unpaired = {"prompt": "say z.", "completion": "zzz"}

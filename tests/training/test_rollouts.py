@@ -145,6 +145,24 @@ def test_a_prompt_that_goes_to_its_demonstration_is_not_replaced(model_dir: Path
         )
 
 
+def test_a_prompt_whose_rollouts_are_compared_with_its_demonstration_is_not_replaced(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """Rows with an even number have no demonstration."""
+    run = tmp_path / "run"
+    pairs = {"pref_weight": 1.0}
+    values = recipe(model_dir, run, method="grpo", objective=pairs, rollout={"max_resample_times": 2})
+    train(values, reward_functions=[zero])
+    replaced = [row for step in range(1, 5) for row in rows_of(run, step, discarded=True)]
+    assert replaced
+    assert all(row % 2 == 0 for row in replaced)
+    # Where all completions pass there is no pair.
+    values |= {"output_dir": str(tmp_path / "passing")}
+    train(values, reward_functions=[lambda completions, **_: [1.0] * len(completions)])
+    replaced = [r for step in range(1, 5) for r in rows_of(tmp_path / "passing", step, discarded=True)]
+    assert any(row % 2 for row in replaced)
+
+
 def test_a_step_whose_rewards_have_no_weight_replaces_nothing(model_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     values = recipe(

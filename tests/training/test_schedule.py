@@ -126,6 +126,8 @@ def test_an_adversary_that_is_the_only_component_needs_no_accuracy() -> None:
         (alone, 2.0),
         ({**alone, "reward_weight": 1.0}, 0.0),
         ({**alone, "mu_peak": 0.1}, 0.0),
+        ({**alone, "teacher_kl": 0.1}, 0.0),
+        ({**alone, "pref_weight": 0.1}, 0.0),
     ):
         subject = at(5, objective=objective, discriminator=settings)
         vars(subject)["adversary"] = with_accuracy(0.1, subject.config)

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
 from uniapl.config import Config, DataConfig
-from uniapl.config.resolve import load_recipe, resolve
+from uniapl.config.resolve import load_recipe, resolve, stages_of
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import encode_prompt
 from uniapl.errors import UsageError
@@ -94,7 +94,7 @@ def _config(options: argparse.Namespace) -> Config:
     values = vars(options)
     sampling: dict[str, Any] = {key: values[key] for key in SAMPLING if values[key] is not None}
     if run is not None and "stop_strings" not in sampling:
-        sampling["stop_strings"] = strings = _recipe_of(run).rollout.stop_strings
+        sampling["stop_strings"] = strings = _stop_strings(run)
         if strings:
             print(f"note: stop strings as in {run / 'config.yaml'}: {list(strings)}", file=sys.stderr)
     model = {key: values[key] for key in ("trust_remote_code", "chat_template_path", "stop_tokens")}
@@ -110,6 +110,13 @@ def _run_of(model: str) -> Path | None:
     """The run directory that a model is in; a run keeps models in final/ and checkpoints/step-NNNNNN/."""
     parents = Path(model).resolve().parents[:2]
     return next((p for p in parents if all((p / f).is_file() for f in RUN_FILES)), None)
+
+
+def _stop_strings(run: Path) -> tuple[str, ...]:
+    """Where the run's evaluation stops, or else the rollouts of its last stage."""
+    resolved = resolve(load_recipe(run / "config.yaml"))
+    given = resolved.config.evaluation.stop_strings
+    return stages_of(resolved)[-1].config.rollout.stop_strings if given is None else given
 
 
 def _recipe_of(run: Path) -> Config:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from uniapl.cli.help import short_parser, summary
 from uniapl.config import Config
-from uniapl.config.resolve import load_recipe, resolve
+from uniapl.config.resolve import load_recipe, resolve, stages_of
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
@@ -194,13 +194,15 @@ def _json(text: str) -> Any:
 
 def _config(options: argparse.Namespace) -> Config:
     """The recipe's data, rewards and evaluation, or the defaults, overridden by the flags."""
-    recipe = resolve(load_recipe(options.recipe) if options.recipe else {}).config
+    resolved = resolve(load_recipe(options.recipe) if options.recipe else {})
+    recipe = resolved.config
     include: Any = {
         **dict.fromkeys(("data", "rewards", "evaluation"), True),
         "rollout": {"decoding", "stop_strings"},
         "model": {*OVERRIDES["model"]},
     }
     values = recipe.model_dump(include=include)
+    values["rollout"]["stop_strings"] = stages_of(resolved)[-1].config.rollout.stop_strings
     for key, value in vars(options).items():
         section, _, name = key.partition(".")
         if name and value is not None:

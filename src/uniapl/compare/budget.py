@@ -101,8 +101,9 @@ def rollout_limit(config: Config) -> dict[str, Any]:
 def _fit_stage(config: Config, share: Budget) -> dict[str, Any]:
     completions = config.batching.prompts_per_step * config.rollout.num_generations
     if not config.objective.uses_rollouts:
-        # About as many demonstrations per step as other methods have completions.
-        steps = max(1, round(share.demonstrations / completions))
+        # About as many demonstrations per step as other methods have completions, if there are others.
+        size = completions if share.rollouts else config.batching.demonstrations_per_step
+        steps = max(1, round(share.demonstrations / size))
         per_step = max(1, round(share.demonstrations / steps))
         return {
             "max_steps": steps,

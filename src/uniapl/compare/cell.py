@@ -189,7 +189,7 @@ def flops_per_token(config: Config) -> int:
     adversary = objective.lambda_adv > 0
     on_reference = adversary and discriminator.kind in STATE_KINDS
     flops = SAMPLING + 6
-    if objective.uses_reference or on_reference:
+    if objective.beta > 0 or objective.pairs_rollouts or on_reference:
         flops += 2
     if adversary and not on_reference:
         flops += 2

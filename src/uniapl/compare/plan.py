@@ -35,7 +35,8 @@ OF_THE_RUN = (
 )
 """Keys of the recipe that a cell sets itself or does not need."""
 OF_ONE_METHOD = re.compile(
-    r"objective\.(mu_|gate_|lambda_|adversarial_|reward_weight|max_expert_gap|reference_step)|batching\.cold_start_"
+    r"objective\.(mu_|gate_|lambda_|adversarial_|reward_weight|max_expert_gap|reference_step|teacher_kl)"
+    r"|objective\.(pref_|beta_pref)|batching\.cold_start_"
 )
 """Keys that describe the recipe's own method and are not settings of the others."""
 

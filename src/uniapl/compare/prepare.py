@@ -20,6 +20,7 @@ from uniapl.evaluation.contamination import overlap
 from uniapl.files import write_text
 from uniapl.models.loading import check_policy
 from uniapl.rewards.finding import find_function
+from uniapl.training.build_teacher import check_teacher
 from uniapl.training.inputs import RunInputs
 from uniapl.training.preflight.checks import check_stage
 from uniapl.training.preflight.epochs import with_max_steps
@@ -107,6 +108,7 @@ def _check(variant: Variant, plan: Plan, inputs: RunInputs) -> None:
     try:
         for stage in stages_of(resolve(plan.recipe(variant, {}, 0))):
             check_stage(stage.config, inputs.dataset, inputs.rewarder)
+            check_teacher(stage.config, inputs.tokenizer, inputs.dataset.examples)
     except UsageError as error:
         raise UsageError(f"--methods '{variant.label}': {error}") from error
 
@@ -134,6 +136,9 @@ def _fingerprint(plan: Plan, inputs: RunInputs) -> dict[str, str]:
     found |= {"budget": str(plan.budget), "training rows": inputs.data_sha256}
     found |= {f"suite '{suite.name}'": _digest_suite(suite) for suite in inputs.suites}
     found |= {f"file of '{name}'": digest for name in names if (digest := _digest_source(name))}
+    found["chat template"] = hashlib.sha256(str(inputs.tokenizer.chat_template).encode()).hexdigest()
+    if config.teacher.model_name_or_path is not None:
+        found["teacher's files"] = _digest_model(Path(config.teacher.model_name_or_path))
     return {**found, "model files": _digest_model(Path(inputs.source.base), inputs.source.adapter)}
 
 

@@ -183,7 +183,7 @@ NO_EQUIVALENT = _by_name(
             "loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting discopop_tau "
             "pref_loss"
         ),
-        "method a-sft with objective.lambda_adv 0 and objective.pref_weight adds the SFT loss to pairs": (
+        "method dpo with objective.mu_peak and objective.mu_valley adds the SFT loss to pairs": (
             "rpo_alpha pref_ftx"
         ),
         "the reference reads the completions of each step": (

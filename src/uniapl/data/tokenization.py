@@ -1,6 +1,6 @@
 """Token ids of prompts and completions."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -78,6 +78,26 @@ def encode_completion(
 def without_end(ids: TokenIds, stop_ids: Collection[int]) -> TokenIds:
     """The completion without the stop token that closes it; a truncated completion has none."""
     return ids[:-1] if ids and ids[-1] in stop_ids else ids
+
+
+def text_length(
+    ids: TokenIds,
+    stop_ids: Collection[int],
+    stop_strings: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """Number of tokens before what closes the completion, a stop token or the tokens of a stop string."""
+    ids = without_end(ids, stop_ids)
+    text = _decoded(ids, tokenizer)
+    closing = next((string for string in stop_strings if text.endswith(string)), "")
+    count = len(ids)
+    while closing and len(_decoded(ids[:count], tokenizer)) > len(text) - len(closing):
+        count -= 1
+    return count
+
+
+def _decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def ordinary_tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

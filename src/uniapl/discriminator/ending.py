@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from uniapl.data.tokenization import encode_continuation, without_end
+from uniapl.data.tokenization import encode_continuation, text_length
 from uniapl.types import Example, RolloutGroup, TokenIds
 
 
@@ -14,14 +14,15 @@ from uniapl.types import Example, RolloutGroup, TokenIds
 class UniformEnding:
     """Makes completions with the same text equal, so that only the text can distinguish expert and policy.
 
-    How a completion was closed (by one of several end tokens, or by the length limit) and how its text was
-    split into tokens would reveal who wrote it. A truncated completion is read as if it ended there.
+    How a completion was closed (by one of several end tokens, a stop string or the length limit) and how its
+    text was split into tokens would reveal who wrote it. A truncated completion is read as if it ended there.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: Collection[int]
     end_id: int
     """The token that closes every completion."""
+    stop_strings: Sequence[str] = ()
     context_length: int | None = None
     """Maximum tokens of prompt and completion: a truncated completion may leave no room for its end token."""
 
@@ -30,18 +31,23 @@ class UniformEnding:
         examples: Iterable[Example],
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Collection[int],
+        stop_strings: Sequence[str],
         context_length: int | None,
     ) -> "UniformEnding":
         """The ending that most demonstrations have already."""
         ends = Counter(e.demonstration_ids[-1] for e in examples if e.demonstration_ids)
         (end_id, _), *_ = ends.most_common(1)
         return UniformEnding(
-            tokenizer=tokenizer, stop_ids=stop_ids, end_id=end_id, context_length=context_length
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            end_id=end_id,
+            stop_strings=stop_strings,
+            context_length=context_length,
         )
 
     def text(self, ids: TokenIds) -> str:
-        """Text of a completion, without special tokens and without the token that closed it."""
-        ids = without_end(ids, self.stop_ids)
+        """Text of a completion, without special tokens and without what closed it."""
+        ids = self._open(ids)
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def group(self, group: RolloutGroup) -> RolloutGroup:
@@ -62,7 +68,7 @@ class UniformEnding:
         return replace(example, demonstration_ids=demonstration, rejected_ids=rejected)
 
     def _closed(self, example: Example, ids: TokenIds) -> TokenIds:
-        ids = without_end(ids, self.stop_ids)
+        ids = self._open(ids)
         text = self._decode(ids)
         again = encode_continuation(text, self.tokenizer)
         # A text that does not survive the round trip (half a character) keeps its ids.
@@ -70,6 +76,10 @@ class UniformEnding:
         if self.context_length is not None:
             ids = ids[: self.context_length - len(example.prompt_ids) - 1]
         return (*ids, self.end_id)
+
+    def _open(self, ids: TokenIds) -> TokenIds:
+        """The completion without what closed it."""
+        return ids[: text_length(ids, self.stop_ids, self.stop_strings, self.tokenizer)]
 
     def _decode(self, ids: Sequence[int]) -> str:
         # Special tokens stay: a policy that writes them differs from the expert.

@@ -90,6 +90,7 @@ function makeEntry(completions, i, siblings) {
   const header = html("header", {},
     ...facts.map(([name, value]) => html("span", {}, `${name} `, html("b", {}, formatNumber(value)))),
     html("span", {}, `finish reason ${completions.finish[i]}`),
+    ...(completions.replaced[i] ? [html("span", {}, "replaced, not trained")] : []),
     ...completions.functions.map((name, f) => makeScore(name, completions.parts[f][i])));
   if (siblings) {
     const button = html("button", { type: "button" }, "All completions of this prompt in this step");

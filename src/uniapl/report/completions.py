@@ -58,6 +58,7 @@ def as_columns(records: Sequence[Record]) -> dict[str, Any]:
         "parts": [[rounded(c["rewards"].get(name)) for _, c in rows] for name in functions],
         "step": [records[group]["step"] for group, _ in rows],
         "group": [group for group, _ in rows],
+        "replaced": [int(bool(records[group].get("discarded"))) for group, _ in rows],
         "prompt": [places[group] for group, _ in rows],
         **{column: [completion[key] for _, completion in rows] for key, column in PLAIN.items()},
         **{column: [rounded(completion[key]) for _, completion in rows] for key, column in NUMERIC.items()},

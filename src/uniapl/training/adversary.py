@@ -263,6 +263,7 @@ def build_adversary(
         inputs.dataset.examples,
         inputs.tokenizer,
         inputs.stop_ids,
+        config.rollout.stop_strings,
         getattr(policy.model.config.get_text_config(), "max_position_embeddings", None),
     )
     if config.discriminator.kind == "bradley-terry":

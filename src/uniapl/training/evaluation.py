@@ -84,7 +84,9 @@ class Evaluation:
     def _sampler(self, step: int, stage: Stage) -> Sampler:
         """vLLM if the stage samples with it, else the local sampler, with the settings of evaluation."""
         inputs = self.inputs
-        settings = SamplingSettings.of_evaluation(self.config, inputs.stop_ids, inputs.tokenizer)
+        # The stage's rollouts may end at other texts than those of the run.
+        config = self.config.model_copy(update={"rollout": stage.config.rollout})
+        settings = SamplingSettings.of_evaluation(config, inputs.stop_ids, inputs.tokenizer)
         if isinstance(stage.sampler, RankZeroSampler) and stage.config.objective.uses_rollouts:
             return _VLLM(sampler=stage.sampler, policy_version=step, settings=settings)
         return LocalSampler(

@@ -1,5 +1,6 @@
 """The inputs of a run that are loaded before the model's weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -7,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from uniapl.config import Config
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import split_streams
+from uniapl.data.tokenization import text_length
 from uniapl.evaluation import Suite
 from uniapl.models.loading import ModelSource, pad_id_of
 from uniapl.rewards import Rewarder
@@ -38,6 +40,10 @@ class RunInputs:
     def decode(self, ids: TokenIds) -> str:
         """Text of a completion, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def text_length(self, ids: TokenIds, *, stop_strings: Sequence[str]) -> int:
+        """Number of tokens of a completion before what closed it."""
+        return text_length(ids, self.stop_ids, stop_strings, self.tokenizer)
 
 
 def stream_examples(

@@ -4,6 +4,7 @@ the discriminator.
 A method is only a set of weights; no branch depends on its name.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -79,12 +80,14 @@ def score_with_reference(
         The groups, and the states of this process's rollouts, each group followed by its demonstration if the
         discriminator or the pairs need it; None in a step without a reference.
     """
-    if stage.reader is None or not stage.schedule.uses_reference:
+    objective = stage.config.objective
+    compares = isinstance(stage.adversary, StateAdversary) or objective.pairs_rollouts
+    needed = stage.schedule.uses_reference and (objective.beta > 0 or compares)
+    if stage.reader is None or not needed:
         return list(groups), None
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
     completions = [[rollout.completion_ids for rollout in group.rollouts] for group in local]
-    objective = stage.config.objective
-    if isinstance(stage.adversary, StateAdversary) or objective.pairs_rollouts:
+    if compares:
         for group, ids in zip(local, completions, strict=True):
             ids += [group.example.demonstration_ids] if group.example.demonstration_ids is not None else []
     reader = replace(stage.reader, max_tokens=run.max_tokens(stage))
@@ -162,8 +165,13 @@ def mix(
         mask_truncated=config.objective.mask_truncated_completions,
     )
     if weights["pref"] and config.objective.pairs_rollouts:
-        applies = run.inputs.rewarder.applies_to
-        rows = pair_rollouts(rows, groups, config.objective, is_rewarded=applies)
+        rows = pair_rollouts(
+            rows,
+            groups,
+            config.objective,
+            is_rewarded=run.inputs.rewarder.applies_to,
+            text_length=functools.partial(run.inputs.text_length, stop_strings=config.rollout.stop_strings),
+        )
     if stage.schedule.imitates:
         rows += [row for example in demonstrated for row in demonstration_rows(example)]
     if weights["pref"] and config.objective.pairs_rejected and stage.reader is not None:
@@ -201,7 +209,8 @@ def draw_demonstrations(
     stream's next."""
     count = stage.schedule.demonstrations_per_step
     found: list[Example] = []
-    if stage.selects_prompts and stage.schedule.imitates:
+    # Prompts that never pass need not have a rejected completion.
+    if stage.selects_prompts and stage.schedule.imitates and not stage.config.objective.pairs_rejected:
         examples = {group.example.prompt_ids: group.example for group in groups}
         rates = run.progress.pass_rates
         found = [e for e in examples.values() if e.demonstration_ids is not None and rates.never_passed(e)]

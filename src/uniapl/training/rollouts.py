@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from uniapl.config import Config
 from uniapl.data.streams import Stream
 from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
@@ -121,8 +122,8 @@ def _following(stage: Stage, stream: Stream) -> list[Example]:
 
 
 def _to_replace(run: Run, stage: Stage, found: StepRollouts) -> list[int]:
-    """Places of the groups that another prompt's may replace: without an advantage, and no demonstration
-    takes their place (mu_controller: gate)."""
+    """Places of the groups that another prompt's may replace: without an advantage, and their demonstration
+    neither takes their place (mu_controller: gate) nor is compared with them (pref_pairs: rollouts)."""
     config, schedule, groups = stage.config, stage.schedule, found.groups
     if not config.rollout.max_resample_times or not groups:
         return []
@@ -131,8 +132,16 @@ def _to_replace(run: Run, stage: Stage, found: StepRollouts) -> list[int]:
     useless = groups_without_advantage(groups, config.objective, run.inputs.rewarder.weights)
     gated = config.objective.mu_controller == "gate" and not schedule.in_cold_start
     kept = {id(group) for group in failed_groups(groups, config.objective.gate_threshold) if gated}
+    if config.objective.pairs_rollouts:
+        kept |= {id(group) for group in useless if _has_pairs(group, config)}
     replaced = {id(group) for group in useless} - kept
     return [place for place, group in enumerate(groups) if id(group) in replaced]
+
+
+def _has_pairs(group: RolloutGroup, config: Config) -> bool:
+    """Whether a rollout fails and can be compared with the demonstration."""
+    shown = group.example.demonstration_ids is not None
+    return shown and not all(known_passing(group, config.objective))
 
 
 def _metrics(run: Run, stage: Stage, found: StepRollouts, *, skipped: int) -> dict[str, float]:

@@ -79,9 +79,13 @@ class Schedule:
         """The adversary's weight; 0 before its first step, and while it is not accurate."""
         if self.adversary is None or self.step < self.config.adversary_step:
             return 0.0
+        objective = self.config.objective
         # gad: no other component has a gradient.
         only_component = not (
-            self.config.objective.learns_from_rewards or self.config.learns_from_demonstrations
+            objective.learns_from_rewards
+            or self.config.learns_from_demonstrations
+            or objective.teacher_kl
+            or objective.pref_weight
         )
         return self.multiplier.value if self.adversary.state.accurate or only_component else 0.0
 

@@ -60,7 +60,7 @@ class StateAdversary:
     likelihood_scale: float
     """d(x, y) is this times the mean log-probability under the reference, without a head."""
     text_length: Callable[[TokenIds], int]
-    """Tokens of a completion without its end token, which must not identify the writer."""
+    """Tokens of a completion without what closed it, which must not identify the writer."""
     max_tokens: int
     state: AdversaryState
     accelerator: Accelerator
@@ -271,8 +271,7 @@ def build_state_adversary(
     """
     settings = config.discriminator
 
-    def text_length(ids: TokenIds) -> int:
-        return len(ids) - (ids[-1] in inputs.stop_ids)
+    text_length = functools.partial(inputs.text_length, stop_strings=config.rollout.stop_strings)
 
     def read(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[TokenStates]:
         states = reader.read(sequences)

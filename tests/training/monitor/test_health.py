@@ -81,6 +81,7 @@ def test_too_few_steps_and_unknown_values_fire_no_rule() -> None:
         ({"lambda_adv": 1.0, "adversarial_placement": "multiply"}, {"nothing_passes"}),
         ({"lambda_adv": 0.0, "adversarial_placement": "multiply"}, set()),
         ({"lambda_adv": 1.0, "adversarial_placement": "loss"}, set()),
+        ({"lambda_adv": 0.0, "pref_weight": 1.0}, {"nothing_passes"}),
     ],
 )
 def test_nothing_passes(objective: dict[str, Any], expected: set[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import Row
 from uniapl.models.token_states import Tokens, TokenStates
-from uniapl.training.update.credit import assign_credit, rollout_rows
+from uniapl.training.update.credit import assign_credit, known_passing, rollout_rows
 from uniapl.training.update.pairs import pair_rejected, pair_rollouts, with_reference
 from uniapl.types import Example, Rollout, RolloutGroup
 
@@ -78,6 +78,28 @@ def test_every_rollout_of_a_prompt_without_a_reward_is_rejected() -> None:
     unknown = group((None,) * 4)
     assert rejected(paired(unknown, rewarded=False)) == [0, 2, 3]
     assert rejected(paired(unknown)) == []
+
+
+def test_no_function_decides_in_place_of_one_that_failed() -> None:
+    """The reward is unknown, so that it is unknown which completions pass."""
+    item = replace(group((None, None, None, 0.0)), reward_parts={"right": (None,) * 4, "form": (0.0,) * 4})
+    assert rejected(paired(item)) == [3]
+    assert known_passing(item, OBJECTIVE) == [False]
+
+
+def test_completions_that_differ_only_in_what_closes_them_are_equal() -> None:
+    item = group((0.0,) * 4, demonstration=(8, 8, 3))
+    assert rejected(paired(item)) == [0, 1, 2, 3]
+    credits = assign_credit([item], OBJECTIVE, expert_mean=None, lambda_adv=0.0)
+    rows = rollout_rows([item], credits, temperature=0.5)
+    found = pair_rollouts(
+        rows,
+        [item],
+        OBJECTIVE,
+        is_rewarded=lambda _: True,
+        text_length=lambda ids: len(ids) - (ids[-1] in (1, 3)),
+    )
+    assert rejected(found) == [0, 1, 3]
 
 
 def test_the_deciding_function_and_its_threshold_are_those_of_the_configuration() -> None:

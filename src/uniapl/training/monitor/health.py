@@ -26,8 +26,8 @@ LIMITS = (
     (
         *("zero_advantage", "frac_reward_zero_std", operator.ge, "max_frac_reward_zero_std"),
         "all rewards were equal in {:.0%} of the groups (limit {:.0%}), so their rollouts have no advantage. "
-        "Use easier or harder prompts, a graded reward, a higher rollout.temperature or more "
-        "rollout.num_generations, or replace these groups with rollout.max_resample_times",
+        "Use easier or harder prompts, a graded reward, a higher rollout.temperature, more "
+        "rollout.num_generations or a higher rollout.max_resample_times",
     ),
     (
         *("truncation", "completions/clipped_ratio", operator.gt, "max_clipped_ratio"),
@@ -105,7 +105,7 @@ def _nothing_passes(last: Records, stage: Config) -> str | None:
     selects = stage.batching.prompt_selection == "informative"
     if len(rates) < len(last) or any(rates) or not any(_values(last, "reward_std")):
         return None
-    if not (multiplies or selects):
+    if not (multiplies or selects or objective.pairs_rollouts):
         return None
     value = f"the value of {objective.pass_reward or 'the first reward function that applies'}"
     return (

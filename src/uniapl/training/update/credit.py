@@ -204,11 +204,17 @@ def known_passing(group: RolloutGroup, objective: ObjectiveConfig) -> list[bool]
 
 
 def deciding_values(group: RolloutGroup, objective: ObjectiveConfig) -> tuple[float | None, ...]:
-    """The value of each rollout that decides whether it passes (see `passing`); None if it is unknown."""
+    """The value of each rollout that decides whether it passes (see `passing`); None if it is unknown.
+
+    It is unknown also if the reward is, because the function that should decide may have failed.
+    """
     applying = (name for name, values in group.reward_parts.items() if any(v is not None for v in values))
     name = objective.pass_reward or next(applying, None)
     values = group.reward_parts[name] if name is not None else group.rewards
-    return tuple(values) or (None,) * len(group.rollouts)
+    known = zip(values, group.rewards or values, strict=True)
+    return tuple(value if reward is not None else None for value, reward in known) or (None,) * len(
+        group.rollouts
+    )
 
 
 def groups_without_advantage(

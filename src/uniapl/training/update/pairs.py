@@ -8,7 +8,7 @@ from uniapl.data.batching import Row
 from uniapl.models.token_states import Tokens, TokenStates
 from uniapl.tolerance import at_least
 from uniapl.training.update.credit import deciding_values
-from uniapl.types import Example, RolloutGroup
+from uniapl.types import Example, RolloutGroup, TokenIds
 
 PREFERENCE = frozenset({"pref"})
 
@@ -19,6 +19,7 @@ def pair_rollouts(
     objective: ObjectiveConfig,
     *,
     is_rewarded: Callable[[Example], bool],
+    text_length: Callable[[TokenIds], int] = len,
 ) -> list[Row]:
     """The rows of the groups' rollouts, those that do not pass paired with their prompt's demonstration.
 
@@ -29,6 +30,8 @@ def pair_rollouts(
     Args:
         rows: See `rollout_rows`.
         is_rewarded: Whether a reward function applies to a prompt.
+        text_length: Number of tokens before what closes a completion. Two that differ in nothing else are
+            equal.
     """
     left = iter(rows)
     paired: list[Row] = []
@@ -47,7 +50,8 @@ def pair_rollouts(
         )
         for row, value in zip(own, deciding_values(group, objective), strict=True):
             fails = value is not None and not at_least(value, objective.pass_threshold)
-            enters = (fails or not rewarded) and row.components and row.completion_ids != ids
+            differs = row.completion_ids[: text_length(row.completion_ids)] != ids[: text_length(ids)]
+            enters = (fails or not rewarded) and row.components and differs
             paired.append(_paired(row, demonstration) if enters else row)
     return paired
 
