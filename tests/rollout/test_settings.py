@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from support.sampling import local_sampler
 from support.tiny import VOCABULARY, make_model, make_tokenizer
 from uniapl.config import Config
+from uniapl.demo.task import make_tokenizer as demo_tokenizer
 from uniapl.errors import UsageError
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.settings import SamplingSettings, StopStrings
@@ -228,3 +229,9 @@ def test_the_sections_of_the_recipe() -> None:
     assert of(Config.model_validate(values))[1] == (0.0, 1.0, 0, 0.0, 1.0, None)
     values["evaluation"] = {"stop_strings": "x"}
     assert of(Config.model_validate(values))[1][-1] == ("x",)
+
+
+def test_stop_strings_need_a_tokenizer_that_writes_letters() -> None:
+    """The demo's has one token per word."""
+    with pytest.raises(UsageError, match=r"cannot write every letter.*model\.stop_tokens"):
+        StopStrings(["king"], demo_tokenizer())

@@ -49,7 +49,14 @@ class StopStrings:
                 raise UsageError(
                     f"stop_strings: the tokenizer cannot write {text!r}, so no completion would end there"
                 )
-        self._criterion = StopStringCriteria(tokenizer, list(strings))
+        try:
+            self._criterion = StopStringCriteria(tokenizer, list(strings))
+        except ValueError as error:
+            # transformers writes "abcdef" before each token to see its text.
+            raise UsageError(
+                "stop_strings: the tokenizer cannot write every letter (one with a token per word cannot), so "
+                "transformers cannot find texts in its tokens; use model.stop_tokens"
+            ) from error
         self.width = self._criterion.maximum_token_len
         """Tokens in which the longest of the texts fits."""
         # Beyond the vocabulary: the criterion maps it to a token without text.
