@@ -233,5 +233,5 @@ def test_the_sections_of_the_recipe() -> None:
 
 def test_stop_strings_need_a_tokenizer_that_writes_letters() -> None:
     """The demo's has one token per word."""
-    with pytest.raises(UsageError, match=r"cannot write every letter.*model\.stop_tokens"):
+    with pytest.raises(UsageError, match=r"cannot write each letter.*model\.stop_tokens"):
         StopStrings(["king"], demo_tokenizer())

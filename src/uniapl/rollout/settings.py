@@ -54,7 +54,7 @@ class StopStrings:
         except ValueError as error:
             # transformers writes "abcdef" before each token to see its text.
             raise UsageError(
-                "stop_strings: the tokenizer cannot write every letter (one with a token per word cannot), so "
+                "stop_strings: the tokenizer cannot write each letter (one with a token per word cannot): "
                 "transformers cannot find texts in its tokens; use model.stop_tokens"
             ) from error
         self.width = self._criterion.maximum_token_len
