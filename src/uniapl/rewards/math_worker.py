@@ -51,7 +51,7 @@ def main(seconds: float) -> None:
     Args:
         seconds: Processor time allowed for a request.
     """
-    # Whatever a library prints goes to stderr, not between the results.
+    # What a library prints goes to stderr, not between the results.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
