@@ -10,9 +10,11 @@ import torch
 from support.processes import run_processes
 from support.runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train
 from support.tiny import letter_rows
+from uniapl.config import Config
 from uniapl.errors import UsageError
 from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader, TokenStates
+from uniapl.training.preflight.checks import notes_on_pairs
 
 PAIRS = [
     {"prompt": row["prompt"], "chosen": row["letter"] * 3, "rejected": "no" * (n % 3 + 1)}
@@ -220,6 +222,19 @@ def test_the_data_s_pairs_next_to_the_other_components(model_dir: Path, tmp_path
     assert records[0]["tokens/pref"] in (14, 21)
 
 
+def test_settings_of_pairs_without_a_weight_are_noted() -> None:
+    def stage(**objective: Any) -> Config:
+        return Config.model_validate({"objective": objective})
+
+    unused = stage(pref_pairs="rejected", beta_pref=0.5)
+    assert notes_on_pairs([stage(), unused, unused]) == [
+        "objective.pref_pairs has no effect: objective.pref_weight is 0",
+        "objective.beta_pref has no effect: objective.pref_weight is 0",
+    ]
+    assert notes_on_pairs([stage(), stage()]) == []
+    assert notes_on_pairs([unused, stage(pref_weight=1.0)]) == []
+
+
 def test_what_is_refused_before_training(model_dir: Path, tmp_path: Path) -> None:
     def refused(values: dict[str, Any], match: str, rows: list[dict[str, Any]]) -> None:
         with pytest.raises(UsageError, match=match):
@@ -231,7 +246,10 @@ def test_what_is_refused_before_training(model_dir: Path, tmp_path: Path) -> Non
     rows = letter_rows(demonstrated=range(12))
     refused(dpo(model_dir, tmp_path / "run"), "no row has 'chosen' and a different 'rejected'", rows)
     equal = [row | {"rejected": row["completion"]} for row in rows]
-    refused(dpo(model_dir, tmp_path / "run"), "no row has 'chosen' and a different 'rejected'", equal)
+    another = "no row has 'chosen' and a different 'rejected'.*use another method with objective.pref_weight"
+    refused(dpo(model_dir, tmp_path / "run"), another, equal)
+    both = with_pairs(model_dir, tmp_path / "run", objective={"pref_pairs": "rejected"})
+    refused(both, "or set objective.pref_pairs to rollouts", equal)
     gate = {"mu_controller": "gate", "pref_pairs": "rejected"}
     refused(with_pairs(model_dir, tmp_path / "run", objective=gate), "mu_controller 'gate' draws none", rows)
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from uniapl.config import Config, DiscriminatorConfig, ModelConfig
+from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.rows import Dataset
 from uniapl.data.streams import is_held_out
 from uniapl.discriminator.demonstrations import Demonstrations
@@ -163,6 +164,20 @@ def notes_on_selection(stages: Sequence[Config], rewarder: Rewarder) -> list[str
     return [*dict.fromkeys(notes)]
 
 
+def notes_on_pairs(stages: Sequence[Config]) -> list[str]:
+    """Notes on settings of preference pairs, if no stage uses pairs."""
+    if any(stage.objective.pref_weight for stage in stages):
+        return []
+    default = ObjectiveConfig()
+    keys = [
+        key
+        for stage in stages
+        for key in ("pref_pairs", "beta_pref")
+        if getattr(stage.objective, key) != getattr(default, key)
+    ]
+    return [f"objective.{key} has no effect: objective.pref_weight is 0" for key in dict.fromkeys(keys)]
+
+
 def _first(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
@@ -231,9 +246,14 @@ def _check_pairs(config: Config, prompts: Sequence[Example], demonstrations: Seq
             "'rejected', set objective.pref_pairs to rejected"
         )
     if config.objective.pairs_rejected and not any(example.is_pair for example in demonstrations):
+        other = (
+            "or use another method with objective.pref_weight"
+            if config.method == "dpo"
+            else "or set objective.pref_pairs to rollouts"
+        )
         raise UsageError(
             "objective.pref_pairs 'rejected' needs preference pairs, but no row has 'chosen' and a different "
-            "'rejected': add them (data.columns renames columns), or set objective.pref_pairs to rollouts"
+            f"'rejected': add them (data.columns renames columns), {other}"
         )
 
 

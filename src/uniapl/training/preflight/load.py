@@ -34,6 +34,7 @@ from uniapl.training.preflight.checks import (
     check_tokens,
     notes_on_adversary,
     notes_on_lengths,
+    notes_on_pairs,
     notes_on_selection,
 )
 from uniapl.training.preflight.epochs import with_max_steps
@@ -109,7 +110,8 @@ def load_inputs(
 def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
     of_adversary = notes_on_adversary(stages, dataset, rewarder)
     of_selection = notes_on_selection(stages, rewarder)
-    return [*notes_on_lengths(stages, dataset), *of_adversary, *notes_on_teacher(stages), *of_selection]
+    unused = [*notes_on_teacher(stages), *notes_on_pairs(stages)]
+    return [*notes_on_lengths(stages, dataset), *of_adversary, *unused, *of_selection]
 
 
 def _load_suites(
