@@ -344,6 +344,8 @@ def test_the_first_warning_of_each_rule() -> None:
         ({"method": "grpo"}, 8),
         ({"method": "grpo", "objective": {"beta": 0.1}}, 10),
         ({"method": "grpo", "objective": {"pref_weight": 0.1}}, 10),
+        # The reference reads the pairs of the data, which are not rollouts.
+        ({"method": "grpo", "objective": {"pref_weight": 0.1, "pref_pairs": "rejected"}}, 8),
         ({"method": "a-grpo"}, 8 + 2 + 2 * 6),
         ({"method": "uniapl", "discriminator": {"kind": "head"}}, 10),
         ({"method": "uniapl", "discriminator": {"kind": "polar"}}, 12),

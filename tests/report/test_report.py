@@ -474,9 +474,10 @@ def test_columns_of_completions() -> None:
     found = as_columns(
         [
             prompt_row(1, [answer("a"), answer("b", rewards={"right": 0.0, "kind": 0.25})]),
-            prompt_row(2, [answer("c")], prompt=chat),
+            prompt_row(2, [answer("c")], prompt=chat) | {"discarded": True},
         ]
     )
+    assert found["replaced"] == [0, 0, 1]
     assert found["prompts"] == ["Is it so?", "system: Be brief.\n\nuser: Why?"]
     assert found["experts"] == ["It is.", "It is."]
     assert (found["prompt"], found["group"], found["step"]) == ([0, 0, 1], [0, 0, 1], [1, 1, 2])

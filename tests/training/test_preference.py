@@ -9,7 +9,7 @@ import torch
 
 from support.processes import run_processes
 from support.runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train
-from support.tiny import letter_rows
+from support.tiny import letter_rows, make_tokenizer
 from uniapl.config import Config
 from uniapl.errors import UsageError
 from uniapl.models.policy import Policy
@@ -220,6 +220,27 @@ def test_the_data_s_pairs_next_to_the_other_components(model_dir: Path, tmp_path
     # 5 of the 6 demonstrations have 4 tokens each; 3 of the 6 have a pair, of 4 + 3 tokens.
     assert records[0]["tokens/sft"] == 20
     assert records[0]["tokens/pref"] in (14, 21)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_the_reference_reads_only_what_is_used(
+    beta: float, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a KL, the pairs of the data: three times a letter, or "no"."""
+    read: list[str] = []
+    original = TokenReader.read
+
+    def watched(self: TokenReader, sequences: Any) -> list[TokenStates]:
+        read.extend(str(make_tokenizer().decode(list(completion))) for _, completion in sequences)
+        return original(self, sequences)
+
+    monkeypatch.setattr(TokenReader, "read", watched)
+    rows = [row | ({"rejected": "no"} if n % 4 == 0 else {}) for n, row in enumerate(letter_rows())]
+    objective = {"pref_pairs": "rejected", "beta": beta}
+    train(with_pairs(model_dir, tmp_path / "run", objective=objective), train_dataset=rows)
+    pairs = {"no<eos>", *(row["completion"] + "<eos>" for row in rows if "rejected" in row)}
+    assert pairs <= {*read}
+    assert ({*read} == pairs) == (beta == 0)
 
 
 def test_settings_of_pairs_without_a_weight_are_noted() -> None:

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from support.processes import run_processes
 from support.runs import assert_same_run, lines, recipe, run_until, timeless, train
+from support.tiny import make_tokenizer
 from uniapl.config import Config, DiscriminatorConfig
 from uniapl.discriminator.bradley_terry import AdversaryState
 from uniapl.discriminator.head import StateHead
 from uniapl.models.token_states import TokenStates
 from uniapl.training.checkpoint import directory as checkpoint
 from uniapl.training.demonstration_states import DemonstrationStates
-from uniapl.training.state_adversary import HeadTrainer, StateAdversary
+from uniapl.training.inputs import RunInputs
+from uniapl.training.state_adversary import HeadTrainer, StateAdversary, build_state_adversary
 from uniapl.types import Example, Rollout, RolloutGroup
 
 KINDS = ("head", "reference-likelihood")
@@ -281,6 +283,31 @@ def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
     )
     # Both completions have the same text; the first one's end token, with -7 nats, is not read.
     assert found == [((-3.0, -3.0), -4.0), ((-1.0,), None)]
+
+
+def test_what_closed_a_completion_does_not_change_its_likelihood() -> None:
+    """An end token, a stop string, both, or the length limit, next to the run's own stop strings."""
+    missing: Any = None
+    tokenizer = make_tokenizer()
+    inputs = RunInputs(
+        source=missing,
+        tokenizer=tokenizer,
+        dataset=missing,
+        rewarder=missing,
+        stop_ids=frozenset({1}),
+        data_sha256="",
+    )
+    values = {"discriminator": {"kind": "reference-likelihood"}, "rollout": {"stop_strings": [",."]}}
+    subject = build_state_adversary(
+        Config.model_validate(values), missing, inputs, Accelerator(cpu=True), missing
+    )
+    (shown,) = demonstrated(1)
+    texts = [tuple(tokenizer(text).input_ids) for text in ("ab", "ab,.")]
+    completions = [(*ids, *end) for ids in texts for end in ((), (1,))]
+    given = [states([-0.5, -1.5, *[-9.0] * (len(ids) - 2)])[0] for ids in completions]
+    ((policy, expert),) = subject.score([group(shown, *completions)], [[*given, *states([-1.0, -9.0])]])
+    assert policy is not None
+    assert set(policy) == {expert}
 
 
 def test_a_text_without_tokens_is_never_the_expert_s() -> None:
