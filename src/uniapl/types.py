@@ -1,7 +1,7 @@
 """The data types of a step: examples, rollouts, rollout groups and micro-batches."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,46 @@ Prompt = str | list[dict[str, Any]]
 """A prompt as in the data: plain text, or chat messages with `role` and `content`."""
 
 TokenIds = tuple[int, ...]
+
+Given = tuple[tuple[int, int], ...]
+"""Ranges [start, stop) of a completion's tokens that its author did not write: results of tools, with what
+the chat template puts around them. They are context; no loss component has them."""
+
+
+class Tokens(NamedTuple):
+    """A prompt and a completion of it."""
+
+    prompt: TokenIds
+    completion: TokenIds
+    given: Given = ()
+
+    @property
+    def pair(self) -> tuple[TokenIds, TokenIds]:
+        """Prompt and completion."""
+        return self.prompt, self.completion
+
+    @property
+    def num_written(self) -> int:
+        """Number of completion tokens that the policy or the expert wrote."""
+        return len(self.completion) - sum(stop - start for start, stop in self.given)
+
+    @property
+    def is_written(self) -> list[bool]:
+        """For each token of the completion, whether the policy or the expert wrote it.
+
+        Example:
+            >>> Tokens((5,), (7, 1, 8, 9, 1), given=((2, 4),)).is_written
+            [True, True, False, False, True]
+        """
+        written = [True] * len(self.completion)
+        for start, stop in self.given:
+            written[start:stop] = [False] * (stop - start)
+        return written
+
+    def text_length(self, stop_ids: Collection[int]) -> int:
+        """Number of written tokens without the end token that closes the completion, if one does."""
+        closed = bool(self.completion) and self.is_written[-1] and self.completion[-1] in stop_ids
+        return self.num_written - closed
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -44,11 +84,12 @@ class Example:
     prompt_ids: TokenIds
     demonstration: str | None
     demonstration_ids: TokenIds | None
-    """The expert's completion, including its end token."""
+    """The expert's completion, including its end token; of several turns, all that follows the prompt."""
+    demonstration_given: Given = ()
     rejected_ids: TokenIds | None = None
     """A completion that is worse than the demonstration; the discriminator is trained on it too, and it is
     the rejected one of a preference pair."""
-    earlier_turns: tuple[tuple[TokenIds, TokenIds], ...] = ()
+    earlier_turns: tuple[Tokens, ...] = ()
     """Prompt and completion of each earlier assistant turn that only the SFT loss covers."""
     columns: dict[str, Any]
     """The other columns of the row, which reward functions receive by name."""
@@ -59,10 +100,17 @@ class Example:
         return self.demonstration_ids is not None and self.rejected_ids not in (None, self.demonstration_ids)
 
     @property
-    def demonstrated_turns(self) -> tuple[tuple[TokenIds, TokenIds], ...]:
+    def demonstration_tokens(self) -> Tokens | None:
+        """The prompt and the demonstration."""
+        if self.demonstration_ids is None:
+            return None
+        return Tokens(self.prompt_ids, self.demonstration_ids, self.demonstration_given)
+
+    @property
+    def demonstrated_turns(self) -> tuple[Tokens, ...]:
         """Prompt and completion of every turn that the SFT loss covers, the demonstration last."""
-        last = () if self.demonstration_ids is None else ((self.prompt_ids, self.demonstration_ids),)
-        return (*self.earlier_turns, *last)
+        last = self.demonstration_tokens
+        return (*self.earlier_turns, *(() if last is None else (last,)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +118,22 @@ class Rollout:
     """One sampled completion, as the sampler returned it."""
 
     completion_ids: TokenIds
-    """The sampled token ids, on which the policy is trained, with the end token or the stop string that ended
-    them."""
+    """All that follows the prompt: the sampled token ids, on which the policy is trained, with the end token
+    or the stop string that ended them, and between turns what tools returned (`given`)."""
     sampling_logprobs: tuple[float, ...]
-    """Nats, one per token, of the policy at the sampling temperature: before a repetition penalty, and before
-    min-p, top-k and top-p truncate the distribution, as in the loss."""
+    """Nats, one per sampled token, of the policy at the sampling temperature: before a repetition penalty,
+    and before min-p, top-k and top-p truncate the distribution, as in the loss."""
     finish_reason: Literal["stop", "length"]
     policy_version: int
     """The step whose weights the sampler used."""
     ref_logprobs: tuple[float, ...] | None = None
-    """Nats, one per token, under the KL reference; None in a step that does not use it."""
+    """Nats, one per sampled token, under the KL reference; None in a step that does not use it."""
+    given: Given = ()
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of sampled tokens."""
+        return len(self.sampling_logprobs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +157,16 @@ class RolloutGroup:
     demonstration_ref_logprobs: tuple[float, ...] | None = None
     """Nats, one per token of the demonstration, under the KL reference; None if no component needs them."""
 
+    def tokens(self, *, demonstration: bool) -> list[Tokens]:
+        """The rollouts, and if wanted the demonstration after them, if there is one."""
+        prompt, shown = self.example.prompt_ids, self.example.demonstration_tokens if demonstration else None
+        found = [Tokens(prompt, rollout.completion_ids, rollout.given) for rollout in self.rollouts]
+        return found if shown is None else [*found, shown]
+
     @property
     def completion_tokens(self) -> int:
-        """Tokens of all completions."""
-        return sum(len(rollout.completion_ids) for rollout in self.rollouts)
+        """Sampled tokens of all completions."""
+        return sum(rollout.num_sampled for rollout in self.rollouts)
 
 
 class Span(NamedTuple):

@@ -65,9 +65,9 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     read_start(resolved, stages, inputs, said.append, directory)
     examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
-    turns = shown.demonstrated_turns or ((shown.prompt_ids, ()),)
+    turns = shown.demonstrated_turns or (Tokens(shown.prompt_ids, ()),)
     *earlier, last = [
-        "{}[[{}]]".format(*(inputs.tokenizer.decode(list(ids)) for ids in turn)) for turn in turns
+        "{}[[{}]]".format(*(inputs.tokenizer.decode(list(ids)) for ids in turn.pair)) for turn in turns
     ]
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]

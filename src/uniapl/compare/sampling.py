@@ -19,7 +19,7 @@ from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
-from uniapl.types import TokenIds
+from uniapl.types import Tokens
 
 VALIDATION = "validation"
 """Suite of the search: training prompts that its cells do not train on."""
@@ -92,7 +92,7 @@ class Suites:
                 "headline": suite.headline,
                 "scores": result.summary["per_prompt"],
                 "texts": [completion["completion"] for completion in result.completions],
-                "tokens": [len(rollout.completion_ids) for rollout in result.rollouts],
+                "tokens": [rollout.num_sampled for rollout in result.rollouts],
                 "truncated": [rollout.finish_reason == "length" for rollout in result.rollouts],
             }
         return found, results
@@ -108,20 +108,23 @@ class Suites:
         for suite in self.suites:
             samples = self.config.evaluation.num_samples
             prompts = [example.prompt_ids for example in suite.examples for _ in range(samples)]
-            rollouts = [rollout.completion_ids for rollout in results[suite.name].rollouts]
-            experts = [
-                (index, example.prompt_ids, example.demonstration_ids)
-                for index, example in enumerate(suite.examples)
-                if example.demonstration_ids
+            rollouts = results[suite.name].rollouts
+            sampled = [
+                Tokens(prompt, rollout.completion_ids, rollout.given)
+                for prompt, rollout in zip(prompts, rollouts, strict=True)
             ]
-            pairs = [(prompt, ids) for _, prompt, ids in experts]
-            sampled = [*zip(prompts, rollouts, strict=True)]
+            experts = [
+                (index, tokens)
+                for index, example in enumerate(suite.examples)
+                if (tokens := example.demonstration_tokens) is not None
+            ]
+            pairs = [tokens for _, tokens in experts]
             entry = sample[suite.name]
             entry["base_logprobs"] = mean_logprobs(base, sampled, pad_id_of(self.tokenizer))
             entry["expert"] = {
-                "index": [index for index, *_ in experts],
-                "texts": [suite.examples[index].demonstration for index, *_ in experts],
-                "tokens": [len(ids) for *_, ids in experts],
+                "index": [index for index, _ in experts],
+                "texts": [suite.examples[index].demonstration for index, _ in experts],
+                "tokens": [tokens.num_written for _, tokens in experts],
                 "logprobs": mean_logprobs(model, pairs, pad_id_of(self.tokenizer)),
                 "base_logprobs": mean_logprobs(base, pairs, pad_id_of(self.tokenizer)),
             }
@@ -133,9 +136,7 @@ def sampling_temperature(config: Config) -> float:
     return config.rollout.temperature if given is None else given
 
 
-def mean_logprobs(
-    model: PreTrainedModel, sequences: Sequence[tuple[TokenIds, TokenIds]], pad_id: int
-) -> list[float]:
+def mean_logprobs(model: PreTrainedModel, sequences: Sequence[Tokens], pad_id: int) -> list[float]:
     """The mean log-probability of each completion's tokens at temperature 1, in nats."""
     policy = Policy(model)
     reader = TokenReader(

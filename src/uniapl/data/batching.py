@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from uniapl.types import Example, MicroBatch, Span, TokenIds, packed_tokens
+from uniapl.types import (
+    Example,
+    Given,
+    MicroBatch,
+    Span,
+    TokenIds,
+    Tokens,
+    packed_tokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +32,23 @@ class Row:
     adversarial_advantage: float = 0.0
     temperature: float = 1.0
     sampling_logprobs: tuple[float, ...] | None = None
-    """Nats, one per completion token; None for a demonstration."""
+    """Nats, one per written token of the completion; None for a demonstration."""
     ref_logprobs: tuple[float, ...] | None = None
     """As `sampling_logprobs`, under the KL reference; None without one."""
     chosen: "Row | None" = None
     """The completion of the same prompt that is preferred to this one, for "pref". It is a part of the row,
     so that a pair is never separated: each micro-batch has the chosen completions of its rows."""
+    given: Given = ()
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and completion."""
+        return Tokens(self.prompt_ids, self.completion_ids, self.given)
+
+    @property
+    def num_written(self) -> int:
+        """Number of completion tokens that enter the loss components."""
+        return self.tokens.num_written
 
     @property
     def length(self) -> int:
@@ -48,15 +67,15 @@ class Row:
 def demonstration_rows(example: Example) -> list[Row]:
     """One row per demonstrated turn. Rows of rollouts: `training.update.credit.rollout_rows`."""
     return [
-        Row(prompt_ids=prompt, completion_ids=completion, components=frozenset({"sft"}))
-        for prompt, completion in example.demonstrated_turns
+        Row(prompt_ids=prompt, completion_ids=completion, given=given, components=frozenset({"sft"}))
+        for prompt, completion, given in example.demonstrated_turns
     ]
 
 
 def component_counts(rows: Sequence[Row]) -> dict[str, int]:
     """Tokens per component over `rows`; for all rows of a step, these are the global counts N."""
     return {
-        name: sum(len(row.completion_ids) for row in rows if name in row.components)
+        name: sum(row.num_written for row in rows if name in row.components)
         for name in ("sft", "rl", "adv", "kl")
     }
 
@@ -291,17 +310,22 @@ def collate(
         return torch.tensor(list(values), dtype=dtype, device=device)
 
     def per_token(values: Iterable[Sequence[float] | None]) -> Tensor:
-        filled = (
-            (0.0,) * len(prompt) + tuple(value or (0.0,) * len(ids))
-            for value, (prompt, ids) in zip(values, sequences, strict=True)
-        )
+        """0 for prompts, for tokens that were given, and in rows without values."""
+        filled: list[list[float]] = []
+        for value, row, mask in zip(values, rows, written, strict=True):
+            left = iter(value or (0.0,) * row.num_written)
+            filled.append([0.0] * len(row.prompt_ids) + [next(left) if own else 0.0 for own in mask])
+            assert next(left, None) is None, "one value per written token"
         return padded(filled, 0, torch.float32)
 
     def mask(selected: Iterable[bool]) -> Tensor:
         return in_completion & per_row(selected, torch.bool).unsqueeze(-1)
 
     sequences = [(row.prompt_ids, row.completion_ids) for row in rows]
-    in_completion = padded(([0] * len(prompt) + [1] * len(ids) for prompt, ids in sequences), 0, torch.bool)
+    written = [row.tokens.is_written for row in rows]
+    in_completion = padded(
+        ([False] * len(row.prompt_ids) + mask for row, mask in zip(rows, written, strict=True)), 0, torch.bool
+    )
     attention_mask = padded(([1] * row.length for row in rows), 0, torch.bool)
     width = attention_mask.shape[1]
     starts = [width - row.length if padding_side == "left" else 0 for row in rows]

@@ -13,7 +13,7 @@ from uniapl.data.formats import standard_columns
 from uniapl.data.rendering import ChatTemplate, Rendered, render_conversation
 from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt
 from uniapl.errors import UsageError
-from uniapl.types import Example, Prompt, TokenIds
+from uniapl.types import Example, Prompt, TokenIds, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ def tokenize_rows(
         if len(example.prompt_ids) > longest_prompt:
             reason = f"prompt longer than {longest_prompt} tokens"
         elif any(
-            len(ids) > min(config.max_demonstration_length or math.inf, window - len(prompt_ids))
-            for prompt_ids, ids in example.demonstrated_turns
+            len(turn.completion) > min(config.max_demonstration_length or math.inf, window - len(turn.prompt))
+            for turn in example.demonstrated_turns
         ):
             reason = "demonstration too long"
         elif len(example.rejected_ids or ()) > longest:
@@ -182,8 +182,8 @@ def _completion_ids(
     rendered: Rendered,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: set[int],
-) -> tuple[TokenIds | None, TokenIds | None, tuple[tuple[TokenIds, TokenIds], ...]]:
-    """Token ids of the demonstration, of the rejected completion, and of the earlier (prompt, turn) pairs."""
+) -> tuple[TokenIds | None, TokenIds | None, tuple[Tokens, ...]]:
+    """Token ids of the demonstration, of the rejected completion, and of the earlier turns."""
 
     def encoded(text: str, turn: Completion, prompt: str, name: str = "demonstration") -> TokenIds:
         ids = encode_completion(text, tokenizer, stop_ids, prompt=prompt, answer=_answer(turn), name=name)
@@ -192,12 +192,12 @@ def _completion_ids(
         return ids
 
     demonstration, rejected = rendered.completions
-    earlier: list[tuple[TokenIds, TokenIds]] = []
+    earlier: list[Tokens] = []
     for index, (prompt, text) in zip(conversation.earlier, rendered.earlier, strict=True):
         turn = conversation.prompt[index]
         assert isinstance(turn, dict)
         prompt_ids = tuple(tokenizer(prompt, add_special_tokens=False).input_ids)
-        earlier.append((prompt_ids, encoded(text, turn, prompt)))
+        earlier.append(Tokens(prompt_ids, encoded(text, turn, prompt)))
     return (
         None if demonstration is None else encoded(demonstration, conversation.completion, rendered.prompt),
         None

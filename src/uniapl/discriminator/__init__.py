@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from uniapl.data.batching import batch_sequences
-from uniapl.types import Example, RolloutGroup, TokenIds
+from uniapl.types import Example, Given, RolloutGroup, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class Candidate:
 
     example: Example
     completion_ids: TokenIds
+    given: Given = ()
     text: str
     reference: str | None
     """The decoded demonstration; None if the prompt has none."""
@@ -53,12 +54,24 @@ def candidates_of(
     example, ids = group.example, group.example.demonstration_ids
     reference = decode(ids) if ids is not None else None
     rollouts = [
-        Candidate(example=example, completion_ids=rollout.completion_ids, text=text, reference=reference)
+        Candidate(
+            example=example,
+            completion_ids=rollout.completion_ids,
+            given=rollout.given,
+            text=text,
+            reference=reference,
+        )
         for rollout, text in zip(group.rollouts, group.texts, strict=True)
     ]
     if ids is None or reference is None:
         return rollouts, None
-    return rollouts, Candidate(example=example, completion_ids=ids, text=reference, reference=reference)
+    return rollouts, Candidate(
+        example=example,
+        completion_ids=ids,
+        given=example.demonstration_given,
+        text=reference,
+        reference=reference,
+    )
 
 
 def batched_logits(

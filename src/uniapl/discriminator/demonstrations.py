@@ -32,14 +32,14 @@ class Demonstrations:
         rng = random.Random(derive_seed(self._seed, *names))
         return rng.sample(self.examples, min(len(self.examples), count))
 
-    def mismatched(self, example: Example, count: int, *names: int) -> list[TokenIds]:
-        """Up to `count` different demonstrations of other prompts, none of which also belongs to this prompt.
+    def mismatched(self, example: Example, count: int, *names: int) -> list[Example]:
+        """Examples with up to `count` different demonstrations of other prompts, none also of this prompt.
 
         Args:
             names: Select the random numbers, in addition to the example's row.
         """
         own = {example.demonstration_ids, *self._own.get(example.prompt_ids, ())}
-        found: list[TokenIds] = []
+        found: list[Example] = []
         for other in self.draw(count and max(CANDIDATES, 4 * count), "mismatched", example.row, *names):
             ids = other.demonstration_ids
             assert ids is not None
@@ -48,5 +48,5 @@ class Demonstrations:
             )
             if other.prompt_ids != example.prompt_ids and ids not in own and not too_long:
                 own.add(ids)
-                found.append(ids)
+                found.append(other)
         return found[:count]

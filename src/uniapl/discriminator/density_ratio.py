@@ -39,7 +39,12 @@ class DensityRatio:
         """Return the logit of each candidate. See :class:`Discriminator`."""
         components = frozenset({"sft"})
         rows = [
-            Row(prompt_ids=c.example.prompt_ids, completion_ids=c.completion_ids, components=components)
+            Row(
+                prompt_ids=c.example.prompt_ids,
+                completion_ids=c.completion_ids,
+                given=c.given,
+                components=components,
+            )
             for c in candidates
         ]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from uniapl.data.tokenization import encode_continuation, text_length
-from uniapl.types import Example, RolloutGroup, TokenIds
+from uniapl.types import Example, Given, RolloutGroup, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class UniformEnding:
         """The group with its completions in the uniform form; log-probabilities no longer belong to them."""
         example, ids = self.example(group.example), [rollout.completion_ids for rollout in group.rollouts]
         rollouts = tuple(
-            replace(rollout, completion_ids=self._closed(example, rollout.completion_ids))
+            replace(rollout, completion_ids=self._closed(example, rollout.completion_ids, rollout.given))
             for rollout in group.rollouts
         )
         return replace(group, example=example, rollouts=rollouts, texts=tuple(map(self.text, ids)))
@@ -62,17 +62,21 @@ class UniformEnding:
     def example(self, example: Example) -> Example:
         """The example with its demonstration and its rejected completion in the uniform form."""
         demonstration, rejected = (
-            None if ids is None else self._closed(example, ids)
-            for ids in (example.demonstration_ids, example.rejected_ids)
+            None if ids is None else self._closed(example, ids, given)
+            for ids, given in (
+                (example.demonstration_ids, example.demonstration_given),
+                (example.rejected_ids, ()),
+            )
         )
         return replace(example, demonstration_ids=demonstration, rejected_ids=rejected)
 
-    def _closed(self, example: Example, ids: TokenIds) -> TokenIds:
+    def _closed(self, example: Example, ids: TokenIds, given: Given) -> TokenIds:
         ids = self._open(ids)
         text = self._decode(ids)
         again = encode_continuation(text, self.tokenizer)
-        # A text that does not survive the round trip (half a character) keeps its ids.
-        ids = again if self._decode(again) == text else ids
+        # A text that does not survive the round trip (half a character) keeps its ids, and so does one of
+        # several turns, whose positions are known.
+        ids = again if not given and self._decode(again) == text else ids
         if self.context_length is not None:
             ids = ids[: self.context_length - len(example.prompt_ids) - 1]
         return (*ids, self.end_id)

@@ -92,7 +92,7 @@ def evaluate_suite(
         "samples": num_samples,
         "headline": suite.headline,
         "scores": {name: scores.interval(values) for name, values in sums.items()},
-        "mean_length": sum(len(r.completion_ids) for r in rollouts) / len(rollouts),
+        "mean_length": sum(r.num_sampled for r in rollouts) / len(rollouts),
         "mean_words": sum(len(text.split()) for text in texts) / len(rollouts),
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "unscored": sum(not values[suite.headline] for values in flat) / len(rollouts),

@@ -10,15 +10,12 @@ from torch import Tensor
 
 from uniapl.data.batching import Row, batch_sequences, collate
 from uniapl.models.policy import Extras
-from uniapl.types import TokenIds
-
-Tokens = tuple[TokenIds, TokenIds]
-"""(prompt ids, completion ids)."""
+from uniapl.types import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStates:
-    """What a model computes for the tokens of one completion."""
+    """What a model computes for the N written tokens of one completion."""
 
     logprobs: Tensor
     """[N], in nats, at the sampling temperature."""
@@ -51,7 +48,8 @@ class TokenReader:
     def read(self, sequences: Sequence[Tokens]) -> list[TokenStates]:
         """Return the states of each completion, in their order."""
         found: dict[int, TokenStates] = {}
-        for indices in batch_sequences(sequences, max_tokens=self.max_tokens, packed=self.packed):
+        pairs = [tokens.pair for tokens in sequences]
+        for indices in batch_sequences(pairs, max_tokens=self.max_tokens, packed=self.packed):
             rows = [self._row(sequences[index]) for index in indices]
             batch = collate(rows, pad_id=self.pad_id, packed=self.packed, device=self.device)
             inputs = (batch.input_ids, batch.attention_mask, batch.position_ids)
@@ -59,7 +57,7 @@ class TokenReader:
                 logprobs, _, *states = self.model(
                     *inputs, batch.sft_mask, batch.temperature, batch.spans, Extras(layers=self.layers)
                 )
-            lengths = [len(row.completion_ids) for row in rows]
+            lengths = [row.num_written for row in rows]
             parts = [s.split(lengths) for s in (logprobs[batch.sft_mask], *states)]
             for number, index in enumerate(indices):
                 hidden = parts[1][number] if states else logprobs.new_empty(lengths[number], 0)
@@ -67,10 +65,10 @@ class TokenReader:
         return [found[index] for index in range(len(sequences))]
 
     def _row(self, tokens: Tokens) -> Row:
-        prompt, completion = tokens
         return Row(
-            prompt_ids=prompt,
-            completion_ids=completion,
+            prompt_ids=tokens.prompt,
+            completion_ids=tokens.completion,
+            given=tokens.given,
             components=frozenset({"sft"}),
             temperature=self.temperature,
         )

@@ -42,7 +42,7 @@ from uniapl.training.inputs import RunInputs
 from uniapl.training.optimizer import adamw
 from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.discriminator_step import discriminator_step, update_metrics
-from uniapl.types import RolloutGroup, derive_seed
+from uniapl.types import Example, RolloutGroup, TokenIds, derive_seed
 
 DISCRIMINATOR_OPTIMIZER = "discriminator_optimizer"
 """Name of the optimizer's checkpoint files, without suffix."""
@@ -73,7 +73,7 @@ class DiscriminatorTrainer:
         if self.discriminator.unpaired:
             return [Comparison.of_rollouts(group, context) for group in groups]
         return [
-            Comparison.of(group, context, self.demonstrations.mismatched(group.example, count, step))
+            Comparison.of(group, context, self._mismatched(group.example, count, step))
             for group in groups
             if group.example.demonstration_ids is not None
         ]
@@ -85,10 +85,14 @@ class DiscriminatorTrainer:
             Comparison.of(
                 RolloutGroup(example=example, rollouts=(), reward_parts={}),
                 context,
-                self.demonstrations.mismatched(example, mismatched, step, number),
+                self._mismatched(example, mismatched, step, number),
             )
             for example in self.demonstrations.draw(count, "demonstrations", step, number)
         ]
+
+    def _mismatched(self, example: Example, count: int, *names: int) -> list[TokenIds]:
+        others = self.demonstrations.mismatched(example, count, *names)
+        return [other.demonstration_ids for other in others if other.demonstration_ids is not None]
 
     def update(
         self, accelerator: Accelerator, comparisons: Sequence[Comparison], config: Config

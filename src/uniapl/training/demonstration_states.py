@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from uniapl.discriminator.demonstrations import Demonstrations
 from uniapl.models.token_states import TokenStates
-from uniapl.types import Example, TokenIds
+from uniapl.types import Example, Tokens
 
 MOST_MEASURED = 64
 """Examples on which the head is measured in each step. Our choice."""
@@ -44,7 +44,7 @@ class DemonstrationStates:
         examples: Sequence[Example],
         *,
         held_out: Callable[[Example], bool],
-        read: Callable[[Sequence[tuple[TokenIds, TokenIds]]], list[TokenStates]],
+        read: Callable[[Sequence[Tokens]], list[TokenStates]],
         seed: int,
         num_mismatched: int,
         context_length: int | None = None,
@@ -53,7 +53,7 @@ class DemonstrationStates:
 
         Args:
             held_out: Whether an example is reserved to measure what the discriminator knows.
-            read: Reads the text of (prompt, completion) pairs: :meth:`TokenReader.read` without end tokens.
+            read: Reads the text of prompts with completions: :meth:`TokenReader.read` without end tokens.
             seed: Seed of the draw of mismatched demonstrations.
             num_mismatched: Mismatched demonstrations of an example that are trained on.
             context_length: Maximum tokens of a prompt and a completion; None has no limit.
@@ -76,11 +76,13 @@ class DemonstrationStates:
         if example.row in self._cache:
             self._cache.move_to_end(example.row)
             return self._cache[example.row]
-        assert example.demonstration_ids is not None
-        completions = [example.demonstration_ids, *self._mismatched(example)]
+        own = example.demonstration_tokens
+        assert own is not None
+        others = [e.demonstration_tokens for e in self._mismatched(example)]
+        sequences = [own, *(other._replace(prompt=own.prompt) for other in others if other is not None)]
         if example.rejected_ids is not None:
-            completions.append(example.rejected_ids)
-        states = self._read([(example.prompt_ids, completion) for completion in completions])
+            sequences.append(Tokens(own.prompt, example.rejected_ids))
+        states = self._read(sequences)
         rejected = states.pop() if example.rejected_ids is not None else None
         found = ExampleStates(demonstration=states[0], mismatched=tuple(states[1:]), rejected=rejected)
         self._cache[example.row] = found
@@ -89,7 +91,7 @@ class DemonstrationStates:
             self._bytes -= self._cache.popitem(last=False)[1].num_bytes
         return found
 
-    def _mismatched(self, example: Example) -> list[TokenIds]:
+    def _mismatched(self, example: Example) -> list[Example]:
         held_out = self._held_out(example)
         measured = MEASURED_MISMATCHES if example.row in self._measured_rows else 0
         trained = 0 if held_out else self._num_mismatched

@@ -86,14 +86,10 @@ def score_with_reference(
     if stage.reader is None or not needed:
         return list(groups), None
     local = groups[run.accelerator.process_index :: run.accelerator.num_processes]
-    completions = [[rollout.completion_ids for rollout in group.rollouts] for group in local]
-    if compares:
-        for group, ids in zip(local, completions, strict=True):
-            ids += [group.example.demonstration_ids] if group.example.demonstration_ids is not None else []
+    sequences = [group.tokens(demonstration=compares) for group in local]
     reader = replace(stage.reader, max_tokens=run.max_tokens(stage))
-    sequences = [(g.example.prompt_ids, y) for g, ids in zip(local, completions, strict=True) for y in ids]
-    found = iter(read_in_parts(reader, sequences))
-    states = [[next(found) for _ in ids] for ids in completions]
+    found = iter(read_in_parts(reader, [tokens for part in sequences for tokens in part]))
+    states = [[next(found) for _ in part] for part in sequences]
     if not objective.uses_reference:
         return list(groups), states
     found_here = [[tuple(part.logprobs.tolist()) for part in parts] for parts in states]

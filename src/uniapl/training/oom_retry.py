@@ -9,11 +9,11 @@ from torch import Tensor
 
 from uniapl.data.batching import halves, rows_of_halves
 from uniapl.errors import UniAPLError
-from uniapl.models.token_states import TokenReader, Tokens, TokenStates
+from uniapl.models.token_states import TokenReader, TokenStates
 from uniapl.teacher import Teacher
 from uniapl.training.run import Run
 from uniapl.training.update.batch import MixedBatch
-from uniapl.types import MicroBatch
+from uniapl.types import MicroBatch, Tokens
 
 
 def split_micro_batches(
@@ -65,7 +65,7 @@ def read_in_parts(reader: TokenReader, sequences: Sequence[Tokens]) -> list[Toke
         if not should_reduce_batch_size(error):
             raise
         if len(sequences) == 1:
-            tokens = sum(map(len, sequences[0]))
+            tokens = sum(map(len, sequences[0].pair))
             raise UniAPLError(
                 f"out of memory: the KL reference cannot read one completion of {tokens} tokens with its "
                 "prompt; lower rollout.max_completion_length or data.max_prompt_length, or train a smaller "

@@ -31,7 +31,7 @@ from uniapl.training.update.accumulate import OutOfMemoryError
 from uniapl.training.update.credit import passing
 from uniapl.training.update.discriminator_step import update_metrics
 from uniapl.training.update.head_step import head_step
-from uniapl.types import RolloutGroup, TokenIds, derive_seed
+from uniapl.types import RolloutGroup, Tokens, derive_seed
 
 EMPTY = -100.0
 """Nats per token of a text without tokens: u is 0, because no token would otherwise be the likeliest text."""
@@ -59,8 +59,8 @@ class StateAdversary:
     """The head; None for the likelihood, which is not trained."""
     likelihood_scale: float
     """d(x, y) is this times the mean log-probability under the reference, without a head."""
-    text_length: Callable[[TokenIds], int]
-    """Tokens of a completion without what closed it, which must not identify the writer."""
+    text_length: Callable[[Tokens], int]
+    """Written tokens of a completion without what closed it, which must not identify the writer."""
     max_tokens: int
     state: AdversaryState
     accelerator: Accelerator
@@ -88,9 +88,8 @@ class StateAdversary:
             return [(None, None) for _ in groups]
         texts: list[list[TokenStates]] = []
         for group, parts in zip(groups, states, strict=True):
-            ids = [rollout.completion_ids for rollout in group.rollouts]
-            ids += [group.example.demonstration_ids] if group.example.demonstration_ids is not None else []
-            texts.append([p.first(self.text_length(y)) for p, y in zip(parts, ids, strict=True)])
+            tokens = group.tokens(demonstration=True)
+            texts.append([p.first(self.text_length(t)) for p, t in zip(parts, tokens, strict=True)])
         logits = iter(self.logits([text for parts in texts for text in parts]))
         scores = [tuple(next(logits) for _ in parts) for parts in texts]
         sizes = [len(group.rollouts) for group in groups]
@@ -271,11 +270,15 @@ def build_state_adversary(
     """
     settings = config.discriminator
 
-    text_length = functools.partial(inputs.text_length, stop_strings=config.rollout.stop_strings)
+    def text_length(tokens: Tokens) -> int:
+        ids = tokens.completion
+        closing = len(ids) - inputs.text_length(ids, stop_strings=config.rollout.stop_strings)
+        return tokens.num_written - (closing if tokens.is_written[-1:] == [True] else 0)
 
-    def read(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[TokenStates]:
+
+    def read(sequences: Sequence[Tokens]) -> list[TokenStates]:
         states = reader.read(sequences)
-        return [s.first(text_length(ids)) for s, (_, ids) in zip(states, sequences, strict=True)]
+        return [s.first(text_length(tokens)) for s, tokens in zip(states, sequences, strict=True)]
 
     trainer = None
     if settings.kind == "head":

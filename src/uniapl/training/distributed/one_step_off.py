@@ -91,4 +91,5 @@ def _keys(request: SampleRequest) -> list[Key]:
 
 def _rollout(values: Mapping[str, Any]) -> Rollout:
     lists = {name: tuple(values[name]) for name in ("completion_ids", "sampling_logprobs")}
-    return Rollout(**{**values, **lists})
+    given = tuple((start, stop) for start, stop in values.get("given", ()))
+    return Rollout(**{**values, **lists, "given": given})

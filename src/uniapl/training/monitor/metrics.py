@@ -104,8 +104,8 @@ def rollout_metrics(
     constant = [rewards for rewards in rewarded if all_same(rewards)]
     highest, lowest = max(every, default=0.0), min(every, default=0.0)
     varied = not same(lowest, highest)
-    lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
+    lengths = [rollout.num_sampled for rollout in rollouts]
+    ended = [r.num_sampled for r in rollouts if r.finish_reason == "stop"]
     wins = [u for credit in credits for u in credit.win_rates if u is not None]
     metrics = {
         "reward": _mean(every),
@@ -184,9 +184,9 @@ def length_metrics(groups: Iterable[RolloutGroup]) -> dict[str, float]:
         is chance. A discriminator no further from 0.5 may have learned only length.
     """
     pairs = [
-        (len(group.example.demonstration_ids), len(rollout.completion_ids))
+        (tokens.num_written, rollout.num_sampled)
         for group in groups
-        if group.example.demonstration_ids is not None
+        if (tokens := group.example.demonstration_tokens) is not None
         for rollout in group.rollouts
     ]
     if not pairs:

@@ -137,11 +137,11 @@ def _completion_record(step: int, group: RolloutGroup, credit: Credit | None) ->
         "row": group.example.row,
         "prompt": group.example.prompt,
         "demonstration": group.example.demonstration,
-        "demonstration_tokens": len(group.example.demonstration_ids or ()) or None,
+        "demonstration_tokens": shown.num_written if (shown := group.example.demonstration_tokens) else None,
         "completions": [
             {
                 "text": text,
-                "tokens": len(rollout.completion_ids),
+                "tokens": rollout.num_sampled,
                 "finish_reason": rollout.finish_reason,
                 "reward": reward,
                 "rewards": {name: values[i] for name, values in group.reward_parts.items()},

@@ -278,7 +278,7 @@ def _longest_step(config: Config, inputs: RunInputs) -> list[Row]:
         rows += [replace(row, chosen=row) for row in pairs]
     if config.imitates:
         turns = (turn for e in inputs.dataset.examples for turn in e.demonstrated_turns)
-        size = max(((len(prompt), len(completion)) for prompt, completion in turns), key=sum)
+        size = max(((len(turn.prompt), len(turn.completion)) for turn in turns), key=sum)
         count = min(batching.demonstrations_per_step, most)
         rows += [_row(-1 - number, *size) for number in range(count)]
     return rows

@@ -38,7 +38,7 @@ class MixedBatch:
     @property
     def rollout_tokens(self) -> int:
         """Tokens of all rollouts, also of those that are left out of the loss."""
-        return sum(len(row.completion_ids) for row in self.rows if row.sampling_logprobs is not None)
+        return sum(row.num_written for row in self.rows if row.sampling_logprobs is not None)
 
     @property
     def num_tokens(self) -> int:
@@ -48,11 +48,11 @@ class MixedBatch:
     @property
     def completion_tokens(self) -> int:
         """Completion tokens, over all processes."""
-        return sum(len(row.completion_ids) for row in (*self.rows, *chosen_rows(self.rows)))
+        return sum(row.num_written for row in (*self.rows, *chosen_rows(self.rows)))
 
     @property
     def pair_tokens(self) -> int:
         """Completion tokens that only the preference pairs have: those of chosen and rejected completions
         without the rollouts."""
         rejected = [row for row in self.rows if row.components == {"pref"}]
-        return sum(len(row.completion_ids) for row in (*rejected, *chosen_rows(self.rows)))
+        return sum(row.num_written for row in (*rejected, *chosen_rows(self.rows)))

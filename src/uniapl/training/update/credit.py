@@ -266,6 +266,7 @@ def rollout_rows(
         Row(
             prompt_ids=group.example.prompt_ids,
             completion_ids=rollout.completion_ids,
+            given=rollout.given,
             components=frozenset(
                 name
                 for name, enters in (

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.data.batching import Row
-from uniapl.models.token_states import Tokens, TokenStates
+from uniapl.models.token_states import TokenStates
 from uniapl.tolerance import at_least
 from uniapl.training.update.credit import deciding_values
-from uniapl.types import Example, RolloutGroup, TokenIds
+from uniapl.types import Example, RolloutGroup, TokenIds, Tokens
 
 PREFERENCE = frozenset({"pref"})
 
@@ -44,6 +44,7 @@ def pair_rollouts(
         demonstration = Row(
             prompt_ids=group.example.prompt_ids,
             completion_ids=ids,
+            given=group.example.demonstration_given,
             components=PREFERENCE,
             temperature=own[0].temperature,
             ref_logprobs=group.demonstration_ref_logprobs,
@@ -66,10 +67,14 @@ def pair_rejected(examples: Sequence[Example], *, temperature: float) -> list[Ro
             Row(
                 prompt_ids=example.prompt_ids,
                 completion_ids=ids or (),
+                given=given,
                 components=PREFERENCE,
                 temperature=temperature,
             )
-            for ids in (example.demonstration_ids, example.rejected_ids)
+            for ids, given in (
+                (example.demonstration_ids, example.demonstration_given),
+                (example.rejected_ids, ()),
+            )
         )
         rows.append(_paired(rejected, chosen))
     return rows
@@ -85,13 +90,13 @@ def with_reference(
     """
     unread = [row for row in rows if row.chosen is not None and row.ref_logprobs is None]
     parts = [part for row in unread for part in (row, row.chosen) if part is not None]
-    sequences = [*dict.fromkeys((part.prompt_ids, part.completion_ids) for part in parts)]
+    sequences = [*dict.fromkeys(part.tokens for part in parts)]
     if not sequences:
         return list(rows)
     states = dict(zip(sequences, read(sequences), strict=True))
 
     def filled(row: Row) -> Row:
-        logprobs = states[row.prompt_ids, row.completion_ids].logprobs.tolist()
+        logprobs = states[row.tokens].logprobs.tolist()
         return replace(row, ref_logprobs=tuple(logprobs), chosen=row.chosen and filled(row.chosen))
 
     return [filled(row) if row.chosen is not None and row.ref_logprobs is None else row for row in rows]
