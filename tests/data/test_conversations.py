@@ -29,7 +29,7 @@ def one(row: dict[str, Any], **config: Any) -> Example:
 
 def turns(example: Example) -> list[tuple[str, str]]:
     decode = make_tokenizer().decode
-    return [(str(decode(list(p))), str(decode(list(c)))) for p, c in example.demonstrated_turns]
+    return [(str(decode(list(p))), str(decode(list(c)))) for p, c, _ in example.demonstrated_turns]
 
 
 CHAT = [turn("uhi"), turn("ayo"), turn("uwhy"), turn("aso")]
@@ -163,7 +163,7 @@ def test_all_covers_the_tokens_of_trl_s_assistant_only_loss(name: str) -> None:
     ids, mask = theirs["input_ids"], theirs["assistant_masks"]
     data = tokenize_rows([(1, {"messages": messages})], tokenizer, DataConfig(train_on="all"))
     ours = [0] * len(ids)
-    for prompt, completion in data.examples[0].demonstrated_turns:
+    for prompt, completion, _ in data.examples[0].demonstrated_turns:
         stop = len(prompt) + len(completion)
         assert (*prompt, *completion)[: stop - 1] == tuple(ids[: stop - 1]), "the same context"
         closed = ids[stop - 1 : stop] == [tokenizer.eos_token_id]

@@ -3,7 +3,7 @@
 import pytest
 
 from uniapl.discriminator.demonstrations import Demonstrations
-from uniapl.types import Example
+from uniapl.types import Example, TokenIds
 
 
 def example(row: int, prompt: tuple[int, ...], demonstration: tuple[int, ...] | None) -> Example:
@@ -17,19 +17,25 @@ def example(row: int, prompt: tuple[int, ...], demonstration: tuple[int, ...] | 
     )
 
 
+def mismatched(subject: Demonstrations, example: Example, count: int, *names: int) -> list[TokenIds]:
+    found = subject.mismatched(example, count, *names)
+    assert {tokens.prompt for tokens in found} <= {example.prompt_ids}
+    return [tokens.completion for tokens in found]
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 5, 20])
 def test_mismatched_demonstrations_are_different_ones_of_other_prompts(count: int) -> None:
     examples = [example(n, (n,), (100 + n, 1)) for n in range(30)]
     subject = Demonstrations([*examples, example(30, (30,), None)], seed=0)
     for one in [*examples, example(31, (31,), None)]:
-        found = subject.mismatched(one, count, 7)
+        found = mismatched(subject, one, count, 7)
         assert len(found) == len(set(found)) == count
         assert set(found) <= {e.demonstration_ids for e in examples} - {one.demonstration_ids}
-        assert found == Demonstrations(examples, seed=0).mismatched(one, count, 7), "draws are by seed"
+        assert found == mismatched(Demonstrations(examples, seed=0), one, count, 7), "draws are by seed"
     if count == 3:
-        draws = [subject.mismatched(examples[0], count, *names) for names in ((7,), (8,), ())]
-        draws += [Demonstrations(examples, seed=1).mismatched(examples[0], count, 7)]
-        draws += [subject.mismatched(examples[1], count, 7)]
+        draws = [mismatched(subject, examples[0], count, *names) for names in ((7,), (8,), ())]
+        draws += [mismatched(Demonstrations(examples, seed=1), examples[0], count, 7)]
+        draws += [mismatched(subject, examples[1], count, 7)]
         assert len({tuple(draw) for draw in draws}) == 5
 
 
@@ -38,18 +44,18 @@ def test_a_demonstration_that_also_belongs_to_the_prompt_is_no_negative() -> Non
     one, two = example(0, (5,), (10, 1)), example(1, (5,), (11, 1))
     others = [example(2, (6,), (10, 1)), example(3, (7,), (12, 1)), example(4, (8,), (11, 1))]
     subject = Demonstrations([one, two, *others])
-    assert subject.mismatched(one, 3) == subject.mismatched(two, 3) == [(12, 1)]
-    assert sorted(subject.mismatched(others[0], 3)) == [(11, 1), (12, 1)]
-    assert Demonstrations([one, two]).mismatched(one, 3) == []
-    assert Demonstrations().mismatched(one, 3) == []
+    assert mismatched(subject, one, 3) == mismatched(subject, two, 3) == [(12, 1)]
+    assert sorted(mismatched(subject, others[0], 3)) == [(11, 1), (12, 1)]
+    assert mismatched(Demonstrations([one, two]), one, 3) == []
+    assert mismatched(Demonstrations(), one, 3) == []
 
 
 def test_a_mismatched_demonstration_fits_in_the_context() -> None:
     long, short = example(0, (5, 5, 5), (10, 1)), example(1, (6,), (11, 11, 1))
     subject = Demonstrations([long, short], context_length=5)
-    assert subject.mismatched(long, 1) == []
-    assert subject.mismatched(short, 1) == [(10, 1)]
-    assert Demonstrations([long, short], context_length=6).mismatched(long, 1) == [(11, 11, 1)]
+    assert mismatched(subject, long, 1) == []
+    assert mismatched(subject, short, 1) == [(10, 1)]
+    assert mismatched(Demonstrations([long, short], context_length=6), long, 1) == [(11, 11, 1)]
 
 
 def test_drawn_demonstrations_are_different_examples() -> None:

@@ -8,9 +8,15 @@ from support.tiny import make_model
 from uniapl.models.policy import Policy
 from uniapl.models.reference import Reference, trained_weights
 from uniapl.models.token_states import TokenReader, TokenStates
+from uniapl.types import Tokens
 
 PROMPT = (5, 9, 12)
-SEQUENCES = [(PROMPT, (31, 4, 1)), (PROMPT, (44, 45, 46, 47, 1)), ((8,), (20,)), ((7, 7, 7, 7), (1,))]
+SEQUENCES = [
+    Tokens(PROMPT, (31, 4, 1)),
+    Tokens(PROMPT, (44, 45, 46, 47, 1)),
+    Tokens((8,), (20,)),
+    Tokens((7, 7, 7, 7), (1,)),
+]
 
 
 def reader(family: str, *, layers: tuple[int, ...] = (1, 2), packed: bool = False, max_tokens: int = 1000):
@@ -37,7 +43,7 @@ def assert_same(got: list[TokenStates], expected: list[TokenStates]) -> None:
 def test_equal_to_transformers_states_of_each_token(family: str, packed: bool) -> None:
     model = make_model(family)
     found = reader(family, packed=packed).read(SEQUENCES)
-    for states, (prompt, completion) in zip(found, SEQUENCES, strict=True):
+    for states, (prompt, completion, _) in zip(found, SEQUENCES, strict=True):
         with torch.no_grad():
             output = model(torch.tensor([prompt + completion]), output_hidden_states=True)
         own = slice(len(prompt), None)
@@ -54,6 +60,17 @@ def test_batches_padding_and_order_change_nothing() -> None:
     assert_same(reader("qwen3", packed=True).read(SEQUENCES), expected)
     assert_same(reader("qwen3", max_tokens=1).read(SEQUENCES), expected)
     assert_same(reader("qwen3").read(SEQUENCES[::-1]), expected[::-1])
+
+
+def test_given_tokens_are_read_and_have_no_states() -> None:
+    whole = SEQUENCES[1]
+    parts = [whole._replace(given=((1, 3),)), whole._replace(given=((0, 1), (4, 5)))]
+    for packed in (False, True):
+        (expected,) = reader("qwen3", packed=packed).read([whole])
+        found = reader("qwen3", packed=packed).read(parts)
+        for states, kept in zip(found, ([0, 3, 4], [1, 2, 3]), strict=True):
+            assert_close(states.logprobs, expected.logprobs[kept], atol=1e-5, rtol=1e-5)
+            assert_close(states.states, expected.states[kept], atol=1e-5, rtol=1e-5)
 
 
 def test_a_layer_is_the_layer_s_own() -> None:

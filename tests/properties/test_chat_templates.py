@@ -116,7 +116,7 @@ def test_random_conversations(name: str, row: dict[str, Any]) -> None:
         roles = {message["role"] for message in messages}
         assert roles & {"tool", "developer", "system"}, "a conversation of user and assistant is accepted"
         return
-    turns = [(decoded(tokenizer, p), decoded(tokenizer, c)) for p, c in example.demonstrated_turns]
+    turns = [(decoded(tokenizer, p), decoded(tokenizer, c)) for p, c, _ in example.demonstrated_turns]
     whole = "".join(turns[-1])
     for message in messages:
         assert occurs(answer(message), whole), "every text reaches the model"
@@ -129,7 +129,9 @@ def test_random_conversations(name: str, row: dict[str, Any]) -> None:
         assert occurs(tool["function"]["description"], whole)
     trained = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(turns) == len(trained), "all of them are trained"
-    for index, (prompt, completion), (_, ids) in zip(trained, turns, example.demonstrated_turns, strict=True):
+    for index, (prompt, completion), (_, ids, _) in zip(
+        trained, turns, example.demonstrated_turns, strict=True
+    ):
         message, before = messages[index], messages[:index]
         own = numbers(joined(message) + json.dumps(message.get("tool_calls", ""), ensure_ascii=False))
         assert numbers(completion) == own, "exactly the assistant's text is trained, with its thought"

@@ -178,7 +178,7 @@ def states_of(
     examples: list[Example], read: list[Any], held_out: set[int], num_mismatched: int = 3
 ) -> DemonstrationStates:
     def reader(sequences: Any) -> list[TokenStates]:
-        read.append(list(sequences))
+        read.append([tokens.pair for tokens in sequences])
         return [TokenStates(logprobs=torch.zeros(1), states=torch.zeros(1, 2)) for _ in sequences]
 
     return DemonstrationStates(

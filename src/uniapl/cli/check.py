@@ -27,7 +27,7 @@ from uniapl.training.preflight.checks import check_evaluation
 from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.memory import estimate_memory
 from uniapl.training.resume import read_start
-from uniapl.types import prompt_text
+from uniapl.types import Tokens, prompt_text
 
 
 def check(arguments: Sequence[str]) -> None:

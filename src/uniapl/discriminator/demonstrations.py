@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from uniapl.types import Example, TokenIds, derive_seed
+from uniapl.types import Example, TokenIds, Tokens, derive_seed
 
 CANDIDATES = 12
 """Demonstrations that are tried for each prompt, or 4 for each one that is wanted if these are more."""
@@ -32,21 +32,22 @@ class Demonstrations:
         rng = random.Random(derive_seed(self._seed, *names))
         return rng.sample(self.examples, min(len(self.examples), count))
 
-    def mismatched(self, example: Example, count: int, *names: int) -> list[Example]:
-        """Examples with up to `count` different demonstrations of other prompts, none also of this prompt.
+    def mismatched(self, example: Example, count: int, *names: int) -> list[Tokens]:
+        """This prompt with up to `count` different demonstrations of others, none of which belongs to it too.
 
         Args:
             names: Select the random numbers, in addition to the example's row.
         """
         own = {example.demonstration_ids, *self._own.get(example.prompt_ids, ())}
-        found: list[Example] = []
+        found: list[Tokens] = []
         for other in self.draw(count and max(CANDIDATES, 4 * count), "mismatched", example.row, *names):
-            ids = other.demonstration_ids
-            assert ids is not None
+            shown = other.demonstration_tokens
+            assert shown is not None
+            ids = shown.completion
             too_long = (
                 self._context_length is not None and len(example.prompt_ids) + len(ids) > self._context_length
             )
             if other.prompt_ids != example.prompt_ids and ids not in own and not too_long:
                 own.add(ids)
-                found.append(other)
+                found.append(shown._replace(prompt=example.prompt_ids))
         return found[:count]

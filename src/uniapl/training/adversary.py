@@ -91,8 +91,7 @@ class DiscriminatorTrainer:
         ]
 
     def _mismatched(self, example: Example, count: int, *names: int) -> list[TokenIds]:
-        others = self.demonstrations.mismatched(example, count, *names)
-        return [other.demonstration_ids for other in others if other.demonstration_ids is not None]
+        return [tokens.completion for tokens in self.demonstrations.mismatched(example, count, *names)]
 
     def update(
         self, accelerator: Accelerator, comparisons: Sequence[Comparison], config: Config

@@ -78,8 +78,7 @@ class DemonstrationStates:
             return self._cache[example.row]
         own = example.demonstration_tokens
         assert own is not None
-        others = [e.demonstration_tokens for e in self._mismatched(example)]
-        sequences = [own, *(other._replace(prompt=own.prompt) for other in others if other is not None)]
+        sequences = [own, *self._mismatched(example)]
         if example.rejected_ids is not None:
             sequences.append(Tokens(own.prompt, example.rejected_ids))
         states = self._read(sequences)
@@ -91,7 +90,7 @@ class DemonstrationStates:
             self._bytes -= self._cache.popitem(last=False)[1].num_bytes
         return found
 
-    def _mismatched(self, example: Example) -> list[Example]:
+    def _mismatched(self, example: Example) -> list[Tokens]:
         held_out = self._held_out(example)
         measured = MEASURED_MISMATCHES if example.row in self._measured_rows else 0
         trained = 0 if held_out else self._num_mismatched
