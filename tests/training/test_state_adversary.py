@@ -246,7 +246,7 @@ def likelihood() -> StateAdversary:
     return StateAdversary(
         trainer=None,
         likelihood_scale=4.0,
-        text_length=lambda ids: len(ids) - (ids[-1] == 1),
+        text_length=lambda tokens: tokens.text_length({1}),
         max_tokens=100,
         state=AdversaryState(),
         accelerator=Accelerator(cpu=True),
@@ -283,6 +283,11 @@ def test_the_likelihood_is_the_scaled_mean_without_the_end_token() -> None:
     )
     # Both completions have the same text; the first one's end token, with -7 nats, is not read.
     assert found == [((-3.0, -3.0), -4.0), ((-1.0,), None)]
+    # The first token and the last two are given: one end token is a tool's, and there is none of the policy.
+    rollout = replace(group(shown, (7, 8, 1, 5, 1)).rollouts[0], given=((0, 1), (3, 5)))
+    trajectory = replace(group(shown), rollouts=(rollout,))
+    found = subject.score([trajectory], [states([-0.5, -1.5], [-1.0, -9.0])])
+    assert found == [((-4.0,), -4.0)]
 
 
 def test_what_closed_a_completion_does_not_change_its_likelihood() -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from uniapl.errors import UsageError
@@ -24,10 +24,14 @@ class Conversation:
 
     prompt: Prompt
     completion: Completion
-    """The demonstration."""
+    """The demonstration, or its first turn."""
     rejected: Completion
     earlier: tuple[int, ...] = ()
     """Indices of the prompt's assistant messages that are trained in addition to the completion."""
+    later: tuple[Message, ...] = ()
+    """What follows the first turn of a trajectory: results of tools, and further turns."""
+    untrained: frozenset[int] = frozenset()
+    """Of a trajectory, the turns that are not trained: 0 is `completion`, n is `later[n - 1]`."""
 
 
 def read_conversation(row: Mapping[str, Any], *, train_on: Literal["last", "all"] = "last") -> Conversation:
@@ -76,7 +80,7 @@ def read_conversation(row: Mapping[str, Any], *, train_on: Literal["last", "all"
         conversation = _with_turns([{"role": "user", "content": prompt}], turns or [], rejected, train_on)
         if len(conversation.prompt) > 1:
             raise UsageError(f"'{column}' has several messages, so 'prompt' must be a list of messages too")
-        return Conversation(prompt=prompt, completion=conversation.completion, rejected=rejected)
+        return replace(conversation, prompt=prompt)
     return _with_turns(prompt, turns or [], rejected, train_on)
 
 
@@ -106,7 +110,8 @@ def _with_turns(
     messages = [*prompt, *turns]
     final = len(messages) - 1 if turns and turns[-1]["role"] == "assistant" else len(messages)
     begun = [message["role"] for message in (*prompt[-1:], *turns[:1])] == ["assistant", "assistant"]
-    answers = sum(message["role"] == "assistant" for message in turns)
+    first = final if begun else _first_turn(messages, len(prompt), final)
+    answers = sum(message["role"] == "assistant" for message in messages[len(prompt) : first + 1])
     if begun and len(turns) > 1:
         raise UsageError("a prompt that ends with an assistant message can have only one message after it")
     if prompt and answers > 1 and train_on == "last":
@@ -119,7 +124,7 @@ def _with_turns(
         wanted = _is_trained(index, message)
         if not (message["role"] == "assistant" and (index >= len(prompt) if wanted is None else wanted)):
             continue
-        if index < final and train_on == "last":
+        if index < first and train_on == "last":
             if wanted:
                 raise UsageError(
                     f"message {index + 1} is marked to be trained, but data.train_on is 'last'; set it to all"
@@ -134,12 +139,37 @@ def _with_turns(
             )
         trained.append(index)
     plain = [{key: value for key, value in m.items() if key not in TRAINING_KEYS} for m in messages]
+    demonstrated = any(index >= first for index in trained)
     return Conversation(
-        prompt=plain[:final],
-        completion=plain[final] if final in trained else None,
+        prompt=plain[: first if demonstrated else final],
+        completion=plain[first] if demonstrated else None,
         rejected=rejected,
-        earlier=tuple(index for index in trained if index < final),
+        earlier=tuple(index for index in trained if index < first),
+        later=tuple(plain[first + 1 :]) if demonstrated else (),
+        untrained=frozenset(
+            index - first
+            for index in range(first, len(plain))
+            if plain[index]["role"] == "assistant" and index not in trained
+        ),
     )
+
+
+def _first_turn(messages: list[Message], begin: int, final: int) -> int:
+    """Index of the first assistant message of the trajectory that `final` ends: turns with results of tools
+    between them, all of them answers to one message. Without such results it is `final`.
+
+    Args:
+        begin: Index of the first message after the row's prompt; the trajectory does not begin before it.
+    """
+    first = final
+    while first - 2 >= begin and messages[first - 1]["role"] == "tool":
+        call = first - 1
+        while call > begin and messages[call]["role"] == "tool":
+            call -= 1
+        if messages[call]["role"] != "assistant":
+            break
+        first = call
+    return first if first > 0 else final
 
 
 def _is_trained(index: int, message: Message) -> bool | None:

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -46,6 +46,25 @@ class Rendered:
     earlier: list[tuple[str, str]]
     """Prompt and completion of each earlier turn that is trained."""
     notes: set[str]
+    later: "list[LaterTurn]" = field(default_factory=list["LaterTurn"])
+    """The turns that follow the first one of the demonstration."""
+
+
+class Results(NamedTuple):
+    """A conversation of a user, who says nothing that matters, and an assistant, which calls tools."""
+
+    closed: str
+    """Up to the end of the assistant's turn."""
+    answered: str
+    """With the results of the tools, and the beginning of the next turn."""
+
+
+class LaterTurn(NamedTuple):
+    """A turn of the assistant after results of tools."""
+
+    results: Results
+    text: str
+    """What the turn adds to all that precedes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +190,31 @@ class ChatTemplate:
             )
         return text
 
+    def results(self, calls: Sequence[Message], results: Sequence[Message]) -> Results:
+        """The rendering of results, which does not depend on the conversation that they belong to.
+
+        A template that renders earlier turns differently once others follow, for example without their
+        thoughts, therefore never changes the tokens of a trajectory.
+
+        Args:
+            calls: The tool calls of the assistant's message.
+            results: Messages with role `tool`.
+
+        Raises:
+            UsageError: The template changes the assistant's turn when results follow.
+        """
+        names = [{"function": {"name": function_of(call)["name"], "arguments": {}}} for call in calls]
+        turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", **x} for x in names]}
+        begin = [{"role": "user", "content": "?"}, turn]
+        closed, answered = self.render(begin, prompt=False), self.render([*begin, *results])
+        if not answered.startswith(closed):
+            raise UsageError(
+                "the chat template renders a turn of the assistant differently when the result of a tool "
+                "follows, so the tokens of the result are unknown; use another template "
+                "(model.chat_template_path)"
+            )
+        return Results(closed, answered)
+
     def _with_thought(self, messages: Sequence[Message], turn: Message, prompt: str, whole: str) -> str:
         """The completion with the thought that the template left out, or with an empty one.
 
@@ -232,6 +276,8 @@ def render_conversation(
     completions: Sequence[Message | None],
     earlier: Sequence[int],
     template: ChatTemplate,
+    *,
+    later: Sequence[Message] = (),
 ) -> Rendered:
     """Render a row, in the first form of content and arguments in which the template loses no text.
 
@@ -240,11 +286,12 @@ def render_conversation(
         completions: Assistant messages that follow it, each without the others.
         earlier: Indices of the prompt's assistant messages that are trained.
         template: The chat template.
+        later: What follows the first of the completions: results of tools, and further turns.
 
     Raises:
         UsageError: The template raised an error, or a text of the conversation is not in what it rendered.
     """
-    calls = any("tool_calls" in message for message in (*messages, *completions) if message)
+    calls = any("tool_calls" in message for message in (*messages, *completions, *later) if message)
     forms = [(False, False), *([(False, True)] if calls else []), (True, False)]
     failures: list[UsageError] = []
     for parts, json_arguments in forms:
@@ -257,8 +304,8 @@ def render_conversation(
         )
         try:
             given = [turn for turn in completions if turn is not None]
-            for turn in given:
-                form.check(_joined(messages, turn), prompt=False)
+            for number, turn in enumerate(given):
+                form.check([*_joined(messages, turn), *(later if number == 0 else ())], prompt=False)
             if not given:
                 form.check(messages, prompt=True)
             turns = [(messages[:index], messages[index]) for index in earlier]
@@ -269,11 +316,33 @@ def render_conversation(
                 ],
                 earlier=[(form.render(before), form.completion(before, turn)) for before, turn in turns],
                 notes=form.notes,
+                later=_later_turns(form, [*messages, *given[:1]], later),
             )
         except UsageError as error:
             failures.append(error)
     # A form that the template does not take makes it raise, or lose every text.
     raise next((error for error in failures if error.__cause__ is None), failures[0])
+
+
+def _later_turns(form: ChatTemplate, before: list[Message], later: Sequence[Message]) -> list[LaterTurn]:
+    """The turns in `later`, each with the results that precede it.
+
+    Args:
+        before: The prompt and the first turn.
+    """
+    turns: list[LaterTurn] = []
+    results: list[Message] = []
+    for message in later:
+        if message["role"] == "tool":
+            results.append(message)
+            continue
+        calls = before[-1].get("tool_calls")
+        if not calls:
+            raise UsageError("a result of a tool follows an assistant message without 'tool_calls'")
+        before = [*before, *results]
+        turns.append(LaterTurn(form.results(calls, results), form.completion(before, message)))
+        before, results = [*before, message], []
+    return turns
 
 
 def _joined(messages: Sequence[Message], turn: Message) -> list[Message]:

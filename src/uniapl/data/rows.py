@@ -11,9 +11,9 @@ from uniapl.config import DataConfig
 from uniapl.data.conversations import Completion, Conversation, Message, read_conversation, template_inputs
 from uniapl.data.formats import standard_columns
 from uniapl.data.rendering import ChatTemplate, Rendered, render_conversation
-from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt
+from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt, encode_results
 from uniapl.errors import UsageError
-from uniapl.types import Example, Prompt, TokenIds, Tokens
+from uniapl.types import Example, Given, Prompt, TokenIds, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,10 @@ def _example(
     eos_id: Any = tokenizer.eos_token_id
     stop_ids = {*stop_ids, eos_id}
     demonstration_ids, rejected_ids, earlier = _completion_ids(conversation, rendered, tokenizer, stop_ids)
-    demonstration = conversation.completion
+    demonstration, given = conversation.completion, ()
+    if conversation.later:
+        assert demonstration_ids is not None
+        demonstration_ids, given = _trajectory(demonstration_ids, conversation, rendered, tokenizer, stop_ids)
     if isinstance(demonstration, dict):
         # A tool call is text too: as the completions of the policy are decoded.
         called = "tool_calls" in demonstration
@@ -166,6 +169,7 @@ def _example(
         prompt_ids=prompt_ids,
         demonstration=demonstration,
         demonstration_ids=demonstration_ids,
+        demonstration_given=given,
         rejected_ids=rejected_ids,
         earlier_turns=earlier,
         # Reward functions get a renamed column under both names.
@@ -205,6 +209,32 @@ def _completion_ids(
         else encoded(rejected, conversation.rejected, rendered.prompt, "rejected completion"),
         tuple(earlier),
     )
+
+
+def _trajectory(
+    first: TokenIds,
+    conversation: Conversation,
+    rendered: Rendered,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: set[int],
+) -> tuple[TokenIds, Given]:
+    """Token ids of all turns of the demonstration with the results between them, and the latter's ranges.
+
+    They are built as the sampler builds those of a rollout, turn by turn.
+
+    Args:
+        first: Token ids of the first turn.
+    """
+    ids, given = first, [(0, len(first))] if 0 in conversation.untrained else []
+    places = [n for n, message in enumerate(conversation.later, start=1) if message["role"] == "assistant"]
+    for place, turn in zip(places, rendered.later, strict=True):
+        between = encode_results(turn.results, tokenizer, stop_ids)
+        answer = _answer(conversation.later[place - 1])
+        own = encode_completion(turn.text, tokenizer, stop_ids, prompt=turn.results.answered, answer=answer)
+        stop = len(ids) + len(between) + (len(own) if place in conversation.untrained else 0)
+        given.append((len(ids), stop))
+        ids = (*ids, *between, *own)
+    return ids, tuple(given)
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -249,6 +279,7 @@ def _rendered(
         ChatTemplate(
             tokenizer=tokenizer, arguments={**config.chat_template_kwargs, **arguments}, tools=tools or ()
         ),
+        later=conversation.later,
     )
 
 

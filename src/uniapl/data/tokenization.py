@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from uniapl.data.rendering import Results
 from uniapl.errors import UsageError
 from uniapl.types import TokenIds
 
@@ -73,6 +74,23 @@ def encode_completion(
         ordinary = ", which is not a special token" if ordinary_tokens([ids[end]], tokenizer) else ""
         raise EndsEarlyError(f"{name} continues after the end token '{token}'{ordinary}")
     return ids[: end + 1]
+
+
+def encode_results(
+    results: Results, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+) -> TokenIds:
+    """Token ids between a turn that calls tools and the next one: what follows the stop token of the turn.
+
+    Raises:
+        UsageError: The results merge with the turn into other tokens.
+    """
+    closed, answered = (tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in results)
+    if answered[: len(closed)] != closed:
+        raise UsageError("the tokenizer joins a tool call and the tool's result into one token")
+    # The turn's own stop token; without one, the sampler's turn has an end token that the template lacks.
+    last = next((n for n in range(len(closed) - 1, -1, -1) if closed[n] in stop_ids), None)
+    trailing = tokenizer.decode(list(closed[last + 1 :])) if last is not None else "?"
+    return answered[last + 1 :] if last is not None and not str(trailing).strip() else answered[len(closed) :]
 
 
 def without_end(ids: TokenIds, stop_ids: Collection[int]) -> TokenIds:
