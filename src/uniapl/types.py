@@ -1,7 +1,7 @@
 """The data types of a step: examples, rollouts, rollout groups and micro-batches."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -47,11 +47,6 @@ class Tokens(NamedTuple):
         for start, stop in self.given:
             written[start:stop] = [False] * (stop - start)
         return written
-
-    def text_length(self, stop_ids: Collection[int]) -> int:
-        """Number of written tokens without the end token that closes the completion, if one does."""
-        closed = bool(self.completion) and self.is_written[-1] and self.completion[-1] in stop_ids
-        return self.num_written - closed
 
 
 def prompt_text(prompt: Prompt) -> str:

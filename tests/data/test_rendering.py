@@ -227,7 +227,7 @@ def test_tool_calls_are_trained(name: str, expected: str, as_json: bool) -> None
     answer = decoded(tokenizer, example)[1]
     assert answer.endswith(expected) or answer.removesuffix(FAMILIES[name]).endswith(expected)
     assert "get_weather" in str(example.demonstration)
-    after, _ = texts(
+    _, after = texts(
         name, {"messages": [USER, call, RESULT, {"role": "assistant", "content": "Cold."}], **tools}
     )
     assert "3 degrees" in after

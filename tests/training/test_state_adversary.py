@@ -246,7 +246,9 @@ def likelihood() -> StateAdversary:
     return StateAdversary(
         trainer=None,
         likelihood_scale=4.0,
-        text_length=lambda tokens: tokens.text_length({1}),
+        text_length=lambda tokens: (
+            tokens.num_written - (tokens.is_written[-1] and tokens.completion[-1] == 1)
+        ),
         max_tokens=100,
         state=AdversaryState(),
         accelerator=Accelerator(cpu=True),

@@ -1,6 +1,7 @@
 """Render conversations with a chat template, and check that all of their text is in the result."""
 
 import json
+import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,12 +209,23 @@ class ChatTemplate:
         begin = [{"role": "user", "content": "?"}, turn]
         closed, answered = self.render(begin, prompt=False), self.render([*begin, *results])
         if not answered.startswith(closed):
+            # Qwen3's template, for example, adds an empty thought to the last turn only.
+            closed = self._closed_turn(begin, answered)
+        if not closed:
             raise UsageError(
                 "the chat template renders a turn of the assistant differently when the result of a tool "
                 "follows, so the tokens of the result are unknown; use another template "
                 "(model.chat_template_path)"
             )
         return Results(closed, answered)
+
+    def _closed_turn(self, begin: Sequence[Message], answered: str) -> str:
+        """The beginning of `answered` up to the end token of the assistant's turn; "" if that is unknown."""
+        other = self.render([*begin, {"role": "user", "content": MARK}])
+        common = os.path.commonprefix([answered, other])  # noqa: RUF071 (characters are meant)
+        name, end = function_of(begin[-1]["tool_calls"][-1])["name"], str(self.tokenizer.eos_token)
+        stop = common.rfind(end)
+        return common[: stop + len(end)] if stop > common.rfind(name) >= 0 else ""
 
     def _with_thought(self, messages: Sequence[Message], turn: Message, prompt: str, whole: str) -> str:
         """The completion with the thought that the template left out, or with an empty one.

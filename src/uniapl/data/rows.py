@@ -229,6 +229,9 @@ def _trajectory(
     places = [n for n, message in enumerate(conversation.later, start=1) if message["role"] == "assistant"]
     for place, turn in zip(places, rendered.later, strict=True):
         between = encode_results(turn.results, tokenizer, stop_ids)
+        if between[0] in stop_ids:
+            # The results' first token ends the turn, in place of the end token that was appended.
+            ids, between = (*ids[:-1], between[0]), between[1:]
         answer = _answer(conversation.later[place - 1])
         own = encode_completion(turn.text, tokenizer, stop_ids, prompt=turn.results.answered, answer=answer)
         stop = len(ids) + len(between) + (len(own) if place in conversation.untrained else 0)

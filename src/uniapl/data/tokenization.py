@@ -81,6 +81,8 @@ def encode_results(
 ) -> TokenIds:
     """Token ids between a turn that calls tools and the next one: what follows the stop token of the turn.
 
+    They begin with that stop token if the template writes it as a part of the results, as GLM's does.
+
     Raises:
         UsageError: The results merge with the turn into other tokens.
     """

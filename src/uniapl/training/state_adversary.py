@@ -275,7 +275,6 @@ def build_state_adversary(
         closing = len(ids) - inputs.text_length(ids, stop_strings=config.rollout.stop_strings)
         return tokens.num_written - (closing if tokens.is_written[-1:] == [True] else 0)
 
-
     def read(sequences: Sequence[Tokens]) -> list[TokenStates]:
         states = reader.read(sequences)
         return [s.first(text_length(tokens)) for s, tokens in zip(states, sequences, strict=True)]

@@ -132,13 +132,13 @@ def test_pairs_of_the_data_and_their_reference() -> None:
     def reference(sequences: object) -> list[TokenStates]:
         read.extend(sequences)  # type: ignore[arg-type]
         return [
-            TokenStates(logprobs=-torch.tensor(y).float(), states=torch.empty(len(y), 0)) for _, y in read
+            TokenStates(logprobs=-torch.tensor(y).float(), states=torch.empty(len(y), 0)) for _, y, _ in read
         ]
 
     rollout = Row(prompt_ids=(1,), completion_ids=(2,), components=frozenset({"kl"}))
     first, last, other = with_reference([*rows, rollout], reference)
     # The demonstration that two rows share is read once.
-    assert read == [((5, 6), (9, 9, 1)), ((5, 6), (7, 1)), ((5, 6), (8, 1))]
+    assert [tokens.pair for tokens in read] == [((5, 6), y) for y in ((9, 9, 1), (7, 1), (8, 1))]
     assert first.ref_logprobs == (-9.0, -9.0, -1.0)
     assert last.ref_logprobs == (-8.0, -1.0)
     assert first.chosen is not None
