@@ -16,6 +16,7 @@ from support.templates import FAMILIES, family
 from uniapl.config import DataConfig
 from uniapl.data.rows import tokenize_row
 from uniapl.errors import UsageError
+from uniapl.types import TokenIds, Tokens
 
 TOKENIZERS = {name: family(name) for name in FAMILIES}
 STRIPS_THOUGHTS = ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano")
@@ -101,6 +102,13 @@ def answer(message: dict[str, Any]) -> str:
     return joined(message).rpartition("</think>")[2]
 
 
+def written_parts(tokens: Tokens) -> list[tuple[TokenIds, TokenIds]]:
+    """Each turn of a trajectory with all that precedes it."""
+    bounds = [0, *(place for part in tokens.given for place in part), len(tokens.completion)]
+    starts = zip(bounds[::2], bounds[1::2], strict=True)
+    return [(tokens.prompt + tokens.completion[:a], tokens.completion[a:b]) for a, b in starts]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @tries(25)
 @given(row=conversations())
@@ -116,7 +124,8 @@ def test_random_conversations(name: str, row: dict[str, Any]) -> None:
         roles = {message["role"] for message in messages}
         assert roles & {"tool", "developer", "system"}, "a conversation of user and assistant is accepted"
         return
-    turns = [(decoded(tokenizer, p), decoded(tokenizer, c)) for p, c, _ in example.demonstrated_turns]
+    parts = [part for tokens in example.demonstrated_turns for part in written_parts(tokens)]
+    turns = [(decoded(tokenizer, p), decoded(tokenizer, c)) for p, c in parts]
     whole = "".join(turns[-1])
     for message in messages:
         assert occurs(answer(message), whole), "every text reaches the model"
@@ -129,9 +138,7 @@ def test_random_conversations(name: str, row: dict[str, Any]) -> None:
         assert occurs(tool["function"]["description"], whole)
     trained = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(turns) == len(trained), "all of them are trained"
-    for index, (prompt, completion), (_, ids, _) in zip(
-        trained, turns, example.demonstrated_turns, strict=True
-    ):
+    for index, (prompt, completion), (_, ids) in zip(trained, turns, parts, strict=True):
         message, before = messages[index], messages[:index]
         own = numbers(joined(message) + json.dumps(message.get("tool_calls", ""), ensure_ascii=False))
         assert numbers(completion) == own, "exactly the assistant's text is trained, with its thought"
