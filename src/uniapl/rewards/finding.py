@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from uniapl.errors import UsageError
 from uniapl.rewards.neighbours import load_file, load_module
@@ -24,15 +24,19 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return add
 
 
-def find_function(name: str) -> Callable[..., Any]:
-    """The function that `name` refers to: a registry name, `module:function` or `path.py:function`.
+def find_function(
+    name: str, *, kind: Literal["reward function", "tool"] = "reward function"
+) -> Callable[..., Any]:
+    """The function that `name` refers to: `module:function`, `path.py:function`, or a reward's registry name.
 
     Raises:
         UsageError: It does not exist, or its module cannot be imported.
     """
-    if name in REGISTRY:
+    if kind == "reward function" and name in REGISTRY:
         return REGISTRY[name]
     source, _, attribute = name.rpartition(":")
+    if not source and kind == "tool":
+        raise UsageError(f"unknown tool '{name}': use `module:function` or `path.py:function`")
     if not source:
         raise UsageError(
             f"unknown reward function '{name}': use one of {', '.join(sorted(REGISTRY))}, "
@@ -41,11 +45,11 @@ def find_function(name: str) -> Callable[..., Any]:
     try:
         module = _load_file(Path(source).resolve()) if source.endswith(".py") else _import(source)
     except Exception as error:  # the user's code runs here and may raise anything
-        raise UsageError(f"reward function '{name}': cannot import '{source}': {error!r}") from error
+        raise UsageError(f"{kind} '{name}': cannot import '{source}': {error!r}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(
-            f"reward function '{name}': '{source}' has no function '{attribute}'{_defined(module, attribute)}"
+            f"{kind} '{name}': '{source}' has no function '{attribute}'{_defined(module, attribute)}"
         )
     return function
 
