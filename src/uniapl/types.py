@@ -109,6 +109,28 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """Tool calls of a rollout."""
+
+    calls: int = 0
+    """Calls that were executed."""
+    failed: int = 0
+    """Those of them without a tool of the name, with an exception, or without an answer in time."""
+    malformed: int = 0
+    """1 if the last turn begins a call that cannot be read."""
+    unanswered: int = 0
+    """Calls in the last turn, after the highest number of iterations."""
+
+    def __add__(self, other: "ToolUse") -> "ToolUse":
+        return ToolUse(
+            calls=self.calls + other.calls,
+            failed=self.failed + other.failed,
+            malformed=self.malformed + other.malformed,
+            unanswered=self.unanswered + other.unanswered,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One sampled completion, as the sampler returned it."""
 
@@ -124,6 +146,9 @@ class Rollout:
     ref_logprobs: tuple[float, ...] | None = None
     """Nats, one per sampled token, under the KL reference; None in a step that does not use it."""
     given: Given = ()
+    messages: tuple[dict[str, Any], ...] = ()
+    """The turns and the results of tools as chat messages; empty without tools."""
+    tool_use: ToolUse = field(default_factory=ToolUse)
 
     @property
     def num_sampled(self) -> int:

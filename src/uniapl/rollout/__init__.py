@@ -22,6 +22,8 @@ class SampleRequest:
     """One seed per prompt, for all of its rollouts."""
     num_generations: int
     """Rollouts per prompt."""
+    max_completion_length: int | None = None
+    """Tokens of each completion; None is the sampler's own limit."""
     policy_version: int = 0
     """The training step whose weights sample; it is recorded in every rollout."""
 

@@ -46,21 +46,24 @@ class LocalSampler:
     def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
         """Return `num_generations` rollouts for each prompt, in the order of the prompts."""
         prompts, count = request.prompts, request.num_generations
+        settings = self.settings.limited(request.max_completion_length)
         prompts_per_batch = max(1, self.max_batch_size // count)
         # Prompts of similar length share a batch, which saves padding. The longest come first: a batch that
         # does not fit in memory fails at once.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rollouts: list[tuple[Rollout, ...]] = [()] * len(prompts)
         with self._evaluating():
-            decoder = self._decoder()
+            decoder = self._decoder(settings.max_completion_length)
             for start in range(0, len(order), prompts_per_batch):
                 batch = order[start : start + prompts_per_batch]
                 history = self._history([prompts[i] for i in batch], count)
+                # The numbers do not depend on the limit.
                 uniforms = self._uniforms([request.seeds[i] for i in batch], count)
+                uniforms = uniforms[:, : settings.max_completion_length]
                 rows = self._decode(decoder([prompts[i] for i in batch], count), uniforms, history)
                 for place, index in enumerate(batch):
                     group = rows[place * count : (place + 1) * count]
-                    rollouts[index] = self.settings.rollouts(group, request.policy_version)
+                    rollouts[index] = settings.rollouts(group, request.policy_version)
         return rollouts
 
     def check(self) -> None:
@@ -90,12 +93,12 @@ class LocalSampler:
         finally:
             self.model.train(was_training)
 
-    def _decoder(self) -> Callable[[Sequence[TokenIds], int], Decoder]:
+    def _decoder(self, max_completion_length: int) -> Callable[[Sequence[TokenIds], int], Decoder]:
         """Return a function that makes the decoder of some prompts with G rows each."""
         if not self.fused:
             return functools.partial(PlainDecoder, self.model, self.pad_id)
         return functools.partial(
-            FusedDecoder, Weights(self.model), max_completion_length=self.settings.max_completion_length
+            FusedDecoder, Weights(self.model), max_completion_length=max_completion_length
         )
 
     def _decode(self, decoder: Decoder, uniforms: Tensor, history: Tensor | None) -> list[SampledTokens]:
@@ -114,14 +117,15 @@ class LocalSampler:
         windows = strings.windows(len(uniforms), device) if strings is not None else None
         sampled: list[tuple[Tensor, Tensor, Tensor]] = []
         logits = decoder.prefill()
-        for position in range(settings.max_completion_length):
+        length = uniforms.shape[1]
+        for position in range(length):
             tokens, logprobs = self._choose(logits, uniforms[:, position], history)
             sampled.append((rows, tokens, logprobs))
             finished |= torch.isin(tokens, stop)
             if strings is not None and windows is not None:
                 windows = torch.cat([windows[:, 1:], tokens.unsqueeze(-1)], dim=1)
                 finished |= strings.complete(windows)
-            if position + 1 == settings.max_completion_length:
+            if position + 1 == length:
                 break
             history = None if history is None else torch.cat([history, tokens.unsqueeze(-1)], dim=1)
             if (position + 1) % check_every == 0 and finished.any():

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -124,6 +124,12 @@ class SamplingSettings:
         shared = _shared(section)
         shared["temperature"] = section.sampling_temperature
         return SamplingSettings(stop_ids=stop_ids, stop_strings=StopStrings.of(given, tokenizer), **shared)
+
+    def limited(self, max_completion_length: int | None) -> "SamplingSettings":
+        """The settings with another limit of a completion's length; None keeps it."""
+        if max_completion_length is None:
+            return self
+        return replace(self, max_completion_length=max_completion_length)
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON values, to compare those of two runs."""

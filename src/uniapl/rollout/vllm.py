@@ -119,6 +119,7 @@ class VLLMSampler:
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
 
     def _generate(self, request: SampleRequest, settings: SamplingSettings) -> list[tuple[Rollout, ...]]:
+        settings = settings.limited(request.max_completion_length)
         groups = self._completions(request, settings)
         return [settings.rollouts(group, request.policy_version) for group in groups]
 
