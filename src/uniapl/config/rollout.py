@@ -28,6 +28,16 @@ class RolloutConfig(Section):
     the others, with log-probabilities as for top_p. 1 disables it."""
     stop_strings: Texts = ()
     """Texts that end a completion. They belong to it, with all of the token that completes them."""
+    tools: Texts = ()
+    """Functions that the policy can call in a rollout: `module:function` or `path.py:function`, with type
+    hints and a docstring that describes their arguments (TRL's tools)."""
+    max_tool_calling_iterations: int | None = Field(default=None, ge=1)
+    """Turns of a rollout after which tools are called; null has no limit but max_completion_length, which
+    counts the results too."""
+    tool_timeout: float = Field(default=10.0, gt=0)
+    """Time limit of a call in seconds; afterwards its result is an error that the policy reads."""
+    max_tool_result_length: int = Field(default=4000, ge=1)
+    """Maximum number of characters of a result; longer ones are cut."""
     max_batch_size: int = Field(default=256, ge=1)
     """Maximum number of rollouts that are decoded at the same time."""
     max_resample_times: int = Field(default=0, ge=0)

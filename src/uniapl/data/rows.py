@@ -1,7 +1,7 @@
 """Tokenise rows into examples."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ def tokenize_rows(
     stop_ids: Collection[int] = (),
     context_length: int | None = None,
     max_completion_length: int = 0,
+    tools: Sequence[Message] = (),
 ) -> Dataset:
     """Check the columns of rows, tokenise them, and leave out rows that cannot be used whole.
 
@@ -48,6 +49,7 @@ def tokenize_rows(
             end at them too.
         context_length: The model's context length in tokens; longer rows are left out.
         max_completion_length: Tokens to reserve after the prompt for a rollout.
+        tools: Schemas of the tools that chat prompts have, unless a row has a column of its own.
 
     Raises:
         UsageError: A row is invalid or has an empty demonstration, the tokenizer has no end token or no chat
@@ -67,7 +69,7 @@ def tokenize_rows(
     noted: dict[str, list[int]] = {}
     for number, row in rows:
         try:
-            example = tokenize_row(number, row, tokenizer, config, stop_ids, noted)
+            example = tokenize_row(number, row, tokenizer, config, stop_ids, noted, tools)
         except EndsEarlyError as error:
             reason = str(error).removeprefix(f"row {number}: ")
             left_out[reason] = (*left_out.get(reason, ()), number)
@@ -112,6 +114,7 @@ def tokenize_row(
     config: DataConfig,
     stop_ids: Collection[int] = (),
     noted: dict[str, list[int]] | None = None,
+    tools: Sequence[Message] = (),
 ) -> Example:
     """Tokenise one row, and add its number to its notes in `noted`.
 
@@ -119,7 +122,7 @@ def tokenize_row(
     """
     notes: set[str] = set()
     try:
-        example = _example(number, row, tokenizer, config, stop_ids, notes)
+        example = _example(number, row, tokenizer, config, stop_ids, notes, tools)
     except UsageError as error:
         raise type(error)(f"row {number}: {error}") from error
     except Exception as error:  # tokenizers raise many types, for example on lone surrogates
@@ -138,12 +141,15 @@ def _example(
     config: DataConfig,
     stop_ids: Collection[int],
     notes: set[str],
+    tools: Sequence[Message],
 ) -> Example:
     if not isinstance(row, Mapping):
         raise UsageError(f"expected a mapping of columns to values, got {row!r:.80}")
     original = {column: value for column, value in row.items() if value is not None}
     renamed = _renamed(original, config.columns)
     row = standard_columns(renamed, original)
+    if tools and not is_plain_text(row.get("prompt"), config):
+        row = {"tools": [*tools], **row}
     conversation = read_conversation(row, train_on=config.train_on)
     rendered = _rendered(conversation, row, tokenizer, config)
     notes |= rendered.notes

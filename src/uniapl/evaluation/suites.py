@@ -15,6 +15,7 @@ from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
+from uniapl.tools.functions import find_tools
 from uniapl.types import Example
 
 BENCHMARKS = {"ifeval": "google/IFEval", "ifbench": "allenai/IFBench_test"}
@@ -123,6 +124,7 @@ def load_suites(
                     stop_ids=stop_ids,
                     context_length=context_length,
                     max_completion_length=config.evaluation.max_completion_length,
+                    tools=[dict(tool.schema) for tool in find_tools(config.rollout.tools)],
                 )
             scoring = _scoring(name, dataset.examples, config, functions, state, once, required=rows is None)
         except UsageError as error:

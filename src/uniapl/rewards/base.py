@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from uniapl.config import RewardsConfig
 from uniapl.errors import UsageError
-from uniapl.rewards.calls import is_async, is_async_generator
+from uniapl.rewards.calls import Completion, is_async, is_async_generator
 from uniapl.rewards.finding import find_function
 from uniapl.rewards.scoring import RewardOutcome, score_samples
 from uniapl.threads import in_background
@@ -245,7 +245,10 @@ class Rewarder:
             return self._once(work)
 
     def score(
-        self, examples: Sequence[Example], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
+        self,
+        examples: Sequence[Example],
+        texts: Sequence[Completion],
+        completion_ids: Sequence[Sequence[int]],
     ) -> dict[str, RewardOutcome]:
         """Function name -> its outcome over all samples; the arguments have one entry per sample.
 
@@ -268,7 +271,7 @@ class Rewarder:
         self,
         reward: NamedReward,
         examples: Sequence[Example],
-        texts: Sequence[str],
+        texts: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
     ) -> RewardOutcome:
         """:meth:`score` for one function."""

@@ -11,8 +11,8 @@ from uniapl.rewards.finding import register
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion: a string, or a list with one assistant message."""
-    return completion if isinstance(completion, str) else completion[0]["content"]
+    """The text of a completion: a string, or a list of messages whose last one is the answer."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 @register("no_comma")

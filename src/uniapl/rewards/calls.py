@@ -15,6 +15,8 @@ from uniapl.rewards.event_loop import RewardTimeoutError, loop_thread
 from uniapl.threads import DeadlineError, call_with_deadline
 from uniapl.types import Example
 
+Completion = str | list[dict[str, Any]]
+"""The text of a completion, or the messages of a trajectory."""
 Value = float | None | Exception
 """A function's result for one completion: a score, None ("does not apply"), or why it could not be scored."""
 
@@ -42,7 +44,7 @@ def _is(function: Any, kind: Callable[[Any], bool]) -> bool:
 def arguments_of(
     function: functools.partial[Any],
     examples: list[Example],
-    texts: list[str],
+    texts: list[Completion],
     completion_ids: list[list[int]],
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -58,8 +60,10 @@ def arguments_of(
     }
     everything["prompts"] = [copy.deepcopy(example.prompt) for example in examples]
     everything["completions"] = [
-        text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
-        for example, text in zip(examples, texts, strict=True)
+        [{"role": "assistant", "content": completion}]
+        if isinstance(completion, str) and not isinstance(example.prompt, str)
+        else completion
+        for example, completion in zip(examples, texts, strict=True)
     ]
     everything["completion_ids"] = completion_ids
     everything |= run

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerState
 
 from uniapl.files import json_line
-from uniapl.rewards.calls import Value, WrongFormError, arguments_of, call, error_location
+from uniapl.rewards.calls import Completion, Value, WrongFormError, arguments_of, call, error_location
 from uniapl.rewards.event_loop import RewardTimeoutError
 from uniapl.types import Example
 
@@ -91,7 +91,7 @@ class CallLog:
 def score_samples(
     function: functools.partial[Any],
     examples: Sequence[Example],
-    texts: Sequence[str],
+    texts: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]],
     *,
     applicable: Sequence[int],

@@ -14,6 +14,7 @@ from uniapl.evaluation import Part, evaluate_suite
 from uniapl.rollout import Sampler, SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.training.build_sampler import with_tools
 from uniapl.training.distributed.rank_zero_sampler import Groups, RankZeroSampler
 from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.training.inputs import RunInputs
@@ -89,7 +90,7 @@ class Evaluation:
         settings = SamplingSettings.of_evaluation(config, inputs.stop_ids, inputs.tokenizer)
         if isinstance(stage.sampler, RankZeroSampler) and stage.config.objective.uses_rollouts:
             return _VLLM(sampler=stage.sampler, policy_version=step, settings=settings)
-        return LocalSampler(
+        sampler = LocalSampler(
             model=stage.model,
             settings=settings,
             pad_id=inputs.pad_id,
@@ -97,6 +98,7 @@ class Evaluation:
             decoding=self.config.rollout.decoding,
             autocast=self.accelerator.autocast,
         )
+        return with_tools(sampler, self.config, inputs, settings.max_completion_length)
 
 
 @dataclass(frozen=True, kw_only=True)

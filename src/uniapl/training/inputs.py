@@ -12,6 +12,7 @@ from uniapl.data.tokenization import text_length
 from uniapl.evaluation import Suite
 from uniapl.models.loading import ModelSource, pad_id_of
 from uniapl.rewards import Rewarder
+from uniapl.tools.functions import Tool
 from uniapl.types import Example, TokenIds
 
 
@@ -27,6 +28,8 @@ class RunInputs:
     stop_ids: frozenset[int]
     """Every token that ends a completion: sampling stops there, and demonstrations are cut after them."""
     data_sha256: str
+    tools: tuple[Tool, ...] = ()
+    """Functions that the policy can call."""
     notes: tuple[str, ...] = ()
     """Notes about the data for the user."""
     suites: tuple[Suite, ...] = ()

@@ -166,7 +166,11 @@ def reward(
     update_trainer_state(run)
     outcomes = rewarder.score(
         [group.example for group in groups for _ in group.rollouts],
-        [text for group in groups for text in group.texts],
+        [
+            list(rollout.messages) or text
+            for group in groups
+            for rollout, text in zip(group.rollouts, group.texts, strict=True)
+        ],
         [rollout.completion_ids for group in groups for rollout in group.rollouts],
     )
     ends = [0, *itertools.accumulate(len(group.rollouts) for group in groups)]

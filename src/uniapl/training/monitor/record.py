@@ -143,6 +143,7 @@ def _completion_record(step: int, group: RolloutGroup, credit: Credit | None) ->
                 "text": text,
                 "tokens": rollout.num_sampled,
                 "finish_reason": rollout.finish_reason,
+                **({"messages": list(rollout.messages)} if rollout.messages else {}),
                 "reward": reward,
                 "rewards": {name: values[i] for name, values in group.reward_parts.items()},
                 **({"extra": {k: values[i] for k, values in group.extra.items()}} if group.extra else {}),

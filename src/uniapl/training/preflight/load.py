@@ -25,6 +25,7 @@ from uniapl.models.loading import (
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.tools.functions import find_tools
 from uniapl.training.build_teacher import check_teacher, notes_on_teacher
 from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
@@ -67,10 +68,18 @@ def load_inputs(
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     limits = {"stop_ids": stop_ids, "context_length": window}
+    tools = find_tools(config.rollout.tools)
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
         most = max(longest, default=0)
-        dataset = tokenize_rows(rows, tokenizer, config.data, max_completion_length=most, **limits)
+        dataset = tokenize_rows(
+            rows,
+            tokenizer,
+            config.data,
+            max_completion_length=most,
+            tools=[dict(tool.schema) for tool in tools],
+            **limits,
+        )
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     state = _trainer_state(config)
     rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
@@ -101,6 +110,7 @@ def load_inputs(
         dataset=dataset,
         rewarder=rewarder,
         stop_ids=stop_ids,
+        tools=tuple(tools),
         data_sha256=_sha256([row for _, row in rows]),
         notes=tuple(notes),
         suites=suites,
