@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from uniapl.rollout.caches import RowCaches
 from uniapl.types import Rollout, TokenIds
 
 
@@ -24,6 +25,9 @@ class SampleRequest:
     """Rollouts per prompt."""
     max_completion_length: int | None = None
     """Tokens of each completion; None is the sampler's own limit."""
+    caches: RowCaches | None = None
+    """Has caches of rows that go on in this call, and is given those of its rollouts, which may go on in
+    the next call; None if none does. vLLM has caches of its own."""
     policy_version: int = 0
     """The training step whose weights sample; it is recorded in every rollout."""
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uniapl.rollout.caches import Cache
 from uniapl.rollout.plain import PlainDecoder
 from uniapl.types import TokenIds
 
@@ -227,10 +228,24 @@ class FusedDecoder:
     """
 
     def __init__(
-        self, weights: Weights, prompts: Sequence[TokenIds], num_generations: int, max_completion_length: int
+        self,
+        weights: Weights,
+        prompts: Sequence[TokenIds],
+        num_generations: int,
+        max_completion_length: int,
+        known: Sequence[Cache | None] = (),
     ) -> None:
-        """Allocate the cache for all tokens of all rows."""
+        """Allocate the cache for all tokens of all rows.
+
+        Args:
+            weights: The model's.
+            prompts: Token ids of each.
+            num_generations: Rows of each prompt.
+            max_completion_length: Tokens that may follow a prompt.
+            known: For each prompt, the cache of some of its first tokens, not of all; empty if none has one.
+        """
         device = weights.embedding.device
+        self.known = known or [None] * len(prompts)
         self.weights, self.prompts, self.num_generations = weights, prompts, num_generations
         self.width = max(len(prompt) for prompt in prompts)
         self.columns = torch.arange(self.width + max_completion_length, device=device)
@@ -249,8 +264,9 @@ class FusedDecoder:
     def prefill(self) -> Tensor:
         """Read each prompt once; return the next token's logits of all rows, [rows, vocabulary]."""
         padded = [(0,) * (self.width - len(prompt)) + tuple(prompt) for prompt in self.prompts]
+        self._copy_known()
         masks: Masks = {window: self._causal_mask(window) for window in self.weights.windows}
-        logits = self._forward(torch.tensor(padded, device=self.start.device), masks)
+        logits = self._forward(torch.tensor(padded, device=self.start.device)[:, self.length :], masks)
         # One layer after the other, so that only one is in memory twice.
         for cache in (*self.keys, *self.values):
             prompts = cache[: len(padded), :, : self.width]
@@ -259,6 +275,21 @@ class FusedDecoder:
         if len({len(prompt) for prompt in self.prompts}) > 1:
             self.seen = (self.columns >= self.start.unsqueeze(-1))[:, None, None]
         return logits.repeat_interleave(self.num_generations, dim=0)
+
+    def _copy_known(self) -> None:
+        """Fill the columns that need not be computed for any prompt."""
+        known = [0 if cache is None else cache.keys.shape[2] for cache in self.known]
+        unknown = (len(prompt) - tokens for prompt, tokens in zip(self.prompts, known, strict=True))
+        self.length = self.width - max(unknown)
+        for ours in (self.keys, self.values):
+            # Attention to padding has weight 0, and 0 times what the memory held may be NaN.
+            ours[:, : len(known), :, : self.length] = 0
+        for row, (cache, tokens) in enumerate(zip(self.known, known, strict=True)):
+            if cache is not None:
+                first = self.width - len(self.prompts[row])
+                self.keys[:, row, :, first : first + tokens] = cache.keys
+                self.values[:, row, :, first : first + tokens] = cache.values
+        self.known = ()
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each row; return the logits of the next one, [rows, vocabulary]."""
@@ -276,14 +307,19 @@ class FusedDecoder:
         if self.seen is not None:
             self.seen = self.seen[rows]
 
+    def row_cache(self, row: int) -> Cache:
+        """A copy of the keys and values of a row's tokens that were read."""
+        columns = slice(int(self.start[row]), self.length)
+        return Cache(self.keys[:, row, :, columns].clone(), self.values[:, row, :, columns].clone())
+
     def _first(self, window: int | None) -> int:
         """The first column that the next token attends to."""
         return 0 if window is None else max(0, self.length + 1 - window)
 
     def _causal_mask(self, window: int | None) -> Tensor:
-        """[prompts, 1, width * group, width], True where a token attends to an earlier one or itself."""
-        column = self.columns[: self.width]
-        distance = column[:, None] - column
+        """[prompts, 1, new * group, columns], True where a new token attends to an earlier one or itself."""
+        column = self.columns[self._first(window) : self.width]
+        distance = self.columns[self.length : self.width, None] - column
         seen = (distance >= 0) & (column >= self.start[:, None, None])
         if window is not None:
             seen &= distance < window

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from uniapl.rollout import SampledTokens, SampleRequest
+from uniapl.rollout.caches import Cache, RowCaches
 from uniapl.rollout.fused import FusedDecoder, Weights, same_logits, supports_fused
 from uniapl.rollout.plain import PlainDecoder
 from uniapl.rollout.settings import SamplingSettings, warps
@@ -29,7 +30,8 @@ Decoder = FusedDecoder | PlainDecoder
 class LocalSampler:
     """Samples with any causal language model of transformers whose layers all have a key-value cache.
 
-    Each prompt is read once and its cache is copied to its G rows. Finished rows leave the batch.
+    Each prompt is read once and its cache is copied to its G rows. Finished rows leave the batch. With the
+    fused decoder, a row that goes on after a tool's result continues from its cache.
     """
 
     model: PreTrainedModel
@@ -52,6 +54,8 @@ class LocalSampler:
         # does not fit in memory fails at once.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         rollouts: list[tuple[Rollout, ...]] = [()] * len(prompts)
+        caches = request.caches
+        known = RowCaches() if caches is None else caches.take_over()
         with self._evaluating():
             decoder = self._decoder(settings.max_completion_length)
             for start in range(0, len(order), prompts_per_batch):
@@ -60,10 +64,21 @@ class LocalSampler:
                 # The numbers do not depend on the limit.
                 uniforms = self._uniforms([request.seeds[i] for i in batch], count)
                 uniforms = uniforms[:, : settings.max_completion_length]
-                rows = self._decode(decoder([prompts[i] for i in batch], count), uniforms, history)
+                batched = [prompts[i] for i in batch]
+                rows, kept = self._decode(
+                    decoder(batched, count, known=[known.find(prompt) for prompt in batched]),
+                    uniforms,
+                    history,
+                    most_kept=0 if caches is None else self.max_batch_size - len(caches),
+                )
                 for place, index in enumerate(batch):
                     group = rows[place * count : (place + 1) * count]
                     rollouts[index] = settings.rollouts(group, request.policy_version)
+                for row, cache in kept.items():
+                    place, number = divmod(row, count)
+                    completion = rollouts[batch[place]][number].completion_ids
+                    assert caches is not None
+                    caches.keep(batched[place] + completion, cache)
         return rollouts
 
     def check(self) -> None:
@@ -93,19 +108,27 @@ class LocalSampler:
         finally:
             self.model.train(was_training)
 
-    def _decoder(self, max_completion_length: int) -> Callable[[Sequence[TokenIds], int], Decoder]:
+    def _decoder(self, max_completion_length: int) -> Callable[..., Decoder]:
         """Return a function that makes the decoder of some prompts with G rows each."""
         if not self.fused:
-            return functools.partial(PlainDecoder, self.model, self.pad_id)
+            return lambda prompts, count, **_: PlainDecoder(self.model, self.pad_id, prompts, count)
         return functools.partial(
             FusedDecoder, Weights(self.model), max_completion_length=max_completion_length
         )
 
-    def _decode(self, decoder: Decoder, uniforms: Tensor, history: Tensor | None) -> list[SampledTokens]:
+    def _decode(
+        self, decoder: Decoder, uniforms: Tensor, history: Tensor | None, *, most_kept: int
+    ) -> tuple[list[SampledTokens], dict[int, Cache]]:
         """Sample the completion of every row; a row that finished between two checks has a few tokens more.
 
         Args:
+            decoder: Of the batch.
+            uniforms: [rows, length], see :meth:`_uniforms`.
             history: See :meth:`_history`.
+            most_kept: Finished rows whose caches may be kept.
+
+        Returns:
+            The completions, and the caches of rows that finished before the limit.
         """
         device, settings, strings = self.model.device, self.settings, self.settings.stop_strings
         check_every = CHECK_EVERY.get(device.type, CHECK_EVERY["cuda"])
@@ -116,6 +139,7 @@ class LocalSampler:
         finished = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
         windows = strings.windows(len(uniforms), device) if strings is not None else None
         sampled: list[tuple[Tensor, Tensor, Tensor]] = []
+        kept: dict[int, Cache] = {}
         logits = decoder.prefill()
         length = uniforms.shape[1]
         for position in range(length):
@@ -129,6 +153,9 @@ class LocalSampler:
                 break
             history = None if history is None else torch.cat([history, tokens.unsqueeze(-1)], dim=1)
             if (position + 1) % check_every == 0 and finished.any():
+                for place in finished.nonzero().flatten().tolist()[: most_kept - len(kept)]:
+                    if (cache := decoder.row_cache(place)) is not None:
+                        kept[int(rows[place])] = cache
                 keep = unfinished_rows(finished)
                 if not len(keep):
                     break
@@ -140,7 +167,7 @@ class LocalSampler:
         for row, token, logprob in zip(*columns, strict=True):
             completions[row][0].append(token)
             completions[row][1].append(logprob)
-        return completions
+        return completions, kept
 
     def _history(self, prompts: Sequence[TokenIds], num_generations: int) -> Tensor | None:
         """The tokens of each row, for the repetition penalty; None without one.

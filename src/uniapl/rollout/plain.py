@@ -89,6 +89,9 @@ class PlainDecoder:
         self.cache.batch_select_indices(rows)
         self.attention_mask = self.attention_mask[rows]
 
+    def row_cache(self, row: int) -> None:
+        """Nothing: the caches of some models have a form of their own. A row that goes on is read again."""
+
     def _forward(self, input_ids: Tensor) -> Tensor:
         positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         optional: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}

@@ -11,6 +11,7 @@ from uniapl.data.conversations import Message, function_of
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import encode_results
 from uniapl.rollout import Sampler, SampleRequest
+from uniapl.rollout.caches import RowCaches
 from uniapl.threads import map_in_threads
 from uniapl.tools.calls import CallParser
 from uniapl.tools.functions import Tool, call_tool
@@ -127,6 +128,7 @@ def sample_trajectories(
     Returns:
         `num_generations` rollouts for each prompt, in the order of the prompts.
     """
+    request = replace(request, caches=RowCaches())
     groups = [
         [_Trajectory(prompt=prompt, seed=seed, last=rollout) for rollout in rollouts]
         for prompt, seed, rollouts in zip(
