@@ -140,12 +140,15 @@ class Footprint:
         saved = self.config.num_hidden_layers * self.saved(batch) + self.casts + 4 * batch.scores
         return max(saved + self.transient(batch), self.trained + self.embedding)
 
-    def rollout(self, prompts: int, rows: int, prompt: int, completion: int, *, fused: bool) -> int:
+    def rollout(
+        self, prompts: int, rows: int, prompt: int, completion: int, *, fused: bool, turns: bool
+    ) -> int:
         """The KV cache at its full length, and the larger of reading the prompts and the last step.
 
         Args:
             fused: Sampling copies the weights and allocates the cache once. Else every token copies one
                 layer's keys.
+            turns: The caches of the rows stay for their next turn.
         """
         layers, n = self.config.num_hidden_layers, self.number
         cache = rows * (prompt + completion) * self.keys
@@ -153,7 +156,7 @@ class Footprint:
         read = prompts * prompt * (8 * self.config.hidden_size + (5 if fused else 3) * n * self.intermediate)
         if fused:
             copies = (self.matrices + self.embedding) * n // 4
-            return copies + 2 * n * layers * cache + max(read, (8 + n) * logits)
+            return copies + (1 + turns) * 2 * n * layers * cache + max(read, (8 + n) * logits)
         return max(read, n * (2 * layers + 1) * cache + 8 * logits)
 
 
@@ -202,6 +205,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
             _longest_prompt(inputs),
             rollout.max_completion_length,
             fused=rollout.decoding == "fused" and supports_fused(model),
+            turns=bool(rollout.tools),
         )
     settings = config.discriminator
     if objective.lambda_adv > 0 and settings.kind not in ("remote", *STATE_KINDS):
