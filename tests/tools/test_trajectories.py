@@ -188,6 +188,12 @@ def test_the_limit_is_that_of_all_turns_and_results() -> None:
         assert [m["role"] for m in without.messages] == ["assistant"]
     begun, _ = sampled([CALLING[:-1]], PROMPT, toolbox(TOKENIZER), most=start - 1)
     assert begun.completion_ids == CALLING[:-1]
+    # A truncated turn is a message too: reward functions get messages for every rollout with tools.
+    assert [m["role"] for m in begun.messages] == ["assistant"]
+    assert [m["role"] for m in cut.messages] == ["assistant", "tool", "assistant"]
+    assert (cut.messages[-1]["content"], whole.messages[-1]["content"]) == ("done", "done")
+    shorter, _ = sampled([CALLING, DONE], PROMPT, toolbox(TOKENIZER), most=length - 2)
+    assert shorter.messages[-1] == {"role": "assistant", "content": "don"}
 
 
 def test_after_the_last_iteration_calls_are_not_answered() -> None:
@@ -205,9 +211,20 @@ def test_failing_and_malformed_calls() -> None:
     wrong = ids_of(TOKENIZER, '<tool_call>{"name": "sub", "arguments": {}}</tool_call><|im_end|>')
     odd = ids_of(TOKENIZER, '<tool_call>{"name": </tool_call><|im_end|>')
     rollout, _ = sampled([wrong, odd], PROMPT, toolbox(TOKENIZER))
-    assert rollout.tool_use == ToolUse(calls=1, failed=1, malformed=1)
+    assert rollout.tool_use == ToolUse(calls=1, failures=(0,), malformed=1)
     assert "there is no tool 'sub'" in rollout.messages[1]["content"]
     assert rollout.completion_ids[-len(odd) :] == odd, "a malformed call ends the rollout"
+
+
+def test_failed_calls_are_counted_over_all_turns() -> None:
+    """Of the calls of two turns, numbers 1 and 2 fail: the second of the first turn and the first of the next."""
+    good, bad = (
+        '<tool_call>{"name": "%s", "arguments": {"a": 1, "b": 2}}</tool_call>' % n for n in ("add", "x")
+    )
+    turns = [ids_of(TOKENIZER, text + "<|im_end|>") for text in (good + bad, bad + good)]
+    rollout, _ = sampled([*turns, DONE], PROMPT, toolbox(TOKENIZER))
+    assert rollout.tool_use == ToolUse(calls=4, failures=(1, 2))
+    assert rollout.tool_use.failed == 2
 
 
 def test_two_calls_in_one_turn_have_their_results_in_order() -> None:
