@@ -115,7 +115,7 @@ class ToolUse:
     calls: int = 0
     """Calls that were executed."""
     failures: tuple[int, ...] = ()
-    """Indices of those of them without a tool of the name, with an exception, or without an answer in time."""
+    """Indices of those without a tool of the name, with an exception, or without an answer in time."""
     malformed: int = 0
     """1 if the last turn begins a call that cannot be read."""
     unanswered: int = 0

@@ -217,10 +217,9 @@ def test_failing_and_malformed_calls() -> None:
 
 
 def test_failed_calls_are_counted_over_all_turns() -> None:
-    """Of the calls of two turns, numbers 1 and 2 fail: the second of the first turn and the first of the next."""
-    good, bad = (
-        '<tool_call>{"name": "%s", "arguments": {"a": 1, "b": 2}}</tool_call>' % n for n in ("add", "x")
-    )
+    """Calls 1 and 2 of two turns fail: the second of the first turn and the first of the next."""
+    good = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    bad = good.replace("add", "x")
     turns = [ids_of(TOKENIZER, text + "<|im_end|>") for text in (good + bad, bad + good)]
     rollout, _ = sampled([*turns, DONE], PROMPT, toolbox(TOKENIZER))
     assert rollout.tool_use == ToolUse(calls=4, failures=(1, 2))

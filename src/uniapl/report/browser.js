@@ -90,6 +90,7 @@ function makeEntry(completions, i, siblings) {
   const header = html("header", {},
     ...facts.map(([name, value]) => html("span", {}, `${name} `, html("b", {}, formatNumber(value)))),
     html("span", {}, `finish reason ${completions.finish[i]}`),
+    ...makeToolCounts(completions.tools?.[i]),
     ...(completions.replaced[i] ? [html("span", {}, "replaced, not trained")] : []),
     ...completions.functions.map((name, f) => makeScore(name, completions.parts[f][i])));
   if (siblings) {
@@ -97,8 +98,11 @@ function makeEntry(completions, i, siblings) {
     button.addEventListener("click", () => siblings(completions.group[i]));
     header.append(button);
   }
-  const pair = html("div", { class: "pair" }, makeText("Policy", "policy", completions.text[i]));
-  if (expert != null) pair.append(makeText("Expert", "expert", expert));
+  const own = completions.turns?.[i];
+  const shown = completions.expert_turns?.[prompt];
+  const pair = html("div", { class: "pair" },
+    own ? makeTurns("Policy", "policy", own, !completions.replaced[i]) : makeText("Policy", "policy", completions.text[i]));
+  if (expert != null) pair.append(shown ? makeTurns("Expert", "expert", shown, true) : makeText("Expert", "expert", expert));
   return html("article", { class: "entry" }, header, html("p", { class: "prompt text" }, completions.prompts[prompt]), pair);
 }
 

@@ -21,11 +21,14 @@ Show = Literal["text", "quiet"] | Callable[[str], None]
 LINE = (
     "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  acc {rewards/accuracies:.2f}  "
     "win {discriminator/win_rate:.2f}  adv {adversary/reward_change:.2f}  mu {weight/mu:.2f}  "
-    "lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  s {step_time:.1f}"
+    "lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  tools {tools/call_frequency:.2f}  "
+    "s {step_time:.1f}"
 )
 ROWS = {
     "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
     "ratio {completions/length_ratio:.2f}  entropy {rollout/entropy_estimate:.2f}",
+    "tools": "calls {tools/call_frequency:.2f}  failed {tools/failure_frequency:.2f}  "
+    "malformed {tools/malformed:.2f}  unanswered {tools/unanswered:.2f}",
     "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
     "preferences": "loss {loss/pref:.3f}  accuracy {rewards/accuracies:.2f}  margin {rewards/margins:.2f}  "
     "tokens {tokens/pref:,}",

@@ -1,0 +1,56 @@
+// Completions with tools: the turns that were written and the results that were given (trajectories.py).
+
+const FOLDED_CHARACTERS = 600;
+const STATES = {
+  answered: ["tick", "✓ answered"],
+  failed: ["cross", "✕ failed"],
+  unanswered: ["cross", "✕ unanswered: after the last iteration"],
+  unread: ["cross", "✕ result not read: the completion had no room for it"],
+};
+
+/** The turns of the policy or of a demonstration, those that are trained marked by a label, a color and a line. */
+function makeTurns(title, kind, turns, trained) {
+  const items = turns.map((turn) => (turn.given == null ? makeWritten(title, turn, trained) : makeGiven(title, turn)));
+  return html("div", { class: kind }, html("h4", {}, title), html("ol", { class: "turns" }, ...items));
+}
+
+function makeWritten(title, turn, trained) {
+  const label = `✎ ${title} wrote: ${trained ? "trained" : "not trained, replaced"}`;
+  const calls = turn.calls.map(([name, values, state]) => {
+    const [mark, words] = STATES[state];
+    return html("li", {}, "call ", html("code", {}, name), " ", html("code", {}, visible(values)), " ", html("span", { class: mark }, words));
+  });
+  return html("li", { class: "wrote" }, html("p", { class: "who" }, label),
+    turn.thought ? makeFolded("thought", turn.thought) : null,
+    turn.text || !turn.thought ? html("div", { class: "text" }, visible(turn.text) || "(empty)") : null,
+    calls.length ? html("ul", { class: "calls" }, ...calls) : null,
+    turn.malformed ? html("p", { class: "cross" }, "✕ malformed: begins a call that cannot be read") : null);
+}
+
+function makeGiven(title, turn) {
+  const label = `▸ ${title} read: not trained`;
+  const what = turn.title ? `result of ${turn.title}` : "given text";
+  return html("li", { class: "read" }, html("p", { class: "who" }, label), makeFolded(what, turn.given));
+}
+
+/** A text after its name; a long one is folded. A text that scrolls can be focused, so that keys scroll it. */
+function makeFolded(name, text) {
+  const shown = visible(text);
+  if (text.length <= FOLDED_CHARACTERS) return html("div", {}, html("p", { class: "name" }, name), html("div", { class: "text" }, shown));
+  const summary = html("summary", {}, `${name}, ${text.length.toLocaleString("en")} characters`);
+  return html("details", {}, summary, html("div", { class: "text", tabindex: "0", role: "region", "aria-label": name }, shown));
+}
+
+/** Control characters as their pictures: a browser shows them as nothing. */
+function visible(text) {
+  return text.replace(/[\0-\x08\x0b-\x1f]/g, (control) => String.fromCharCode(0x2400 + control.charCodeAt(0)));
+}
+
+/** The counts of tool calls for the header of an entry; nothing for a completion without tools. */
+function makeToolCounts(counts) {
+  if (counts == null) return [];
+  const [calls, ...wrong] = counts;
+  const names = ["failed", "malformed", "unanswered"];
+  return [html("span", {}, "tool calls ", html("b", {}, String(calls))),
+    ...wrong.flatMap((count, n) => (count ? [html("span", { class: "cross" }, `✕ ${names[n]} ${count}`)] : []))];
+}
