@@ -98,12 +98,17 @@ function makeEntry(completions, i, siblings) {
     button.addEventListener("click", () => siblings(completions.group[i]));
     header.append(button);
   }
-  const own = completions.turns?.[i];
-  const shown = completions.expert_turns?.[prompt];
+  const trained = completions.replaced[i] ? "not trained, replaced" : "trained";
   const pair = html("div", { class: "pair" },
-    own ? makeTurns("Policy", "policy", own, !completions.replaced[i]) : makeText("Policy", "policy", completions.text[i]));
-  if (expert != null) pair.append(shown ? makeTurns("Expert", "expert", shown, true) : makeText("Expert", "expert", expert));
+    makeSide("Policy", completions.turns?.[i], trained, completions.text[i]),
+    expert == null ? null : makeSide("Expert", completions.expert_turns?.[prompt], "trained where mu > 0", expert));
   return html("article", { class: "entry" }, header, html("p", { class: "prompt text" }, completions.prompts[prompt]), pair);
+}
+
+/** Turns, if there are any, or the text. */
+function makeSide(title, turns, trained, text) {
+  const kind = title.toLowerCase();
+  return turns ? makeTurns(title, kind, turns, trained) : makeText(title, kind, text);
 }
 
 function makeText(title, kind, text) {

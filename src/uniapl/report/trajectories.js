@@ -10,15 +10,15 @@ const STATES = {
 
 /** The turns of the policy or of a demonstration, those that are trained marked by a label, a color and a line. */
 function makeTurns(title, kind, turns, trained) {
-  const items = turns.map((turn) => (turn.given == null ? makeWritten(title, turn, trained) : makeGiven(title, turn)));
+  const label = `✎ ${title} wrote: ${trained}`;
+  const items = turns.map((turn) => (turn.given == null ? makeWritten(label, turn) : makeGiven(title, turn)));
   return html("div", { class: kind }, html("h4", {}, title), html("ol", { class: "turns" }, ...items));
 }
 
-function makeWritten(title, turn, trained) {
-  const label = `✎ ${title} wrote: ${trained ? "trained" : "not trained, replaced"}`;
+function makeWritten(label, turn) {
   const calls = turn.calls.map(([name, values, state]) => {
     const [mark, words] = STATES[state];
-    return html("li", {}, "call ", html("code", {}, name), " ", html("code", {}, visible(values)), " ", html("span", { class: mark }, words));
+    return html("li", {}, "call ", html("code", {}, visible(name)), " ", html("code", {}, visible(values)), " ", html("span", { class: mark }, words));
   });
   return html("li", { class: "wrote" }, html("p", { class: "who" }, label),
     turn.thought ? makeFolded("thought", turn.thought) : null,
@@ -28,8 +28,8 @@ function makeWritten(title, turn, trained) {
 }
 
 function makeGiven(title, turn) {
-  const label = `▸ ${title} read: not trained`;
-  const what = turn.title ? `result of ${turn.title}` : "given text";
+  const label = `⊘ ${title} read: not trained`;
+  const what = turn.title ? `result of ${visible(turn.title)}` : "given text";
   return html("li", { class: "read" }, html("p", { class: "who" }, label), makeFolded(what, turn.given));
 }
 
@@ -41,9 +41,10 @@ function makeFolded(name, text) {
   return html("details", {}, summary, html("div", { class: "text", tabindex: "0", role: "region", "aria-label": name }, shown));
 }
 
-/** Control characters as their pictures: a browser shows them as nothing. */
+/** Control characters as their numbers: a browser shows them as nothing, or turns the text after them around. */
 function visible(text) {
-  return text.replace(/[\0-\x08\x0b-\x1f]/g, (control) => String.fromCharCode(0x2400 + control.charCodeAt(0)));
+  const number = (control) => control.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+  return text.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (control) => `⟨U+${number(control)}⟩`);
 }
 
 /** The counts of tool calls for the header of an entry; nothing for a completion without tools. */

@@ -109,7 +109,10 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         return time.monotonic() - self._started
 
     def step_done(self, step: int, metrics: Mapping[str, Any], *, line: bool) -> None:
-        """Show a step's metrics; with `line`, also print them (at most 100 columns for up to 999 steps)."""
+        """Show a step's metrics; with `line`, also print them.
+
+        A line has at most 100 columns for up to 999 steps without tools.
+        """
         self._metrics = metrics
         self._progress.update(self._task, pace=f"{metrics['step_time']:.1f} s/step")
         if self._json is not None:

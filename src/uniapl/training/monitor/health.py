@@ -273,9 +273,9 @@ def _tools_unused(last: Records, lowest: float) -> str | None:
 
 def _tools_failing(last: Records, highest: float) -> str | None:
     """The fraction of all calls of the window: a step without calls has no weight."""
-    calls = [(count, step["tools/failure_frequency"]) for step in last if (count := step.get(CALLS))]
-    failed = sum(count * failure for count, failure in calls)
-    total = sum(count for count, _ in calls)
+    called = [step for step in last if step.get(CALLS)]
+    failed = sum(step[CALLS] * (step.get("tools/failure_frequency") or 0.0) for step in called)
+    total = sum(step[CALLS] for step in called)
     if not total or failed / total <= highest:
         return None
     return (
