@@ -285,7 +285,7 @@ def test_calls_have_their_outcomes_and_entries_their_counts(with_tools: Path, op
 
 
 def test_long_results_are_opened_by_keys(with_tools: Path, open_page: Open) -> None:
-    page = open_page(with_tools, 390)
+    page = open_page(with_tools, 1280)
     details = page.locator("details", has=page.get_by_text("result of add, sub, 601 characters"))
     text = details.locator(".text")
     assert not text.is_visible()
