@@ -114,17 +114,23 @@ class ToolUse:
 
     calls: int = 0
     """Calls that were executed."""
-    failed: int = 0
-    """Those of them without a tool of the name, with an exception, or without an answer in time."""
+    failures: tuple[int, ...] = ()
+    """Indices of those without a tool of the name, with an exception, or without an answer in time."""
     malformed: int = 0
     """1 if the last turn begins a call that cannot be read."""
     unanswered: int = 0
     """Calls in the last turn, after the highest number of iterations."""
 
+    @property
+    def failed(self) -> int:
+        """Number of executed calls that failed."""
+        return len(self.failures)
+
     def __add__(self, other: "ToolUse") -> "ToolUse":
+        """The use of both, one after the other."""
         return ToolUse(
             calls=self.calls + other.calls,
-            failed=self.failed + other.failed,
+            failures=(*self.failures, *(self.calls + index for index in other.failures)),
             malformed=self.malformed + other.malformed,
             unanswered=self.unanswered + other.unanswered,
         )

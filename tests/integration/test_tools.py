@@ -110,7 +110,23 @@ def test_a_run_with_tools(values: dict[str, Any], tmp_path: Path) -> None:
         (call,) = one["messages"][0]["tool_calls"]
         arguments = call["function"]["arguments"]
         assert one["messages"][1]["content"] == str(arguments["a"] + arguments["b"])
+        # The masks: what the policy wrote is its turns with their end tokens; the rest was given.
+        written, given, last = one["segments"]
+        assert [part["written"] for part in one["segments"]] == [True, False, True]
+        turns = [one["messages"][n]["content"] + "<|im_end|>" for n in (0, 2)]
+        assert [written["text"], last["text"]] == turns
+        result = one["messages"][1]["content"]
+        assert given["text"] == (
+            f"\n<|im_start|>user\n<tool_response>\n{result}\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        assert one["tool_use"] == {"calls": 1, "failures": [], "malformed": 0, "unanswered": 0}
         assert one["reward"] == float(one["messages"][2]["content"] == one["messages"][1]["content"])
+    for line in logged:
+        shown = line.get("demonstration_segments", [])
+        assert [part["written"] for part in shown] == [True, False, True] * bool(line["demonstration"])
+        assert "".join(part["text"] for part in shown).count("<|im_end|>") == 3 * bool(shown)
+    assert any("demonstration_segments" in line for line in logged)
     frequencies = [record["tools/call_frequency"] for record in records]
     assert sum(frequencies) * 12 == pytest.approx(len(called))
     assert all(record["tools/failure_frequency"] == 0 for record in records)

@@ -1,5 +1,6 @@
 """The page in a real browser: content, controls, and no network access."""
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from support.report_runs import answer, large_run, metric_rows, prompt_row, write_run
+from support.report_runs import (
+    alternating,
+    answer,
+    calling,
+    large_run,
+    metric_rows,
+    prompt_row,
+    trajectory,
+    write_run,
+)
 from uniapl.report import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -202,6 +212,121 @@ def test_data_is_never_markup(tmp_path: Path, open_page: Open, width: int) -> No
     assert page.title() == "<b>run · uniapl report"
     assert page.locator("img").count() == 0
     assert page.locator("script").count() == 3
+
+
+HOSTILE = "</li></script><script>document.title = 'taken'</script><img src=x onerror=alert(1)>\"'\0\u202e"
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A thought, a failed call and a long result; a replaced trajectory; a completion without tools."""
+    first = calling("add", "sub", a=1)
+    results = [{"role": "tool", "name": name, "content": "3"} for name in ("add", "sub")]
+    end = {"role": "assistant", "content": "3"}
+    segments = ["<think>hm</think>call", "3" * 601, "done<|im_end|>"]
+    use = {"calls": 2, "failures": [1], "malformed": 1}
+    one = trajectory([first, *results, end], segments, use)
+    late = trajectory([calling("add")], ["late"], {"unanswered": 1})
+    shown = alternating(["shown", "given", "end"])
+    rows = [
+        prompt_row(1, [one, late], demonstration_segments=shown),
+        prompt_row(1, [answer("plain")], demonstration=None),
+        prompt_row(1, [late], demonstration=None, discarded=True),
+    ]
+    path = tmp_path_factory.mktemp("tools") / "run"
+    write_run(path, metric_rows(1), rows)
+    write_report([path], path / "report.html")
+    return path / "report.html"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_is_trained_is_marked_by_words_and_by_a_line(
+    with_tools: Path, open_page: Open, width: int
+) -> None:
+    page = open_page(with_tools, width)
+    labels = [entry.locator(".who").all_inner_texts() for entry in page.locator(".entry").all()]
+    wrote, read = "✎ Policy wrote: trained", "⊘ Policy read: not trained"
+    expert = ["✎ Expert wrote: trained where mu > 0", "⊘ Expert read: not trained"]
+    assert labels == [
+        [wrote, read, wrote, *expert, expert[0]],
+        [wrote, *expert, expert[0]],
+        [],
+        ["✎ Policy wrote: not trained, replaced"],
+    ]
+    texts = page.locator(".entry").first.locator(".policy .wrote .text").all_inner_texts()
+    assert texts == ["<think>hm</think>", "call", "done<|im_end|>"]
+    style = "(e) => [getComputedStyle(e).borderLeftStyle, getComputedStyle(e).borderLeftColor]"
+    for theme in ("light", "dark"):
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        kinds = (".policy .wrote", ".policy .read", ".expert .wrote", ".expert .read")
+        lines = [page.locator(kind).first.evaluate(style) for kind in kinds]
+        assert [line for line, _ in lines] == ["solid", "dashed"] * 2
+        assert lines[0][1] != lines[1][1] != lines[2][1]
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_calls_have_their_outcomes_and_entries_their_counts(with_tools: Path, open_page: Open) -> None:
+    page = open_page(with_tools, 1280)
+    first, late, plain, _ = page.locator(".entry").all()
+    assert first.locator(".calls li").all_inner_texts() == [
+        'call add {"a": 1} ✓ answered',
+        'call sub {"a": 1} ✕ failed',
+    ]
+    assert late.locator(".calls li").all_inner_texts() == [
+        "call add {} ✕ unanswered: after the last iteration"
+    ]
+    assert "malformed: begins a call that cannot be read" in first.locator(".wrote").nth(1).inner_text()
+    assert "malformed" not in first.locator(".wrote").nth(0).inner_text()
+    headers = [entry.locator("header").inner_text() for entry in (first, late, plain)]
+    assert re.search(r"tool calls\s2\s+✕ failed 1\s+✕ malformed 1", headers[0])
+    assert re.search(r"tool calls\s0\s+✕ unanswered 1", headers[1])
+    assert "tool" not in headers[2]
+    assert plain.locator(".policy .text").all_inner_texts() == ["plain"]
+
+
+def test_long_results_are_opened_by_keys(with_tools: Path, open_page: Open) -> None:
+    page = open_page(with_tools, 1280)
+    details = page.locator("details", has=page.get_by_text("result of add, sub, 601 characters"))
+    text = details.locator(".text")
+    assert not text.is_visible()
+    details.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert text.is_visible()
+    assert text.inner_text() == "3" * 601
+    page.keyboard.press("Tab")
+    assert text.evaluate("(e) => e === document.activeElement"), "keys can scroll it"
+    assert page.locator(".entry details").count() == 1, "short texts are not folded"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tools_and_calls_are_never_markup(tmp_path: Path, open_page: Open, width: int) -> None:
+    """The result of a tool is 1 MB; names and arguments of calls are hostile too."""
+    first = calling(HOSTILE, **{HOSTILE: HOSTILE})
+    result = {"role": "tool", "name": HOSTILE, "content": HOSTILE}
+    end = {"role": "assistant", "content": HOSTILE}
+    segments = [HOSTILE, HOSTILE + "x" * 1_000_000, HOSTILE]
+    one = trajectory([first, result, end], segments, {"calls": 1})
+    rows = [prompt_row(1, [one], demonstration_segments=alternating([HOSTILE, HOSTILE, HOSTILE]))]
+    path = write_run(tmp_path / "run", metric_rows(1), rows)
+    write_report([path], tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html", width)
+    shown_text = HOSTILE.replace("\0", "⟨U+0000⟩").replace("\u202e", "⟨U+202E⟩")
+    assert page.locator(".policy .wrote .text").all_inner_texts() == [shown_text] * 2
+    assert page.locator(".expert .text").all_inner_texts() == [shown_text] * 3
+    page.locator("summary", has_text="characters").first.click()
+    text = page.locator(".policy .read .text").inner_text()
+    assert text.startswith(shown_text + "xxx")
+    assert text.endswith("more characters in completions.jsonl)")
+    assert page.title() == "run · uniapl report"
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 3
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_a_run_without_tools_has_no_turns(small: Path, open_page: Open) -> None:
+    page = open_page(small, 1280)
+    assert page.locator(".turns, .who, .calls, .entry details").count() == 0
+    assert "tool" not in page.inner_text("#entries")
 
 
 def test_a_large_run_opens(tmp_path: Path, open_page: Open, record_property: Callable[..., None]) -> None:

@@ -131,3 +131,27 @@ def large_run(path: Path, *, words: int = 60) -> Path:
     end_state = {"state": "finished", "message": ""}
     rows = many_completions(1000, 4, 5, words)
     return write_run(path, metric_rows(1000), rows, end_state=end_state, max_steps=1000)
+
+
+def calling(*names: str, **arguments: Any) -> dict[str, Any]:
+    """A turn that calls tools, as a message of completions.jsonl."""
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name in names]
+    return {"role": "assistant", "content": "calls", "tool_calls": calls}
+
+
+def trajectory(
+    messages: list[dict[str, Any]], segments: list[str], use: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    """A completion with tools; its segments are written and given in turn."""
+    counts = {"calls": 0, "failures": [], "malformed": 0, "unanswered": 0}
+    return answer("".join(segments)) | {
+        "messages": messages,
+        "segments": alternating(segments),
+        "tool_use": counts | (use or {}),
+        **changes,
+    }
+
+
+def alternating(segments: list[str]) -> list[dict[str, Any]]:
+    """Segments of completions.jsonl, the first one written."""
+    return [{"written": number % 2 == 0, "text": text} for number, text in enumerate(segments)]

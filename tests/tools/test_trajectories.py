@@ -1,10 +1,13 @@
 """Rollouts with tools: their ids, what the policy wrote of them, and how they end."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from support.templates import family
 from uniapl.config import DataConfig
@@ -14,6 +17,7 @@ from uniapl.rollout import SampleRequest
 from uniapl.tools.calls import CallParser
 from uniapl.tools.functions import tool_of
 from uniapl.tools.trajectories import Toolbox, sample_trajectories
+from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.types import Rollout, TokenIds, ToolUse, derive_seed
 
 READ = ("qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "llama3_2", "glm4moe", "nemotron_3_nano")
@@ -188,6 +192,12 @@ def test_the_limit_is_that_of_all_turns_and_results() -> None:
         assert [m["role"] for m in without.messages] == ["assistant"]
     begun, _ = sampled([CALLING[:-1]], PROMPT, toolbox(TOKENIZER), most=start - 1)
     assert begun.completion_ids == CALLING[:-1]
+    # A truncated turn is a message too: reward functions get messages for every rollout with tools.
+    assert [m["role"] for m in begun.messages] == ["assistant"]
+    assert [m["role"] for m in cut.messages] == ["assistant", "tool", "assistant"]
+    assert (cut.messages[-1]["content"], whole.messages[-1]["content"]) == ("done", "done")
+    shorter, _ = sampled([CALLING, DONE], PROMPT, toolbox(TOKENIZER), most=length - 2)
+    assert shorter.messages[-1] == {"role": "assistant", "content": "don"}
 
 
 def test_after_the_last_iteration_calls_are_not_answered() -> None:
@@ -205,9 +215,33 @@ def test_failing_and_malformed_calls() -> None:
     wrong = ids_of(TOKENIZER, '<tool_call>{"name": "sub", "arguments": {}}</tool_call><|im_end|>')
     odd = ids_of(TOKENIZER, '<tool_call>{"name": </tool_call><|im_end|>')
     rollout, _ = sampled([wrong, odd], PROMPT, toolbox(TOKENIZER))
-    assert rollout.tool_use == ToolUse(calls=1, failed=1, malformed=1)
+    assert rollout.tool_use == ToolUse(calls=1, failures=(0,), malformed=1)
     assert "there is no tool 'sub'" in rollout.messages[1]["content"]
     assert rollout.completion_ids[-len(odd) :] == odd, "a malformed call ends the rollout"
+
+
+def test_failed_calls_are_counted_over_all_turns() -> None:
+    """Calls 1 and 2 of two turns fail: the second of the first turn and the first of the next."""
+    good = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    bad = good.replace("add", "x")
+    turns = [ids_of(TOKENIZER, text + "<|im_end|>") for text in (good + bad, bad + good)]
+    rollout, _ = sampled([*turns, DONE], PROMPT, toolbox(TOKENIZER))
+    assert rollout.tool_use == ToolUse(calls=4, failures=(1, 2))
+    assert rollout.tool_use.failed == 2
+
+
+def test_rollouts_of_the_next_step_survive_a_save() -> None:
+    """A checkpoint has them as JSON; messages, masks and failed calls are restored."""
+    bad = ids_of(TOKENIZER, '<tool_call>{"name": "x", "arguments": {}}</tool_call><|im_end|>')
+    rollout, _ = sampled([bad, CALLING, DONE], PROMPT, toolbox(TOKENIZER))
+    assert (rollout.tool_use.failures, len(rollout.messages), len(rollout.given)) == ((0,), 5, 2)
+    sampler: Any = SimpleNamespace(settings=SimpleNamespace(as_json=dict))
+    ranks = Accelerator(cpu=True)
+    ready: dict[tuple[TokenIds, int], tuple[Rollout, ...]] = {(PROMPT, 7): (rollout,)}
+    saved = OneStepOffSampler(sampler=sampler, accelerator=ranks, ready=ready).state()
+    again = OneStepOffSampler(sampler=sampler, accelerator=ranks)
+    again.load(json.loads(json.dumps(saved)))
+    assert again.ready == ready
 
 
 def test_two_calls_in_one_turn_have_their_results_in_order() -> None:

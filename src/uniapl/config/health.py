@@ -32,3 +32,7 @@ class HealthConfig(Section):
     max_sampling_difference: float = Field(default=0.05, ge=0)
     """Warn when log-probabilities of sampler and trainer differ by more than this, in nats per token averaged
     over a step."""
+    min_tool_calls: float = Field(default=0.01, ge=0)
+    """Warn when a run has tools and the mean number of calls per completion is below this."""
+    max_tool_failures: float = Field(default=0.5, ge=0, le=1)
+    """Warn when more than this fraction of the tool calls fails."""

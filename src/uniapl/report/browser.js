@@ -90,6 +90,7 @@ function makeEntry(completions, i, siblings) {
   const header = html("header", {},
     ...facts.map(([name, value]) => html("span", {}, `${name} `, html("b", {}, formatNumber(value)))),
     html("span", {}, `finish reason ${completions.finish[i]}`),
+    ...makeToolCounts(completions.tools?.[i]),
     ...(completions.replaced[i] ? [html("span", {}, "replaced, not trained")] : []),
     ...completions.functions.map((name, f) => makeScore(name, completions.parts[f][i])));
   if (siblings) {
@@ -97,9 +98,17 @@ function makeEntry(completions, i, siblings) {
     button.addEventListener("click", () => siblings(completions.group[i]));
     header.append(button);
   }
-  const pair = html("div", { class: "pair" }, makeText("Policy", "policy", completions.text[i]));
-  if (expert != null) pair.append(makeText("Expert", "expert", expert));
+  const trained = completions.replaced[i] ? "not trained, replaced" : "trained";
+  const pair = html("div", { class: "pair" },
+    makeSide("Policy", completions.turns?.[i], trained, completions.text[i]),
+    expert == null ? null : makeSide("Expert", completions.expert_turns?.[prompt], "trained where mu > 0", expert));
   return html("article", { class: "entry" }, header, html("p", { class: "prompt text" }, completions.prompts[prompt]), pair);
+}
+
+/** Turns, if there are any, or the text. */
+function makeSide(title, turns, trained, text) {
+  const kind = title.toLowerCase();
+  return turns ? makeTurns(title, kind, turns, trained) : makeText(title, kind, text);
 }
 
 function makeText(title, kind, text) {

@@ -8,6 +8,7 @@ from typing import Any
 
 from uniapl.report.analysis import rounded
 from uniapl.report.reading import Record
+from uniapl.report.trajectories import is_trajectory, parts, tool_counts, turns
 
 BUDGET = 7_500_000
 """Bytes for the packed completions, of the 10 MB that a page may have."""
@@ -45,13 +46,16 @@ def as_columns(records: Sequence[Record]) -> dict[str, Any]:
     Example:
         {"prompts": ["Name a prime."], "experts": ["11"], "functions": ["is_prime"], "step": [1, 1],
          "group": [0, 0], "prompt": [0, 0], "text": ["7", "9"], "parts": [[1.0, 0.0]], ...}
+
+    With tools there are also `turns`, `tools` (`tool_counts`), and `expert_turns` next to `experts`.
     """
     prompts: dict[tuple[str, str | None], int] = {}
     rows = [(group, completion) for group, r in enumerate(records) for completion in r["completions"]]
     functions = list({name: None for _, completion in rows for name in completion["rewards"]})
     keys = [(readable_prompt(record["prompt"]), record.get("demonstration")) for record in records]
+    shown = {key: record.get("demonstration_segments") for key, record in zip(keys, records, strict=True)}
     places = [prompts.setdefault(key, len(prompts)) for key in keys]
-    return {
+    columns = {
         "prompts": [prompt for prompt, _ in prompts],
         "experts": [expert for _, expert in prompts],
         "functions": functions,
@@ -63,6 +67,14 @@ def as_columns(records: Sequence[Record]) -> dict[str, Any]:
         **{column: [completion[key] for _, completion in rows] for key, column in PLAIN.items()},
         **{column: [rounded(completion[key]) for _, completion in rows] for key, column in NUMERIC.items()},
     }
+    if any(shown.values()):
+        columns["expert_turns"] = [parts(found) if (found := shown[key]) else None for key in prompts]
+    if any(is_trajectory(completion) for _, completion in rows):
+        columns["turns"] = [turns(completion) for _, completion in rows]
+        columns["tools"] = [tool_counts(completion) for _, completion in rows]
+        # The turns have the text.
+        columns["text"] = ["" if is_trajectory(completion) else completion["text"] for _, completion in rows]
+    return columns
 
 
 def readable_prompt(prompt: Any) -> str:

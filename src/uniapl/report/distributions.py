@@ -17,6 +17,7 @@ from uniapl.report.analysis import (
 )
 from uniapl.report.charts import Chart, histogram_chart, line_chart
 from uniapl.report.reading import Record, RunData
+from uniapl.report.trajectories import written_text
 
 
 def distributions(run: RunData) -> dict[str, Any]:
@@ -80,7 +81,9 @@ def _table(samples: dict[str, list[float]]) -> dict[str, Any]:
 
 def _diversity(steps: Sequence[Sequence[Record]]) -> Chart:
     x = [records[0]["step"] for records in steps]
-    texts = [[[completion["text"] for completion in r["completions"]] for r in records] for records in steps]
+    texts = [
+        [[written_text(completion) for completion in r["completions"]] for r in records] for records in steps
+    ]
     columns = {
         f"distinct-{n}": [distinct([text for group in groups for text in group], n) for groups in texts]
         for n in (1, 2, 3)

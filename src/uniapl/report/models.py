@@ -10,6 +10,7 @@ from uniapl.files import write_text
 from uniapl.report.analysis import rounded
 from uniapl.report.charts import Chart, histogram_chart, line_chart
 from uniapl.report.reading import MODEL_ANALYSIS, Record, RunData
+from uniapl.report.trajectories import is_trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def analyse_models(run: RunData) -> Record:
                                 "by_position": [mean over the texts that reach the position]}}}}
 
     Raises:
-        UsageError: The run has no final model or no completions, or a model cannot be loaded.
+        UsageError: The run has no final model, no completions or tools, or a model cannot be loaded.
     """
     from uniapl.config.resolve import resolve
     from uniapl.models.loading import (
@@ -49,6 +50,10 @@ def analyse_models(run: RunData) -> Record:
     final = run.directory / "final"
     if not final.is_dir():
         raise UsageError(f"--model-analysis needs the trained model: '{final}' does not exist yet")
+    if any(is_trajectory(completion) for record in run.completions for completion in record["completions"]):
+        raise UsageError(
+            "--model-analysis does not score completions with results of tools; leave it out for this run"
+        )
     config = resolve({key: run.config[key] for key in ("model", "data")}).config
     source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(source)

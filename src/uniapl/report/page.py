@@ -14,7 +14,7 @@ from uniapl.report.distributions import distributions
 from uniapl.report.models import model_charts
 from uniapl.report.reading import RunData, read_run
 
-SCRIPTS = ("charts.js", "browser.js", "page.js")
+SCRIPTS = ("charts.js", "trajectories.js", "browser.js", "page.js")
 
 
 def write_report(directories: Sequence[Path], output: Path) -> None:

@@ -43,29 +43,31 @@ class Toolbox:
             calls: Whether tools may still be called.
         """
         found = self.parser.read(turn)
-        message: Message = {"role": "assistant", "content": self._text(turn)}
+        message = self.message(turn)
         if not found.calls or not calls:
             message |= {"tool_calls": found.calls} if found.calls else {}
             use = ToolUse(malformed=int(found.malformed), unanswered=len(found.calls))
             return Answer(ids=(), messages=(message,), use=use)
         results: list[Message] = []
-        failures = 0
-        for call in found.calls:
+        failures: list[int] = []
+        for index, call in enumerate(found.calls):
             name, arguments = function_of(call)["name"], function_of(call).get("arguments", {})
             result = call_tool(
                 self.tools, name, arguments, timeout=self.timeout, max_characters=self.max_characters
             )
-            failures += result.failed
+            failures += [index] if result.failed else []
             results.append({"role": "tool", "name": name, "content": result.content})
         ids = encode_results(self.form.results(found.calls, results), self.form.tokenizer, self.stop_ids)
         # Some templates write the stop token of the turn as a part of the results.
         ids = ids[1:] if ids[0] == turn[-1] else ids
         message["tool_calls"] = found.calls
-        use = ToolUse(calls=len(found.calls), failed=failures)
+        use = ToolUse(calls=len(found.calls), failures=tuple(failures))
         return Answer(ids=ids, messages=(message, *results), use=use)
 
-    def _text(self, ids: TokenIds) -> str:
-        return str(self.form.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def message(self, turn: TokenIds) -> Message:
+        """A turn of the policy as a chat message, without its calls."""
+        text = str(self.form.tokenizer.decode(list(turn), skip_special_tokens=True))
+        return {"role": "assistant", "content": text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +164,18 @@ def sample_trajectories(
 def _answered(
     trajectories: Sequence[_Trajectory], toolbox: Toolbox, limit: int, *, last: bool
 ) -> list[_Trajectory]:
-    """Append the results of the tools that last turns call; return the trajectories that go on.
+    """Append the last turns and the results of the tools that they call; return the trajectories that go on.
+
+    A truncated turn calls no tool.
 
     Args:
         last: Calls are not answered any more.
     """
     ended = [one for one in trajectories if not one.truncated]
+    for one in trajectories:
+        if one.truncated:
+            start = one.given[-1][1] if one.given else 0
+            one.messages += (toolbox.message(one.ids[start:]),)
     answers = map_in_threads(
         lambda one: toolbox.answer(one.last.completion_ids, calls=not last), ended, num_threads=THREADS
     )

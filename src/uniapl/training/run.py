@@ -137,7 +137,7 @@ class Run:
         self._evaluate(stage, record)
         self._stop_early(stage, record)
         best = schedule.stopping.best_step == self.step
-        self._log(stage, record, completion_records(self.step, result))
+        self._log(stage, record, completion_records(self.step, result, self.inputs.tokenizer))
         if self.evaluation is not None:
             self.evaluation.report(record)
         last = schedule.ended or bool(problem) or interrupted

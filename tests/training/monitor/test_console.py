@@ -71,6 +71,22 @@ def test_the_line_of_a_step_shows_what_the_adversary_changed(capsys: pytest.Capt
     )
 
 
+def test_the_line_and_the_table_of_a_run_with_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    """One column more, and only then."""
+    names = ("call_frequency", "failure_frequency", "malformed", "unanswered")
+    tools = {f"tools/{name}": value for name, value in zip(names, (1.25, 0.5, 0.1, 0.0), strict=True)}
+    long = METRICS | {"completions/mean_length": 512.3, "sft/nll": 1.25, "step_time": 12.3}
+    view = RunView(999, visible=True)
+    view.step_done(999, long | tools, line=True)
+    assert capsys.readouterr().out.endswith(" len 512.3 tools 1.25 s 12.3\n")
+    row = "calls 1.25  failed 0.50  malformed 0.10  unanswered 0.00"
+    view.console.print(view._table())
+    assert row in capsys.readouterr().out
+    view.step_done(999, long, line=True)
+    view.console.print(view._table())
+    assert "tools" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_on_a_terminal(width: int) -> None:
     shown = on_a_terminal(width, {"truncation": "raise rollout.max_completion_length " * 4})

@@ -113,6 +113,35 @@ def test_completions_that_never_end() -> None:
     assert fired(steps(completions__clipped_ratio=0.5)) == set()
 
 
+def test_tools_that_are_not_called() -> None:
+    assert fired(steps(tools__call_frequency=0.0)) == {"tools_unused"}
+    once = [*steps(tools__call_frequency=0.0)[1:], {"tools/call_frequency": 0.05}]
+    assert fired(once) == set(), "0.01 on average"
+    assert fired([*once[1:], {"tools/call_frequency": 0.049}]) == set(), "0.0198"
+    rare = [*steps(tools__call_frequency=0.0)[1:], {"tools/call_frequency": 0.04}]
+    assert fired(rare) == {"tools_unused"}, "0.008 on average"
+    assert fired([*steps(tools__call_frequency=0.0)[1:], {}]) == set(), "a step without rollouts"
+    config = Config.model_validate({**VALUES, "health": {"window": 5, "min_tool_calls": 0.0}})
+    assert warnings(steps(tools__call_frequency=0.0), config, stage_step=100) == {}
+    odd = warnings(steps(tools__call_frequency=0.0, tools__malformed=0.25), CONFIG, stage_step=100)
+    assert "25% of them end with a call that cannot be read" in odd["tools_unused"]
+
+
+def test_tools_whose_calls_fail() -> None:
+    """Of 5 steps, one has 2 calls per completion; a step without calls has no weight."""
+    calls = (2.0, 0.5, 0.5, 0.0, 0.0)
+
+    def failing(*fractions: float) -> set[str]:
+        pairs = zip(calls, fractions, strict=True)
+        return fired([{"tools/call_frequency": n, "tools/failure_frequency": f} for n, f in pairs])
+
+    assert failing(0.5, 0.5, 0.5, 0.0, 0.0) == set(), "exactly half"
+    assert failing(0.75, 0.5, 0.0, 0.0, 0.0) == {"tools_failing"}, "1.75 of 3 calls; 0.25 by steps"
+    assert failing(0.25, 1.0, 1.0, 0.0, 0.0) == set(), "1.5 of 3 calls"
+    assert fired(steps(tools__call_frequency=1.0, tools__failure_frequency=1.0)[1:]) == set(), "too early"
+    assert fired(steps()) == set(), "no tools"
+
+
 def test_a_policy_that_stops_exploring() -> None:
     assert fired(steps(rollout__entropy_estimate=0.019)) == {"entropy_collapse"}
     assert fired(steps(rollout__entropy_estimate=0.021)) == set()
@@ -261,10 +290,12 @@ def test_every_warning_has_a_remedy() -> None:
         discriminator__accuracy=1.0,
         weight__mu=1.0,
         tokens__sft=0,
+        tools__call_frequency=0.005,
+        tools__failure_frequency=1.0,
         **INACTIVE,
     )
     found = warnings(everything, CONFIG, stage_step=100)
-    assert len(found) == 7
+    assert len(found) == 9
     for message in found.values():
         keys = set(re.findall(r"\b(?:rollout|optim|objective|discriminator|model)\.(\w+)", message))
         sections = [section for section in vars(Config()).values() if isinstance(section, BaseModel)]

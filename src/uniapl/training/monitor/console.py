@@ -21,11 +21,14 @@ Show = Literal["text", "quiet"] | Callable[[str], None]
 LINE = (
     "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  acc {rewards/accuracies:.2f}  "
     "win {discriminator/win_rate:.2f}  adv {adversary/reward_change:.2f}  mu {weight/mu:.2f}  "
-    "lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  s {step_time:.1f}"
+    "lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  tools {tools/call_frequency:.2f}  "
+    "s {step_time:.1f}"
 )
 ROWS = {
     "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
     "ratio {completions/length_ratio:.2f}  entropy {rollout/entropy_estimate:.2f}",
+    "tools": "calls {tools/call_frequency:.2f}  failed {tools/failure_frequency:.2f}  "
+    "malformed {tools/malformed:.2f}  unanswered {tools/unanswered:.2f}",
     "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
     "preferences": "loss {loss/pref:.3f}  accuracy {rewards/accuracies:.2f}  margin {rewards/margins:.2f}  "
     "tokens {tokens/pref:,}",
@@ -106,7 +109,10 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         return time.monotonic() - self._started
 
     def step_done(self, step: int, metrics: Mapping[str, Any], *, line: bool) -> None:
-        """Show a step's metrics; with `line`, also print them (at most 100 columns for up to 999 steps)."""
+        """Show a step's metrics; with `line`, also print them.
+
+        A line has at most 100 columns for up to 999 steps without tools.
+        """
         self._metrics = metrics
         self._progress.update(self._task, pace=f"{metrics['step_time']:.1f} s/step")
         if self._json is not None:

@@ -20,6 +20,7 @@ DIVERGING = 3.0
 demo had both by chance, in one step out of a hundred."""
 SMALL_KL = 0.1
 """Nats per token; no smaller KL counts as a jump. Our choice."""
+CALLS = "tools/call_frequency"
 
 
 LIMITS = (
@@ -78,6 +79,8 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
         "multiplier_pinned": _multiplier_pinned(before, last, stage.objective.lambda_bounds[1]),
         "adversary_inactive": _adversary_inactive(last, stage, stage_step),
         "sampler_mismatch": _sampler_mismatch(last[-1], config.max_sampling_difference),
+        "tools_unused": _tools_unused(last, config.min_tool_calls),
+        "tools_failing": _tools_failing(last, config.max_tool_failures),
         "no_supervised_tokens": _no_supervised_tokens(last),
     }
     return {name: message for name, message in found.items() if message is not None}
@@ -252,6 +255,33 @@ def _sampler_mismatch(newest: Mapping[str, Any], highest: float) -> str | None:
         f"the log-probabilities of sampler and trainer differ by {difference:.2g} nats per token (limit "
         f"{highest:g}), so gradients do not belong to the sampled policy. Train in fp32 (optim.bf16 false), "
         "try model.attn_implementation eager, and check that the model has no dropout or other noise"
+    )
+
+
+def _tools_unused(last: Records, lowest: float) -> str | None:
+    """The metrics of tools exist only in a run that has tools."""
+    calls, malformed = _values(last, CALLS), _mean(last, "tools/malformed")
+    if len(calls) < len(last) or statistics.fmean(calls) >= lowest:
+        return None
+    begun = f"; {malformed:.0%} of them end with a call that cannot be read" if malformed else ""
+    return (
+        f"the completions call {statistics.fmean(calls):.2g} tools on average (limit {lowest:g}){begun}. Add "
+        "demonstrations that call them, describe in the prompt when to use them, raise "
+        "rollout.temperature, or choose prompts that need them"
+    )
+
+
+def _tools_failing(last: Records, highest: float) -> str | None:
+    """The fraction of all calls of the window: a step without calls has no weight."""
+    called = [step for step in last if step.get(CALLS)]
+    failed = sum(step[CALLS] * (step.get("tools/failure_frequency") or 0.0) for step in called)
+    total = sum(step[CALLS] for step in called)
+    if not total or failed / total <= highest:
+        return None
+    return (
+        f"{failed / total:.0%} of the tool calls failed (limit {highest:.0%}). Read the results in "
+        "completions.jsonl: correct the tool if its exceptions are its own, raise rollout.tool_timeout if "
+        "calls take too long, or describe names and arguments better in the tool's docstring"
     )
 
 

@@ -3,8 +3,10 @@
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from uniapl.config.objective import ObjectiveConfig
 from uniapl.rewards import RewardOutcome
@@ -12,7 +14,7 @@ from uniapl.training.monitor import metrics
 from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.credit import Credit
 from uniapl.training.update.policy_step import PolicyStep
-from uniapl.types import RolloutGroup
+from uniapl.types import Rollout, RolloutGroup, TokenIds, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,35 +125,79 @@ def logged_by_rewards(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[s
     return {name: statistics.fmean(values) for name, values in logged.items()}
 
 
-def completion_records(step: int, result: StepResult) -> list[dict[str, Any]]:
+def completion_records(
+    step: int, result: StepResult, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
     """The lines of completions.jsonl, one per prompt; those of groups that were replaced are marked."""
     found = [
-        _completion_record(step, *pair) for pair in zip(result.groups, result.batch.credits, strict=True)
+        _completion_record(step, *pair, tokenizer)
+        for pair in zip(result.groups, result.batch.credits, strict=True)
     ]
-    return found + [_completion_record(step, group, None) | {"discarded": True} for group in result.discarded]
+    replaced = [_completion_record(step, group, None, tokenizer) for group in result.discarded]
+    return found + [record | {"discarded": True} for record in replaced]
 
 
-def _completion_record(step: int, group: RolloutGroup, credit: Credit | None) -> dict[str, Any]:
+def _completion_record(
+    step: int, group: RolloutGroup, credit: Credit | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    shown = group.example.demonstration_tokens
     return {
         "step": step,
         "row": group.example.row,
         "prompt": group.example.prompt,
         "demonstration": group.example.demonstration,
-        "demonstration_tokens": shown.num_written if (shown := group.example.demonstration_tokens) else None,
+        "demonstration_tokens": None if shown is None else shown.num_written,
+        **({"demonstration_segments": segments(shown, tokenizer)} if shown and shown.given else {}),
         "completions": [
             {
                 "text": text,
                 "tokens": rollout.num_sampled,
                 "finish_reason": rollout.finish_reason,
-                **({"messages": list(rollout.messages)} if rollout.messages else {}),
+                **(_trajectory(tokens, rollout, tokenizer) if rollout.messages else {}),
                 "reward": reward,
                 "rewards": {name: values[i] for name, values in group.reward_parts.items()},
                 **({"extra": {k: values[i] for k, values in group.extra.items()}} if group.extra else {}),
                 "advantage": credit.advantages[i] if credit else None,
                 "win_rate": credit.win_rates[i] if credit else None,
             }
-            for i, (text, rollout, reward) in enumerate(
-                zip(group.texts, group.rollouts, group.rewards, strict=True)
+            for i, (text, rollout, tokens, reward) in enumerate(
+                zip(
+                    group.texts,
+                    group.rollouts,
+                    group.tokens(demonstration=False),
+                    group.rewards,
+                    strict=True,
+                )
             )
         ],
     }
+
+
+def _trajectory(tokens: Tokens, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "messages": list(rollout.messages),
+        "segments": segments(tokens, tokenizer),
+        "tool_use": asdict(rollout.tool_use),
+    }
+
+
+def segments(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The completion in parts: written by the policy or the expert, or given to them between their turns.
+
+    The text has the special tokens, because they are trained too.
+
+    Example:
+        [{"written": True, "text": "<tool_call>...</tool_call><|im_end|>"},
+         {"written": False, "text": "<|im_start|>user...3...<|im_start|>assistant"},
+         {"written": True, "text": "3<|im_end|>"}]
+    """
+
+    def text(ids: TokenIds) -> str:
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    bounds = [0, *itertools.chain.from_iterable(tokens.given), len(tokens.completion)]
+    return [
+        {"written": number % 2 == 0, "text": text(tokens.completion[start:stop])}
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds))
+        if stop > start
+    ]
