@@ -249,6 +249,15 @@ def function_of(tool: Any) -> Mapping[str, Any]:
     return function if isinstance(function, Mapping) else {}
 
 
+def arguments_of(call: Message) -> Any:
+    """The arguments of a tool call as a mapping; OpenAI's format has them as JSON text."""
+    arguments = function_of(call).get("arguments", {})
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError as error:
+        raise UsageError(f"the arguments of a tool call are not JSON: {arguments!r:.60}") from error
+
+
 def template_inputs(row: Mapping[str, Any]) -> tuple[list[Message] | None, dict[str, Any]]:
     """The columns :data:`TEMPLATE_INPUTS`.
 

@@ -3,18 +3,25 @@
 import json
 import os.path
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from uniapl.data.conversations import Message, function_of
+from uniapl.data.conversations import Message, arguments_of, function_of
+from uniapl.data.marks import (
+    CALL_MARK,
+    DATE_MARK,
+    MARK,
+    TOOL_MARK,
+    leaves,
+    occurs,
+    with_marked_name,
+    with_marks,
+)
 from uniapl.errors import UsageError
 
-MARK = "UniAPL{}mark"
-"""Appended to every text of a conversation: a text whose mark is not rendered is lost."""
-TOOL_MARK, CALL_MARK, DATE_MARK = (MARK.format(text) for text in ("tool", "call", "date"))
 CLOCK = "strftime_now"
 """The function with which templates read the clock."""
 THOUGHT = re.compile(r"(?:<think>|\A)(?:(?!<think>).)*?</think>", re.DOTALL)
@@ -99,7 +106,7 @@ class ChatTemplate:
         if CLOCK in source and (marked or "date_string" in self.arguments):
             date = "date_string" if "date_string" in self.arguments else f"'{DATE_MARK}'"
             source = f"{{%- macro {CLOCK}(format) -%}}{{{{ {date} }}}}{{%- endmacro -%}}{source}"
-        tools = [_with_marked_name(tool, TOOL_MARK) if marked else tool for tool in self.tools]
+        tools = [with_marked_name(tool, TOOL_MARK) if marked else tool for tool in self.tools]
         continued = prompt and messages[-1]["role"] == "assistant"
         options = {
             **self.arguments,
@@ -110,7 +117,7 @@ class ChatTemplate:
             "add_generation_prompt": prompt and not continued,
         }
         if marked:
-            messages = [_marked(index, message) for index, message in enumerate(messages)]
+            messages = [with_marks(index, message) for index, message in enumerate(messages)]
         template: Any = self.tokenizer.apply_chat_template
         try:
             return str(template([self._formed(message) for message in messages], **options))
@@ -155,10 +162,10 @@ class ChatTemplate:
             for call in message.get("tool_calls", ()):
                 name = function_of(call)["name"]
                 calls.append(name)
-                pieces += _leaves(_arguments(call))
+                pieces += leaves(arguments_of(call))
                 if whole.count(name + CALL_MARK) < calls.count(name):
                     pieces.append(name + MARK.format("lost"))
-            lost = next((piece for piece in pieces if not _occurs(piece, whole)), None)
+            lost = next((piece for piece in pieces if not occurs(piece, whole)), None)
             if lost is not None:
                 text = re.sub(MARK.format(r"\w+?"), "", lost).strip()
                 raise UsageError(
@@ -177,13 +184,13 @@ class ChatTemplate:
         whole = self.render(joined, prompt=False)
         pieces = [piece for piece in re.split("</?think>", turn["content"]) if piece.strip()]
         pieces += [turn[key] for key in REASONING if isinstance(turn.get(key), str)]
-        if whole.startswith(prompt) and all(_occurs(piece, whole[len(prompt) :]) for piece in pieces):
+        if whole.startswith(prompt) and all(occurs(piece, whole[len(prompt) :]) for piece in pieces):
             thought = "</think>" in turn["content"] or any(turn.get(key) for key in REASONING)
             if "</think>" in whole[len(prompt) :] and not thought:
                 self.notes.add(EMPTY_THOUGHT_NOTE)
             return whole[len(prompt) :]
         text = self._with_thought(messages, joined[-1], prompt, whole)
-        lost = next((piece for piece in pieces if not _occurs(piece, text)), None)
+        lost = next((piece for piece in pieces if not occurs(piece, text)), None)
         if lost is not None:
             raise UsageError(
                 f"the chat template removes a part of the demonstration: {lost.strip()!r:.60}; write a "
@@ -277,7 +284,7 @@ class ChatTemplate:
         return message
 
     def _formed_call(self, call: Message) -> Message:
-        function = {**function_of(call), "arguments": _arguments(call)}
+        function = {**function_of(call), "arguments": arguments_of(call)}
         if self.json_arguments:
             function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
         return {**call, "function": function} if "function" in call else function
@@ -368,48 +375,3 @@ def _joined(messages: Sequence[Message], turn: Message) -> list[Message]:
 def _outside_thoughts(message: Message) -> list[str]:
     """The content, split at the thoughts of an assistant message."""
     return THOUGHT.split(message["content"]) if message["role"] == "assistant" else [message["content"]]
-
-
-def _occurs(text: str, whole: str) -> bool:
-    """Whether the text is in the rendering, as it is or as JSON; templates strip white space around it."""
-    return text.strip() in whole or json.dumps(text.strip(), ensure_ascii=False)[1:-1] in whole
-
-
-def _arguments(call: Message) -> Any:
-    """The arguments of a tool call as a mapping; OpenAI's format has them as JSON text."""
-    arguments = function_of(call).get("arguments", {})
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError as error:
-        raise UsageError(f"the arguments of a tool call are not JSON: {arguments!r:.60}") from error
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The keys and texts in the arguments of a tool call."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-
-
-def _marked(index: int, message: Message) -> Message:
-    """The message with marks after its content and after the names of functions."""
-    message = dict(message)
-    if message["content"].strip():
-        message["content"] += MARK.format(index)
-    if message["role"] == "tool" and isinstance(message.get("name"), str):
-        message["name"] += CALL_MARK
-    if "tool_calls" in message:
-        message["tool_calls"] = [_with_marked_name(call, CALL_MARK) for call in message["tool_calls"]]
-    return message
-
-
-def _with_marked_name(tool: Message, mark: str) -> Message:
-    """A tool or a tool call with a mark after the name of its function."""
-    function = {**function_of(tool), "name": function_of(tool)["name"] + mark}
-    return {**tool, "function": function} if "function" in tool else function
