@@ -28,6 +28,7 @@ from uniapl import cli
 from uniapl.config import Config
 from uniapl.config.resolve import load_recipe, resolve
 from uniapl.demo.recipe import RECIPE, REWARDS
+from uniapl.tools.functions import tool_of
 
 LEFT_OUT = {
     "docs/log.md": "dated records of what was run once, with the figures that came out",
@@ -221,7 +222,7 @@ def test_settings_are_accepted(text: str) -> None:
 def test_rows_have_a_prompt() -> None:
     texts = [text for document in DOCUMENTS for text in of_kind(document, "rows")]
     assert len(texts) >= 3
-    assert all("prompt" in row for text in texts for row in read_rows(text))
+    assert all(row.keys() & {"prompt", "messages"} for text in texts for row in read_rows(text))
 
 
 def test_python_blocks_do_what_the_text_says(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +236,8 @@ def test_python_blocks_do_what_the_text_says(workshop: Path, monkeypatch: pytest
     assert found["is_prime"](["11", "12", "x"], [100, 100, 100]) == [1.0, 0.0, 0.0]
     assert found["short"](["one two", [{"content": "word " * 21}]]) == [1.0, 0.0]
     assert found["has_word"](["a cat", "a dog", "a cow"], ["cat", "cat", None]) == [1.0, 0.0, None]
+    assert found["right"]([[{"content": "82"}], [{"content": "8"}]], ["82", "82"]) == [1.0, 0.0]
+    assert tool_of(found["lookup"]).name == "lookup"
     assert found["result"].steps == 1
 
 
