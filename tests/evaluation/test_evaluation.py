@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,46 @@ def test_pass_at_k_reports_what_is_unknown(tmp_path: Path) -> None:
     ]
     shown = notes({**result.summary, "floors": {}}, 8)
     assert "1 of 6 completions could not be scored and are not counted" in shown
+
+
+def test_a_trajectory_is_scored_by_its_messages(tmp_path: Path) -> None:
+    """The answer is the last message, and only the policy's words count; instructions are those of it too."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    messages: tuple[dict[str, Any], ...] = (
+        {"role": "assistant", "content": "let me see", "tool_calls": [call]},
+        {"role": "tool", "name": "look", "content": "a, long, result"},
+        {"role": "assistant", "content": "=> it is b"},
+    )
+
+    class Called(Scripted):
+        def _rollout(self, text: str) -> Rollout:
+            return replace(super()._rollout(text), messages=messages)
+
+    seen: list[Any] = []
+
+    def last(completions: list[Any]) -> list[float]:
+        seen.extend(completions)
+        return [float(one[-1]["content"] == "=> it is b") for one in completions]
+
+    tokenizer = make_tokenizer(chat_template=TEMPLATE)
+    path = tmp_path / "suite.jsonl"
+    asked = [{"role": "user", "content": "what?"}]
+    path.write_text(json.dumps({"prompt": asked}) + "\n")
+    config = Config(evaluation=EvaluationConfig(suites=(str(path),)))
+    (suite,) = load_suites(config, tokenizer, functions=[last])
+    seen.clear()
+    result = evaluate_suite(suite, Called([["a whole, text"]]), tokenizer, with_floors=False)
+    assert seen == [list(messages)]
+    assert result.summary["scores"]["reward"]["mean"] == 1.0
+    assert result.summary["mean_words"] == len("let me see => it is b".split())
+    assert result.completions[0]["messages"] == list(messages)
+    row = {"prompt": asked, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    path.write_text(json.dumps(row) + "\n")
+    marked = EvaluationConfig(suites=(str(path),), answer_after="=>")
+    (suite,) = load_suites(Config(evaluation=marked), tokenizer)
+    result = evaluate_suite(suite, Called([["a whole, text"]]), tokenizer, with_floors=False)
+    assert result.summary["scores"]["prompt_strict"]["mean"] == 1.0
+    assert result.summary["notes"] == []
 
 
 @on_stand_ins_and_real_data

@@ -119,6 +119,33 @@ async def hang_later() -> int:
     return 1
 
 
+def interrupt() -> int:
+    """Interrupt."""
+    raise KeyboardInterrupt
+
+
+async def interrupt_later() -> int:
+    """Interrupt."""
+    await asyncio.sleep(0)
+    raise KeyboardInterrupt
+
+
+def exhaust() -> int:
+    """Exhaust."""
+    raise MemoryError
+
+
+class Hanging:
+    def __str__(self) -> str:
+        time.sleep(60)
+        return "x"
+
+
+def hang_as_text() -> Hanging:
+    """Hang."""
+    return Hanging()
+
+
 def flood() -> str:
     """Flood."""
     return "x" * 1_000_000
@@ -127,6 +154,8 @@ def flood() -> str:
 def test_what_goes_wrong_is_read_by_the_policy() -> None:
     assert error_of(called(fail, {})) == "'no such key'"
     assert error_of(called(leave, {})) == "3"
+    assert error_of(called(interrupt, {})) == error_of(called(interrupt_later, {})) == "KeyboardInterrupt()"
+    assert error_of(called(exhaust, {})) == "MemoryError()"
     assert error_of(called(add, {"a": "x"})).startswith("can only concatenate")
     assert error_of(called(add, {"c": 1})) == "missing a required argument: 'a'"
     assert error_of(called(add, {"a": 1, "c": 1})) == "got an unexpected keyword argument 'c'"
@@ -137,10 +166,12 @@ def test_what_goes_wrong_is_read_by_the_policy() -> None:
     assert error_of(call_tool({}, "ad", {}, timeout=1, max_characters=100)).endswith("tools: none")
 
 
-@pytest.mark.parametrize("function", [hang, hang_later])
+@pytest.mark.parametrize("function", [hang, hang_later, hang_as_text])
 def test_a_call_that_hangs_ends(function: Any) -> None:
     begin = time.monotonic()
-    assert error_of(called(function, {}, timeout=0.2)) == f"'{function.__name__}' did not answer within 0.2 s"
+    tool = Tool(name=function.__name__, function=function, schema={})
+    found = call_tool({tool.name: tool}, tool.name, {}, timeout=0.2, max_characters=100)
+    assert error_of(found) == f"'{function.__name__}' did not answer within 0.2 s"
     assert time.monotonic() - begin < 10
 
 

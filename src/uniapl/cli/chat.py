@@ -49,6 +49,12 @@ def chat(arguments: Sequence[str]) -> None:
     template = None
     if data.prompt_format == "chat":
         template = ChatTemplate(tokenizer=tokenizer, arguments=data.chat_template_kwargs)
+    if (run := _run_of(options.model)) and (tools := _recipe_of(run).rollout.tools):
+        print(
+            f"note: chat neither shows nor calls the tools of {run / 'config.yaml'}: {', '.join(tools)}. "
+            "`uniapl evaluate --recipe` does",
+            file=sys.stderr,
+        )
     messages = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for line in _lines():

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from uniapl.cli.train import resolve_arguments
 from uniapl.config import Config
@@ -20,6 +22,7 @@ from uniapl.data.streams import is_held_out
 from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.models.loading import check_policy
+from uniapl.tools.functions import Tool
 from uniapl.training.checkpoint.disk import check_available
 from uniapl.training.inputs import RunInputs, stream_examples
 from uniapl.training.preflight import load as setup
@@ -66,9 +69,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     examples = inputs.dataset.examples
     shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
     turns = shown.demonstrated_turns or (Tokens(shown.prompt_ids, ()),)
-    *earlier, last = [
-        "{}[[{}]]".format(*(inputs.tokenizer.decode(list(ids)) for ids in turn.pair)) for turn in turns
-    ]
+    *earlier, last = [_marked(turn, inputs.tokenizer) for turn in turns]
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]
     start = [line.removeprefix("note: ") for line in said]
@@ -89,6 +90,7 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
             reward.name: sum(reward.applies_to(e) for e in examples) for reward in inputs.rewarder.rewards
         },
         "reward_details": inputs.rewarder.details,
+        "tools": {tool.name: _signature(tool) for tool in inputs.tools},
         "overlap": overlap_with_suites(inputs),
         "stages": [_stage_report(stage.config, inputs) for stage in stages],
         "memory": [_memory(stage.config, inputs) for stage in stages],
@@ -111,6 +113,7 @@ def print_report(report: dict[str, Any]) -> None:
         lines.append(f"left out: {len(rows)} rows, {reason} ({_listed(rows, 10)})")
     for name, count in report["rewards"].items():
         lines.append(f"reward '{name}': applies to {count} rows")
+    lines += [f"tool '{name}': {text}" for name, text in report["tools"].items()]
     for name, found in report["overlap"].items():
         pairs = [
             f"training row {ours} and suite row {theirs}" for ours, theirs in found["exact"] + found["ngram"]
@@ -133,6 +136,24 @@ def print_report(report: dict[str, Any]) -> None:
         # Line breaks of the console would look like tokens of the row.
         console.print(f"{title}\n{text}", markup=False, soft_wrap=True)
     console.print("ok")
+
+
+def _marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a row, with what enters the loss in [[ ]]."""
+    places = groupby(range(len(tokens.completion)), lambda place: written[place])
+    written = tokens.is_written
+    text = str(tokenizer.decode(list(tokens.prompt)))
+    for own, part in places:
+        piece = str(tokenizer.decode([tokens.completion[place] for place in part]))
+        text += f"[[{piece}]]" if own else piece
+    return text if tokens.completion else f"{text}[[]]"
+
+
+def _signature(tool: Tool) -> str:
+    """The arguments and the description of a tool, as the chat template shows them."""
+    function = tool.schema["function"]
+    arguments = function["parameters"].get("properties", {})
+    return f"({', '.join(arguments)}) {function['description']}"
 
 
 def _listed(items: Sequence[Any], most: int) -> str:

@@ -36,6 +36,7 @@ from uniapl.models.loading import (
 from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.training.build_sampler import Tooling, with_tools
 
 OVERRIDES = {
     "evaluation": (
@@ -46,6 +47,8 @@ OVERRIDES = {
     "model": ("chat_template_path", "stop_tokens"),
 }
 """Keys of the recipe that have a flag of the same name."""
+TOOLS = ("tools", "max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+"""Keys of `rollout` that evaluation uses."""
 LISTS = {"suites": "NAME", "stop_strings": "STR", "stop_tokens": "STR"}
 """Flags with several values, and how `--help` names one."""
 TRUNCATED = 0.1
@@ -86,6 +89,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     stop_ids = load_stop_ids(source, model.config, tokenizer)
     sampling = SamplingSettings.of_evaluation(config, stop_ids, tokenizer)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tooling = Tooling.of(config, tokenizer, stop_ids)
+    tooling.check(config)
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
     _make_directory(options.output_dir, overwrite=options.overwrite)
     put_on_device(model)
@@ -98,6 +103,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_batch_size=options.batch_size,
         decoding=config.rollout.decoding,
     )
+    sampler = with_tools(sampler, config, tooling, evaluation.max_completion_length)
     run = functools.partial(evaluate_suite, num_samples=evaluation.num_samples, seed=options.seed)
     found: dict[str, SuiteResult] = {}
     for suite in suites:
@@ -198,11 +204,12 @@ def _config(options: argparse.Namespace) -> Config:
     recipe = resolved.config
     include: Any = {
         **dict.fromkeys(("data", "rewards", "evaluation"), True),
-        "rollout": {"decoding", "stop_strings"},
+        "rollout": {"decoding"},
         "model": {*OVERRIDES["model"]},
     }
     values = recipe.model_dump(include=include)
-    values["rollout"]["stop_strings"] = stages_of(resolved)[-1].config.rollout.stop_strings
+    last = stages_of(resolved)[-1].config
+    values["rollout"] |= last.rollout.model_dump(include={"stop_strings", *TOOLS})
     for key, value in vars(options).items():
         section, _, name = key.partition(".")
         if name and value is not None:
@@ -224,6 +231,8 @@ def _settings(config: Config) -> dict[str, Any]:
     found["temperature"] = config.evaluation.sampling_temperature
     if found["stop_strings"] is None:
         found["stop_strings"] = config.rollout.model_dump(mode="json")["stop_strings"]
+    if config.rollout.tools:
+        found |= config.rollout.model_dump(mode="json", include={*TOOLS})
     return found | config.model.model_dump(mode="json", include={*OVERRIDES["model"]})
 
 

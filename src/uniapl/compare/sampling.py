@@ -19,6 +19,7 @@ from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.training.build_sampler import Tooling, with_tools
 from uniapl.types import Tokens
 
 VALIDATION = "validation"
@@ -80,6 +81,8 @@ class Suites:
             max_batch_size=self.config.rollout.max_batch_size,
             decoding=self.config.rollout.decoding,
         )
+        tooling = Tooling.of(self.config, self.tokenizer, self.stop_ids)
+        sampler = with_tools(sampler, self.config, tooling, settings.max_completion_length)
         num_samples = self.config.evaluation.num_samples
         found: Sample = {}
         results: dict[str, SuiteResult] = {}

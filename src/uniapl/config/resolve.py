@@ -212,6 +212,11 @@ def _stages(resolved: Resolved) -> list[Resolved]:
             stages.append(resolve(merge({**base, **_length(config, stage)}, stage)))
         except UsageError as error:
             raise UsageError(f"stage {number}: {error}") from error
+        if stages[-1].config.rollout.tools != config.rollout.tools:
+            raise UsageError(
+                f"stage {number} cannot change 'rollout.tools', because the prompts of all stages show the "
+                "same tools: set it for the whole run"
+            )
     return stages
 
 

@@ -28,6 +28,9 @@ class SampleRequest:
     caches: RowCaches | None = None
     """Has caches of rows that go on in this call, and is given those of its rollouts, which may go on in
     the next call; None if none does. vLLM has caches of its own."""
+    completion_lengths: Sequence[int] | None = None
+    """Tokens of each prompt's completion, at most `max_completion_length`, for engines that refuse a request
+    beyond the model's context; None is the same limit for all."""
     policy_version: int = 0
     """The training step whose weights sample; it is recorded in every rollout."""
 

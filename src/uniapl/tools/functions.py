@@ -68,7 +68,10 @@ def call_tool(
 ) -> ToolResult:
     """Call a tool. Whatever goes wrong is its result, which the policy reads, as in TRL.
 
-    A call that hangs is left behind in its thread, which does not keep the process alive.
+    That includes exceptions that would end a program (SystemExit, KeyboardInterrupt, MemoryError). A call
+    that hangs is left behind in its thread, which does not keep the process alive. A tool runs in the
+    training process: what it prints is a part of the run's output, and a working directory that it changes
+    stays changed, for other tools too; the paths of the run do not depend on it.
 
     Args:
         arguments: As parsed from the completion, so of any form.
@@ -83,19 +86,32 @@ def call_tool(
         return _failure(f"the arguments of '{name}' must be an object", max_characters)
     try:
         inspect.signature(tool.function).bind(**arguments)
-        return ToolResult(_cut(_text(_awaited(tool.function, arguments, timeout)), max_characters), False)
+        return ToolResult(_cut(_awaited(tool.function, arguments, timeout), max_characters), False)
     except (DeadlineError, RewardTimeoutError):
         return _failure(f"'{name}' did not answer within {timeout:g} s", max_characters)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except Exception as error:
         return _failure(str(error) or repr(error), max_characters)
 
 
-def _awaited(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> Any:
+def _awaited(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> str:
+    """The text of the result. All code of the tool runs in another thread and raises no more than an
+    Exception."""
     if is_async(function):
-        return loop_thread().result_of(function(**arguments), timeout)
-    return call_with_deadline(lambda: function(**arguments), timeout)
+
+        async def later() -> str:
+            return _text(await function(**arguments))
+
+        return loop_thread().result_of(later(), timeout)
+
+    def work() -> str:
+        try:
+            return _text(function(**arguments))
+        except Exception:
+            raise
+        except BaseException as error:  # not Ctrl-C, which interrupts the main thread only
+            raise RuntimeError(str(error) or repr(error)) from error
+
+    return call_with_deadline(work, timeout)
 
 
 def _text(value: Any) -> str:

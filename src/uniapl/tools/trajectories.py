@@ -99,9 +99,11 @@ class _Trajectory:
     def add(self, turn: Rollout, limit: int) -> None:
         """Append a turn; what exceeds the limit is cut."""
         room = limit - len(self.ids)
-        self.last = turn
-        self.ids += turn.completion_ids[:room]
-        self.logprobs += turn.sampling_logprobs[:room]
+        self.last = replace(
+            turn, completion_ids=turn.completion_ids[:room], sampling_logprobs=turn.sampling_logprobs[:room]
+        )
+        self.ids += self.last.completion_ids
+        self.logprobs += self.last.sampling_logprobs
         self.truncated = turn.finish_reason == "length" or len(turn.completion_ids) > room
 
     def rollout(self) -> Rollout:
@@ -146,14 +148,15 @@ def sample_trajectories(
         if not active:
             break
         numbers = {id(one): number for group in groups for number, one in enumerate(group)}
-        room = max_completion_length - min(len(one.ids) for one in active)
+        rooms = [max_completion_length - len(one.ids) for one in active]
         turns = sampler.sample(
             replace(
                 request,
                 prompts=[one.prompt + one.ids for one in active],
                 seeds=[derive_seed(one.seed, "turn", iteration, numbers[id(one)]) for one in active],
                 num_generations=1,
-                max_completion_length=room,
+                max_completion_length=max(rooms),
+                completion_lengths=rooms,
             )
         )
         for one, (turn,) in zip(active, turns, strict=True):
@@ -174,6 +177,7 @@ def _answered(
     ended = [one for one in trajectories if not one.truncated]
     for one in trajectories:
         if one.truncated:
+            # Without it, the last message, which reward functions read, would be the result of a tool.
             start = one.given[-1][1] if one.given else 0
             one.messages += (toolbox.message(one.ids[start:]),)
     answers = map_in_threads(

@@ -1,9 +1,11 @@
 """The sampler of a stage: the local sampler in every process, or vLLM."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.config import Config
 from uniapl.data.rendering import ChatTemplate
@@ -14,6 +16,7 @@ from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.tools.calls import CallParser
+from uniapl.tools.functions import Tool, find_tools
 from uniapl.tools.sampler import ToolSampler
 from uniapl.tools.trajectories import Toolbox
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
@@ -41,7 +44,54 @@ def build_sampler(
     return kind(sampler=_vllm_sampler(config, model, inputs, accelerator), accelerator=accelerator)
 
 
-def with_tools(sampler: Sampler, config: Config, inputs: RunInputs, max_completion_length: int) -> Sampler:
+@dataclass(frozen=True, kw_only=True)
+class Tooling:
+    """What tools need of :class:`RunInputs`, for samplers outside of a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    tools: tuple[Tool, ...]
+
+    @staticmethod
+    def of(config: Config, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> "Tooling":
+        """Find the configured tools. Raises a UsageError as :func:`find_tools` does."""
+        tools = tuple(find_tools(config.rollout.tools))
+        return Tooling(tokenizer=tokenizer, stop_ids=frozenset(stop_ids), tools=tools)
+
+    def check(self, config: Config) -> None:
+        """Check before a model is loaded that the chat template shows tools and that its calls can be read.
+
+        Raises:
+            UsageError: It does not, or they cannot.
+        """
+        if not self.tools:
+            return
+        if not self.tokenizer.chat_template:
+            raise UsageError(
+                "rollout.tools needs a chat template, which writes tools and calls: choose a model that has "
+                "one, or set model.chat_template_path"
+            )
+        form = _form(config, self)
+        prompt = form.render([{"role": "user", "content": "?"}])
+        if missing := [tool.name for tool in self.tools if tool.name not in prompt]:
+            raise UsageError(
+                f"rollout.tools: the chat template does not show {', '.join(missing)}; use a model whose "
+                "template has tools, or set model.chat_template_path"
+            )
+        CallParser.of(form, self.stop_ids)
+
+
+def _form(config: Config, inputs: RunInputs | Tooling) -> ChatTemplate:
+    return ChatTemplate(
+        tokenizer=inputs.tokenizer,
+        arguments=config.data.chat_template_kwargs,
+        tools=[dict(tool.schema) for tool in inputs.tools],
+    )
+
+
+def with_tools(
+    sampler: Sampler, config: Config, inputs: RunInputs | Tooling, max_completion_length: int
+) -> Sampler:
     """The sampler, with the configured tools.
 
     Raises:
@@ -50,11 +100,7 @@ def with_tools(sampler: Sampler, config: Config, inputs: RunInputs, max_completi
     rollout = config.rollout
     if not inputs.tools:
         return sampler
-    form = ChatTemplate(
-        tokenizer=inputs.tokenizer,
-        arguments=config.data.chat_template_kwargs,
-        tools=[dict(tool.schema) for tool in inputs.tools],
-    )
+    form = _form(config, inputs)
     toolbox = Toolbox(
         tools={tool.name: tool for tool in inputs.tools},
         parser=CallParser.of(form, inputs.stop_ids),
@@ -116,4 +162,5 @@ def _vllm_sampler(
         canary=prompts[0],
         tolerance=rollout.vllm_max_logp_difference,
         settings=settings,
+        with_tools=lambda turns, limit: with_tools(turns, config, inputs, limit),
     )

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from uniapl.config import Config, EvaluationConfig, RolloutConfig
 from uniapl.config.resolve import Resolved
+from uniapl.data.parsing import NumberedRow
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
-from uniapl.data.rows import Dataset, tokenize_rows, unused_columns
+from uniapl.data.rows import Dataset, is_plain_text, tokenize_rows, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
@@ -25,7 +26,7 @@ from uniapl.models.loading import (
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.rollout.settings import SamplingSettings
-from uniapl.tools.functions import find_tools
+from uniapl.training.build_sampler import Tooling
 from uniapl.training.build_teacher import check_teacher, notes_on_teacher
 from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
@@ -68,18 +69,11 @@ def load_inputs(
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     limits = {"stop_ids": stop_ids, "context_length": window}
-    tools = find_tools(config.rollout.tools)
+    tooling = Tooling.of(config, tokenizer, stop_ids)
+    tooling.check(config)
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
-        most = max(longest, default=0)
-        dataset = tokenize_rows(
-            rows,
-            tokenizer,
-            config.data,
-            max_completion_length=most,
-            tools=[dict(tool.schema) for tool in tools],
-            **limits,
-        )
+        dataset = _tokenized(rows, config, tooling, max_completion_length=max(longest, default=0), **limits)
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     state = _trainer_state(config)
     rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
@@ -110,11 +104,29 @@ def load_inputs(
         dataset=dataset,
         rewarder=rewarder,
         stop_ids=stop_ids,
-        tools=tuple(tools),
+        tools=tooling.tools,
         data_sha256=_sha256([row for _, row in rows]),
         notes=tuple(notes),
         suites=suites,
     )
+
+
+def _tokenized(rows: Sequence[NumberedRow], config: Config, tooling: Tooling, **limits: Any) -> Dataset:
+    """The rows, with the tools in chat prompts.
+
+    Raises:
+        UsageError: A row is invalid, or it is plain text, which cannot show tools.
+    """
+    schemas = [dict(tool.schema) for tool in tooling.tools]
+    dataset = tokenize_rows(rows, tooling.tokenizer, config.data, tools=schemas, **limits)
+    text = [e.row for e in dataset.examples if tooling.tools and is_plain_text(e.prompt, config.data)]
+    if text:
+        raise UsageError(
+            f"row {text[0]}: rollout.tools needs prompts of chat messages, and {len(text)} of "
+            f"{len(dataset.examples)} prompts are plain text: set data.prompt_format to chat, or remove "
+            "rollout.tools"
+        )
+    return dataset
 
 
 def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:

@@ -1,0 +1,146 @@
+"""Recipes with tools in the commands: what `check` reports and refuses, and what uses the tools."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from integration.test_tools import rows
+from integration.test_tools_on_processes import save_start
+from integration.test_tools_on_processes import values as tool_recipe
+from rollout.test_vllm_tools import WHOLE, Cut
+from support.runs import lines
+from uniapl import cli
+from uniapl.cli import chat as chat_command
+from uniapl.cli import evaluate as evaluate_command
+from uniapl.compare import sampling
+from uniapl.compare.sampling import Suites
+from uniapl.config.resolve import resolve
+from uniapl.models.loading import load_model
+
+REWARD = """
+def right(completions, total):
+    return [float(c[-1]["content"] == str(x)) for c, x in zip(completions, total)]
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a tool, data and a recipe."""
+    folder = tmp_path_factory.mktemp("start")
+    save_start(folder)
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    write(folder, "recipe")
+    return folder
+
+
+def write(folder: Path, name: str, **changes: Any) -> str:
+    values = tool_recipe(folder, folder / "run")
+    values["data"] = {"path": str(folder / "train.jsonl")}
+    values["rewards"] = {"functions": [f"{folder / 'reward.py'}:right"]}
+    values["evaluation"]["max_completion_length"] = WHOLE
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return str(path)
+
+
+def said(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    capsys.readouterr()
+    assert cli.run(words) == code
+    shown = capsys.readouterr()
+    return " ".join((shown.err if code else shown.out).split())
+
+
+def test_check_reports_tools(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(["check", str(start / "recipe.yaml")], capsys, 0)
+    assert "tool 'add': (a, b) Add two numbers." in text
+    # The tokens of results are not in the loss.
+    assert "</tool_call><|im_end|>]] <|im_start|>user <tool_response> 3 </tool_response><|im_end|>" in text
+    assert "<|im_start|>assistant [[3<|im_end|>]]" in text
+    assert cli.run(["check", str(start / "recipe.yaml"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tools"] == {"add": "(a, b) Add two numbers."}
+    # Completions of the maximum length are whole trajectories: 3 prompts, 4 rollouts, 400 tokens, fp32.
+    assert report["memory"][0]["stays"]["states of completions"] >= 3 * 4 * 400 * 4
+    assert "if every completion has the maximum length" in report["memory"][0]["text"]
+
+
+def test_check_refuses_what_cannot_work(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(start / "recipe.yaml")
+    assert "tool 'nowhere:add': cannot import" in said(
+        ["check", path, "--rollout.tools", "nowhere:add"], capsys
+    )
+    (start / "bare.py").write_text("def bare(a):\n    return a\n")
+    bare = said(["check", path, "--rollout.tools", f"{start / 'bare.py'}:bare"], capsys)
+    assert "tool 'bare' cannot be described" in bare
+    (start / "text.jsonl").write_text("".join(json.dumps({"prompt": "1", "total": n}) + "\n" for n in (1, 2)))
+    text = said(["check", path, "--data.path", str(start / "text.jsonl")], capsys)
+    assert "row 1: rollout.tools needs prompts of chat messages, and 2 of 2 prompts are plain text" in text
+    chat = ["check", path, "--data.path", str(start / "text.jsonl"), "--data.prompt-format", "chat"]
+    assert "needs demonstrations" in said(chat, capsys), (
+        "the same rows as chats are refused for another reason"
+    )
+    for template, message in {
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}": "the chat template does not show add;",
+        "{{ tools }}{% for m in messages %}{{ m['content'] }}{{ m['tool_calls'] }}{% endfor %}": (
+            "no known format reads the tool calls"
+        ),
+    }.items():
+        other = start / "template.jinja"
+        other.write_text(template)
+        assert message in said(["check", path, "--model.chat-template-path", str(other)], capsys)
+
+
+def test_stages_have_the_same_tools(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages: list[dict[str, Any]] = [{"method": "sft", "max_steps": 1}, {"method": "grpo", "max_steps": 1}]
+    settings = {"rollout": {"tool_timeout": 3.0, "max_tool_calling_iterations": 2}}
+    path = write(start, "stages", stages=[stages[0], stages[1] | settings])
+    assert "tool 'add'" in said(["check", path], capsys, 0)
+    for other in ([], ["math:sqrt"]):
+        path = write(start, "stages", stages=[stages[0], stages[1] | {"rollout": {"tools": other}}])
+        assert "stage 2 cannot change 'rollout.tools', because" in said(["check", path], capsys)
+
+
+def test_evaluate_calls_tools(
+    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate_command, "LocalSampler", Cut)
+    words = ["evaluate", str(start / "model"), "--recipe", str(start / "recipe.yaml")]
+    said([*words, "--num-samples", "4", "--output-dir", str(start / "evaluation")], capsys, 0)
+    results = json.loads((start / "evaluation" / "results.json").read_text())
+    assert results["settings"]["tools"] == [f"{start / 'mine.py'}:add"]
+    found = lines(start / "evaluation" / "completions.jsonl")
+    assert {len(one["messages"]) for one in found} == {1, 3}
+    for one in found:
+        numbers = [m["content"] for m in one["messages"] if m["role"] != "assistant"]
+        answer = one["messages"][-1]["content"]
+        total = str(int(one["prompt"][0]["content"][0]) + 2)
+        assert numbers in ([], [total])
+        assert one["reward"] == [float(answer == total)]
+
+
+def test_compared_models_call_tools(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "LocalSampler", Cut)
+    config = resolve(yaml.safe_load((start / "recipe.yaml").read_text())).config
+    suites = Suites.load(config, {}, search=False)
+    _, results = suites.sample(load_model(suites.source), seed=0)
+    rollouts = results["suite"].rollouts
+    assert {len(rollout.messages) for rollout in rollouts} == {1, 3}
+    assert all(rollout.tool_use.calls == (len(rollout.messages) == 3) for rollout in rollouts)
+
+
+def test_chat_says_that_it_calls_no_tools(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = tmp_path / "run" / "final"
+    shutil.copytree(start / "model", final)
+    (tmp_path / "run" / "config.yaml").write_text((start / "recipe.yaml").read_text())
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(chat_command, "_lines", lambda: iter(()))
+    assert cli.run(["chat", str(final)]) == 0
+    note = " ".join(capsys.readouterr().err.split())
+    assert f"chat neither shows nor calls the tools of {tmp_path / 'run' / 'config.yaml'}: " in note
