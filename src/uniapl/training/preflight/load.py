@@ -38,6 +38,7 @@ from uniapl.training.preflight.checks import (
     notes_on_selection,
 )
 from uniapl.training.preflight.epochs import with_max_steps
+from uniapl.types import Example
 
 
 def load_inputs(
@@ -75,6 +76,7 @@ def load_inputs(
     state = _trainer_state(config)
     rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
     notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
+    notes += _notes_on_strings(resolved, tokenizer, {"": dataset.examples})
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(rows):
@@ -95,6 +97,8 @@ def load_inputs(
         scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
         suites = _load_suites(config, tokenizer, given, **scoring)
         notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
+        named = {f"suite '{suite.name}': ": suite.examples for suite in suites}
+        notes += _notes_on_strings(resolved, tokenizer, named)
     return RunInputs(
         source=model_source,
         tokenizer=tokenizer,
@@ -147,6 +151,30 @@ def _data_notes(
         for token in ordinary_tokens({*stop_ids}.difference(chosen), tokenizer)
     ]
     return notes + unused_columns(rows, config.data) + list(rows.notes if isinstance(rows, Rows) else ())
+
+
+def _notes_on_strings(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, Sequence[Example]]
+) -> list[str]:
+    """Notes on string prompts that do not get the model's chat template, unless the user chose this.
+
+    Args:
+        parts: Beginning of the note -> examples.
+    """
+    if not tokenizer.chat_template or resolved.sources["data.prompt_format"] != "default":
+        return []
+    special = [token for token in tokenizer.all_special_tokens if token != tokenizer.bos_token]
+    notes: list[str] = []
+    for beginning, examples in parts.items():
+        texts = [example.prompt for example in examples if isinstance(example.prompt, str)]
+        # A prompt with special tokens was rendered by the user.
+        if count := sum(not any(token in text for token in special) for text in texts):
+            notes.append(
+                f"{beginning}{count} of {len(examples)} prompts are strings, and the model reads them "
+                "verbatim, without its chat template: set data.prompt_format to chat to make each one a user "
+                "message, or to text to keep them without this note"
+            )
+    return notes
 
 
 def _sampling_notes(

@@ -1,0 +1,52 @@
+"""`uniapl check` reports settings that are allowed and that a new user rarely intends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.runs import write_recipe
+from support.tiny import letter_rows, save_model
+from uniapl import cli
+
+TEMPLATE = "{% for m in messages %}<turn>{{ m.role[0] }}{{ m.content }}<eos>{% endfor %}<turn>a"
+
+
+def report(capsys: pytest.CaptureFixture[str], path: Path, *flags: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert cli.run(["check", str(path), "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_strings_that_a_chat_model_reads_verbatim(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat_model = save_model(tmp_path / "chat", chat_template=TEMPLATE)
+    suite = tmp_path / "held_out.jsonl"
+    suite.write_text('{"prompt": "hi"}\n')
+    rows = [
+        *letter_rows(5),
+        {"prompt": "<turn>uhi<eos><turn>a", "completion": "already rendered"},
+        {"prompt": [{"role": "user", "content": "hi"}]},
+    ]
+    path = write_recipe(
+        *(tmp_path, chat_model, rows),
+        objective={"lambda_adv": 0},
+        evaluation={"suites": [str(suite)], "max_completion_length": 3},
+    )
+    remedy = (
+        "prompts are strings, and the model reads them verbatim, without its chat template: set "
+        "data.prompt_format to chat to make each one a user message, or to text to keep them without this "
+        "note"
+    )
+    noted = [note for note in report(capsys, path)["notes"] if "verbatim" in note]
+    assert noted == [f"5 of 7 {remedy}", f"suite 'held_out': 1 of 1 {remedy}"]
+    for chosen in ("chat", "text"):
+        assert "verbatim" not in str(report(capsys, path, "--data.prompt-format", chosen)["notes"])
+
+
+def test_strings_of_a_model_without_a_chat_template(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "verbatim" not in str(report(capsys, write_recipe(tmp_path, model_dir))["notes"])
