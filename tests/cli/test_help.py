@@ -33,6 +33,15 @@ def test_help_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> 
         assert f"  {key}: " in shown
 
 
+def test_help_of_demo_lists_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in ("--write DIRECTORY", "--reward NAME"):
+        assert flag in shown
+    assert cli.run(["train", "--help"]) == 0
+    assert "--write" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "collect", "compose", "compare"])
 def test_help_of_options_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

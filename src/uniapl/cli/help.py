@@ -19,6 +19,7 @@ KEYS = """
     optim.learning_rate objective.mu_peak objective.lambda_adv objective.beta discriminator.kind
 """.split()
 RECIPE_ONLY = ("stages",)
+OF_DEMO = "--write DIRECTORY writes the task as a recipe with its data and base model, and does not train."
 
 
 def short_parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -52,14 +53,14 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         print(f"--rewards.functions NAME ...: {_field('rewards.functions').description}")
         flags.append("--help")
     values = flatten(resolve(recipe, flags).config)
-    rewards = f"\nRewards: {', '.join(names)}; only the first is right.\n" if names else ""
+    own = f"\nRewards: {', '.join(names)}; only the first is right.\n{OF_DEMO}\n" if names else ""
     keys = "\n".join(_lines(f"{key}: {_text(values[key])}", summary(_field(key))) for key in KEYS)
     print(
         f"""\
 usage: uniapl {verb} {VERBS[verb].usage}
 
 {VERBS[verb].summary}
-{rewards}
+{own}
 The most important keys of a recipe, with their values. Each is also a flag: --max-steps 60
 {keys}
 
