@@ -64,7 +64,9 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
     check_available(directory)
     read_start(resolved, stages, inputs, said.append, directory)
     examples = inputs.dataset.examples
-    shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
+    pairs = any(stage.config.objective.pairs_rejected for stage in stages)
+    wanted = (e for e in examples if (e.is_pair if pairs else e.demonstration_ids is not None))
+    shown = next(wanted, examples[0])
     turns = shown.demonstrated_turns or ((shown.prompt_ids, ()),)
     *earlier, last = [
         "{}[[{}]]".format(*(inputs.tokenizer.decode(list(ids)) for ids in turn)) for turn in turns
@@ -92,7 +94,12 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "overlap": overlap_with_suites(inputs),
         "stages": [_stage_report(stage.config, inputs) for stage in stages],
         "memory": [_memory(stage.config, inputs) for stage in stages],
-        "preview": {"row": shown.row, "text": last, "earlier_turns": earlier},
+        "preview": {
+            "row": shown.row,
+            "text": last,
+            "earlier_turns": earlier,
+            "rejected": inputs.tokenizer.decode(list(shown.rejected_ids or ())) if pairs else None,
+        },
     }
 
 
@@ -132,6 +139,8 @@ def print_report(report: dict[str, Any]) -> None:
         title = f"row {preview['row']}{turn} as the model receives it (the tokens in the loss are in [[ ]]):"
         # Line breaks of the console would look like tokens of the row.
         console.print(f"{title}\n{text}", markup=False, soft_wrap=True)
+    if preview["rejected"] is not None:
+        console.print(f"its rejected completion:\n[[{preview['rejected']}]]", markup=False, soft_wrap=True)
     console.print("ok")
 
 
@@ -181,6 +190,10 @@ def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
         name = objective.pass_reward or "the first one that applies"
         report["a completion passes if its reward"] = f"({name}) is at least {objective.pass_threshold:g}"
     paired = [e for e in prompts if e.demonstration_ids is not None]
+    if objective.pairs_rollouts:
+        report["prompts whose rollouts are paired with their demonstration"] = len(paired)
+    if objective.pairs_rejected:
+        report["preference pairs of the data"] = sum(e.is_pair for e in demonstrations)
     if objective.mu_controller == "gate":
         report["prompts with a demonstration"] = len(paired)
     elif config.learns_from_demonstrations:

@@ -50,3 +50,36 @@ def test_strings_of_a_model_without_a_chat_template(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "verbatim" not in str(report(capsys, write_recipe(tmp_path, model_dir))["notes"])
+
+
+PAIRS = [
+    {"prompt": "say a", "completion": "aa"},
+    {"prompt": "say b", "chosen": "bb", "rejected": "bb"},
+    {"prompt": "say c", "chosen": "cc", "rejected": "d"},
+    {"prompt": "say d", "chosen": "d", "rejected": "ccc"},
+]
+
+
+def test_the_pairs_of_dpo(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(tmp_path, model_dir, PAIRS, method="dpo", rewards={"functions": []})
+    found = report(capsys, path)
+    notes = [
+        "1 of 4 demonstrations have no 'rejected', form no preference pair and {} (rows 1)",
+        "1 of 4 demonstrations have equal 'chosen' and 'rejected', form no preference pair and {} (rows 2)",
+    ]
+    unused = [note.format("are not used by method 'dpo'") for note in notes]
+    assert [note for note in found["notes"] if "preference pair" in note] == unused
+    assert found["stages"][0]["preference pairs of the data"] == 2
+    assert found["stages"][0]["demonstrations"] == 2
+    assert (found["preview"]["row"], found["preview"]["text"]) == (3, "say c[[cc<eos>]]")
+    assert cli.run(["check", str(path)]) == 0
+    assert "\nits rejected completion:\n[[d<eos>]]\nok" in capsys.readouterr().out
+    flags = ["--method", "chord-mu", "--objective.pref-weight", "1", "--objective.pref-pairs", "rejected"]
+    flags += ["--rewards.functions", "lowercase"]
+    mixed = report(capsys, path, *flags)
+    single = [note.format("are only demonstrations") for note in notes]
+    assert [note for note in mixed["notes"] if "preference pair" in note] == single
+    assert mixed["stages"][0]["demonstrations"] == 4
+    rollouts = report(capsys, path, *flags, "--objective.pref-pairs", "rollouts")
+    assert rollouts["stages"][0]["prompts whose rollouts are paired with their demonstration"] == 4
+    assert rollouts["preview"]["rejected"] is None

@@ -164,10 +164,11 @@ def notes_on_selection(stages: Sequence[Config], rewarder: Rewarder) -> list[str
     return [*dict.fromkeys(notes)]
 
 
-def notes_on_pairs(stages: Sequence[Config]) -> list[str]:
-    """Notes on settings of preference pairs, if no stage uses pairs."""
+def notes_on_pairs(stages: Sequence[Config], dataset: Dataset) -> list[str]:
+    """Notes on rows that form no preference pair, or on settings of pairs if no stage uses pairs."""
     if any(stage.objective.pref_weight for stage in stages):
-        return []
+        of_data = [stage for stage in stages if stage.objective.pairs_rejected]
+        return [*dict.fromkeys(note for stage in of_data for note in _rows_without_pair(stage, dataset))]
     default = ObjectiveConfig()
     keys = [
         key
@@ -176,6 +177,20 @@ def notes_on_pairs(stages: Sequence[Config]) -> list[str]:
         if getattr(stage.objective, key) != getattr(default, key)
     ]
     return [f"objective.{key} has no effect: objective.pref_weight is 0" for key in dict.fromkeys(keys)]
+
+
+def _rows_without_pair(stage: Config, dataset: Dataset) -> list[str]:
+    demonstrated = [example for example in dataset.examples if example.demonstration_ids is not None]
+    single = [example.row for example in demonstrated if example.rejected_ids is None]
+    equal = [e.row for e in demonstrated if e.rejected_ids is not None and not e.is_pair]
+    kinds = (("have no 'rejected'", single), ("have equal 'chosen' and 'rejected'", equal))
+    use = "are only demonstrations" if stage.imitates else f"are not used by method '{stage.method}'"
+    return [
+        f"{len(rows)} of {len(demonstrated)} demonstrations {what}, form no preference pair and {use} (rows "
+        f"{_first(rows)})"
+        for what, rows in kinds
+        if rows
+    ]
 
 
 def _first(rows: Sequence[int]) -> str:
