@@ -27,7 +27,7 @@ from uniapl.training.preflight.checks import check_evaluation
 from uniapl.training.preflight.epochs import with_max_steps
 from uniapl.training.preflight.memory import estimate_memory
 from uniapl.training.resume import read_start
-from uniapl.types import prompt_text
+from uniapl.types import TokenIds, prompt_text
 
 
 def check(arguments: Sequence[str]) -> None:
@@ -44,10 +44,15 @@ def check(arguments: Sequence[str]) -> None:
         print(json.dumps(report, indent=1, ensure_ascii=False, default=str))
     else:
         print_report(report)
+    if report["error"] is not None:
+        raise UsageError(report["error"])
 
 
 def check_run(resolved: Resolved) -> dict[str, Any]:
     """Load and check everything except the weights, and return the report as plain values.
+
+    Its "error" is that of the run directory or of the checkpoint, which says nothing about the recipe's data
+    and rewards; None if there is none.
 
     Raises:
         UsageError: Training would stop with the same error.
@@ -61,16 +66,13 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         (resolved,) = stages
     said: list[str] = []
     directory = Path(resolved.config.output_dir)
-    check_available(directory)
-    read_start(resolved, stages, inputs, said.append, directory)
+    problem: str | None = None
+    try:
+        check_available(directory)
+        read_start(resolved, stages, inputs, said.append, directory)
+    except UsageError as error:
+        problem = str(error)
     examples = inputs.dataset.examples
-    pairs = any(stage.config.objective.pairs_rejected for stage in stages)
-    wanted = (e for e in examples if (e.is_pair if pairs else e.demonstration_ids is not None))
-    shown = next(wanted, examples[0])
-    turns = shown.demonstrated_turns or ((shown.prompt_ids, ()),)
-    *earlier, last = [
-        "{}[[{}]]".format(*(inputs.tokenizer.decode(list(ids)) for ids in turn)) for turn in turns
-    ]
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]
     start = [line.removeprefix("note: ") for line in said]
@@ -94,12 +96,27 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "overlap": overlap_with_suites(inputs),
         "stages": [_stage_report(stage.config, inputs) for stage in stages],
         "memory": [_memory(stage.config, inputs) for stage in stages],
-        "preview": {
-            "row": shown.row,
-            "text": last,
-            "earlier_turns": earlier,
-            "rejected": inputs.tokenizer.decode(list(shown.rejected_ids or ())) if pairs else None,
-        },
+        "preview": _preview(inputs, pairs=any(s.config.objective.pairs_rejected for s in stages)),
+        "error": problem,
+    }
+
+
+def _preview(inputs: RunInputs, *, pairs: bool) -> dict[str, Any]:
+    """The first row with a demonstration, or the first preference pair, as the model receives it."""
+
+    def decoded(ids: TokenIds) -> str:
+        return str(inputs.tokenizer.decode(list(ids)))
+
+    examples = inputs.dataset.examples
+    wanted = (e for e in examples if (e.is_pair if pairs else e.demonstration_ids is not None))
+    shown = next(wanted, examples[0])
+    turns = shown.demonstrated_turns or ((shown.prompt_ids, ()),)
+    *earlier, last = ["{}[[{}]]".format(*map(decoded, turn)) for turn in turns]
+    return {
+        "row": shown.row,
+        "text": last,
+        "earlier_turns": earlier,
+        "rejected": decoded(shown.rejected_ids or ()) if pairs else None,
     }
 
 
@@ -141,7 +158,8 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(f"{title}\n{text}", markup=False, soft_wrap=True)
     if preview["rejected"] is not None:
         console.print(f"its rejected completion:\n[[{preview['rejected']}]]", markup=False, soft_wrap=True)
-    console.print("ok")
+    if report["error"] is None:
+        console.print("ok")
 
 
 def _listed(items: Sequence[Any], most: int) -> str:

@@ -83,3 +83,22 @@ def test_the_pairs_of_dpo(model_dir: Path, tmp_path: Path, capsys: pytest.Captur
     rollouts = report(capsys, path, *flags, "--objective.pref-pairs", "rollouts")
     assert rollouts["stages"][0]["prompts whose rollouts are paired with their demonstration"] == 4
     assert rollouts["preview"]["rejected"] is None
+
+
+def test_the_rest_is_checked_where_the_output_directory_is_taken(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, model_dir)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert cli.run(["check", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "reward 'lowercase': applies to 12 rows" in printed.out
+    assert "estimated peak" in printed.out
+    assert "ok" not in printed.out.splitlines()
+    assert printed.err.startswith(f"error: output_dir '{tmp_path / 'run'}' already holds a run")
+    assert cli.run(["check", str(path), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["error"] == printed.err.removeprefix("error: ").strip()
+    assert report(capsys, path, "--overwrite")["error"] is None
+    assert cli.run(["check", str(path), "--rewards.functions", "lowercasee"]) == 2
+    assert "lowercasee" in capsys.readouterr().err, "the first error of the recipe"
