@@ -21,7 +21,7 @@ from uniapl.errors import UsageError
 from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.models.loading import check_policy
 from uniapl.training.checkpoint.disk import check_available
-from uniapl.training.inputs import RunInputs, stream_examples
+from uniapl.training.inputs import RunInputs, prompts_drawn, stream_examples
 from uniapl.training.preflight import load as setup
 from uniapl.training.preflight.checks import check_evaluation
 from uniapl.training.preflight.epochs import with_max_steps
@@ -199,11 +199,9 @@ def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
     if cold:
         report["steps of the cold start"] = cold
     if objective.uses_rollouts:
-        drawn = batching.prompts_per_step * (config.max_steps - cold)
-        drawn += batching.cold_start_prompts_per_step * cold
         report["prompts"] = len(prompts)
         report["rollouts per step"] = batching.prompts_per_step * config.rollout.num_generations
-        report["passes over the prompts"] = round(drawn / len(prompts), 2)
+        report["passes over the prompts"] = round(prompts_drawn(config) / len(prompts), 2)
     if objective.lambda_adv and objective.adversarial_placement == "multiply":
         name = objective.pass_reward or "the first one that applies"
         report["a completion passes if its reward"] = f"({name}) is at least {objective.pass_threshold:g}"

@@ -102,3 +102,42 @@ def test_the_rest_is_checked_where_the_output_directory_is_taken(
     assert report(capsys, path, "--overwrite")["error"] is None
     assert cli.run(["check", str(path), "--rewards.functions", "lowercasee"]) == 2
     assert "lowercasee" in capsys.readouterr().err, "the first error of the recipe"
+
+
+@pytest.mark.parametrize(
+    ("flags", "drawn"),
+    [
+        (["--max-steps", "4"], 12),
+        (["--max-steps", "5"], None),  # 15 of 12 prompts
+        (["--max-steps", "5", "--batching.cold-start-steps", "2"], 9),
+        (["--max-steps", "2", "--rollout.max-resample-times", "1"], 12),
+        (["--max-steps", "3", "--rollout.max-resample-times", "1"], None),
+        (["--max-steps", "4", "--batching.prompt-selection", "uniform"], None),
+        (["--max-steps", "4", "--method", "sft"], None),
+    ],
+)
+def test_informative_prompts_in_less_than_one_pass(
+    flags: list[str],
+    drawn: int | None,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_recipe(tmp_path, model_dir)
+    found = report(capsys, path, "--batching.prompt-selection", "informative", *flags)
+    notes = [note for note in found["notes"] if "skips no prompt" in note]
+    assert bool(notes) == (drawn is not None)
+    assert all(f"draw {drawn} prompts, at most one pass over the 12 of the data" in note for note in notes)
+
+
+@pytest.mark.parametrize(("first", "noted"), [("informative", False), ("uniform", True)])
+def test_informative_prompts_in_two_stages(
+    first: str, noted: bool, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second stage skips prompts of the first, if that stage kept pass rates."""
+    stages = [
+        {"method": "grpo", "max_steps": 3, "batching": {"prompt_selection": selection}}
+        for selection in (first, "informative")
+    ]
+    path = write_recipe(tmp_path, model_dir, stages=stages)
+    assert ("skips no prompt: the steps draw 9" in str(report(capsys, path)["notes"])) == noted

@@ -16,7 +16,7 @@ from uniapl.models.loading import ModelSource, check_policy, has_local_weights, 
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
-from uniapl.training.inputs import stream_examples
+from uniapl.training.inputs import prompts_drawn, stream_examples
 from uniapl.training.monitor.trackers import check_trackers
 from uniapl.training.optimizer import check_schedule
 from uniapl.training.state_adversary import STATE_KINDS
@@ -146,9 +146,10 @@ def notes_on_adversary(stages: Sequence[Config], dataset: Dataset, rewarder: Rew
     return [*dict.fromkeys(notes)]
 
 
-def notes_on_selection(stages: Sequence[Config], rewarder: Rewarder) -> list[str]:
-    """Notes on settings that choose prompts by their rewards, in stages without rewards."""
+def notes_on_selection(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
+    """Notes on settings that choose prompts by their rewards, in stages without rewards or too few steps."""
     notes: list[str] = []
+    drawn = prompts = 0
     for stage in stages:
         if not stage.objective.uses_rollouts:
             continue
@@ -161,6 +162,16 @@ def notes_on_selection(stages: Sequence[Config], rewarder: Rewarder) -> list[str
                 "batching.prompt_selection informative has no effect: without rewards.functions no rollout "
                 "passes or fails"
             )
+        elif stage.batching.prompt_selection == "informative":
+            # Stages without this selection keep no pass rates.
+            drawn += prompts_drawn(stage) * (1 + stage.rollout.max_resample_times)
+            prompts = len(stream_examples(stage, dataset, rewarder)[0])
+    if 0 < drawn <= prompts:
+        notes.append(
+            f"batching.prompt_selection informative skips no prompt: the steps draw {drawn} prompts, at most "
+            f"one pass over the {prompts} of the data, and only a prompt that was sampled before is skipped. "
+            "Raise max_steps, or use uniform"
+        )
     return [*dict.fromkeys(notes)]
 
 

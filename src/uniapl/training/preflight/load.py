@@ -113,7 +113,7 @@ def load_inputs(
 
 def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
     of_adversary = notes_on_adversary(stages, dataset, rewarder)
-    of_selection = notes_on_selection(stages, rewarder)
+    of_selection = notes_on_selection(stages, dataset, rewarder)
     unused = [*notes_on_teacher(stages), *notes_on_pairs(stages, dataset)]
     return [*notes_on_lengths(stages, dataset), *of_adversary, *unused, *of_selection]
 
