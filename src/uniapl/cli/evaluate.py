@@ -246,7 +246,7 @@ def _notes_on_run(config: Config, options: argparse.Namespace, run: RunSettings 
         ours = used | {"stop_strings": _settings(config)["stop_strings"]}
         shown = ", ".join(f"{key} {value}" for key, value in ours.items() if value)
         return [f"prompts and stop strings as in {run.file}, unless a flag sets them: {shown}"]
-    # Prompts of messages have the chat format, whatever the recipe sets for string prompts.
+    # Prompts of messages have the chat format; the recipe sets that of string prompts.
     chat_rows = {"prompt_format": "text"} if run.prompts.get("prompt_format") == "chat" else {}
     return [
         f"{key} is {used[key]}, as in {options.recipe}; the run that saved the model had {value}"

@@ -76,7 +76,7 @@ def load_inputs(
     state = _trainer_state(config)
     rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
     notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
-    notes += _notes_on_strings(resolved, tokenizer, {"": dataset.examples})
+    notes += _notes_on_strings(resolved, tokenizer, dataset.examples)
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(rows):
@@ -96,9 +96,7 @@ def load_inputs(
     if with_suites:
         scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
         suites = _load_suites(config, tokenizer, given, **scoring)
-        notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
-        named = {f"suite '{suite.name}': ": suite.examples for suite in suites}
-        notes += _notes_on_strings(resolved, tokenizer, named)
+        notes += _notes_on_suites(resolved, tokenizer, suites)
     return RunInputs(
         source=model_source,
         tokenizer=tokenizer,
@@ -153,28 +151,33 @@ def _data_notes(
     return notes + unused_columns(rows, config.data) + list(rows.notes if isinstance(rows, Rows) else ())
 
 
-def _notes_on_strings(
-    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, Sequence[Example]]
+def _notes_on_suites(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, suites: Sequence[Suite]
 ) -> list[str]:
-    """Notes on string prompts that do not get the model's chat template, unless the user chose this.
+    return [
+        f"suite '{suite.name}': {note}"
+        for suite in suites
+        for note in [*suite.notes, *_notes_on_strings(resolved, tokenizer, suite.examples)]
+    ]
 
-    Args:
-        parts: Beginning of the note -> examples.
-    """
+
+def _notes_on_strings(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[str]:
+    """A note on string prompts that do not get the model's chat template, unless the user chose this."""
     if not tokenizer.chat_template or resolved.sources["data.prompt_format"] != "default":
         return []
     special = [token for token in tokenizer.all_special_tokens if token != tokenizer.bos_token]
-    notes: list[str] = []
-    for beginning, examples in parts.items():
-        texts = [example.prompt for example in examples if isinstance(example.prompt, str)]
-        # A prompt with special tokens was rendered by the user.
-        if count := sum(not any(token in text for token in special) for text in texts):
-            notes.append(
-                f"{beginning}{count} of {len(examples)} prompts are strings, and the model reads them "
-                "verbatim, without its chat template: set data.prompt_format to chat to make each one a user "
-                "message, or to text to keep them without this note"
-            )
-    return notes
+    texts = [example.prompt for example in examples if isinstance(example.prompt, str)]
+    # A prompt with special tokens was rendered by the user.
+    count = sum(not any(token in text for token in special) for text in texts)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(examples)} prompts are strings, and the model reads them verbatim, without its "
+        "chat template: set data.prompt_format to chat to make each one a user message, or to text to keep "
+        "them without this note"
+    ]
 
 
 def _sampling_notes(
