@@ -296,6 +296,21 @@ def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert report["with_demonstration"] == report["examples"] == len(parts["train"])
 
 
+def test_too_few_answers_for_smollm2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, build = tmp_path / "answers.json", tmp_path / "build"
+    source.write_text(json.dumps([{"prompt": f"Name river {n}.", "completion": "Umber."} for n in range(80)]))
+    monkeypatch.setattr("sys.argv", ["prepare.py", str(source), "--output-dir", str(build)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("recipes/smollm2/prepare.py")["main"]()
+    assert end.value.code == 2
+    assert "has 80 distinct questions with short answers, and the three files need at least 81" in (
+        capsys.readouterr().err
+    )
+    assert not build.exists()
+
+
 def test_the_measures_of_smollm2() -> None:
     measures = runpy.run_path("recipes/smollm2/rewards.py")
     prompts = ["Name the largest ocean. No commas. Lower case."] * 3

@@ -61,6 +61,12 @@ def main() -> int:
     ]
     random.Random(0).shuffle(rows)
     print(f"{len(rows)} questions with short answers")
+    least = 1 + sum(count or 0 for count, _ in PARTS.values())
+    if len(rows) < least:
+        parser.error(
+            f"'{options.answers}' has {len(rows)} distinct questions with short answers, and the three files "
+            f"need at least {least}: add answers, or raise --max-words or --max-prompt-words"
+        )
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for part, (count, copies) in PARTS.items():
         own, rows = rows[:count], rows[count:] if count else []

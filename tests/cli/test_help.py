@@ -5,6 +5,7 @@ import pydoc
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -12,6 +13,7 @@ import uniapl
 from uniapl import cli
 from uniapl.cli.help import KEYS, RECIPE_ONLY
 from uniapl.config import Config
+from uniapl.config.methods import METHODS
 from uniapl.config.resolve import flatten
 
 RECIPE = "max_steps: 4321\nmodel.model_name_or_path: " + "x" * 200 + "\nrewards: {functions: [no_comma]}\n"
@@ -31,6 +33,15 @@ def test_help_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> 
         assert f"  {key}: " in shown
 
 
+def test_help_of_demo_lists_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in ("--write DIRECTORY", "--reward NAME"):
+        assert flag in shown
+    assert cli.run(["train", "--help"]) == 0
+    assert "--write" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "collect", "compose", "compare"])
 def test_help_of_options_fits_one_screen(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -47,7 +58,11 @@ def test_help_lists_keys_that_exist_with_their_defaults(capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "max_steps: 100 " in shown
     assert "model.lora_r: null " in shown
-    assert "Training method: sft, a-sft" in shown, "choices are listed"
+    flat = " ".join(shown.split())
+    assert f"Training method: {', '.join(METHODS)}" in flat, "choices are listed"
+    for kind in get_args(type(Config().discriminator).model_fields["kind"].annotation):
+        assert kind in flat.split("discriminator.kind: ")[1]
+    assert "..." not in shown.split("most important keys")[1]
 
 
 @pytest.mark.parametrize("verb", ["train", "check"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from support.tiny import letter_rows
 from uniapl import cli
 from uniapl.cli.compare import compare
 from uniapl.compare.cell import Job, costs, first_warnings, flops_per_token, run_cell
+from uniapl.compare.plan import parse_methods
+from uniapl.compare.prepare import Prepared, prepare
 from uniapl.config.resolve import resolve
 from uniapl.errors import UsageError
 
@@ -170,6 +173,58 @@ def test_a_dry_run_without_finished_cells_says_so(
     assert not (tmp_path / "compared").exists(), "nothing is written"
 
 
+def test_another_number_of_threads_is_noted(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(compared, "--dry-run")
+    place = words.index("--threads")
+    assert compare([*words[:place], *words[place + 2 :]]) == {}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "threads of each: 1" in shown, "as the comparison was begun"
+    assert "was begun with" not in shown
+    assert compare([*words, "--threads", "3"]) == {}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "was begun with 1 threads for each run and continues with 3" in shown
+    assert "--threads 1 avoids this" in shown
+    assert "threads of each: 3" in shown
+
+
+def test_a_score_that_was_trained_on_is_cautioned(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = compared.parent / "compared"
+    original = prepare
+    for trained in (True, False):
+
+        def prepared(*given: Any, trained: bool = trained, **options: Any) -> Prepared:
+            return replace(original(*given, **options), main_is_trained=trained)
+
+        monkeypatch.setattr("uniapl.cli.compare.prepare", prepared)
+        compare(arguments(compared))
+        for file in ("results.json", "compare.html"):
+            assert ("Caution: this score is what" in (directory / file).read_text()) == trained
+
+
+@pytest.mark.parametrize(
+    ("methods", "metrics", "trained"),
+    [
+        ("sft,grpo", [], True),
+        ("sft", [], False),
+        ("sft,grpo", ["lowercase"], True),
+        ("sft -> uniapl", ["no_comma"], False),
+    ],
+)
+def test_whether_the_score_is_trained_on(
+    methods: str, metrics: list[str], trained: bool, tmp_path: Path, model_dir: Path
+) -> None:
+    path = write(tmp_path, model_dir)
+    values = yaml.safe_load(path.read_text())
+    values["evaluation"]["metrics"] = metrics
+    found = prepare(resolve(values, path=path), parse_methods(methods), search=False)
+    assert found.main_is_trained == trained
+
+
+def test_a_dry_run_needs_no_judge(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert compare(arguments(write(tmp_path, model_dir), "--dry-run", "--judge", "nothing")) == {}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -254,9 +309,6 @@ def test_a_recipe_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def job(path: Path, tmp_path: Path, **changes: Any) -> Job:
-    from uniapl.compare.plan import parse_methods
-    from uniapl.compare.prepare import prepare
-
     resolved = resolve(yaml.safe_load(path.read_text()), path=path)
     variants = parse_methods("sft")
     prepared = prepare(resolved, variants, search=changes.pop("search", False))

@@ -324,6 +324,19 @@ def test_an_unusable_row_is_named(
     assert message in capsys.readouterr().err
 
 
+def test_only_the_given_benchmarks_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write(tmp_path / "base.jsonl", [BASES[0], rows(STAND_INS / IFEVAL)[3]["prompt"]])
+    theirs = write(tmp_path / "theirs.jsonl", ["Another subject."])
+    command = ["compose", str(base), "-o", str(tmp_path / "out.jsonl"), "--benchmarks", f"mine={theirs}"]
+    assert cli.run(command) == 0
+    note = "note: the prompts were not compared with those of ifbench, ifeval"
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert cli.run([*command, f"ifeval={STAND_INS / IFEVAL}"]) == 2
+    printed = capsys.readouterr()
+    assert "row 2 and ifeval row 4" in printed.err
+    assert "not compared with those of ifbench" in printed.out
+
+
 def test_a_short_benchmark_prompt_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = write(tmp_path / "theirs.jsonl", ["Name a river, please."])
     base = write(tmp_path / "base.jsonl", ["name a river please", "Another."])

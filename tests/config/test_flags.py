@@ -68,6 +68,46 @@ def test_flags_reach_into_lists() -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["a.py:f", "{name: length, weight: 0.5, args: {max_words: 3}}"],
+        ["a.py:f", '{"name": "length", "weight": 0.5, "args": {"max_words": 3}}'],
+        ['["a.py:f", {"name": "length", "weight": 0.5, "args": {"max_words": 3}}]'],
+    ],
+)
+def test_reward_functions_as_flags(words: list[str]) -> None:
+    first, second = resolve(RECIPE, ["--rewards.functions", *words]).config.rewards.functions
+    assert (first.name, first.weight, first.args) == ("a.py:f", 1.0, {})
+    assert (second.name, second.weight, second.args) == ("length", 0.5, {"max_words": 3})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--rewards.functions.0.args.max_words", "5"], {"max_words": 5}),
+        (["--rewards.functions.0.args.schema", "{type: object}"], {"schema": {"type": "object"}}),
+        (
+            ["--rewards.functions.0.args", "max_words", "5", "min_words", "2"],
+            {"max_words": 5, "min_words": 2},
+        ),
+        (["--rewards.functions.0.args.pattern", "####"], {"pattern": "####"}),
+    ],
+)
+def test_arguments_of_a_reward_function_as_flags(words: list[str], expected: dict[str, Any]) -> None:
+    """A number stays a number: their types are not known."""
+    (function,) = resolve(RECIPE, words).config.rewards.functions
+    assert function.args == expected
+
+
+def test_mappings_as_flags() -> None:
+    for words in (["{a: prompt, b: completion}"], ["a", "prompt", "b", "completion"]):
+        assert resolve({}, ["--data.columns", *words]).config.data.columns == {
+            "a": "prompt",
+            "b": "completion",
+        }
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max-steps", "four"], "--max-steps: must be an integer (got 'four')"),

@@ -116,6 +116,21 @@ def test_a_resolved_configuration_resolves_to_itself() -> None:
         assert resolve(config.model_dump()).config == config
 
 
+@pytest.mark.parametrize("source", ["recipe", "flag"])
+def test_the_run_s_method_removes_no_setting_of_its_stages(source: str) -> None:
+    """grpo has no adversary, but its stages may."""
+    recipe: dict[str, Any] = {"method": "grpo", "stages": [{"method": "uniapl"}, {"method": "sft"}]}
+    given = {"objective.lambda_adv": 2.0, "objective.mu_peak": 0.75}
+    flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    resolved = resolve(recipe | given) if source == "recipe" else resolve(recipe, flags)
+    uniapl, sft = stages_of(resolved)
+    assert (uniapl.config.objective.lambda_adv, uniapl.config.objective.mu_peak) == (2.0, 0.75)
+    assert uniapl.config.objective.mu_valley == 0.1, "uniapl's own, not grpo's"
+    assert (sft.config.objective.lambda_adv, sft.config.objective.mu_peak) == (0.0, 1.0)
+    assert "method 'sft' sets objective.lambda_adv = 0.0 (recipe: 2.0)" in sft.notes
+    assert resolved.notes == ()
+
+
 def test_stages_keep_what_the_recipe_says_and_take_their_method_s_values() -> None:
     recipe = {
         "objective": {"epsilon": 0.3, "lambda_adv": 0.7},

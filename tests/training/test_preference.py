@@ -11,6 +11,7 @@ from support.processes import run_processes
 from support.runs import assert_same_run, has_letter, lines, recipe, run_until, timeless, train
 from support.tiny import letter_rows, make_tokenizer
 from uniapl.config import Config
+from uniapl.data.rows import Dataset
 from uniapl.errors import UsageError
 from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader, TokenStates
@@ -248,12 +249,12 @@ def test_settings_of_pairs_without_a_weight_are_noted() -> None:
         return Config.model_validate({"objective": objective})
 
     unused = stage(pref_pairs="rejected", beta_pref=0.5)
-    assert notes_on_pairs([stage(), unused, unused]) == [
+    assert notes_on_pairs([stage(), unused, unused], Dataset(examples=())) == [
         "objective.pref_pairs has no effect: objective.pref_weight is 0",
         "objective.beta_pref has no effect: objective.pref_weight is 0",
     ]
-    assert notes_on_pairs([stage(), stage()]) == []
-    assert notes_on_pairs([unused, stage(pref_weight=1.0)]) == []
+    assert notes_on_pairs([stage(), stage()], Dataset(examples=())) == []
+    assert notes_on_pairs([unused, stage(pref_weight=1.0)], Dataset(examples=())) == []
 
 
 def test_what_is_refused_before_training(model_dir: Path, tmp_path: Path) -> None:

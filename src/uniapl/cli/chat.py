@@ -5,14 +5,14 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
+from uniapl.cli.run_settings import settings_of_run
 from uniapl.config import Config, DataConfig
-from uniapl.config.resolve import load_recipe, resolve, stages_of
+from uniapl.config.resolve import resolve
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import encode_prompt
 from uniapl.errors import UsageError
@@ -20,7 +20,6 @@ from uniapl.models.generation import unused_generation_settings
 from uniapl.models.loading import ModelSource, load_model, load_stop_ids, load_tokenizer, pad_id_of
 from uniapl.rollout.settings import SamplingSettings
 
-RUN_FILES = ("config.yaml", "manifest.json")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_strings")
 
 
@@ -49,10 +48,9 @@ def chat(arguments: Sequence[str]) -> None:
     template = None
     if data.prompt_format == "chat":
         template = ChatTemplate(tokenizer=tokenizer, arguments=data.chat_template_kwargs)
-    if (run := _run_of(options.model)) and (tools := _recipe_of(run).rollout.tools):
+    if (run := settings_of_run(options.model)) is not None and run.tools:
         print(
-            f"note: chat neither shows nor calls the tools of {run / 'config.yaml'}: {', '.join(tools)}. "
-            "`uniapl evaluate --recipe` does",
+            f"note: chat neither shows nor calls the tools of {run.file}; `uniapl evaluate` does",
             file=sys.stderr,
         )
     messages = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
@@ -96,13 +94,13 @@ def _stopping_criteria(settings: SamplingSettings, start: int) -> StoppingCriter
 
 def _config(options: argparse.Namespace) -> Config:
     """The model and how it is sampled, with the stop strings of the run that saved it."""
-    run = _run_of(options.model)
+    run = settings_of_run(options.model)
     values = vars(options)
     sampling: dict[str, Any] = {key: values[key] for key in SAMPLING if values[key] is not None}
     if run is not None and "stop_strings" not in sampling:
-        sampling["stop_strings"] = strings = _stop_strings(run)
-        if strings:
-            print(f"note: stop strings as in {run / 'config.yaml'}: {list(strings)}", file=sys.stderr)
+        sampling["stop_strings"] = run.stop_strings
+        if run.stop_strings:
+            print(f"note: stop strings as in {run.file}: {list(run.stop_strings)}", file=sys.stderr)
     model = {key: values[key] for key in ("trust_remote_code", "chat_template_path", "stop_tokens")}
     return resolve(
         {
@@ -112,47 +110,19 @@ def _config(options: argparse.Namespace) -> Config:
     ).config
 
 
-def _run_of(model: str) -> Path | None:
-    """The run directory that a model is in; a run keeps models in final/ and checkpoints/step-NNNNNN/."""
-    parents = Path(model).resolve().parents[:2]
-    return next((p for p in parents if all((p / f).is_file() for f in RUN_FILES)), None)
-
-
-def _stop_strings(run: Path) -> tuple[str, ...]:
-    """Where the run's evaluation stops, or else the rollouts of its last stage."""
-    resolved = resolve(load_recipe(run / "config.yaml"))
-    given = resolved.config.evaluation.stop_strings
-    return stages_of(resolved)[-1].config.rollout.stop_strings if given is None else given
-
-
-def _recipe_of(run: Path) -> Config:
-    return resolve(load_recipe(run / "config.yaml")).config
-
-
 def _prompt_settings(options: argparse.Namespace, *, has_template: bool) -> DataConfig:
     """How prompts are written: as in the run that saved the model, overridden by the flags."""
-    run = _run_of(options.model)
+    run = settings_of_run(options.model)
     values: dict[str, Any] = {"prompt_format": "chat" if has_template else "text"}
     if run is not None:
-        values |= _recipe_of(run).data.model_dump(include={"system_prompt", "chat_template_kwargs"})
-        if _had_text_prompts(run / "manifest.json"):
-            values["prompt_format"] = "text"
+        values |= run.prompts
         shown = {key: value for key, value in values.items() if value}
-        print(f"note: prompts as in {run / 'config.yaml'}: {shown}", file=sys.stderr)
+        print(f"note: prompts as in {run.file}: {shown}", file=sys.stderr)
     given = {key: getattr(options, key) for key in ("prompt_format", "system_prompt", "chat_template_kwargs")}
     values |= {key: value for key, value in given.items() if value is not None}
     if values["prompt_format"] == "text" and given["system_prompt"]:
         raise UsageError("--system needs a chat template and --prompt-format chat")
     return resolve({"data": values}).config.data
-
-
-def _had_text_prompts(manifest: Path) -> bool:
-    """Whether a run was trained on plain text prompts only."""
-    try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))["data"]
-        return 0 < data["examples"] == data["plain_text_prompts"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
 
 
 def _lines() -> Iterator[str]:

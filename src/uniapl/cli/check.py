@@ -24,7 +24,7 @@ from uniapl.evaluation.contamination import WIDTH, overlap
 from uniapl.models.loading import check_policy
 from uniapl.tools.functions import Tool
 from uniapl.training.checkpoint.disk import check_available
-from uniapl.training.inputs import RunInputs, stream_examples
+from uniapl.training.inputs import RunInputs, prompts_drawn, stream_examples
 from uniapl.training.preflight import load as setup
 from uniapl.training.preflight.checks import check_evaluation
 from uniapl.training.preflight.epochs import with_max_steps
@@ -47,10 +47,15 @@ def check(arguments: Sequence[str]) -> None:
         print(json.dumps(report, indent=1, ensure_ascii=False, default=str))
     else:
         print_report(report)
+    if report["error"] is not None:
+        raise UsageError(report["error"])
 
 
 def check_run(resolved: Resolved) -> dict[str, Any]:
     """Load and check everything except the weights, and return the report as plain values.
+
+    Its "error" is that of the run directory or of the checkpoint, which says nothing about the recipe's data
+    and rewards; None if there is none.
 
     Raises:
         UsageError: Training would stop with the same error.
@@ -64,12 +69,13 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         (resolved,) = stages
     said: list[str] = []
     directory = Path(resolved.config.output_dir)
-    check_available(directory)
-    read_start(resolved, stages, inputs, said.append, directory)
+    problem: str | None = None
+    try:
+        check_available(directory)
+        read_start(resolved, stages, inputs, said.append, directory)
+    except UsageError as error:
+        problem = str(error)
     examples = inputs.dataset.examples
-    shown = next((e for e in examples if e.demonstration_ids is not None), examples[0])
-    turns = shown.demonstrated_turns or (Tokens(shown.prompt_ids, ()),)
-    *earlier, last = [_marked(turn, inputs.tokenizer) for turn in turns]
     values = flatten(resolved.config)
     notes = [note for part in (resolved, *stages) for note in part.notes]
     start = [line.removeprefix("note: ") for line in said]
@@ -94,7 +100,23 @@ def check_run(resolved: Resolved) -> dict[str, Any]:
         "overlap": overlap_with_suites(inputs),
         "stages": [_stage_report(stage.config, inputs) for stage in stages],
         "memory": [_memory(stage.config, inputs) for stage in stages],
-        "preview": {"row": shown.row, "text": last, "earlier_turns": earlier},
+        "preview": _preview(inputs, pairs=any(s.config.objective.pairs_rejected for s in stages)),
+        "error": problem,
+    }
+
+
+def _preview(inputs: RunInputs, *, pairs: bool) -> dict[str, Any]:
+    """The first row with a demonstration, or the first preference pair, as the model receives it."""
+    examples = inputs.dataset.examples
+    wanted = (e for e in examples if (e.is_pair if pairs else e.demonstration_ids is not None))
+    shown = next(wanted, examples[0])
+    turns = shown.demonstrated_turns or (Tokens(shown.prompt_ids, ()),)
+    *earlier, last = [_marked(turn, inputs.tokenizer) for turn in turns]
+    return {
+        "row": shown.row,
+        "text": last,
+        "earlier_turns": earlier,
+        "rejected": inputs.tokenizer.decode(list(shown.rejected_ids or ())) if pairs else None,
     }
 
 
@@ -135,13 +157,16 @@ def print_report(report: dict[str, Any]) -> None:
         title = f"row {preview['row']}{turn} as the model receives it (the tokens in the loss are in [[ ]]):"
         # Line breaks of the console would look like tokens of the row.
         console.print(f"{title}\n{text}", markup=False, soft_wrap=True)
-    console.print("ok")
+    if preview["rejected"] is not None:
+        console.print(f"its rejected completion:\n[[{preview['rejected']}]]", markup=False, soft_wrap=True)
+    if report["error"] is None:
+        console.print("ok")
 
 
 def _marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a row, with what enters the loss in [[ ]]."""
-    places = groupby(range(len(tokens.completion)), lambda place: written[place])
     written = tokens.is_written
+    places = groupby(range(len(tokens.completion)), lambda place: written[place])
     text = str(tokenizer.decode(list(tokens.prompt)))
     for own, part in places:
         piece = str(tokenizer.decode([tokens.completion[place] for place in part]))
@@ -193,15 +218,17 @@ def _stage_report(config: Config, inputs: RunInputs) -> dict[str, Any]:
     if cold:
         report["steps of the cold start"] = cold
     if objective.uses_rollouts:
-        drawn = batching.prompts_per_step * (config.max_steps - cold)
-        drawn += batching.cold_start_prompts_per_step * cold
         report["prompts"] = len(prompts)
         report["rollouts per step"] = batching.prompts_per_step * config.rollout.num_generations
-        report["passes over the prompts"] = round(drawn / len(prompts), 2)
+        report["passes over the prompts"] = round(prompts_drawn(config) / len(prompts), 2)
     if objective.lambda_adv and objective.adversarial_placement == "multiply":
         name = objective.pass_reward or "the first one that applies"
         report["a completion passes if its reward"] = f"({name}) is at least {objective.pass_threshold:g}"
     paired = [e for e in prompts if e.demonstration_ids is not None]
+    if objective.pairs_rollouts:
+        report["prompts whose rollouts are paired with their demonstration"] = len(paired)
+    if objective.pairs_rejected:
+        report["preference pairs of the data"] = sum(e.is_pair for e in demonstrations)
     if objective.mu_controller == "gate":
         report["prompts with a demonstration"] = len(paired)
     elif config.learns_from_demonstrations:

@@ -20,7 +20,7 @@ from uniapl.cli.train import resolve_arguments
 from uniapl.compare import results, verdict
 from uniapl.compare.judge import load_judge
 from uniapl.compare.plan import BASE, SEARCH_SEED, Cell, Variant, parse_methods
-from uniapl.compare.prepare import Prepared, claim, prepare
+from uniapl.compare.prepare import Prepared, claim, prepare, recorded_threads
 from uniapl.compare.runner import Runner, search, search_cells
 from uniapl.compare.sampling import sampling_temperature
 from uniapl.errors import UsageError
@@ -42,16 +42,18 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
     resolved = resolve_arguments("compare", rest)
     variants = parse_methods(options.methods)
     prepared = prepare(resolved, variants, search=options.search)
-    judge = load_judge(options.judge) if options.judge else None
+    # A dry run measures nothing.
+    judge = load_judge(options.judge) if options.judge and not options.dry_run else None
     # The width of a pipe is not defined.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    for note in prepared.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
     directory = options.output_dir
+    threads, notes = _threads(options)
+    for note in [*prepared.notes, *notes]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     runner = Runner(
         directory=directory,
         jobs=options.jobs,
-        threads=options.threads or max(1, (os.cpu_count() or 1) // options.jobs),
+        threads=threads,
         cut=prepared.cut,
         base=prepared.base,
         eval_steps=resolved.config.eval_steps,
@@ -61,11 +63,11 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
     )
     if options.dry_run:
         if directory.exists():
-            claim(directory, prepared, write=False)
+            claim(directory, prepared)
         _show_plan(prepared, variants, options, runner)
         return {}
     with exclusive(directory):
-        claim(directory, prepared)
+        claim(directory, prepared, threads=threads)
         found = search(prepared.plan, variants, runner) if options.search else {}
         cells = _cells(prepared, variants, options.seeds, found)
         # One call runs all cells, so that no process is idle; then the outcomes are read by method.
@@ -75,6 +77,8 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         runs = {label: [runner.read(cell) for cell in own] for label, own in cells.items()}
         summary = _summary(prepared, options, found)
         summary |= results.summarize(runs, variants, main=prepared.main, judge=judge)
+        if prepared.main_is_trained:
+            summary["verdict"].append(verdict.OF_TRAINED_SCORE)
         write_text(directory / "results.json", json.dumps(summary, indent=1))
         write_text(directory / "compare.html", render_comparison(summary, title=directory.resolve().name))
     _show(summary, directory, console)
@@ -101,7 +105,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--judge", metavar="MODEL", help=help_)
     help_ = "simultaneous runs; with several GPUs each run gets one (default: %(default)s)"
     add("--jobs", type=int, default=1, help=help_)
-    add("--threads", type=int, help="threads of each run (default: all cores, divided by --jobs)")
+    add("--threads", type=int, help="threads of each run (default: as begun, or all cores divided by --jobs)")
     help_ = "keep the trained model of each run in models/ of the output directory"
     add("--keep-models", action="store_true", help=help_)
     add("--output-dir", type=Path, default=Path("runs/compare"), help="default: %(default)s")
@@ -116,6 +120,19 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.jobs < 1 or (options.threads is not None and options.threads < 1):
         raise UsageError("--jobs and --threads must be at least 1")
     return options, [options.recipe, *rest]
+
+
+def _threads(options: argparse.Namespace) -> tuple[int, list[str]]:
+    """The threads of each run, and notes on those of the runs that are finished, whose numbers differ."""
+    before = recorded_threads(options.output_dir)
+    threads = options.threads or before or max(1, (os.cpu_count() or 1) // options.jobs)
+    if before is None or threads == before:
+        return threads, []
+    return threads, [
+        f"'{options.output_dir}' was begun with {before} threads for each run and continues with {threads}: "
+        "the same run gives slightly different numbers with another number of threads, so that methods are "
+        f"compared across both. --threads {before} avoids this"
+    ]
 
 
 def _cells(

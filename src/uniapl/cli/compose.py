@@ -135,7 +135,10 @@ def _without_overlap(
     if options.overlap == "allow":
         return composed
     hits: dict[int, str] = {}
-    for name, path in (BENCHMARKS | dict(map(parse_suite, options.benchmarks))).items():
+    checked = dict(map(parse_suite, options.benchmarks)) or BENCHMARKS
+    if others := BENCHMARKS.keys() - checked.keys():
+        console.print(f"note: the prompts were not compared with those of {', '.join(sorted(others))}")
+    for name, path in checked.items():
         try:
             rows = read_rows(DataConfig(path=path))
         except UsageError as error:
@@ -181,8 +184,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     help_ = f"kinds of instructions to use (default: all 25; --from-demonstrations: its {len(SUPPORTED)})"
     add("--kinds", nargs="+", default=argparse.SUPPRESS, metavar="KIND", help=help_)
     known = " and ".join(BENCHMARKS)
-    help_ = f"files of {known} (default: from the Hub) and of other benchmarks, checked for overlap"
-    add("--benchmarks", nargs="+", default=argparse.SUPPRESS, metavar="NAME=PATH", help=help_)
+    help_ = f"benchmarks to check for overlap, from the Hub or from a file (default: {known} from the Hub)"
+    add("--benchmarks", nargs="+", default=argparse.SUPPRESS, metavar="NAME[=PATH]", help=help_)
     help_ = "what to do with prompts that overlap with a benchmark's"
     add("--overlap", choices=("refuse", "drop", "allow"), default="refuse", help=help_)
     add("--seed", type=int, default=0, help="seed of all draws")

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 from uniapl.cli.help import short_parser, summary
+from uniapl.cli.run_settings import TOOLS, RunSettings, settings_of_run
 from uniapl.config import Config
 from uniapl.config.resolve import load_recipe, resolve, stages_of
 from uniapl.errors import UniAPLError, UsageError
@@ -47,8 +48,6 @@ OVERRIDES = {
     "model": ("chat_template_path", "stop_tokens"),
 }
 """Keys of the recipe that have a flag of the same name."""
-TOOLS = ("tools", "max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
-"""Keys of `rollout` that evaluation uses."""
 LISTS = {"suites": "NAME", "stop_strings": "STR", "stop_tokens": "STR"}
 """Flags with several values, and how `--help` names one."""
 TRUNCATED = 0.1
@@ -76,11 +75,12 @@ def evaluate(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    config = _config(options)
+    origin = settings_of_run(options.model)
+    config = _config(options, origin)
     evaluation = config.evaluation
     source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(source)
-    if not (getattr(options, "data.prompt_format") or options.recipe) and tokenizer.chat_template:
+    if not _has_prompt_format(options, origin) and tokenizer.chat_template:
         config = config.model_copy(update={"data": config.data.model_copy(update={"prompt_format": "chat"})})
     against = _read_results(options.against, evaluation.suites) if options.against else None
     tasks = find_tasks(options.lm_eval_tasks, options.lm_eval_include_path) if options.lm_eval_tasks else None
@@ -118,7 +118,10 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "settings": _settings(config),
         "seed": options.seed,
         "suites": {name: result.summary for name, result in found.items()},
-        "notes": unused_generation_settings(source.base, source.revision, [evaluation]),
+        "notes": [
+            *_notes_on_run(config, options, origin),
+            *unused_generation_settings(source.base, source.revision, [evaluation]),
+        ],
     }
     if against is not None:
         results["minus"] = _differences(results, against)
@@ -149,7 +152,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     for section, keys in OVERRIDES.items():
         fields = type(getattr(Config(), section)).model_fields
         for key in keys:
-            default = "chat if there is a chat template" if key == "prompt_format" else fields[key].default
+            default = (
+                "that of the run, or chat if there is a template"
+                if key == "prompt_format"
+                else fields[key].default
+            )
             text = f"{summary(fields[key])}{f' (default: {default})' if default else ''}"
             add(
                 f"--{key.replace('_', '-')}",
@@ -198,8 +205,8 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
 
 
-def _config(options: argparse.Namespace) -> Config:
-    """The recipe's data, rewards and evaluation, or the defaults, overridden by the flags."""
+def _config(options: argparse.Namespace, run: RunSettings | None) -> Config:
+    """The recipe's data, rewards and evaluation, or the run's prompts, overridden by the flags."""
     resolved = resolve(load_recipe(options.recipe) if options.recipe else {})
     recipe = resolved.config
     include: Any = {
@@ -210,6 +217,10 @@ def _config(options: argparse.Namespace) -> Config:
     values = recipe.model_dump(include=include)
     last = stages_of(resolved)[-1].config
     values["rollout"] |= last.rollout.model_dump(include={"stop_strings", *TOOLS})
+    if run is not None and not options.recipe:
+        as_text = getattr(options, "data.prompt_format") == "text"
+        values["data"] |= run.prompts | ({"system_prompt": None} if as_text else {})
+        values["rollout"] |= {"stop_strings": run.stop_strings, **run.tools}
     for key, value in vars(options).items():
         section, _, name = key.partition(".")
         if name and value is not None:
@@ -225,9 +236,33 @@ def _config(options: argparse.Namespace) -> Config:
     return config
 
 
+def _has_prompt_format(options: argparse.Namespace, run: RunSettings | None) -> bool:
+    """Whether a flag, the recipe or the run sets the prompt format, so that the tokenizer does not."""
+    of_run = run is not None and "prompt_format" in run.prompts
+    return bool(getattr(options, "data.prompt_format") or options.recipe or of_run)
+
+
+def _notes_on_run(config: Config, options: argparse.Namespace, run: RunSettings | None) -> list[str]:
+    """What was taken from the run that saved the model, and where a recipe differs from it."""
+    if run is None:
+        return []
+    used = config.data.model_dump(include={*OVERRIDES["data"]})
+    if not options.recipe:
+        ours = used | {"stop_strings": _settings(config)["stop_strings"]}
+        shown = ", ".join(f"{key} {value}" for key, value in ours.items() if value)
+        return [f"prompts and stop strings as in {run.file}, unless a flag sets them: {shown}"]
+    # Prompts of messages have the chat format; the recipe sets that of string prompts.
+    chat_rows = {"prompt_format": "text"} if run.prompts.get("prompt_format") == "chat" else {}
+    return [
+        f"{key} is {used[key]}, as in {options.recipe}; the run that saved the model had {value}"
+        for key, value in run.prompts.items()
+        if used[key] not in (value, chat_rows.get(key)) and getattr(options, f"data.{key}") is None
+    ]
+
+
 def _settings(config: Config) -> dict[str, Any]:
     """How the completions are sampled, with the defaults that depend on other keys filled in."""
-    found = config.evaluation.model_dump(mode="json") | {"prompt_format": config.data.prompt_format}
+    found = config.evaluation.model_dump(mode="json") | config.data.model_dump(include={*OVERRIDES["data"]})
     found["temperature"] = config.evaluation.sampling_temperature
     if found["stop_strings"] is None:
         found["stop_strings"] = config.rollout.model_dump(mode="json")["stop_strings"]

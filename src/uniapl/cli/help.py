@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,6 +19,7 @@ KEYS = """
     optim.learning_rate objective.mu_peak objective.lambda_adv objective.beta discriminator.kind
 """.split()
 RECIPE_ONLY = ("stages",)
+OF_DEMO = "--write DIRECTORY writes the task as a recipe with its data and base model, and does not train."
 
 
 def short_parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -51,17 +53,14 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         print(f"--rewards.functions NAME ...: {_field('rewards.functions').description}")
         flags.append("--help")
     values = flatten(resolve(recipe, flags).config)
-    rewards = f"\nRewards: {', '.join(names)}; only the first is right.\n" if names else ""
-    keys = "\n".join(
-        f"  {_shorten(f'{key}: {_text(values[key])}', KEY_WIDTH):<{KEY_WIDTH}} {_summary(key)}"
-        for key in KEYS
-    )
+    own = f"\nRewards: {', '.join(names)}; only the first is right.\n{OF_DEMO}\n" if names else ""
+    keys = "\n".join(_lines(f"{key}: {_text(values[key])}", summary(_field(key))) for key in KEYS)
     print(
         f"""\
 usage: uniapl {verb} {VERBS[verb].usage}
 
 {VERBS[verb].summary}
-{rewards}
+{own}
 The most important keys of a recipe, with their values. Each is also a flag: --max-steps 60
 {keys}
 
@@ -77,9 +76,11 @@ def _text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _summary(key: str) -> str:
-    """The beginning of the key's description and its choices, on one line."""
-    return _shorten(summary(_field(key)), WIDTH - KEY_WIDTH - 3)
+def _lines(key: str, text: str) -> str:
+    """A key with its value, and its summary in a column next to it."""
+    key = key if len(key) <= KEY_WIDTH else key[: KEY_WIDTH - 3] + "..."
+    first, *others = textwrap.wrap(text, WIDTH - KEY_WIDTH - 3, break_on_hyphens=False)
+    return "\n".join([f"  {key:<{KEY_WIDTH}} {first}", *(f"{'':<{KEY_WIDTH + 3}}{line}" for line in others)])
 
 
 def summary(field: Any) -> str:
@@ -95,7 +96,3 @@ def _field(key: str) -> Any:
     for section in sections:
         model = model.model_fields[section].annotation
     return model.model_fields[leaf]
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -43,6 +43,8 @@ class Prepared:
     """Suite -> numbers of the training rows that form it."""
     main: tuple[str, str]
     """Suite and score by which methods are compared."""
+    main_is_trained: bool
+    """Whether the score is the reward, or a reward function, that a method is trained on."""
     fingerprint: Mapping[str, str]
     """What the outcomes depend on, besides methods and seeds -> its digest or value."""
     notes: Sequence[str]
@@ -86,9 +88,20 @@ def prepare(resolved: Resolved, variants: Sequence[Variant], *, search: bool) ->
         plan=plan,
         cut=cut,
         main=(first.name, first.headline),
+        main_is_trained=_is_trained(plan, variants, first.headline),
         fingerprint=_fingerprint(plan, inputs),
         notes=[*inputs.notes, *_overlaps(inputs)],
     )
+
+
+def _is_trained(plan: Plan, variants: Sequence[Variant], score: str) -> bool:
+    """Whether a method is trained on what the score of a suite measures."""
+    config = plan.resolved.config
+    measured = {"reward": None, "prompt_strict": "instruction_following"}
+    name = measured[score] if score in measured else config.evaluation.metrics[0]
+    rewarded = name is None or name in {function.name for function in config.rewards.functions}
+    stages = [stage for variant in variants for stage in stages_of(resolve(plan.recipe(variant, {}, 0)))]
+    return rewarded and any(stage.config.objective.learns_from_rewards for stage in stages)
 
 
 def _overlaps(inputs: RunInputs) -> list[str]:
@@ -166,11 +179,17 @@ def _digest_model(*directories: Path | None) -> str:
     return digest.hexdigest()
 
 
-def claim(directory: Path, prepared: Prepared, *, write: bool = True) -> None:
+def recorded_threads(directory: Path) -> int | None:
+    """The threads of each run with which a comparison was begun; None if none was, or if it is not known."""
+    path = directory / STATE
+    return json.loads(path.read_text(encoding="utf-8")).get("threads") if path.exists() else None
+
+
+def claim(directory: Path, prepared: Prepared, *, threads: int | None = None) -> None:
     """Note in the directory what its cells belong to, or check that they belong to this comparison.
 
     Args:
-        write: False only checks.
+        threads: Threads of each run, noted when the comparison is begun; None only checks.
 
     Raises:
         UsageError: The recipe, the data or another input has changed since.
@@ -193,5 +212,6 @@ def claim(directory: Path, prepared: Prepared, *, write: bool = True) -> None:
                 "all cells again"
             )
         ours = {**theirs, **ours}
-    if write:
-        write_text(path, json.dumps({"inputs": ours}, indent=1))
+    if threads is not None:
+        state = {"inputs": ours, "threads": recorded_threads(directory) or threads}
+        write_text(path, json.dumps(state, indent=1))

@@ -8,6 +8,10 @@ from uniapl.compare.statistics import distinguishable
 from uniapl.report.analysis import decimal, interval_text
 
 Methods = Mapping[str, Mapping[str, Any]]
+OF_TRAINED_SCORE = (
+    "Caution: this score is what the methods with rewards were trained on, so that it also rises where the "
+    "reward is gamed. Name a metric that no method is trained on in evaluation.metrics."
+)
 
 
 def recommended(methods: Methods, best: str) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 
 from uniapl.config import Config
 from uniapl.config.suggestions import unknown
@@ -120,7 +120,8 @@ def _value(flag: str, annotation: Any, texts: list[str]) -> Any:
         return True
     if tuple in kinds and (len(texts) != 1 or str not in kinds):
         whole = _plain(texts[0]) if len(texts) == 1 and texts[0].startswith("[") else None
-        return whole if isinstance(whole, list) else list(texts)
+        # A reward function is a name or a mapping.
+        return whole if isinstance(whole, list) else [_plain(t) if t.startswith("{") else t for t in texts]
     if dict in kinds:
         whole = _plain(" ".join(texts))
         if isinstance(whole, dict):
@@ -144,7 +145,8 @@ def _typed(annotation: Any, text: str) -> Any:
     kinds = _alternatives(annotation)
     if types.NoneType in kinds and text in ("null", "None"):
         return None
-    return _plain(text) if (bool in kinds and str in kinds) or _is_section(annotation) else text
+    any_type = annotation is JsonValue or (bool in kinds and str in kinds)
+    return _plain(text) if any_type or _is_section(annotation) else text
 
 
 def _plain(text: str) -> Any:
@@ -152,5 +154,7 @@ def _plain(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except Exception:  # PyYAML lets errors of int() and date() through.
+        return text
+    if value is None and text not in ("null", "~"):  # a comment, such as ####
         return text
     return value if isinstance(value, (bool, int, float, list, dict, type(None))) else text

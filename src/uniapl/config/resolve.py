@@ -146,7 +146,9 @@ def resolve(recipe: dict[str, Any], flags: Sequence[str] = (), *, path: str | Pa
     if show_help:
         _print_help(config)
     from_base, before = flatten(base), flatten(config)
-    fixed = {f"objective.{key}": value for key, value in METHODS[method]["fixed"].items()}
+    # With stages, the run's method trains nothing, and the values belong to the methods of the stages.
+    of_method = {} if config.stages else METHODS[method]["fixed"]
+    fixed = {f"objective.{key}": value for key, value in of_method.items()}
     config = validate(Config, merge(config.model_dump(), _nested(fixed)))
     in_recipe = [key for key, value in flatten(recipe).items() if value != {}]
     notes: list[str] = []
@@ -192,7 +194,7 @@ def stages_of(resolved: Resolved) -> list[Resolved]:
 def _stages(resolved: Resolved) -> list[Resolved]:
     config = resolved.config
     base = config.model_dump(exclude={"stages", *LENGTH})
-    # What the run's method proposes or fixes is not a setting of its stages, which have their own methods.
+    # What the run's method proposes is not a setting of its stages, which have their own methods.
     for key, source in resolved.sources.items():
         section, dot, name = key.partition(".")
         if dot and source not in ("recipe", "flag"):

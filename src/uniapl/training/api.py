@@ -25,6 +25,7 @@ from uniapl.training.inputs import RunInputs
 from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
 from uniapl.training.monitor.console import RunView
+from uniapl.training.monitor.health import without_gradient
 from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
 from uniapl.training.monitor.trackers import tracked
 from uniapl.training.preflight.checks import check_evaluation
@@ -168,13 +169,20 @@ def train_resolved(resolved: Resolved, given: Given | None = None, *, show: Show
                 stage = build(index)
                 run_stage(run, stage)
             save_result(run, stage, directory / "final")
-    shown = Path(config.output_dir)
-    if (effect := run.progress.adversary.sentence) is not None:
-        view.say(effect)
-    view.say(f"{run.step} steps done; model: {shown / 'final'}; metrics: {shown / 'metrics.jsonl'}")
+    _show_end(run, Path(config.output_dir))
     return RunResult(
         output_dir=directory, final_dir=directory / "final", steps=run.step, metrics=run.health.last_record
     )
+
+
+def _show_end(run: Run, shown: Path) -> None:
+    """Print what the adversary did, whether the run trained on nothing, and where its files are."""
+    say = run.view.say
+    if (effect := run.progress.adversary.sentence) is not None:
+        say(effect)
+    if run.accelerator.is_main_process and (reason := without_gradient(run.logs["metrics"].tail(run.step))):
+        say(f"warning: {reason}")
+    say(f"{run.step} steps done; model: {shown / 'final'}; metrics: {shown / 'metrics.jsonl'}")
 
 
 def _launched(config: Config, stages: Sequence[Resolved]) -> Accelerator:

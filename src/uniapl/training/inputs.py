@@ -66,3 +66,10 @@ def stream_examples(
     if objective.pairs_rejected and not config.imitates:
         demonstrations = [example for example in demonstrations if example.is_pair]
     return prompts, demonstrations
+
+
+def prompts_drawn(config: Config) -> int:
+    """Prompts that the steps of a stage draw, without those that replace others."""
+    cold, batching = config.cold_start_steps, config.batching
+    after = batching.prompts_per_step * (config.max_steps - cold)
+    return after + batching.cold_start_prompts_per_step * cold

@@ -16,6 +16,7 @@ from uniapl.data.batching import Row, demonstration_rows, empty_micro_batch, mic
 from uniapl.data.streams import Stream
 from uniapl.models.token_states import TokenStates
 from uniapl.training.distributed.fsdp import num_empty_micro_batches
+from uniapl.training.monitor.console import hidden_columns
 from uniapl.training.monitor.record import StepResult
 from uniapl.training.oom_retry import read_in_parts, split_micro_batches, teach_in_parts
 from uniapl.training.rollouts import collect_rollouts, gather
@@ -41,6 +42,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     """
     prompts, demonstrations = run.open_streams(stage)
     phase = run.view.phase
+    run.view.hidden = hidden_columns(stage.config)
     while not stage.schedule.ended:
         run.view.start_step(run.step)
         stage.start_step()

@@ -12,14 +12,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import uniapl
+from support.documents import ROOT
 from support.runs import lines, recipe, train, write_recipe
 from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
+from uniapl.config.resolve import resolve
 from uniapl.models.loading import ModelSource
 from uniapl.report.adversary import AdversaryEffect
 from uniapl.training.checkpoint.model_card import model_card
-from uniapl.training.monitor.console import RunView
+from uniapl.training.monitor.console import LINE, RunView, hidden_columns
 
 CHAT = (
     "{% for m in messages %}{{ '<turn>' + m['role'] + ' ' + m['content'] + '<eos>' }}{% endfor %}"
@@ -85,6 +87,48 @@ def test_the_line_and_the_table_of_a_run_with_tools(capsys: pytest.CaptureFixtur
     view.step_done(999, long, line=True)
     view.console.print(view._table())
     assert "tools" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("uniapl", {"mu", "lam"}),
+        ("sft", set()),
+        ("a-sft", {"lam"}),
+        ("grpo", set()),
+        ("a-grpo", {"lam"}),
+        ("chord-mu", {"mu"}),
+        ("chord-phi", {"mu"}),
+        ("gad", {"lam"}),
+        ("opd", set()),
+        ("dpo", set()),
+    ],
+)
+def test_weights_are_shown_only_where_the_method_has_them(
+    method: str, expected: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = RunView(100, visible=True)
+    view.hidden = hidden_columns(resolve({"method": method}).config)
+    view.step_done(7, METRICS | {"loss/teacher": 0.375}, line=True)
+    names = set(re.findall(r"[a-z]+", capsys.readouterr().out))
+    assert names & {"mu", "lam"} == expected
+    assert {"reward", "loss", "teacher", "len", "s"} <= names
+
+
+def test_a_run_shows_the_columns_of_its_stage(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = {"model_name_or_path": str(save_model(tmp_path / "teacher", seed=1))}
+    stages = [{"method": "sft", "max_steps": 1}, {"method": "opd", "max_steps": 1}]
+    train(recipe(model_dir, tmp_path / "run", stages=stages, teacher=teacher))
+    shown = [line.split()[1::2] for line in capsys.readouterr().out.splitlines() if re.match(r"\d/2 ", line)]
+    assert shown == [["loss", "nll", "s"], ["reward", "loss", "teacher", "len", "s"]]
+
+
+def test_every_column_is_documented() -> None:
+    columns = [column.split()[0] for column in LINE.split("  ")]
+    table = (ROOT / "docs" / "first-run.md").read_text().split("## Console output")[1].split("\n\nEvery")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.M) == columns
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from support.runs import lines, recipe, run_until, timeless, train
 from uniapl.config import Config
-from uniapl.training.monitor.health import warnings
+from uniapl.training.monitor.health import warnings, without_gradient
 
 VALUES: dict[str, Any] = {
     "health": {"window": 5},
@@ -328,3 +328,30 @@ def test_a_run_reports_a_rule_once_also_when_resumed(
     assert timeless(lines(tmp_path / "broken" / "metrics.jsonl")) == timeless(written)
     assert lines(tmp_path / "broken" / "health.jsonl") == log
     assert "warning" not in capsys.readouterr().out, "it was reported before the interruption"
+
+
+def test_a_run_without_a_gradient_ends_with_the_reason(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(completions: list[str]) -> list[float]:
+        return [0.25] * len(completions)
+
+    def said(name: str, **changes: Any) -> str:
+        values = recipe(model_dir, tmp_path / name, max_steps=2, method="grpo", objective={"beta": 0.0})
+        train(values | changes, reward_functions=[failing])
+        return capsys.readouterr().out.split("warning: no step had a gradient")[-1]
+
+    tied = said("tied")
+    assert "all completions of a prompt had the same reward in every step (mean 0.250)" in tied
+    assert tied.index("completions.jsonl") < tied.index("2 steps done")
+    stages = [{"method": "grpo", "max_steps": 1}, {"method": "sft", "max_steps": 1}]
+    assert "the same reward in every step" not in said("later", stages=stages)
+
+
+def test_steps_without_rewards_and_without_a_gradient() -> None:
+    assert without_gradient([]) is None
+    reason = without_gradient([{"grad_norm": 0.0}, {"grad_norm": 1e-9}])
+    assert reason is not None
+    assert "see tokens/" in reason
+    for applied in ({"grad_norm": 1e-3}, {"grad_norm": None}, {"grad_norm": float("nan")}):
+        assert without_gradient([{"grad_norm": 0.0}, applied]) is None

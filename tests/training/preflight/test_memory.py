@@ -32,7 +32,16 @@ def test_the_text_lists_permanent_and_temporary_memory() -> None:
     estimate = MemoryEstimate(device="cuda", available=10 * gib, stays=stays, passes=passes)
     assert estimate.peak == 9 * gib
     said = "Allocated throughout: policy 2.0 GiB, discriminator 3.0 GiB; in addition, one phase at a time: "
-    assert said + "update 4.0 GiB, discriminator 1.0 GiB" in str(estimate)
+    assert str(estimate).endswith(said + "update 4.0 GiB, discriminator 1.0 GiB"), "it fits"
+    for available, phases, remedy in (
+        (8, {"update": 4, "rollout": 3}, "Lower batching.max_tokens_per_micro_batch, or set optim.grad"),
+        (8, {"update": 3, "rollout": 4}, "Lower rollout.max_batch_size or rollout.max_completion_length"),
+        (4, {"update": 4, "rollout": 3}, "What is allocated throughout does not fit: use a smaller model"),
+    ):
+        passes = {name: count * gib for name, count in phases.items()}
+        small = MemoryEstimate(device="cuda", available=available * gib, stays=stays, passes=passes)
+        assert str(small).startswith("warning: ")
+        assert f". {remedy}" in str(small)
 
 
 @pytest.mark.parametrize("family", ["gemma2_softcap", "gemma3", "mistral_sliding"])

@@ -11,18 +11,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from uniapl.config import Config
 from uniapl.files import json_line
 from uniapl.types import prompt_text
 
 Show = Literal["text", "quiet"] | Callable[[str], None]
 """All output; none; or a function that gets each step's metrics as a line of JSON (messages go to stderr)."""
 
-# Columns are two spaces apart. Those whose metric a step does not have are left out.
+# Columns are two spaces apart. Those whose metric a step does not have are left out. docs/first-run.md
+# explains each one.
 LINE = (
     "reward {reward:.3f}  loss {loss:.2f}  nll {sft/nll:.2f}  acc {rewards/accuracies:.2f}  "
-    "win {discriminator/win_rate:.2f}  adv {adversary/reward_change:.2f}  mu {weight/mu:.2f}  "
-    "lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  tools {tools/call_frequency:.2f}  "
-    "s {step_time:.1f}"
+    "teacher {loss/teacher:.2f}  win {discriminator/win_rate:.2f}  adv {adversary/reward_change:.2f}  "
+    "mu {weight/mu:.2f}  lam {weight/lambda_adv:.2f}  len {completions/mean_length:.1f}  "
+    "tools {tools/call_frequency:.2f}  s {step_time:.1f}"
 )
 ROWS = {
     "completions": "reward {reward:.3f}  pass {pass_rate:.2f}  length {completions/mean_length:.1f}  "
@@ -32,6 +34,7 @@ ROWS = {
     "demonstrations": "loss {loss/sft:.3f}  mu {weight/mu:.2f}  tokens {tokens/sft:,}",
     "preferences": "loss {loss/pref:.3f}  accuracy {rewards/accuracies:.2f}  margin {rewards/margins:.2f}  "
     "tokens {tokens/pref:,}",
+    "teacher": "loss {loss/teacher:.3f}",
     "rewards": "loss {loss/rl:.3f}  weight {weight/rl:.2f}  tokens {tokens/rl:,}",
     "adversary": "loss {loss/adv:.3f}  lambda {weight/lambda_adv:.2f}  tokens {tokens/adv:,}  "
     "win rate {discriminator/win_rate:.2f}  change {adversary/reward_change:.2f}",
@@ -46,6 +49,13 @@ TOKENS = {
 """A loss component without tokens has no row: it had no effect in this step."""
 SHOWN_CHARACTERS = 240
 """Maximum length of a shown prompt or completion: three lines of a terminal. Our choice."""
+
+
+def hidden_columns(config: Config) -> frozenset[str]:
+    """The columns of a line that are constant in a stage, because its method does not use what they show."""
+    objective = config.objective
+    weighs = config.imitates and (objective.learns_from_rewards or objective.mu_peak != objective.mu_valley)
+    return frozenset(name for name, used in (("mu", weighs), ("lam", objective.lambda_adv > 0)) if not used)
 
 
 class RunView(contextlib.AbstractContextManager["RunView"]):
@@ -67,6 +77,8 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
         """The current phase, or the one in which an error was raised."""
         self.warnings: Mapping[str, str] = {}
         """Rule -> message of the health rules that fire."""
+        self.hidden: frozenset[str] = frozenset()
+        """Columns of a line that are not printed."""
         self._total = total_steps
         self._started = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
@@ -111,14 +123,15 @@ class RunView(contextlib.AbstractContextManager["RunView"]):
     def step_done(self, step: int, metrics: Mapping[str, Any], *, line: bool) -> None:
         """Show a step's metrics; with `line`, also print them.
 
-        A line has at most 100 columns for up to 999 steps without tools.
+        A line of the method uniapl without tools has at most 100 characters for up to 999 steps.
         """
         self._metrics = metrics
         self._progress.update(self._task, pace=f"{metrics['step_time']:.1f} s/step")
         if self._json is not None:
             self._json(json_line(metrics))
         elif line:
-            self.say(f"{step:>{len(str(self._total))}}/{self._total} {' '.join(_filled(LINE, metrics))}")
+            shown = [column for column in _filled(LINE, metrics) if column.split()[0] not in self.hidden]
+            self.say(f"{step:>{len(str(self._total))}}/{self._total} {' '.join(shown)}")
 
     def completions(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Print two sampled completions (see `record.completion_records`) with their demonstrations."""

@@ -16,7 +16,7 @@ from uniapl.models.loading import ModelSource, check_policy, has_local_weights, 
 from uniapl.models.lora import require_peft
 from uniapl.rewards import Rewarder
 from uniapl.rollout.engines import check_vllm
-from uniapl.training.inputs import stream_examples
+from uniapl.training.inputs import prompts_drawn, stream_examples
 from uniapl.training.monitor.trackers import check_trackers
 from uniapl.training.optimizer import check_schedule
 from uniapl.training.state_adversary import STATE_KINDS
@@ -146,9 +146,10 @@ def notes_on_adversary(stages: Sequence[Config], dataset: Dataset, rewarder: Rew
     return [*dict.fromkeys(notes)]
 
 
-def notes_on_selection(stages: Sequence[Config], rewarder: Rewarder) -> list[str]:
-    """Notes on settings that choose prompts by their rewards, in stages without rewards."""
+def notes_on_selection(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
+    """Notes on settings that choose prompts by their rewards, in stages without rewards or too few steps."""
     notes: list[str] = []
+    drawn = prompts = 0
     for stage in stages:
         if not stage.objective.uses_rollouts:
             continue
@@ -161,13 +162,24 @@ def notes_on_selection(stages: Sequence[Config], rewarder: Rewarder) -> list[str
                 "batching.prompt_selection informative has no effect: without rewards.functions no rollout "
                 "passes or fails"
             )
+        elif stage.batching.prompt_selection == "informative":
+            # Stages without this selection keep no pass rates.
+            drawn += prompts_drawn(stage) * (1 + stage.rollout.max_resample_times)
+            prompts = len(stream_examples(stage, dataset, rewarder)[0])
+    if 0 < drawn <= prompts:
+        notes.append(
+            f"batching.prompt_selection informative skips no prompt: the steps draw {drawn} prompts, at most "
+            f"one pass over the {prompts} of the data, and only a prompt that was sampled before is skipped. "
+            "Raise max_steps, or use uniform"
+        )
     return [*dict.fromkeys(notes)]
 
 
-def notes_on_pairs(stages: Sequence[Config]) -> list[str]:
-    """Notes on settings of preference pairs, if no stage uses pairs."""
+def notes_on_pairs(stages: Sequence[Config], dataset: Dataset) -> list[str]:
+    """Notes on rows that form no preference pair, or on settings of pairs if no stage uses pairs."""
     if any(stage.objective.pref_weight for stage in stages):
-        return []
+        of_data = [stage for stage in stages if stage.objective.pairs_rejected]
+        return [*dict.fromkeys(note for stage in of_data for note in _rows_without_pair(stage, dataset))]
     default = ObjectiveConfig()
     keys = [
         key
@@ -176,6 +188,20 @@ def notes_on_pairs(stages: Sequence[Config]) -> list[str]:
         if getattr(stage.objective, key) != getattr(default, key)
     ]
     return [f"objective.{key} has no effect: objective.pref_weight is 0" for key in dict.fromkeys(keys)]
+
+
+def _rows_without_pair(stage: Config, dataset: Dataset) -> list[str]:
+    demonstrated = [example for example in dataset.examples if example.demonstration_ids is not None]
+    single = [example.row for example in demonstrated if example.rejected_ids is None]
+    equal = [e.row for e in demonstrated if e.rejected_ids is not None and not e.is_pair]
+    kinds = (("have no 'rejected'", single), ("have equal 'chosen' and 'rejected'", equal))
+    use = "are only demonstrations" if stage.imitates else f"are not used by method '{stage.method}'"
+    return [
+        f"{len(rows)} of {len(demonstrated)} demonstrations {what}, form no preference pair and {use} (rows "
+        f"{_first(rows)})"
+        for what, rows in kinds
+        if rows
+    ]
 
 
 def _first(rows: Sequence[int]) -> str:

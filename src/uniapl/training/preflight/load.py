@@ -40,6 +40,7 @@ from uniapl.training.preflight.checks import (
     notes_on_selection,
 )
 from uniapl.training.preflight.epochs import with_max_steps
+from uniapl.types import Example
 
 
 def load_inputs(
@@ -78,6 +79,7 @@ def load_inputs(
     state = _trainer_state(config)
     rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
     notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
+    notes += _notes_on_strings(resolved, tokenizer, dataset.examples)
     if longest:
         rewarder.check_columns(dataset.examples)
         with named_source(rows):
@@ -97,7 +99,7 @@ def load_inputs(
     if with_suites:
         scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
         suites = _load_suites(config, tokenizer, given, **scoring)
-        notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
+        notes += _notes_on_suites(resolved, tokenizer, suites)
     return RunInputs(
         source=model_source,
         tokenizer=tokenizer,
@@ -131,8 +133,8 @@ def _tokenized(rows: Sequence[NumberedRow], config: Config, tooling: Tooling, **
 
 def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
     of_adversary = notes_on_adversary(stages, dataset, rewarder)
-    of_selection = notes_on_selection(stages, rewarder)
-    unused = [*notes_on_teacher(stages), *notes_on_pairs(stages)]
+    of_selection = notes_on_selection(stages, dataset, rewarder)
+    unused = [*notes_on_teacher(stages), *notes_on_pairs(stages, dataset)]
     return [*notes_on_lengths(stages, dataset), *of_adversary, *unused, *of_selection]
 
 
@@ -169,6 +171,35 @@ def _data_notes(
         for token in ordinary_tokens({*stop_ids}.difference(chosen), tokenizer)
     ]
     return notes + unused_columns(rows, config.data) + list(rows.notes if isinstance(rows, Rows) else ())
+
+
+def _notes_on_suites(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, suites: Sequence[Suite]
+) -> list[str]:
+    return [
+        f"suite '{suite.name}': {note}"
+        for suite in suites
+        for note in [*suite.notes, *_notes_on_strings(resolved, tokenizer, suite.examples)]
+    ]
+
+
+def _notes_on_strings(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[str]:
+    """A note on string prompts that do not get the model's chat template, unless the user chose this."""
+    if not tokenizer.chat_template or resolved.sources["data.prompt_format"] != "default":
+        return []
+    special = [token for token in tokenizer.all_special_tokens if token != tokenizer.bos_token]
+    texts = [example.prompt for example in examples if isinstance(example.prompt, str)]
+    # A prompt with special tokens was rendered by the user.
+    count = sum(not any(token in text for token in special) for text in texts)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(examples)} prompts are strings, and the model reads them verbatim, without its "
+        "chat template: set data.prompt_format to chat to make each one a user message, or to text to keep "
+        "them without this note"
+    ]
 
 
 def _sampling_notes(

@@ -28,6 +28,19 @@ MOMENTS = 2
 CPU_SLACK = 0.15
 """Fraction that a CPU's allocator takes in addition to what is requested. Our measurement (docs/log.md)."""
 
+_MICRO_BATCH = "batching.max_tokens_per_micro_batch"
+TO_LOWER = {
+    "update": f"{_MICRO_BATCH}, or set optim.gradient_checkpointing",
+    "discriminator": _MICRO_BATCH,
+    "rollout": "rollout.max_batch_size or rollout.max_completion_length",
+    "weights for vLLM": "the size of the model",
+}
+"""Phase -> what to lower if it does not fit."""
+SMALLER_MODEL = (
+    "What is allocated throughout does not fit: use a smaller model, set model.lora_r, or shard the model "
+    "over several GPUs (FSDP2)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
@@ -52,11 +65,15 @@ class MemoryEstimate:
             ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
             for parts in (self.stays, self.passes)
         )
-        warning = "warning: " if self.peak > self.available else ""
+        warning, remedy = "", ""
+        if self.peak > self.available:
+            warning = "warning: "
+            fits = sum(self.stays.values()) < self.available
+            remedy = f". Lower {TO_LOWER[phase]}" if fits else f". {SMALLER_MODEL}"
         return (
             f"{warning}estimated peak: {format_bytes(self.peak)} on the {self.device} ({phase}), if every "
             f"completion has the maximum length; {format_bytes(self.available)} are free. "
-            f"Allocated throughout: {stays}; in addition, one phase at a time: {passes}"
+            f"Allocated throughout: {stays}; in addition, one phase at a time: {passes}{remedy}"
         )
 
 
