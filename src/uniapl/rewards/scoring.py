@@ -11,7 +11,15 @@ from typing import Any
 from transformers import TrainerState
 
 from uniapl.files import json_line
-from uniapl.rewards.calls import Completion, Value, WrongFormError, arguments_of, call, error_location
+from uniapl.rewards.calls import (
+    Completion,
+    FailedStart,
+    Value,
+    WrongFormError,
+    arguments_of,
+    call,
+    error_location,
+)
 from uniapl.rewards.event_loop import RewardTimeoutError
 from uniapl.types import Example
 
@@ -97,11 +105,16 @@ def score_samples(
     applicable: Sequence[int],
     timeout: float | None,
     trainer_state: TrainerState,
+    environments: Sequence[Any] | None = None,
 ) -> RewardOutcome:
     """Call a function on the samples to which it applies.
 
     If it raises, it is called again for each sample, so that a failure on one completion does not cost the
     others their reward. Time-outs and results of a wrong form are final.
+
+    Args:
+        environments: The environment of each sample. The function fails on samples with a
+            :class:`FailedStart`, without a call; None calls it without the argument `environments`.
     """
     size = len(examples)
     outcome = RewardOutcome(values=[None] * size, failed=[False] * size, timed_out=[False] * size)
@@ -109,17 +122,24 @@ def score_samples(
 
     def score_some(indices: Sequence[int]) -> dict[int, Value]:
         log = CallLog()
+        run: dict[str, Any] = {"trainer_state": trainer_state}
+        run |= {"log_extra": log.log_extra, "log_metric": log.log_metric}
+        if environments is not None:
+            run["environments"] = [environments[i] for i in indices]
         arguments = arguments_of(
             function,
             [examples[i] for i in indices],
             [texts[i] for i in indices],
             [list(completion_ids[i]) for i in indices],
-            {"trainer_state": trainer_state, "log_extra": log.log_extra, "log_metric": log.log_metric},
+            run,
         )
         values = call(function, arguments, timeout, len(indices))
         log.copy_to(outcome, indices)
         return dict(zip(indices, values, strict=True))
 
+    started = environments or [None] * size
+    failed = {index: started[index] for index in applicable if isinstance(started[index], FailedStart)}
+    applicable = [index for index in applicable if index not in failed]
     found: dict[int, Value] = {}
     try:
         found = score_some(applicable) if applicable else {}
@@ -137,7 +157,7 @@ def score_samples(
                     # Every further call could take as long. The other samples failed with the batch.
                     found = dict.fromkeys(applicable, error) | found
                     break
-    for index, value in found.items():
+    for index, value in {**found, **failed}.items():
         if isinstance(value, Exception):
             _fail(outcome, index, f"{type(value).__name__}: {value}")
             outcome.timed_out[index] = isinstance(value, RewardTimeoutError)

@@ -1,8 +1,8 @@
 """Sampling: the request, the protocol of samplers, and their implementations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from uniapl.types import Rollout, TokenIds
 
@@ -26,6 +26,9 @@ class SampleRequest:
     """Tokens of each completion; None is the sampler's own limit."""
     policy_version: int = 0
     """The training step whose weights sample; it is recorded in every rollout."""
+    methods: Sequence[Sequence[Mapping[str, Callable[..., Any]]]] = ()
+    """For each rollout of each prompt, the tools that only it calls: the methods of its environment, by name.
+    Samplers without tools ignore them."""
 
 
 @runtime_checkable

@@ -83,7 +83,7 @@ def call_tool(
         return _failure(f"the arguments of '{name}' must be an object", max_characters)
     try:
         inspect.signature(tool.function).bind(**arguments)
-        return ToolResult(_cut(_text(_awaited(tool.function, arguments, timeout)), max_characters), False)
+        return ToolResult(_cut(_text(awaited(tool.function, arguments, timeout)), max_characters), False)
     except (DeadlineError, RewardTimeoutError):
         return _failure(f"'{name}' did not answer within {timeout:g} s", max_characters)
     except BaseException as error:
@@ -92,7 +92,8 @@ def call_tool(
         return _failure(str(error) or repr(error), max_characters)
 
 
-def _awaited(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> Any:
+def awaited(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> Any:
+    """What a sync or async function returns, within a time limit in seconds."""
     if is_async(function):
         return loop_thread().result_of(function(**arguments), timeout)
     return call_with_deadline(lambda: function(**arguments), timeout)

@@ -4,8 +4,9 @@ Token ids are never decoded and encoded again: a trajectory is the ids that were
 results between them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from uniapl.data.conversations import Message, function_of
 from uniapl.data.rendering import ChatTemplate
@@ -35,12 +36,18 @@ class Toolbox:
     max_characters: int
     """Of a result."""
 
-    def answer(self, turn: TokenIds, *, calls: bool = True) -> "Answer":
+    def answer(
+        self, turn: TokenIds, *, calls: bool = True, methods: Mapping[str, Callable[..., Any]] | None = None
+    ) -> "Answer":
         """Call the tools that a turn calls, one after the other.
 
         Args:
             calls: Whether tools may still be called.
+            methods: Tools of this rollout only, in place of those with the same names.
         """
+        tools = dict(self.tools)
+        for own, function in (methods or {}).items():
+            tools[own] = replace(tools[own], function=function)
         found = self.parser.read(turn)
         message: Message = {"role": "assistant", "content": self._text(turn)}
         if not found.calls or not calls:
@@ -52,7 +59,7 @@ class Toolbox:
         for call in found.calls:
             name, arguments = function_of(call)["name"], function_of(call).get("arguments", {})
             result = call_tool(
-                self.tools, name, arguments, timeout=self.timeout, max_characters=self.max_characters
+                tools, name, arguments, timeout=self.timeout, max_characters=self.max_characters
             )
             failures += result.failed
             results.append({"role": "tool", "name": name, "content": result.content})
@@ -86,6 +93,8 @@ class _Trajectory:
     seed: int
     last: Rollout
     """Its last turn."""
+    methods: Mapping[str, Callable[..., Any]]
+    """Those of its environment."""
     ids: TokenIds = ()
     logprobs: tuple[float, ...] = ()
     given: Given = ()
@@ -127,10 +136,16 @@ def sample_trajectories(
     Returns:
         `num_generations` rollouts for each prompt, in the order of the prompts.
     """
+    methods = request.methods or [[{}] * request.num_generations for _ in request.prompts]
+    # Instances of environments stay in this process.
+    request = replace(request, methods=())
     groups = [
-        [_Trajectory(prompt=prompt, seed=seed, last=rollout) for rollout in rollouts]
-        for prompt, seed, rollouts in zip(
-            request.prompts, request.seeds, sampler.sample(request), strict=True
+        [
+            _Trajectory(prompt=prompt, seed=seed, last=rollout, methods=own)
+            for rollout, own in zip(rollouts, methods_of_group, strict=True)
+        ]
+        for prompt, seed, rollouts, methods_of_group in zip(
+            request.prompts, request.seeds, sampler.sample(request), methods, strict=True
         )
     ]
     everything = [one for group in groups for one in group]
@@ -167,7 +182,9 @@ def _answered(
     """
     ended = [one for one in trajectories if not one.truncated]
     answers = map_in_threads(
-        lambda one: toolbox.answer(one.last.completion_ids, calls=not last), ended, num_threads=THREADS
+        lambda one: toolbox.answer(one.last.completion_ids, calls=not last, methods=one.methods),
+        ended,
+        num_threads=THREADS,
     )
     going: list[_Trajectory] = []
     for one, answer in zip(ended, answers, strict=True):

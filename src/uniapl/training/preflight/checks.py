@@ -42,6 +42,21 @@ def check_recipe(config: Config, *, has_rows: bool = False) -> None:
         require_peft()
 
 
+def check_tools(config: Config, stages: Sequence[Config]) -> None:
+    """Check that all stages have the tools and the environment of the run, because they share its prompts.
+
+    Raises:
+        UsageError: A stage has others.
+    """
+    for number, stage in enumerate(stages, start=1):
+        for key in ("tools", "environment"):
+            if getattr(stage.rollout, key) != getattr(config.rollout, key):
+                raise UsageError(
+                    f"stage {number} cannot change rollout.{key}: all stages share the prompts, "
+                    "which contain the schemas of tools; set it outside of the stages"
+                )
+
+
 def check_evaluation(config: Config, *, has_function: bool) -> None:
     """Check that what depends on evaluation has one.
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from uniapl.config import Config, EvaluationConfig, RolloutConfig
 from uniapl.config.resolve import Resolved
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
-from uniapl.data.rows import Dataset, tokenize_rows, unused_columns
+from uniapl.data.rows import Dataset, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
@@ -25,7 +25,7 @@ from uniapl.models.loading import (
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.rollout.settings import SamplingSettings
-from uniapl.tools.functions import find_tools
+from uniapl.tools.environments import find_toolset
 from uniapl.training.build_teacher import check_teacher, notes_on_teacher
 from uniapl.training.given import Given
 from uniapl.training.inputs import RunInputs
@@ -33,6 +33,7 @@ from uniapl.training.preflight.checks import (
     check_recipe,
     check_stage,
     check_tokens,
+    check_tools,
     notes_on_adversary,
     notes_on_lengths,
     notes_on_pairs,
@@ -59,6 +60,7 @@ def load_inputs(
     """
     given, config = given or Given(), resolved.config
     check_recipe(config, has_rows=given.eval_dataset is not None)
+    check_tools(config, [stage.config for stage in stages])
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
@@ -68,21 +70,17 @@ def load_inputs(
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     limits = {"stop_ids": stop_ids, "context_length": window}
-    tools = find_tools(config.rollout.tools)
+    toolset = find_toolset(config.rollout)
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
         most = max(longest, default=0)
-        dataset = tokenize_rows(
-            rows,
-            tokenizer,
-            config.data,
-            max_completion_length=most,
-            tools=[dict(tool.schema) for tool in tools],
-            **limits,
+        dataset = toolset.tokenize(
+            rows, tokenizer, config.data, once=once, max_completion_length=most, **limits
         )
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     state = _trainer_state(config)
-    rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
+    functions = [*given.functions, *toolset.rewards]
+    rewarder = build_rewarder(config.rewards, functions, state, once=once, start=toolset.instances)
     notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
     if longest:
         rewarder.check_columns(dataset.examples)
@@ -110,7 +108,8 @@ def load_inputs(
         dataset=dataset,
         rewarder=rewarder,
         stop_ids=stop_ids,
-        tools=tuple(tools),
+        tools=toolset.tools,
+        environment=toolset.environment,
         data_sha256=_sha256([row for _, row in rows]),
         notes=tuple(notes),
         suites=suites,
