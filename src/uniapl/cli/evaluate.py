@@ -36,6 +36,8 @@ from uniapl.models.loading import (
 from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.tools.environments import find_toolset
+from uniapl.training.build_sampler import ToolInputs, with_tools
 
 OVERRIDES = {
     "evaluation": (
@@ -98,6 +100,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         max_batch_size=options.batch_size,
         decoding=config.rollout.decoding,
     )
+    inputs = ToolInputs(tokenizer, stop_ids, find_toolset(config.rollout).tools)
+    sampler = with_tools(sampler, config, inputs, sampling.max_completion_length)
     run = functools.partial(evaluate_suite, num_samples=evaluation.num_samples, seed=options.seed)
     found: dict[str, SuiteResult] = {}
     for suite in suites:

@@ -19,6 +19,8 @@ from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.tools.environments import find_toolset
+from uniapl.training.build_sampler import ToolInputs, with_tools
 from uniapl.types import Tokens
 
 VALIDATION = "validation"
@@ -80,6 +82,8 @@ class Suites:
             max_batch_size=self.config.rollout.max_batch_size,
             decoding=self.config.rollout.decoding,
         )
+        inputs = ToolInputs(self.tokenizer, self.stop_ids, find_toolset(self.config.rollout).tools)
+        sampler = with_tools(sampler, self.config, inputs, settings.max_completion_length)
         num_samples = self.config.evaluation.num_samples
         found: Sample = {}
         results: dict[str, SuiteResult] = {}

@@ -321,7 +321,7 @@ def _held(lock: threading.Lock) -> Iterator[None]:
         lock.release()
 
 
-def _raise(error: Exception, **_: Any) -> None:
+def _raise(error: Exception, /, **_: Any) -> None:
     raise error
 
 

@@ -1,9 +1,11 @@
 """The sampler of a stage: the local sampler in every process, or vLLM."""
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.config import Config
 from uniapl.data.rendering import ChatTemplate
@@ -14,6 +16,7 @@ from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.tools.calls import CallParser
+from uniapl.tools.functions import Tool
 from uniapl.tools.sampler import ToolSampler
 from uniapl.tools.trajectories import Toolbox
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
@@ -41,7 +44,17 @@ def build_sampler(
     return kind(sampler=_vllm_sampler(config, model, inputs, accelerator), accelerator=accelerator)
 
 
-def with_tools(sampler: Sampler, config: Config, inputs: RunInputs, max_completion_length: int) -> Sampler:
+class ToolInputs(NamedTuple):
+    """What :func:`with_tools` needs, where there is no run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: Collection[int]
+    tools: tuple[Tool, ...]
+
+
+def with_tools(
+    sampler: Sampler, config: Config, inputs: RunInputs | ToolInputs, max_completion_length: int
+) -> Sampler:
     """The sampler, with the configured tools.
 
     Raises:
