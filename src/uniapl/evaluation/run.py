@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from uniapl.data.tokenization import encode_continuation
 from uniapl.evaluation import scores
 from uniapl.evaluation.suites import BATCH_SIZE, INSTRUCTION_SCORES, Scores, Suite
+from uniapl.rewards.builtin import completion_text
+from uniapl.rewards.calls import Completion
 from uniapl.rollout import Sampler, SampleRequest
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
@@ -100,14 +102,15 @@ def evaluate_suite(
         "headline": suite.headline,
         "scores": {name: scores.interval(values) for name, values in sums.items()},
         "mean_length": sum(r.num_sampled for r in rollouts) / len(rollouts),
-        "mean_words": sum(len(text.split()) for text in texts) / len(rollouts),
+        "mean_words": sum(len(text.split()) for text in map(_written, rollouts, texts)) / len(rollouts),
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "unscored": sum(not values[suite.headline] for values in flat) / len(rollouts),
         "per_prompt": {name: values.tolist() for name, values in sums.items()},
         "prompts_digest": [_digest(example) for example in suite.examples],
         "notes": [*suite.notes, *([f"scoring failed: {failure}"] if failure else [])],
     }
-    unmarked = sum(suite.answer_after not in text for text in texts) if suite.answer_after else 0
+    answers = map(completion_text, map(_completion, rollouts, texts))
+    unmarked = sum(suite.answer_after not in text for text in answers) if suite.answer_after else 0
     if unmarked:
         summary["notes"].append(
             f"{unmarked:,} of {len(texts):,} completions do not contain '{suite.answer_after}' and count as "
@@ -124,6 +127,7 @@ def evaluate_suite(
             "row": example.row,
             "prompt": example.prompt,
             "completion": text,
+            **({"messages": list(rollout.messages)} if rollout.messages else {}),
             "finish_reason": rollout.finish_reason,
             **{name: list(one) for name, one in values.items()},
         }
@@ -182,7 +186,7 @@ def _scored(
     texts = [str(tokenizer.decode(list(r.completion_ids), skip_special_tokens=True)) for r in rollouts]
     scored, failure = suite.score(
         [suite.examples[index] for index in indices],
-        [list(rollout.messages) or text for rollout, text in zip(rollouts, texts, strict=True)],
+        [*map(_completion, rollouts, texts)],
         [rollout.completion_ids for rollout in rollouts],
         environments if suite.environment else None,
     )
@@ -190,6 +194,17 @@ def _scored(
     # A stable sort: all completions of a prompt come from one process.
     _, rollouts, texts, scored = map(list, zip(*sorted(gathered, key=lambda entry: entry[0]), strict=True))
     return rollouts, texts, scored, next(filter(None, part.gather([failure])), None)
+
+
+def _completion(rollout: Rollout, text: str) -> Completion:
+    """What reward functions score: the messages of a rollout with tools, whose last one is the answer."""
+    return list(rollout.messages) or text
+
+
+def _written(rollout: Rollout, text: str) -> str:
+    """The text of a completion without the results of tools."""
+    turns = [str(message["content"]) for message in rollout.messages if message["role"] == "assistant"]
+    return "\n".join(turns) or text
 
 
 def floors(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | None]]:

@@ -14,6 +14,7 @@ from uniapl.data.reading import FILE_TYPES, named_source, read_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
+from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.calls import Completion
 from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
 from uniapl.tools.environments import Environment, find_toolset
@@ -280,9 +281,7 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None, o
         for example, text in zip(examples, texts, strict=True):
             values: dict[str, list[float]] = {name: [] for name in INSTRUCTION_SCORES}
             try:
-                # Of a trajectory, the last turn is the answer.
-                last = text if isinstance(text, str) else str(text[-1]["content"])
-                answer = text_after(last, answer_after)
+                answer = text_after(completion_text(text), answer_after)
                 strict, loose = (
                     check_instructions(given[example.row], answer, loose=loose) for loose in (False, True)
                 )

@@ -48,7 +48,8 @@ def reward_model(
         if prompt[-1]["role"] == "assistant":
             # The completion continues this message.
             *prompt, begun = prompt
-            completion = [{**begun, "content": begun["content"] + completion[0]["content"]}]
+            first, *later = completion
+            completion = [{**begun, **first, "content": begun["content"] + first["content"]}, *later]
         return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
     texts = [text(*pair) for pair in zip(prompts, completions, strict=True)]

@@ -24,6 +24,9 @@ class SampleRequest:
     """Rollouts per prompt."""
     max_completion_length: int | None = None
     """Tokens of each completion; None is the sampler's own limit."""
+    completion_lengths: Sequence[int] | None = None
+    """Tokens of each prompt's completion, at most `max_completion_length`, for engines that refuse a request
+    beyond the model's context; None is the same limit for all."""
     policy_version: int = 0
     """The training step whose weights sample; it is recorded in every rollout."""
     methods: Sequence[Sequence[Mapping[str, Callable[..., Any]]]] = ()

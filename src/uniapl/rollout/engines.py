@@ -66,6 +66,15 @@ def _installed(name: str) -> bool:
     return found is not None and found.origin is not None
 
 
+def _of_prompts(request: SampleRequest, params: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sampling parameters of each prompt: its seed, and its own limit if it has one."""
+    lengths = request.completion_lengths or [params["max_tokens"]] * len(request.seeds)
+    return [
+        {**params, "seed": seed % SEEDS, "max_tokens": length}
+        for seed, length in zip(request.seeds, lengths, strict=True)
+    ]
+
+
 @dataclass(kw_only=True)
 class Colocated:
     """vLLM on the trainer's device, started with the first weights."""
@@ -92,8 +101,7 @@ class Colocated:
         """Return the completions of each prompt; `params` are vLLM's sampling parameters without the seed."""
         vllm = importlib.import_module("vllm")
         per_prompt = [
-            vllm.SamplingParams(**params, seed=seed % SEEDS, detokenize="stop" in params)
-            for seed in request.seeds
+            vllm.SamplingParams(**one, detokenize="stop" in params) for one in _of_prompts(request, params)
         ]
         rows = [{"prompt_token_ids": list(prompt)} for prompt in request.prompts]
         outputs = self._call(lambda: self.llm.generate(rows, per_prompt, use_tqdm=False)) if rows else []
@@ -150,8 +158,8 @@ class Server:
     def generate(self, request: SampleRequest, params: dict[str, Any]) -> list[list[SampledTokens]]:
         """Return the completions of each prompt. See :meth:`Colocated.generate`."""
         bodies = [
-            {"prompt": list(prompt), "seed": seed % SEEDS, "return_token_ids": True, **params}
-            for prompt, seed in zip(request.prompts, request.seeds, strict=True)
+            {"prompt": list(prompt), "return_token_ids": True, **one}
+            for prompt, one in zip(request.prompts, _of_prompts(request, params), strict=True)
         ]
         responses = map_in_threads(
             lambda body: self._post("/v1/completions", body), bodies, num_threads=MAX_REQUESTS

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.functional import logprobs_from_logits
 from uniapl.models.lora import merged
-from uniapl.rollout import SampledTokens, SampleRequest
+from uniapl.rollout import SampledTokens, Sampler, SampleRequest
 from uniapl.rollout.engines import Colocated, EngineLostError, Server
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.threads import in_background
@@ -52,6 +52,9 @@ class VLLMSampler:
     tolerance: float
     """Largest mean difference between vLLM's and the trainer's log-probabilities, in nats per token."""
     settings: SamplingSettings
+    with_tools: Callable[[Sampler, int], Sampler] = lambda turns, max_completion_length: turns
+    """Returns a sampler of rollouts that call tools, from one of single turns and the maximum number of
+    tokens; by default a rollout is one turn. If vLLM is lost, the rollouts are sampled from the beginning."""
     version: int | None = None
     """Policy version of the weights in vLLM; None if unknown."""
 
@@ -119,9 +122,8 @@ class VLLMSampler:
         raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
 
     def _generate(self, request: SampleRequest, settings: SamplingSettings) -> list[tuple[Rollout, ...]]:
-        settings = settings.limited(request.max_completion_length)
-        groups = self._completions(request, settings)
-        return [settings.rollouts(group, request.policy_version) for group in groups]
+        sampler = self.with_tools(_Turns(self._completions, settings), settings.max_completion_length)
+        return sampler.sample(request)
 
     def _completions(self, request: SampleRequest, settings: SamplingSettings) -> list[list[SampledTokens]]:
         max_tokens, strings = settings.max_completion_length, settings.stop_strings
@@ -143,7 +145,8 @@ class VLLMSampler:
             # vLLM may return tokens after the text; SamplingSettings.rollouts removes them.
             params |= {"stop": list(strings.strings), "skip_special_tokens": False}
         groups = self.engine.generate(request, params)
-        for group in groups:
+        limits = request.completion_lengths or [max_tokens] * len(groups)
+        for group, max_tokens in zip(groups, limits, strict=True):
             lengths = [(len(ids), len(logprobs)) for ids, logprobs in group]
             if len(group) != request.num_generations or any(
                 a != b or not 0 < a <= max_tokens for a, b in lengths
@@ -203,6 +206,27 @@ class VLLMSampler:
         logits = logits[0, len(prompt) - 1 : -1].float()
         temperature = torch.full((len(logits),), self.settings.temperature, device=ids.device)
         return logprobs_from_logits(logits, ids[0, len(prompt) :], temperature)[0].tolist()
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Samples single turns with the weights that vLLM has."""
+
+    completions: Callable[[SampleRequest, SamplingSettings], list[list[SampledTokens]]]
+    settings: SamplingSettings
+
+    def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
+        """See :class:`Sampler`."""
+        settings = self.settings.limited(request.max_completion_length)
+        groups = self.completions(request, settings)
+        lengths = request.completion_lengths or [settings.max_completion_length] * len(groups)
+        return [
+            settings.limited(length).rollouts(group, request.policy_version)
+            for group, length in zip(groups, lengths, strict=True)
+        ]
+
+    def check(self) -> None:
+        """See :class:`Sampler`: the weights have been checked."""
 
 
 def _state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class Toolbox:
         for own, function in (methods or {}).items():
             tools[own] = replace(tools[own], function=function)
         found = self.parser.read(turn)
-        message: Message = {"role": "assistant", "content": self._text(turn)}
+        message = self.message(turn)
         if not found.calls or not calls:
             message |= {"tool_calls": found.calls} if found.calls else {}
             use = ToolUse(malformed=int(found.malformed), unanswered=len(found.calls))
@@ -70,8 +70,10 @@ class Toolbox:
         use = ToolUse(calls=len(found.calls), failed=failures)
         return Answer(ids=ids, messages=(message, *results), use=use)
 
-    def _text(self, ids: TokenIds) -> str:
-        return str(self.form.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def message(self, turn: TokenIds) -> Message:
+        """A turn as a chat message, without its calls."""
+        text = str(self.form.tokenizer.decode(list(turn), skip_special_tokens=True))
+        return {"role": "assistant", "content": text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,11 @@ class _Trajectory:
     def add(self, turn: Rollout, limit: int) -> None:
         """Append a turn; what exceeds the limit is cut."""
         room = limit - len(self.ids)
-        self.last = turn
-        self.ids += turn.completion_ids[:room]
-        self.logprobs += turn.sampling_logprobs[:room]
+        self.last = replace(
+            turn, completion_ids=turn.completion_ids[:room], sampling_logprobs=turn.sampling_logprobs[:room]
+        )
+        self.ids += self.last.completion_ids
+        self.logprobs += self.last.sampling_logprobs
         self.truncated = turn.finish_reason == "length" or len(turn.completion_ids) > room
 
     def rollout(self) -> Rollout:
@@ -157,14 +161,15 @@ def sample_trajectories(
         if not active:
             break
         numbers = {id(one): number for group in groups for number, one in enumerate(group)}
-        room = max_completion_length - min(len(one.ids) for one in active)
+        rooms = [max_completion_length - len(one.ids) for one in active]
         turns = sampler.sample(
             replace(
                 request,
                 prompts=[one.prompt + one.ids for one in active],
                 seeds=[derive_seed(one.seed, "turn", iteration, numbers[id(one)]) for one in active],
                 num_generations=1,
-                max_completion_length=room,
+                max_completion_length=max(rooms),
+                completion_lengths=rooms,
             )
         )
         for one, (turn,) in zip(active, turns, strict=True):
@@ -181,6 +186,10 @@ def _answered(
         last: Calls are not answered any more.
     """
     ended = [one for one in trajectories if not one.truncated]
+    for one in trajectories:
+        if one.truncated:
+            # Without it, the last message, which reward functions read, would be the result of a tool.
+            one.messages += (toolbox.message(one.last.completion_ids),)
     answers = map_in_threads(
         lambda one: toolbox.answer(one.last.completion_ids, calls=not last, methods=one.methods),
         ended,

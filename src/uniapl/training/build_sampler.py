@@ -129,4 +129,5 @@ def _vllm_sampler(
         canary=prompts[0],
         tolerance=rollout.vllm_max_logp_difference,
         settings=settings,
+        with_tools=lambda turns, limit: with_tools(turns, config, inputs, limit),
     )

@@ -98,7 +98,7 @@ class Evaluation:
             decoding=self.config.rollout.decoding,
             autocast=self.accelerator.autocast,
         )
-        return with_tools(sampler, self.config, inputs, settings.max_completion_length)
+        return with_tools(sampler, config, inputs, settings.max_completion_length)
 
 
 @dataclass(frozen=True, kw_only=True)

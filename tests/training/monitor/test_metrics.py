@@ -9,7 +9,7 @@ import pytest
 
 from support.runs import lines, recipe, train
 from uniapl.config.objective import ObjectiveConfig
-from uniapl.training.monitor.metrics import rollout_metrics
+from uniapl.training.monitor.metrics import length_metrics, rollout_metrics
 from uniapl.training.monitor.record import adversary_acts
 from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.credit import assign_credit
@@ -108,6 +108,19 @@ def test_lengths_of_terminated_completions() -> None:
     assert [found[f"completions/{name}"] for name in ended] == [3.5, 2, 5]
     none = metrics(group((0.0,) * 2, cut=2))
     assert [none[f"completions/{name}"] for name in ended] == [None, None, None]
+
+
+def test_lengths_and_the_entropy_of_trajectories_are_those_of_written_tokens() -> None:
+    """The results of tools have no length; a log-probability of -0.5 nats each is the policy's."""
+    plain = group((0.0, 1.0), lengths=(4, 2))
+    first = replace(plain.rollouts[0], completion_ids=(7,) * 9, given=((1, 4), (6, 8)))
+    example = replace(plain.example, demonstration_ids=(7,) * 12, demonstration_given=((2, 11),))
+    trajectories = replace(plain, example=example, rollouts=(first, plain.rollouts[1]))
+    assert metrics(trajectories) == metrics(plain)
+    assert metrics(trajectories)["completions/max_length"] == 4
+    found = length_metrics([trajectories])
+    assert found == {"completions/length_ratio": (4 + 2) / (3 + 3), "completions/length_auc": 0.5}
+    assert trajectories.completion_tokens == 6
 
 
 def test_the_entropy_is_known_without_a_gradient(model_dir: Path, tmp_path: Path) -> None:

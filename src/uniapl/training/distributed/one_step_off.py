@@ -14,7 +14,7 @@ from uniapl.rollout import SampleRequest
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.training.distributed.rank_zero_sampler import Groups, RankZeroSampler, merged
 from uniapl.training.distributed.ranks import on_rank_zero
-from uniapl.types import Rollout, TokenIds
+from uniapl.types import Rollout, TokenIds, ToolUse
 
 Key = tuple[TokenIds, int]
 """A prompt and its seed; no other prompt of the run has both, for any number of ranks."""
@@ -90,6 +90,9 @@ def _keys(request: SampleRequest) -> list[Key]:
 
 
 def _rollout(values: Mapping[str, Any]) -> Rollout:
-    lists = {name: tuple(values[name]) for name in ("completion_ids", "sampling_logprobs")}
+    lists = {
+        name: tuple(values.get(name, ())) for name in ("completion_ids", "sampling_logprobs", "messages")
+    }
     given = tuple((start, stop) for start, stop in values.get("given", ()))
-    return Rollout(**{**values, **lists, "given": given})
+    use = ToolUse(**values.get("tool_use", {}))
+    return Rollout(**{**values, **lists, "given": given, "tool_use": use})
