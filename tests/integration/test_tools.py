@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from support.processes import run_processes
 from support.runs import Killed, lines, recipe, timeless, train
 from support.templates import byte_tokenizer, template
 from support.tiny import SMALL
@@ -147,6 +148,7 @@ def test_a_run_with_tools_resumes_exactly(values: dict[str, Any], tmp_path: Path
 
 
 GAME = '''
+import threading
 from dataclasses import dataclass
 
 
@@ -161,6 +163,7 @@ class Client:
 
     def __init__(self, base_url: str):
         self.base_url = base_url
+        self.connection = threading.Lock()  # like a socket, it cannot be pickled
 
     def reset(self, secret: int) -> Observation:
         self.secret = secret
@@ -263,14 +266,11 @@ class Player(Scripted):
         )
 
 
-@pytest.fixture
-def game(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The recipe of a run in which nothing of TRL's form is changed."""
-    for module in (build_sampler, evaluation):
-        monkeypatch.setattr(module, "LocalSampler", Player)
-    path = tmp_path / "game.py"
+def game_recipe(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe with a game in which nothing of TRL's form is changed."""
+    path = folder / "game.py"
     path.write_text(GAME)
-    suite = tmp_path / "held_out.jsonl"
+    suite = folder / "held_out.jsonl"
     suite.write_text("".join(f"{json.dumps(row)}\n" for row in game_rows()[::-1]))
     rollout = {
         **{"tools": [f"{path}:multiply"], "environment": f"{path}:GuessEnv"},
@@ -283,6 +283,13 @@ def game(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "eval_steps": 2,
         "evaluation": {"suites": [str(suite)], "max_completion_length": 1500},
     }
+
+
+@pytest.fixture
+def game(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    for module in (build_sampler, evaluation):
+        monkeypatch.setattr(module, "LocalSampler", Player)
+    return game_recipe(values, tmp_path)
 
 
 def game_rows() -> list[dict[str, Any]]:
@@ -339,3 +346,25 @@ def test_a_run_with_an_environment_resumes_exactly(game: dict[str, Any], tmp_pat
     assert lines(mine / "completions.jsonl") == lines(theirs / "completions.jsonl")
     weights = [(path / "final" / "model.safetensors").read_bytes() for path in (mine, theirs)]
     assert weights[0] == weights[1]
+
+
+def _train_game(folder: Path, values: dict[str, Any]) -> None:
+    build_sampler.LocalSampler = evaluation.LocalSampler = Player  # type: ignore[misc,assignment]
+    train(values, train_dataset=game_rows(), reward_functions=[watched])
+
+
+@pytest.mark.distributed
+def test_two_processes_have_their_own_instances(values: dict[str, Any], tmp_path: Path) -> None:
+    """Each process rewards what it sampled; the result is that of one process."""
+    game = {**game_recipe(values, tmp_path), "max_steps": 2}
+    runs = [tmp_path / f"on{count}" for count in (1, 2)]
+    for count, run in enumerate(runs, start=1):
+        folder = tmp_path / f"store{count}"
+        folder.mkdir()
+        assert run_processes(count, _train_game, folder, {**game, "output_dir": str(run)}) == [0] * count
+    one, two = (lines(run / "completions.jsonl") for run in runs)
+    for mine, theirs in zip(two, one, strict=True):
+        for name in ("text", "messages", "reward"):
+            assert [c[name] for c in mine["completions"]] == [c[name] for c in theirs["completions"]]
+    scores = [lines(run / "metrics.jsonl")[1]["eval/held_out/reward"] for run in runs]
+    assert scores[0] == scores[1]

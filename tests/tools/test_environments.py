@@ -19,9 +19,10 @@ from uniapl.errors import UsageError
 from uniapl.rewards.base import build_rewarder
 from uniapl.rollout import SampleRequest
 from uniapl.tools.calls import CallParser
-from uniapl.tools.environments import Environment, Toolset, find_environment, find_toolset
+from uniapl.tools.environments import Environment, Episodes, Toolset, find_environment, find_toolset
 from uniapl.tools.functions import Tool, call_tool
 from uniapl.tools.trajectories import Toolbox, sample_trajectories
+from uniapl.training.build_sampler import check_processes
 from uniapl.training.preflight.checks import check_tools
 from uniapl.types import Example, Rollout, TokenIds
 
@@ -237,8 +238,8 @@ class Counting:
 
 
 def sampled(environment: Environment, examples: Any) -> tuple[Any, Any]:
-    """Three rollouts of each prompt, and their episodes."""
-    episodes = environment.episodes(examples, 3)
+    """Three rollouts of each prompt, and their environments."""
+    episodes = Episodes(environment=environment, examples=examples, count=3)
     form = ChatTemplate(
         tokenizer=TOKENIZER, arguments={}, tools=[dict(tool.schema) for tool in environment.tools]
     )
@@ -257,18 +258,17 @@ def sampled(environment: Environment, examples: Any) -> tuple[Any, Any]:
         prompts=[example.prompt_ids for example in examples],
         seeds=[example.row for example in examples],
         num_generations=3,
-        methods=[[episode.methods for episode in group] for group in episodes],
+        begin=episodes.begin,
     )
     groups = sample_trajectories(sampler, request, toolbox, max_completion_length=5000)
     pickle.dumps(sampler.requests)  # they are sent to other processes
-    return groups, episodes
+    return groups, episodes.instances
 
 
 def test_each_rollout_has_its_own_instance(written: Callable[..., Environment]) -> None:
     environment = written(GOOD, "Counter")
     examples = tokenized(environment)
-    groups, episodes = sampled(environment, examples)
-    instances = [[episode.environment for episode in group] for group in episodes]
+    groups, instances = sampled(environment, examples)
     assert [[one.calls for one in group] for group in instances] == [[[], [2], [3, 3]]] * 2
     assert [[one.value for one in group] for group in instances] == [[3, 5, 9], [50, 52, 56]]
     # What the policy read are the values of its own instance.
@@ -403,8 +403,7 @@ def test_rewards_read_the_instances(written: Callable[..., Environment]) -> None
     )
     environment = written(source, "Counter")
     examples = tokenized(environment)
-    _, episodes = sampled(environment, examples)
-    instances = [episode.environment for group in episodes for episode in group]
+    instances = [one for group in sampled(environment, examples)[1] for one in group]
 
     def started(environments: list[Any], start: list[int], **rest: Any) -> list[float]:
         return [one.value - first for one, first in zip(environments, start, strict=True)]
@@ -426,10 +425,15 @@ def test_rewards_read_the_instances(written: Callable[..., Environment]) -> None
 
 
 def test_an_async_get_reward(written: Callable[..., Environment]) -> None:
-    environment = written(GOOD.replace("def get_reward", "async def get_reward"), "Counter")
+    source = GOOD.replace("def get_reward", "async def get_reward").replace(
+        "float(self.value)", "6 / (self.value - 3)"
+    )
+    environment = written(source, "Counter")
     examples = tokenized(environment)
     rewarder = build_rewarder(RewardsConfig(), Toolset((), environment).rewards, start=environment.instances)
-    assert rewarder.score(examples, ["a"] * 2, [(1,)] * 2)["Counter"].values == [3.0, 50.0]
+    outcome = rewarder.score(examples, ["a"] * 2, [(1,)] * 2)["Counter"]
+    assert outcome.values == [None, 6 / 47]
+    assert "ZeroDivisionError" in str(outcome.message)
 
 
 def test_a_reward_that_needs_environments_without_one() -> None:
@@ -574,6 +578,17 @@ def test_names_must_not_collide(tmp_path: Path) -> None:
     assert [tool.name for tool in alone.tools] == ["reset"]
 
 
+def test_a_request_that_is_sampled_again_has_fresh_instances(written: Callable[..., Environment]) -> None:
+    """As after vLLM was lost in the middle of the rollouts."""
+    environment = written(GOOD, "Counter")
+    (example,) = tokenized(environment, ROWS[:1])
+    episodes = Episodes(environment=environment, examples=[example], count=2)
+    ((first, _),) = episodes.begin()
+    first["increase"](by=4)
+    episodes.begin()
+    assert [[one.value for one in group] for group in episodes.instances] == [[3, 3]]
+
+
 def test_settings_that_environments_exclude() -> None:
     with pytest.raises(UsageError, match="environment needs max_off_policy_steps 0"):
         resolve(
@@ -587,6 +602,12 @@ def test_settings_that_environments_exclude() -> None:
             }
         )
     config = resolve({"method": "grpo", "output_dir": "x", "rollout": {"environment": "a:B"}}).config
+    served = {"environment": "a:B", "sampler": "vllm", "vllm_mode": "server"}
+    on_server = resolve({"method": "grpo", "output_dir": "x", "rollout": served}).config
+    check_processes(on_server, 1)
+    check_processes(config, 2)
+    with pytest.raises(UsageError, match=r"rollout.environment with rollout.sampler vllm is for one process"):
+        check_processes(on_server, 2)
     other = config.model_copy(update={"rollout": RolloutConfig()})
     check_tools(config, [config, config])
     with pytest.raises(UsageError, match=r"stage 2 cannot change rollout.environment"):

@@ -14,6 +14,7 @@ from uniapl.evaluation.suites import BATCH_SIZE, INSTRUCTION_SCORES, Scores, Sui
 from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.calls import Completion
 from uniapl.rollout import Sampler, SampleRequest
+from uniapl.tools.environments import Episodes
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
@@ -156,18 +157,18 @@ def _sample(
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         mine = batch[part.rank :: part.world_size]
-        environment, own = suite.environment, [examples[index] for index in mine]
-        episodes = environment.episodes(own, num_samples) if environment else []
+        own, environment = [examples[index] for index in mine], suite.environment
+        episodes = Episodes(environment=environment, examples=own, count=num_samples) if environment else None
         groups = sampler.sample(
             SampleRequest(
                 prompts=[examples[index].prompt_ids for index in mine],
                 seeds=[derive_seed(seed, "evaluate", suite.name, examples[index].row) for index in mine],
                 num_generations=num_samples,
-                methods=[[episode.methods for episode in group] for group in episodes],
+                begin=episodes.begin if episodes else None,
             )
         )
-        for index, group, started in zip(mine, groups, episodes or [[]] * len(mine), strict=True):
-            found[index] = _Group(group, tuple(episode.environment for episode in started))
+        instances = episodes.instances if episodes else [()] * len(mine)
+        found |= zip(mine, map(_Group, groups, instances), strict=True)
         advance(len(batch))
     return found
 

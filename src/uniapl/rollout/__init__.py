@@ -6,6 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from uniapl.types import Rollout, TokenIds
 
+Methods = Mapping[str, Callable[..., Any]]
+"""The tools by name that only one rollout calls: the methods of its environment."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
@@ -29,9 +32,9 @@ class SampleRequest:
     beyond the model's context; None is the same limit for all."""
     policy_version: int = 0
     """The training step whose weights sample; it is recorded in every rollout."""
-    methods: Sequence[Sequence[Mapping[str, Callable[..., Any]]]] = ()
-    """For each rollout of each prompt, the tools that only it calls: the methods of its environment, by name.
-    Samplers without tools ignore them."""
+    begin: Callable[[], Sequence[Sequence[Methods]]] | None = None
+    """Makes the environments of all rollouts, and returns the methods of each rollout of each prompt; None
+    without environments. A sampler calls it when it samples the rollouts from the beginning, also again."""
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from uniapl.rewards.base import Once, here
 from uniapl.rewards.calls import FailedStart, is_async
 from uniapl.rewards.event_loop import RewardTimeoutError
 from uniapl.rewards.finding import find_function
+from uniapl.rollout import Methods
 from uniapl.threads import DeadlineError, call_with_deadline, map_in_threads
 from uniapl.tools.functions import Tool, awaited, find_tools, tool_of
 from uniapl.types import EpisodeStart, Example
@@ -37,8 +38,8 @@ class Episode(NamedTuple):
 
     environment: Any
     """The instance, or a :class:`FailedStart` if it could not be made or reset."""
-    methods: dict[str, Callable[..., Any]]
-    """Its tools by name. They call the instance one after the other."""
+    methods: Methods
+    """They call the instance one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,31 @@ class Environment:
                 "prompt, or None"
             )
         return instance, text
+
+
+@dataclass(kw_only=True)
+class Episodes:
+    """The environments of the rollouts of some prompts."""
+
+    environment: Environment
+    examples: Sequence[Example]
+    count: int
+    """Rollouts per prompt."""
+    started: list[list[Episode]] = field(default_factory=list[list[Episode]])
+
+    def begin(self) -> list[list[Methods]]:
+        """Replace all instances by fresh ones, and return their methods. See :class:`SampleRequest`.
+
+        Raises:
+            UsageError: See :meth:`Environment.episodes`.
+        """
+        self.started = self.environment.episodes(self.examples, self.count)
+        return [[episode.methods for episode in group] for group in self.started]
+
+    @property
+    def instances(self) -> list[tuple[Any, ...]]:
+        """The environment of each rollout of each prompt."""
+        return [tuple(episode.environment for episode in group) for group in self.started]
 
 
 class Toolset(NamedTuple):

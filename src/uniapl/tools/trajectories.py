@@ -4,14 +4,13 @@ Token ids are never decoded and encoded again: a trajectory is the ids that were
 results between them.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from uniapl.data.conversations import Message, function_of
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import encode_results
-from uniapl.rollout import Sampler, SampleRequest
+from uniapl.rollout import Methods, Sampler, SampleRequest
 from uniapl.threads import map_in_threads
 from uniapl.tools.calls import CallParser
 from uniapl.tools.functions import Tool, call_tool
@@ -36,9 +35,7 @@ class Toolbox:
     max_characters: int
     """Of a result."""
 
-    def answer(
-        self, turn: TokenIds, *, calls: bool = True, methods: Mapping[str, Callable[..., Any]] | None = None
-    ) -> "Answer":
+    def answer(self, turn: TokenIds, *, calls: bool = True, methods: Methods | None = None) -> "Answer":
         """Call the tools that a turn calls, one after the other.
 
         Args:
@@ -95,7 +92,7 @@ class _Trajectory:
     seed: int
     last: Rollout
     """Its last turn."""
-    methods: Mapping[str, Callable[..., Any]]
+    methods: Methods
     """Those of its environment."""
     ids: TokenIds = ()
     logprobs: tuple[float, ...] = ()
@@ -140,9 +137,10 @@ def sample_trajectories(
     Returns:
         `num_generations` rollouts for each prompt, in the order of the prompts.
     """
-    methods = request.methods or [[{}] * request.num_generations for _ in request.prompts]
+    none: list[list[Methods]] = [[{}] * request.num_generations for _ in request.prompts]
+    methods = request.begin() if request.begin else none
     # Instances of environments stay in this process.
-    request = replace(request, methods=())
+    request = replace(request, begin=None)
     groups = [
         [
             _Trajectory(prompt=prompt, seed=seed, last=rollout, methods=own)

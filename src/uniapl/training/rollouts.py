@@ -12,6 +12,7 @@ from uniapl.config import Config
 from uniapl.data.streams import Stream
 from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
+from uniapl.tools.environments import Episodes
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
 from uniapl.training.update.credit import failed_groups, groups_without_advantage, known_passing
@@ -83,7 +84,8 @@ def sample(
     """
     process, processes = run.accelerator.process_index, run.accelerator.num_processes
     environment, count = run.inputs.environment, stage.config.rollout.num_generations
-    episodes = environment.episodes(prompts[process::processes], count) if environment else []
+    mine = prompts[process::processes]
+    episodes = Episodes(environment=environment, examples=mine, count=count) if environment else None
 
     def request(examples: Sequence[Example], step: int, start: int = 0) -> SampleRequest:
         return SampleRequest(
@@ -99,8 +101,7 @@ def sample(
     if not prompts and not following:
         return []
     with stage.gathered_policy():
-        methods = [[episode.methods for episode in group] for group in episodes]
-        wanted = replace(request(prompts, run.step, start), methods=methods)
+        wanted = replace(request(prompts, run.step, start), begin=episodes.begin if episodes else None)
         rollouts = stage.sampler.sample(wanted) if prompts else []
         if stage.one_step_off is not None and following:
             stage.one_step_off.begin(request(following, run.step + 1))
@@ -111,10 +112,10 @@ def sample(
             rollouts=group,
             texts=tuple(decode(rollout.completion_ids) for rollout in group),
             reward_parts={},
-            environments=tuple(episode.environment for episode in started),
+            environments=instances,
         )
-        for prompt, group, started in zip(
-            prompts[process::processes], rollouts, episodes or [[]] * len(rollouts), strict=True
+        for prompt, group, instances in zip(
+            mine, rollouts, episodes.instances if episodes else [()] * len(rollouts), strict=True
         )
     ]
 
