@@ -251,7 +251,7 @@ class Rewarder:
             rows = [example for example in examples if reward.applies_to(example)][:2]
             texts = [example.demonstration or "An answer." for example in rows]
             ids = [row.demonstration_ids or (0,) for row in rows]
-            outcome = self._tried(functools.partial(self._try_one, reward, rows, texts, ids))
+            outcome = self._tried(functools.partial(self.score_one, reward, rows, texts, ids))
             # A single failure may be due to that completion.
             if rows and all(outcome.failed):
                 form = _form_hint(rows[0], outcome.message or "")
@@ -259,11 +259,6 @@ class Rewarder:
                     f"reward function '{reward.name}' fails on rows {_listed([row.row for row in rows])} of "
                     f"the data: {outcome.message}{form}"
                 )
-
-    def _try_one(
-        self, reward: NamedReward, rows: Sequence[Example], texts: Sequence[str], ids: Sequence[Sequence[int]]
-    ) -> RewardOutcome:
-        return self.score_one(reward, rows, texts, ids, self._start(rows) if self._start else None)
 
     def _tried(self, work: Callable[[], Any]) -> Any:
         # The functions may change the working directory, to which the paths of suites are relative.
@@ -305,9 +300,11 @@ class Rewarder:
         examples: Sequence[Example],
         texts: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
-        environments: Sequence[Any] | None,
+        environments: Sequence[Any] | None = None,
     ) -> RewardOutcome:
         """:meth:`score` for one function."""
+        if environments is None and self._start is not None:
+            environments = self._start(examples)
         return score_samples(
             reward.function,
             examples,

@@ -77,6 +77,11 @@ class CallLog:
         """Add a value to a metric; the mean of the step is logged."""
         self.metrics.setdefault(str(name), []).append(float(value))
 
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The functions by the names of TRL's arguments."""
+        return {"log_extra": self.log_extra, "log_metric": self.log_metric}
+
     def copy_to(self, outcome: RewardOutcome, indices: Sequence[int]) -> None:
         """Add the logs of a call for the samples `indices`.
 
@@ -122,23 +127,20 @@ def score_samples(
 
     def score_some(indices: Sequence[int]) -> dict[int, Value]:
         log = CallLog()
-        run: dict[str, Any] = {"trainer_state": trainer_state}
-        run |= {"log_extra": log.log_extra, "log_metric": log.log_metric}
-        if environments is not None:
-            run["environments"] = [environments[i] for i in indices]
+        started = {} if environments is None else {"environments": [environments[i] for i in indices]}
         arguments = arguments_of(
             function,
             [examples[i] for i in indices],
             [texts[i] for i in indices],
             [list(completion_ids[i]) for i in indices],
-            run,
+            {"trainer_state": trainer_state, **log.functions, **started},
         )
         values = call(function, arguments, timeout, len(indices))
         log.copy_to(outcome, indices)
         return dict(zip(indices, values, strict=True))
 
-    started = environments or [None] * size
-    failed = {index: started[index] for index in applicable if isinstance(started[index], FailedStart)}
+    starts = [None] * size if environments is None else environments
+    failed = {index: starts[index] for index in applicable if isinstance(starts[index], FailedStart)}
     applicable = [index for index in applicable if index not in failed]
     found: dict[int, Value] = {}
     try:

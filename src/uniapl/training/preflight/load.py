@@ -33,7 +33,6 @@ from uniapl.training.preflight.checks import (
     check_recipe,
     check_stage,
     check_tokens,
-    check_tools,
     notes_on_adversary,
     notes_on_lengths,
     notes_on_pairs,
@@ -59,8 +58,7 @@ def load_inputs(
         UsageError: Any error that would otherwise stop the run later.
     """
     given, config = given or Given(), resolved.config
-    check_recipe(config, has_rows=given.eval_dataset is not None)
-    check_tools(config, [stage.config for stage in stages])
+    check_recipe(config, [stage.config for stage in stages], has_rows=given.eval_dataset is not None)
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
@@ -73,10 +71,8 @@ def load_inputs(
     toolset = find_toolset(config.rollout)
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
-        most = max(longest, default=0)
-        dataset = toolset.tokenize(
-            rows, tokenizer, config.data, once=once, max_completion_length=most, **limits
-        )
+        most = {"max_completion_length": max(longest, default=0)}
+        dataset = toolset.tokenize(rows, tokenizer, config.data, once=once, **most, **limits)
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     state = _trainer_state(config)
     functions = [*given.functions, *toolset.rewards]
@@ -97,11 +93,9 @@ def load_inputs(
     notes += unknown + _notes_on_stages(configs, dataset, rewarder)
     if longest:
         rewarder.try_out(dataset.examples)
-    suites: tuple[Suite, ...] = ()
-    if with_suites:
-        scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
-        suites = _load_suites(config, tokenizer, given, **scoring)
-        notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
+    scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
+    suites = _load_suites(config, tokenizer, given, **scoring) if with_suites else ()
+    notes += [f"suite '{suite.name}': {note}" for suite in suites for note in suite.notes]
     return RunInputs(
         source=model_source,
         tokenizer=tokenizer,
