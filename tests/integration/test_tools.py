@@ -11,6 +11,7 @@ from support.processes import run_processes
 from support.runs import Killed, lines, recipe, timeless, train
 from support.templates import byte_tokenizer, template
 from support.tiny import SMALL
+from uniapl import cli
 from uniapl.rollout import SampleRequest
 from uniapl.training import build_sampler, evaluation
 from uniapl.types import Rollout, derive_seed
@@ -368,3 +369,21 @@ def test_two_processes_have_their_own_instances(values: dict[str, Any], tmp_path
             assert [c[name] for c in mine["completions"]] == [c[name] for c in theirs["completions"]]
     scores = [lines(run / "metrics.jsonl")[1]["eval/held_out/reward"] for run in runs]
     assert scores[0] == scores[1]
+
+
+def test_evaluate_calls_tools(game: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`uniapl evaluate` with the recipe of a run samples and scores as the run does."""
+    monkeypatch.setattr("uniapl.cli.evaluate.LocalSampler", Player)
+    recipe_ = tmp_path / "recipe.yaml"
+    recipe_.write_text(json.dumps(game))
+    output = tmp_path / "evaluated"
+    model = game["model"]["model_name_or_path"]
+    assert cli.run(["evaluate", model, "--recipe", str(recipe_), "--output-dir", str(output)]) == 0
+    completions = lines(output / "completions.jsonl")
+    rewards = [reward_of(one["messages"]) for one in completions]
+    assert [one["reward"] for one in completions] == [[reward] for reward in rewards]
+    assert any(len(one["messages"]) > 1 for one in completions)
+    summary = json.loads((output / "results.json").read_text())["suites"]["held_out"]
+    assert summary["scores"]["reward"]["mean"] == pytest.approx(sum(rewards) / len(rewards))
+    assert set(summary["floors"]) == {"empty", "echo", "constant"}, "each with a fresh instance"
+    assert summary["floors"]["empty"]["reward"] == 0

@@ -50,6 +50,8 @@ OVERRIDES = {
 """Keys of the recipe that have a flag of the same name."""
 LISTS = {"suites": "NAME", "stop_strings": "STR", "stop_tokens": "STR"}
 """Flags with several values, and how `--help` names one."""
+TOOLS = ("tools", "environment", "max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+"""Keys of `rollout` in the recipe that also apply to evaluation."""
 TRUNCATED = 0.1
 """The user is warned if more than this fraction of the completions reaches the token limit."""
 
@@ -202,7 +204,7 @@ def _config(options: argparse.Namespace) -> Config:
     recipe = resolved.config
     include: Any = {
         **dict.fromkeys(("data", "rewards", "evaluation"), True),
-        "rollout": {"decoding", "stop_strings"},
+        "rollout": {"decoding", "stop_strings", *TOOLS},
         "model": {*OVERRIDES["model"]},
     }
     values = recipe.model_dump(include=include)
