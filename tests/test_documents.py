@@ -96,7 +96,7 @@ def kind(text: str) -> str:
         return "commands"
     if first.startswith('{"'):
         return "rows"
-    if re.match(r"(def|import|from) ", first):
+    if re.match(r"(def|import|from|class) ", first):
         return "python"
     read = yaml.safe_load(text)
     return "settings" if isinstance(read, dict) and read.keys() <= Config.model_fields.keys() else "unknown"

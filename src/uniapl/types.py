@@ -69,6 +69,15 @@ def derive_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
+class EpisodeStart(NamedTuple):
+    """How the rollouts of a row begin in an environment."""
+
+    columns: dict[str, Any]
+    """The row's columns, which `reset` receives by name."""
+    observation: str | None
+    """The text that `reset` returned before training; it ends the prompt."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One row of the data, tokenised; the demonstration is None if the row has no completion."""
@@ -88,6 +97,8 @@ class Example:
     """Prompt and completion of each earlier assistant turn that only the SFT loss covers."""
     columns: dict[str, Any]
     """The other columns of the row, which reward functions receive by name."""
+    episode: EpisodeStart | None = None
+    """None without an environment."""
 
     @property
     def is_pair(self) -> bool:
@@ -170,6 +181,8 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...] = ()
     """The decoded completions, for reward functions and logs; they are never tokenised again."""
+    environments: tuple[Any, ...] = ()
+    """The environment of each rollout until it is rewarded, in the process that sampled it; () without."""
     rewards: tuple[float | None, ...] = ()
     """Weighted sums over the reward functions; None for an unknown reward, which the mean excludes."""
     reward_parts: dict[str, tuple[float | None, ...]]

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,6 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     sampling = SamplingSettings.of_evaluation(config, stop_ids, tokenizer)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tooling = Tooling.of(config, tokenizer, stop_ids)
-    tooling.check(config)
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
     _make_directory(options.output_dir, overwrite=options.overwrite)
     put_on_device(model)
@@ -132,11 +131,15 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         results["lm_eval"] = run_lm_eval(model, tokenizer, options.lm_eval_tasks, tasks, **sizes)
         _write(options.output_dir, results, found)
     _show(results, options.output_dir, console)
-    for name, result in results["suites"].items():
+    _refuse_unscored(results["suites"])
+    return results
+
+
+def _refuse_unscored(suites: Mapping[str, Any]) -> None:
+    for name, result in suites.items():
         if result["unscored"] == 1:
             reason = "; ".join(result["notes"]) or "no reward function applies to its rows"
             raise UniAPLError(f"suite '{name}': no completion could be scored: {reason}")
-    return results
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from uniapl.config.resolve import load_recipe, resolve, stages_of
 
 RUN_FILES = ("config.yaml", "manifest.json")
 PROMPT_KEYS = ("system_prompt", "chat_template_kwargs")
-TOOLS = ("tools", "max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+TOOLS = ("tools", "environment", "max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
 """Keys of `rollout` that are the same in evaluation."""
 
 
@@ -54,7 +54,7 @@ def settings_of_run(model: str) -> RunSettings | None:
         file=run / "config.yaml",
         prompts=prompts,
         stop_strings=rollout.stop_strings if strings is None else strings,
-        tools=rollout.model_dump(include={*TOOLS}) if rollout.tools else {},
+        tools=rollout.model_dump(include={*TOOLS}) if rollout.tools or rollout.environment else {},
     )
 
 

@@ -63,6 +63,9 @@ OTHER_NAMES = _by_name(
         "rollout.max_completion_length": (
             "max_new_tokens max_tokens response_length max_response_length generate_max_len"
         ),
+        "rollout.environment (path.py:Class)": "environment_factory multi_turn_scheduler",
+        "rollout.tools (path.py:function)": "tools",
+        "rollout.max_tool_calling_iterations": "max_turns",
         "rollout.stop_strings": "stop_words stop_sequences stop_strs",
         "rollout.sampler": "use_vllm",
         "rollout.vllm_server_base_url": "vllm_server_host vllm_server_port",
@@ -211,9 +214,6 @@ NO_EQUIVALENT = _by_name(
         "rollout.sampler vllm batches continuously": (
             "use_transformers_continuous_batching transformers_continuous_batching_config "
             "use_transformers_paged"
-        ),
-        "completions are sampled in one turn": (
-            "max_tool_calling_iterations multi_turn_scheduler tools environment_factory max_turns"
         ),
         "the tokenizer's special tokens are used": "pad_token special_tokens tokenizer_type tokens",
         "the loss covers the tokens of demonstrations and rollouts, never those of prompts": (

@@ -31,11 +31,16 @@ class RolloutConfig(Section):
     tools: Texts = ()
     """Functions that the policy can call in a rollout: `module:function` or `path.py:function`, with type
     hints and a docstring that describes their arguments (TRL's tools)."""
+    environment: str | None = None
+    """Class of which each rollout has its own instance: `module:Class` or `path.py:Class`. The policy can
+    call its public methods, and reward functions get the instances (TRL's environment_factory); null has
+    none."""
     max_tool_calling_iterations: int | None = Field(default=None, ge=1)
     """Turns of a rollout after which tools are called; null has no limit but max_completion_length, which
     counts the results too."""
     tool_timeout: float = Field(default=10.0, gt=0)
-    """Time limit of a call in seconds; afterwards its result is an error that the policy reads."""
+    """Time limit of a call in seconds; afterwards its result is an error that the policy reads. Making an
+    environment and its `reset` have the same limit."""
     max_tool_result_length: int = Field(default=4000, ge=1)
     """Maximum number of characters of a result; longer ones are cut."""
     max_batch_size: int = Field(default=256, ge=1)
@@ -72,6 +77,15 @@ class RolloutConfig(Section):
             raise ValueError(
                 "max_off_policy_steps 1 needs sampler vllm and vllm_mode server: the trainer's own device is "
                 "busy while it trains"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _environments_live_in_a_step(self) -> "RolloutConfig":
+        if self.environment is not None and self.max_off_policy_steps:
+            raise ValueError(
+                "environment needs max_off_policy_steps 0: rollouts that wait for the next step are saved in "
+                "checkpoints, and instances of environments cannot be"
             )
         return self
 

@@ -151,8 +151,9 @@ class ChatTemplate:
         for name in (function_of(tool)["name"] for tool in self.tools):
             if name + TOOL_MARK not in whole:
                 raise UsageError(
-                    f"the chat template does not render '{name}' of 'tools'; remove the column, rename it "
-                    "with data.columns if it is not for the template, or use a model whose template has tools"
+                    f"the chat template does not render '{name}' of 'tools'; use a model whose template has "
+                    "tools, remove rollout.tools, rollout.environment or the column, or rename the column "
+                    "with data.columns if it is not for the template"
                 )
         calls: list[str] = []
         for index, message in enumerate(messages):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from uniapl.data.formats import standard_columns
 from uniapl.data.rendering import ChatTemplate, Rendered, render_conversation
 from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt, encode_results
 from uniapl.errors import UsageError
-from uniapl.types import Example, Given, Prompt, TokenIds, Tokens
+from uniapl.types import EpisodeStart, Example, Given, Prompt, TokenIds, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ def tokenize_rows(
     context_length: int | None = None,
     max_completion_length: int = 0,
     tools: Sequence[Message] = (),
+    episodes: Mapping[int, EpisodeStart] | None = None,
 ) -> Dataset:
     """Check the columns of rows, tokenise them, and leave out rows that cannot be used whole.
 
@@ -49,7 +50,8 @@ def tokenize_rows(
             end at them too.
         context_length: The model's context length in tokens; longer rows are left out.
         max_completion_length: Tokens to reserve after the prompt for a rollout.
-        tools: Schemas of the tools that chat prompts have, unless a row has a column of its own.
+        tools: Schemas of the tools that prompts have, unless a row has a column of its own.
+        episodes: Row number -> how the row begins in the run's environment; None without an environment.
 
     Raises:
         UsageError: A row is invalid or has an empty demonstration, the tokenizer has no end token or no chat
@@ -69,7 +71,8 @@ def tokenize_rows(
     noted: dict[str, list[int]] = {}
     for number, row in rows:
         try:
-            example = tokenize_row(number, row, tokenizer, config, stop_ids, noted, tools)
+            start = (episodes or {}).get(number)
+            example = tokenize_row(number, row, tokenizer, config, stop_ids, noted, tools, start)
         except EndsEarlyError as error:
             reason = str(error).removeprefix(f"row {number}: ")
             left_out[reason] = (*left_out.get(reason, ()), number)
@@ -115,6 +118,7 @@ def tokenize_row(
     stop_ids: Collection[int] = (),
     noted: dict[str, list[int]] | None = None,
     tools: Sequence[Message] = (),
+    episode: EpisodeStart | None = None,
 ) -> Example:
     """Tokenise one row, and add its number to its notes in `noted`.
 
@@ -122,7 +126,7 @@ def tokenize_row(
     """
     notes: set[str] = set()
     try:
-        example = _example(number, row, tokenizer, config, stop_ids, notes, tools)
+        example = _example(number, row, tokenizer, config, stop_ids, notes, tools, episode)
     except UsageError as error:
         raise type(error)(f"row {number}: {error}") from error
     except Exception as error:  # tokenizers raise many types, for example on lone surrogates
@@ -142,15 +146,22 @@ def _example(
     stop_ids: Collection[int],
     notes: set[str],
     tools: Sequence[Message],
+    episode: EpisodeStart | None,
 ) -> Example:
-    if not isinstance(row, Mapping):
-        raise UsageError(f"expected a mapping of columns to values, got {row!r:.80}")
-    original = {column: value for column, value in row.items() if value is not None}
-    renamed = _renamed(original, config.columns)
+    original, renamed = _columns(row, config)
     row = standard_columns(renamed, original)
-    if tools and not is_plain_text(row.get("prompt"), config):
-        row = {"tools": [*tools], **row}
+    if episode is not None and episode.observation and not row.keys() & {"prompt", "messages", "chosen"}:
+        # As in TRL, where the environment may own the data.
+        row = {**row, "prompt": [{"role": "user", "content": ""}]}
+    if tools and is_plain_text(row.get("prompt"), config):
+        raise UsageError(
+            "the prompt is plain text, but rollout.tools and rollout.environment need chat messages; set "
+            "data.prompt_format: chat"
+        )
+    row = {**({"tools": [*tools]} if tools else {}), **row}
     conversation = read_conversation(row, train_on=config.train_on)
+    if episode is not None and episode.observation:
+        conversation = _with_observation(conversation, episode.observation)
     rendered = _rendered(conversation, row, tokenizer, config)
     notes |= rendered.notes
     is_text = is_plain_text(conversation.prompt, config)
@@ -184,7 +195,47 @@ def _example(
             for key, value in {**original, **renamed}.items()
             if key not in ("prompt", "completion", "messages")
         },
+        episode=episode,
     )
+
+
+def _columns(row: Any, config: DataConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row's values without None: under its own names, and under those of `data.columns`."""
+    if not isinstance(row, Mapping):
+        raise UsageError(f"expected a mapping of columns to values, got {row!r:.80}")
+    original = {column: value for column, value in row.items() if value is not None}
+    return original, _renamed(original, config.columns)
+
+
+def columns_of_rows(rows: Iterable[tuple[int, Any]], config: DataConfig) -> list[tuple[int, dict[str, Any]]]:
+    """Number and columns of each row, renamed ones under both names; None is a missing value.
+
+    Raises:
+        UsageError: A row is no mapping, or two columns get the same name.
+    """
+    found: list[tuple[int, dict[str, Any]]] = []
+    for number, row in rows:
+        try:
+            original, renamed = _columns(row, config)
+        except UsageError as error:
+            raise UsageError(f"row {number}: {error}") from error
+        found.append((number, {**original, **renamed}))
+    names = dict.fromkeys(name for _, columns in found for name in columns)
+    return [(number, {**dict.fromkeys(names), **columns}) for number, columns in found]
+
+
+def _with_observation(conversation: Conversation, text: str) -> Conversation:
+    """The conversation with the text of an environment's `reset` at the end of its prompt, as in TRL."""
+    prompt = conversation.prompt
+    if isinstance(prompt, str):
+        return replace(conversation, prompt=prompt + text)
+    last = prompt[-1]
+    if last["role"] != "user":
+        raise UsageError(
+            "the environment's `reset` returned text, which is appended to the user's last message, but the "
+            f"prompt ends with role '{last['role']}'"
+        )
+    return replace(conversation, prompt=[*prompt[:-1], {**last, "content": last["content"] + text}])
 
 
 def _completion_ids(

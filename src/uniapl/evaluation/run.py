@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from uniapl.evaluation.suites import BATCH_SIZE, INSTRUCTION_SCORES, Scores, Sui
 from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.calls import Completion
 from uniapl.rollout import Sampler, SampleRequest
+from uniapl.tools.environments import Episodes
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
@@ -54,6 +55,13 @@ class SuiteResult:
         means = {name: value["mean"] for name, value in self.summary["scores"].items()}
         means |= {key: self.summary[key] for key in ("mean_length", "truncated", "unscored")}
         return {name: float(value) for name, value in means.items() if value is not None}
+
+
+class _Group(NamedTuple):
+    """The rollouts of a prompt, with their environments if the suite has one."""
+
+    rollouts: tuple[Rollout, ...]
+    environments: tuple[Any, ...] = ()
 
 
 def evaluate_suite(
@@ -136,7 +144,7 @@ def _sample(
     seed: int,
     advance: Callable[[float], None],
     part: Part,
-) -> dict[int, tuple[Rollout, ...]]:
+) -> dict[int, _Group]:
     """Index of a prompt -> its `num_samples` rollouts, for the prompts of this process.
 
     The prompts are sampled in batches of similar length, and each batch is divided between the processes, so
@@ -144,38 +152,44 @@ def _sample(
     """
     examples = suite.examples
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt_ids))
-    found: dict[int, tuple[Rollout, ...]] = {}
+    found: dict[int, _Group] = {}
     size = BATCH_SIZE * part.world_size
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         mine = batch[part.rank :: part.world_size]
+        own, environment = [examples[index] for index in mine], suite.environment
+        episodes = Episodes(environment=environment, examples=own, count=num_samples) if environment else None
         groups = sampler.sample(
             SampleRequest(
                 prompts=[examples[index].prompt_ids for index in mine],
                 seeds=[derive_seed(seed, "evaluate", suite.name, examples[index].row) for index in mine],
                 num_generations=num_samples,
+                begin=episodes.begin if episodes else None,
             )
         )
-        found |= zip(mine, groups, strict=True)
+        instances = episodes.instances if episodes else [()] * len(mine)
+        found |= zip(mine, map(_Group, groups, instances), strict=True)
         advance(len(batch))
     return found
 
 
 def _scored(
-    suite: Suite, tokenizer: PreTrainedTokenizerBase, sampled: dict[int, tuple[Rollout, ...]], part: Part
+    suite: Suite, tokenizer: PreTrainedTokenizerBase, sampled: dict[int, _Group], part: Part
 ) -> tuple[list[Rollout], list[str], list[Scores], str | None]:
     """Rollouts, texts and scores of all prompts in their order, and the first failure.
 
     Args:
         sampled: Index of a prompt -> its rollouts, for the prompts of this process.
     """
-    indices = [index for index in sorted(sampled) for _ in sampled[index]]
-    rollouts = [rollout for index in sorted(sampled) for rollout in sampled[index]]
+    indices = [index for index in sorted(sampled) for _ in sampled[index].rollouts]
+    rollouts = [rollout for index in sorted(sampled) for rollout in sampled[index].rollouts]
+    environments = [one for index in sorted(sampled) for one in sampled[index].environments]
     texts = [str(tokenizer.decode(list(r.completion_ids), skip_special_tokens=True)) for r in rollouts]
     scored, failure = suite.score(
         [suite.examples[index] for index in indices],
         [*map(_completion, rollouts, texts)],
         [rollout.completion_ids for rollout in rollouts],
+        environments if suite.environment else None,
     )
     gathered = part.gather([*zip(indices, rollouts, texts, scored, strict=True)])
     # A stable sort: all completions of a prompt come from one process.

@@ -1,23 +1,23 @@
 """Suites of prompts with their scoring: IFEval, IFBench, or any file of rows with reward functions."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from uniapl.config import Config, RewardFunctionConfig, RewardsConfig
 from uniapl.data.parsing import NumberedRow
 from uniapl.data.reading import FILE_TYPES, named_source, read_rows
-from uniapl.data.rows import tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
 from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.calls import Completion
 from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
-from uniapl.tools.functions import find_tools
+from uniapl.tools.environments import Environment, find_toolset
 from uniapl.types import Example
 
 BENCHMARKS = {"ifeval": "google/IFEval", "ifbench": "allenai/IFBench_test"}
@@ -27,12 +27,31 @@ INSTRUCTION_SCORES = ("prompt_strict", "inst_strict", "prompt_loose", "inst_loos
 Scores = Mapping[str, Sequence[float]]
 """Score -> its values for one completion: one, or one per instruction; none if the score is unknown."""
 Ids = Sequence[Sequence[int]]
-Score = Callable[[Sequence[Example], Sequence[Completion], Ids], tuple[list[Scores], str | None]]
-"""(examples, completions, their token ids) -> the scores of each completion, and the first failure."""
 BATCH_SIZE = 64
 """Completions in one call of a reward function, which has a time limit; also prompts sampled at a time."""
 UNLIMITED = ("max_prompt_length", "max_demonstration_length")
 """Keys of `data` that leave out rows of the training data only."""
+
+
+class Score(Protocol):
+    """Scores completions."""
+
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        texts: Sequence[Completion],
+        ids: Ids,
+        environments: Sequence[Any] | None = None,
+    ) -> tuple[list[Scores], str | None]:
+        """The scores of each completion, and the first failure.
+
+        Args:
+            examples: The rows.
+            texts: Completions.
+            ids: Their token ids.
+            environments: Their environments; None makes fresh ones, if the run has an environment.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +75,8 @@ class Suite:
     """Notes on the rows."""
     answer_after: str | None = None
     """If not None, only the text after this mark is scored."""
+    environment: Environment | None = None
+    """The class of which each completion has its own instance."""
 
 
 def parse_suite(text: str) -> tuple[str, str]:
@@ -109,6 +130,8 @@ def load_suites(
         if names.count(name) > 1:
             raise UsageError(f"two suites are called '{name}': rename one with NAME=PATH")
     state = state or TrainerState(global_step=config.max_steps, max_steps=config.max_steps)
+    toolset = find_toolset(config.rollout)
+    functions = [*functions, *toolset.rewards]
     suites: list[Suite] = []
     for name, path in sources if rows is None else [(name, None) for name in rows]:
         settings = config.data.model_copy(update=dict.fromkeys(UNLIMITED))
@@ -119,16 +142,17 @@ def load_suites(
         try:
             found = read_rows(settings) if rows is None else rows[name]
             with named_source(found):
-                dataset = tokenize_rows(
+                dataset = toolset.tokenize(
                     found[: config.evaluation.limit],
                     tokenizer,
                     settings,
                     stop_ids=stop_ids,
                     context_length=context_length,
                     max_completion_length=config.evaluation.max_completion_length,
-                    tools=[dict(tool.schema) for tool in find_tools(config.rollout.tools)],
+                    once=once,
                 )
-            scoring = _scoring(name, dataset.examples, config, functions, state, once, required=rows is None)
+            build = functools.partial(build_rewarder, trainer_state=state, once=once, start=toolset.instances)
+            scoring = _scoring(name, dataset.examples, config, functions, build, once, required=rows is None)
         except UsageError as error:
             key = "evaluation." if str(error).startswith("max_completion_length") else ""
             raise UsageError(f"suite '{name}': {key}{error}") from error
@@ -141,6 +165,7 @@ def load_suites(
                 left_out=dataset.left_out,
                 notes=(*dataset.notes, *scoring.notes),
                 answer_after=scoring.answer_after,
+                environment=toolset.environment,
             )
         )
     return tuple(suites)
@@ -161,7 +186,7 @@ def _scoring(
     examples: Sequence[Example],
     config: Config,
     functions: Sequence[Callable[..., Any]],
-    state: TrainerState,
+    build: Callable[..., Rewarder],
     once: Once,
     *,
     required: bool,
@@ -169,14 +194,14 @@ def _scoring(
     """The scoring by rewards or instructions, extended by `evaluation.metrics`.
 
     Args:
+        build: Builds a rewarder from a configuration and further functions.
         required: It is an error if no function applies to a row.
     """
     measured = RewardsConfig(
         functions=tuple(RewardFunctionConfig(name=metric) for metric in config.evaluation.metrics),
         timeout=config.rewards.timeout,
     )
-    metrics = build_rewarder(measured, (), state, once=once)
-    rewarder = build_rewarder(config.rewards, functions, state, once=once)
+    metrics, rewarder = build(measured), build(config.rewards, functions)
     instructed = any(example.columns.get("instruction_id_list") is not None for example in examples)
     # Without anything else that scores the rows, the error says which row has no instructions.
     instructed = instructed or (required and not metrics.rewards)
@@ -196,7 +221,10 @@ def _scoring(
 
 
 def _no_scores(
-    examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
+    examples: Sequence[Example],
+    texts: Sequence[Completion],
+    ids: Ids,
+    environments: Sequence[Any] | None = None,
 ) -> tuple[list[Scores], str | None]:
     return [{"reward": []} for _ in texts], None
 
@@ -210,12 +238,16 @@ def _with_metrics(scoring: _Scoring, metrics: Rewarder, examples: Sequence[Examp
     first = metrics.rewards[0]
 
     def score(
-        examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
+        examples: Sequence[Example],
+        texts: Sequence[Completion],
+        ids: Ids,
+        environments: Sequence[Any] | None = None,
     ) -> tuple[list[Scores], str | None]:
-        found, failure = scoring.score(examples, texts, ids)
+        found, failure = scoring.score(examples, texts, ids, environments)
         for start in range(0, len(texts), BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
-            for name, outcome in metrics.score(examples[batch], texts[batch], ids[batch]).items():
+            own = environments and environments[batch]
+            for name, outcome in metrics.score(examples[batch], texts[batch], ids[batch], own).items():
                 if outcome.message is not None:
                     failure = failure or f"metric '{name}': {outcome.message}"
                 for at, value in enumerate(outcome.values, start=start):
@@ -239,7 +271,10 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None, o
     given = once(lambda: instructions_of_rows(examples))
 
     def score(
-        examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
+        examples: Sequence[Example],
+        texts: Sequence[Completion],
+        ids: Ids,
+        environments: Sequence[Any] | None = None,
     ) -> tuple[list[Scores], str | None]:
         found: list[Scores] = []
         failure: str | None = None
@@ -264,13 +299,17 @@ def _reward_scores(rewarder: Rewarder) -> Score:
     """The reward, and the value of each function if there are several."""
 
     def score(
-        examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
+        examples: Sequence[Example],
+        texts: Sequence[Completion],
+        ids: Ids,
+        environments: Sequence[Any] | None = None,
     ) -> tuple[list[Scores], str | None]:
         found: list[Scores] = []
         failure: str | None = None
         for start in range(0, len(texts), BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
-            outcomes = rewarder.score(examples[batch], texts[batch], ids[batch])
+            own = environments and environments[batch]
+            outcomes = rewarder.score(examples[batch], texts[batch], ids[batch], own)
             columns = {"reward": rewarder.combine(outcomes, len(texts[batch]))}
             for name, outcome in outcomes.items():
                 if len(outcomes) > 1:

@@ -28,6 +28,10 @@ STANDARD_ARGUMENTS = (
     "log_metric",
 )
 """TRL's; every other parameter names a column."""
+ENVIRONMENTS = "environments"
+"""TRL's, with an environment; without one it names a column too."""
+Start = Callable[[Sequence[Example]], list[Any]]
+"""Makes a fresh environment for each row."""
 Once = Callable[[Callable[[], Any]], Any]
 """Calls a function in one of several processes and returns its result in all of them."""
 
@@ -122,21 +126,28 @@ def build_rewarder(
     trainer_state: TrainerState | None = None,
     *,
     once: Once = here,
+    start: Start | None = None,
 ) -> "Rewarder":
     """The reward functions of a configuration, followed by further callables.
 
     Args:
         once: Runs the checks before training, which call the functions.
+        start: See :class:`Rewarder`.
     """
     named = [
         named_reward(f.name, find_function(f.name), weight=f.weight, args=f.args) for f in config.functions
     ]
     named += [named_reward(getattr(f, "__name__", "reward"), f) for f in functions]
-    return Rewarder(named, timeout=config.timeout, trainer_state=trainer_state, once=once)
+    return Rewarder(named, timeout=config.timeout, trainer_state=trainer_state, once=once, start=start)
 
 
 class Rewarder:
-    """All reward functions of a run: checks them, calls them and combines their values."""
+    """All reward functions of a run: checks them, calls them and combines their values.
+
+    Args:
+        start: Makes environments for completions that are no rollouts, such as those of :meth:`try_out`; None
+            if the run has no environment.
+    """
 
     def __init__(
         self,
@@ -145,9 +156,13 @@ class Rewarder:
         timeout: float | None = 60.0,
         trainer_state: TrainerState | None = None,
         once: Once = here,
+        start: Start | None = None,
     ) -> None:
         self.rewards: list[NamedReward] = []
         for reward in rewards:
+            if start is not None:
+                columns = tuple(column for column in reward.required_columns if column != ENVIRONMENTS)
+                reward = replace(reward, required_columns=columns)
             # The same function with other arguments gets a number, so that its metrics have their own names.
             names = itertools.chain([reward.name], (f"{reward.name}_{n}" for n in itertools.count(2)))
             taken = {other.name for other in self.rewards}
@@ -156,6 +171,7 @@ class Rewarder:
         self.trainer_state = trainer_state or TrainerState()
         """Passed to functions that take it; a run updates it at each step."""
         self._once = once
+        self._start = start
         self.details: list[str] = []
         """The single findings of :meth:`check_rows`."""
 
@@ -178,6 +194,11 @@ class Rewarder:
         for reward in self.rewards:
             for column in reward.required_columns:
                 if column not in known:
+                    if column == ENVIRONMENTS:
+                        raise UsageError(
+                            f"reward function '{reward.name}' takes 'environments', but there are none; set "
+                            "rollout.environment"
+                        )
                     others = ", ".join(sorted(known)) or "none"
                     arguments = [*STANDARD_ARGUMENTS, *sorted(known)]
                     close = difflib.get_close_matches(column, arguments, n=1, cutoff=0.7)
@@ -249,14 +270,20 @@ class Rewarder:
         examples: Sequence[Example],
         texts: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
+        environments: Sequence[Any] | None = None,
     ) -> dict[str, RewardOutcome]:
         """Function name -> its outcome over all samples; the arguments have one entry per sample.
 
         Async functions run concurrently with each other and with the rest.
+
+        Args:
+            environments: None makes fresh ones, if the run has an environment.
         """
+        if environments is None and self._start is not None:
+            environments = self._start(examples)
 
         def score_by(reward: NamedReward) -> RewardOutcome:
-            return self.score_one(reward, examples, texts, completion_ids)
+            return self.score_one(reward, examples, texts, completion_ids, environments)
 
         started = {
             reward.name: in_background(functools.partial(score_by, reward))
@@ -273,8 +300,11 @@ class Rewarder:
         examples: Sequence[Example],
         texts: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
+        environments: Sequence[Any] | None = None,
     ) -> RewardOutcome:
         """:meth:`score` for one function."""
+        if environments is None and self._start is not None:
+            environments = self._start(examples)
         return score_samples(
             reward.function,
             examples,
@@ -283,6 +313,7 @@ class Rewarder:
             applicable=[index for index, example in enumerate(examples) if reward.applies_to(example)],
             timeout=self.timeout,
             trainer_state=self.trainer_state,
+            environments=environments,
         )
 
     def combine(self, outcomes: dict[str, RewardOutcome], count: int) -> list[float | None]:

@@ -21,6 +21,10 @@ Value = float | None | Exception
 """A function's result for one completion: a score, None ("does not apply"), or why it could not be scored."""
 
 
+class FailedStart(Exception):
+    """Takes the place of a rollout's environment that could not be made or reset."""
+
+
 class WrongFormError(ValueError):
     """A reward function did not return one number, None or exception per completion, or log one value."""
 

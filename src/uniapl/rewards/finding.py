@@ -25,9 +25,11 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def find_function(
-    name: str, *, kind: Literal["reward function", "tool"] = "reward function"
+    name: str, *, kind: Literal["reward function", "tool", "environment"] = "reward function"
 ) -> Callable[..., Any]:
     """The function that `name` refers to: `module:function`, `path.py:function`, or a reward's registry name.
+
+    Of kind "environment" it is a class, or a function that returns its instances.
 
     Raises:
         UsageError: It does not exist, or its module cannot be imported.
@@ -35,8 +37,10 @@ def find_function(
     if kind == "reward function" and name in REGISTRY:
         return REGISTRY[name]
     source, _, attribute = name.rpartition(":")
-    if not source and kind == "tool":
-        raise UsageError(f"unknown tool '{name}': use `module:function` or `path.py:function`")
+    thing = "class" if kind == "environment" else "function"
+    if not source and kind != "reward function":
+        form = thing.replace("class", "Class")
+        raise UsageError(f"unknown {kind} '{name}': use `module:{form}` or `path.py:{form}`")
     if not source:
         raise UsageError(
             f"unknown reward function '{name}': use one of {', '.join(sorted(REGISTRY))}, "
@@ -49,17 +53,16 @@ def find_function(
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(
-            f"{kind} '{name}': '{source}' has no function '{attribute}'{_defined(module, attribute)}"
+            f"{kind} '{name}': '{source}' has no {thing} '{attribute}'{_defined(module, attribute, thing)}"
         )
     return function
 
 
-def _defined(module: Any, attribute: str) -> str:
-    """The end of an error: the functions that a module itself defines."""
+def _defined(module: Any, attribute: str, thing: str) -> str:
+    """The end of an error: the functions or classes that a module itself defines."""
+    is_one = inspect.isclass if thing == "class" else inspect.isfunction
     own = [
-        name
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
+        name for name, value in vars(module).items() if is_one(value) and value.__module__ == module.__name__
     ]
     return f"; it defines: {', '.join(own):.200}{_meant(attribute, own)}" if own else ""
 

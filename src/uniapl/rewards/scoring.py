@@ -11,7 +11,15 @@ from typing import Any
 from transformers import TrainerState
 
 from uniapl.files import json_line
-from uniapl.rewards.calls import Completion, Value, WrongFormError, arguments_of, call, error_location
+from uniapl.rewards.calls import (
+    Completion,
+    FailedStart,
+    Value,
+    WrongFormError,
+    arguments_of,
+    call,
+    error_location,
+)
 from uniapl.rewards.event_loop import RewardTimeoutError
 from uniapl.types import Example
 
@@ -69,6 +77,11 @@ class CallLog:
         """Add a value to a metric; the mean of the step is logged."""
         self.metrics.setdefault(str(name), []).append(float(value))
 
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The functions by the names of TRL's arguments."""
+        return {"log_extra": self.log_extra, "log_metric": self.log_metric}
+
     def copy_to(self, outcome: RewardOutcome, indices: Sequence[int]) -> None:
         """Add the logs of a call for the samples `indices`.
 
@@ -97,11 +110,16 @@ def score_samples(
     applicable: Sequence[int],
     timeout: float | None,
     trainer_state: TrainerState,
+    environments: Sequence[Any] | None = None,
 ) -> RewardOutcome:
     """Call a function on the samples to which it applies.
 
     If it raises, it is called again for each sample, so that a failure on one completion does not cost the
     others their reward. Time-outs and results of a wrong form are final.
+
+    Args:
+        environments: The environment of each sample. The function fails on samples with a
+            :class:`FailedStart`, without a call; None calls it without the argument `environments`.
     """
     size = len(examples)
     outcome = RewardOutcome(values=[None] * size, failed=[False] * size, timed_out=[False] * size)
@@ -109,17 +127,21 @@ def score_samples(
 
     def score_some(indices: Sequence[int]) -> dict[int, Value]:
         log = CallLog()
+        started = {} if environments is None else {"environments": [environments[i] for i in indices]}
         arguments = arguments_of(
             function,
             [examples[i] for i in indices],
             [texts[i] for i in indices],
             [list(completion_ids[i]) for i in indices],
-            {"trainer_state": trainer_state, "log_extra": log.log_extra, "log_metric": log.log_metric},
+            {"trainer_state": trainer_state, **log.functions, **started},
         )
         values = call(function, arguments, timeout, len(indices))
         log.copy_to(outcome, indices)
         return dict(zip(indices, values, strict=True))
 
+    starts = [None] * size if environments is None else environments
+    failed = {index: starts[index] for index in applicable if isinstance(starts[index], FailedStart)}
+    applicable = [index for index in applicable if index not in failed]
     found: dict[int, Value] = {}
     try:
         found = score_some(applicable) if applicable else {}
@@ -137,7 +159,7 @@ def score_samples(
                     # Every further call could take as long. The other samples failed with the batch.
                     found = dict.fromkeys(applicable, error) | found
                     break
-    for index, value in found.items():
+    for index, value in {**found, **failed}.items():
         if isinstance(value, Exception):
             _fail(outcome, index, f"{type(value).__name__}: {value}")
             outcome.timed_out[index] = isinstance(value, RewardTimeoutError)

@@ -1,11 +1,14 @@
 """Sampling: the request, the protocol of samplers, and their implementations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from uniapl.rollout.caches import RowCaches
 from uniapl.types import Rollout, TokenIds
+
+Methods = Mapping[str, Callable[..., Any]]
+"""The tools by name that only one rollout calls: the methods of its environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class SampleRequest:
     beyond the model's context; None is the same limit for all."""
     policy_version: int = 0
     """The training step whose weights sample; it is recorded in every rollout."""
+    begin: Callable[[], Sequence[Sequence[Methods]]] | None = None
+    """Makes the environments of all rollouts, and returns the methods of each rollout of each prompt; None
+    without environments. A sampler calls it when it samples the rollouts from the beginning, also again."""
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from transformers.utils.chat_template_utils import get_json_schema
 
@@ -13,6 +13,8 @@ from uniapl.rewards.calls import is_async
 from uniapl.rewards.event_loop import RewardTimeoutError, loop_thread
 from uniapl.rewards.finding import find_function
 from uniapl.threads import DeadlineError, call_with_deadline
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,26 +88,36 @@ def call_tool(
         return _failure(f"the arguments of '{name}' must be an object", max_characters)
     try:
         inspect.signature(tool.function).bind(**arguments)
-        return ToolResult(_cut(_awaited(tool.function, arguments, timeout), max_characters), False)
+        return ToolResult(_cut(awaited(tool.function, arguments, timeout, read=_text), max_characters), False)
     except (DeadlineError, RewardTimeoutError):
         return _failure(f"'{name}' did not answer within {timeout:g} s", max_characters)
     except Exception as error:
         return _failure(str(error) or repr(error), max_characters)
 
 
-def _awaited(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float) -> str:
-    """The text of the result. All code of the tool runs in another thread and raises no more than an
-    Exception."""
+def awaited(
+    function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float, *, read: Callable[[Any], T]
+) -> T:
+    """What a sync or async function returns, within a time limit.
+
+    All of its code runs in another thread and raises no more than an Exception.
+
+    Args:
+        function: The user's.
+        arguments: By name.
+        timeout: Seconds.
+        read: Makes the value of what the function returned, within the limit too.
+    """
     if is_async(function):
 
-        async def later() -> str:
-            return _text(await function(**arguments))
+        async def later() -> T:
+            return read(await function(**arguments))
 
         return loop_thread().result_of(later(), timeout)
 
-    def work() -> str:
+    def work() -> T:
         try:
-            return _text(function(**arguments))
+            return read(function(**arguments))
         except Exception:
             raise
         except BaseException as error:  # not Ctrl-C, which interrupts the main thread only

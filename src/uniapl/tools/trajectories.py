@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from uniapl.data.conversations import Message, function_of
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import encode_results
-from uniapl.rollout import Sampler, SampleRequest
+from uniapl.rollout import Methods, Sampler, SampleRequest
 from uniapl.rollout.caches import RowCaches
 from uniapl.threads import map_in_threads
 from uniapl.tools.calls import CallParser
@@ -36,12 +36,16 @@ class Toolbox:
     max_characters: int
     """Of a result."""
 
-    def answer(self, turn: TokenIds, *, calls: bool = True) -> "Answer":
+    def answer(self, turn: TokenIds, *, calls: bool = True, methods: Methods | None = None) -> "Answer":
         """Call the tools that a turn calls, one after the other.
 
         Args:
             calls: Whether tools may still be called.
+            methods: Tools of this rollout only, in place of those with the same names.
         """
+        tools = dict(self.tools)
+        for own, function in (methods or {}).items():
+            tools[own] = replace(tools[own], function=function)
         found = self.parser.read(turn)
         message = self.message(turn)
         if not found.calls or not calls:
@@ -53,7 +57,7 @@ class Toolbox:
         for index, call in enumerate(found.calls):
             name, arguments = function_of(call)["name"], function_of(call).get("arguments", {})
             result = call_tool(
-                self.tools, name, arguments, timeout=self.timeout, max_characters=self.max_characters
+                tools, name, arguments, timeout=self.timeout, max_characters=self.max_characters
             )
             failures += [index] if result.failed else []
             results.append({"role": "tool", "name": name, "content": result.content})
@@ -89,6 +93,8 @@ class _Trajectory:
     seed: int
     last: Rollout
     """Its last turn."""
+    methods: Methods
+    """Those of its environment."""
     ids: TokenIds = ()
     logprobs: tuple[float, ...] = ()
     given: Given = ()
@@ -132,11 +138,17 @@ def sample_trajectories(
     Returns:
         `num_generations` rollouts for each prompt, in the order of the prompts.
     """
-    request = replace(request, caches=RowCaches())
+    none: list[list[Methods]] = [[{}] * request.num_generations for _ in request.prompts]
+    methods = request.begin() if request.begin else none
+    # Instances of environments stay in this process.
+    request = replace(request, begin=None, caches=RowCaches())
     groups = [
-        [_Trajectory(prompt=prompt, seed=seed, last=rollout) for rollout in rollouts]
-        for prompt, seed, rollouts in zip(
-            request.prompts, request.seeds, sampler.sample(request), strict=True
+        [
+            _Trajectory(prompt=prompt, seed=seed, last=rollout, methods=own)
+            for rollout, own in zip(rollouts, methods_of_group, strict=True)
+        ]
+        for prompt, seed, rollouts, methods_of_group in zip(
+            request.prompts, request.seeds, sampler.sample(request), methods, strict=True
         )
     ]
     everything = [one for group in groups for one in group]
@@ -181,7 +193,9 @@ def _answered(
             start = one.given[-1][1] if one.given else 0
             one.messages += (toolbox.message(one.ids[start:]),)
     answers = map_in_threads(
-        lambda one: toolbox.answer(one.last.completion_ids, calls=not last), ended, num_threads=THREADS
+        lambda one: toolbox.answer(one.last.completion_ids, calls=not last, methods=one.methods),
+        ended,
+        num_threads=THREADS,
     )
     going: list[_Trajectory] = []
     for one, answer in zip(ended, answers, strict=True):

@@ -16,7 +16,8 @@ from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.tools.calls import CallParser
-from uniapl.tools.functions import Tool, find_tools
+from uniapl.tools.environments import Toolset, find_toolset
+from uniapl.tools.functions import Tool
 from uniapl.tools.sampler import ToolSampler
 from uniapl.tools.trajectories import Toolbox
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
@@ -50,33 +51,40 @@ class Tooling:
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
-    tools: tuple[Tool, ...]
+    toolset: Toolset
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """Functions, and the methods of the environment."""
+        return self.toolset.tools
 
     @staticmethod
     def of(config: Config, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> "Tooling":
-        """Find the configured tools. Raises a UsageError as :func:`find_tools` does."""
-        tools = tuple(find_tools(config.rollout.tools))
-        return Tooling(tokenizer=tokenizer, stop_ids=frozenset(stop_ids), tools=tools)
-
-    def check(self, config: Config) -> None:
-        """Check before a model is loaded that the chat template shows tools and that its calls can be read.
+        """Find the configured tools.
 
         Raises:
-            UsageError: It does not, or they cannot.
+            UsageError: See :func:`find_toolset`; or the chat template does not show the tools, or its calls
+                cannot be read.
         """
-        if not self.tools:
-            return
+        found = Tooling(
+            tokenizer=tokenizer, stop_ids=frozenset(stop_ids), toolset=find_toolset(config.rollout)
+        )
+        if found.tools:
+            found._check(config)
+        return found
+
+    def _check(self, config: Config) -> None:
         if not self.tokenizer.chat_template:
             raise UsageError(
-                "rollout.tools needs a chat template, which writes tools and calls: choose a model that has "
-                "one, or set model.chat_template_path"
+                "rollout.tools and rollout.environment need a chat template, which writes tools and calls: "
+                "choose a model that has one, or set model.chat_template_path"
             )
         form = _form(config, self)
         prompt = form.render([{"role": "user", "content": "?"}])
         if missing := [tool.name for tool in self.tools if tool.name not in prompt]:
             raise UsageError(
-                f"rollout.tools: the chat template does not show {', '.join(missing)}; use a model whose "
-                "template has tools, or set model.chat_template_path"
+                f"rollout.tools, rollout.environment: the chat template does not show {', '.join(missing)}; "
+                "use a model whose template has tools, or set model.chat_template_path"
             )
         CallParser.of(form, self.stop_ids)
 
@@ -114,13 +122,18 @@ def with_tools(
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Raise a UsageError if a stage would need a colocated vLLM in each of several processes."""
+    """Raise a UsageError if a stage samples in a way that is for one process, and there are several."""
     rollout = config.rollout
     colocated = rollout.sampler == "vllm" and rollout.vllm_mode == "colocate"
     if config.objective.uses_rollouts and colocated and processes > 1:
         raise UsageError(
             "rollout.vllm_mode 'colocate' is for one process: with several, start `vllm serve` on a separate "
             "GPU and set rollout.vllm_mode server"
+        )
+    if rollout.sampler == "vllm" and rollout.environment is not None and processes > 1:
+        raise UsageError(
+            "rollout.environment with rollout.sampler vllm is for one process: with several, one calls the "
+            "tools of all, and environments cannot be sent to it; use one process, or sampler local"
         )
 
 

@@ -12,6 +12,7 @@ from uniapl.data.tokenization import text_length
 from uniapl.evaluation import Suite
 from uniapl.models.loading import ModelSource, pad_id_of
 from uniapl.rewards import Rewarder
+from uniapl.tools.environments import Environment
 from uniapl.tools.functions import Tool
 from uniapl.types import Example, TokenIds
 
@@ -29,7 +30,9 @@ class RunInputs:
     """Every token that ends a completion: sampling stops there, and demonstrations are cut after them."""
     data_sha256: str
     tools: tuple[Tool, ...] = ()
-    """Functions that the policy can call."""
+    """Functions that the policy can call, and the methods of the environment."""
+    environment: Environment | None = None
+    """The class of which each rollout has its own instance."""
     notes: tuple[str, ...] = ()
     """Notes about the data for the user."""
     suites: tuple[Suite, ...] = ()

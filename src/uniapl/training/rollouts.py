@@ -12,6 +12,7 @@ from uniapl.config import Config
 from uniapl.data.streams import Stream
 from uniapl.rewards import RewardOutcome, extra_columns
 from uniapl.rollout import SampleRequest
+from uniapl.tools.environments import Episodes
 from uniapl.training.run import Run
 from uniapl.training.stage import Stage
 from uniapl.training.update.credit import failed_groups, groups_without_advantage, known_passing
@@ -82,6 +83,9 @@ def sample(
         following: The next step's prompts, if a server samples them while this step trains.
     """
     process, processes = run.accelerator.process_index, run.accelerator.num_processes
+    environment, count = run.inputs.environment, stage.config.rollout.num_generations
+    mine = prompts[process::processes]
+    episodes = Episodes(environment=environment, examples=mine, count=count) if environment else None
 
     def request(examples: Sequence[Example], step: int, start: int = 0) -> SampleRequest:
         return SampleRequest(
@@ -90,14 +94,15 @@ def sample(
                 derive_seed(run.config.seed, "rollout", step, start + slot)
                 for slot in range(process, len(examples), processes)
             ],
-            num_generations=stage.config.rollout.num_generations,
+            num_generations=count,
             policy_version=run.step,
         )
 
     if not prompts and not following:
         return []
     with stage.gathered_policy():
-        rollouts = stage.sampler.sample(request(prompts, run.step, start)) if prompts else []
+        wanted = replace(request(prompts, run.step, start), begin=episodes.begin if episodes else None)
+        rollouts = stage.sampler.sample(wanted) if prompts else []
         if stage.one_step_off is not None and following:
             stage.one_step_off.begin(request(following, run.step + 1))
     decode = run.inputs.decode
@@ -107,8 +112,11 @@ def sample(
             rollouts=group,
             texts=tuple(decode(rollout.completion_ids) for rollout in group),
             reward_parts={},
+            environments=instances,
         )
-        for prompt, group in zip(prompts[process::processes], rollouts, strict=True)
+        for prompt, group, instances in zip(
+            mine, rollouts, episodes.instances if episodes else [()] * len(rollouts), strict=True
+        )
     ]
 
 
@@ -172,12 +180,17 @@ def reward(
             for rollout, text in zip(group.rollouts, group.texts, strict=True)
         ],
         [rollout.completion_ids for group in groups for rollout in group.rollouts],
+        [environment for group in groups for environment in group.environments]
+        if run.inputs.environment
+        else None,
     )
     ends = [0, *itertools.accumulate(len(group.rollouts) for group in groups)]
     combined = rewarder.combine(outcomes, ends[-1])
     rewarded = [
         replace(
             group,
+            # The instances stay in this process, and are not needed any more.
+            environments=(),
             rewards=tuple(combined[start:end]),
             reward_parts={name: tuple(outcome.values[start:end]) for name, outcome in outcomes.items()},
             extra={column: tuple(values[start:end]) for column, values in extra_columns(outcomes).items()},

@@ -26,20 +26,36 @@ MAX_UNKNOWN_FRACTION = 0.5
 """Fraction of unknown tokens above which the tokenizer does not fit the data. Our choice."""
 
 
-def check_recipe(config: Config, *, has_rows: bool = False) -> None:
+def check_recipe(config: Config, stages: Sequence[Config] = (), *, has_rows: bool = False) -> None:
     """Check what needs no data.
 
     Args:
         has_rows: Whether `uniapl.train` was given rows to evaluate.
 
     Raises:
-        UsageError: Evaluation has no suite, or a tracker or peft is not installed.
+        UsageError: Evaluation has no suite, a tracker or peft is not installed, or a stage has other tools.
     """
+    check_tools(config, stages)
     check_trackers(config.report_to)
     if config.eval_steps and not config.evaluation.suites and not has_rows:
         raise UsageError("eval_steps: evaluation.suites is empty; add files or benchmarks, or unset it")
     if config.model.lora_r is not None:
         require_peft()
+
+
+def check_tools(config: Config, stages: Sequence[Config]) -> None:
+    """Check that all stages have the tools and the environment of the run, because they share its prompts.
+
+    Raises:
+        UsageError: A stage has others.
+    """
+    for number, stage in enumerate(stages, start=1):
+        for key in ("tools", "environment"):
+            if getattr(stage.rollout, key) != getattr(config.rollout, key):
+                raise UsageError(
+                    f"stage {number} cannot change rollout.{key}: all stages share the prompts, "
+                    "which contain the schemas of tools; set it outside of the stages"
+                )
 
 
 def check_evaluation(config: Config, *, has_function: bool) -> None:

@@ -11,7 +11,7 @@ from uniapl.config import Config, EvaluationConfig, RolloutConfig
 from uniapl.config.resolve import Resolved
 from uniapl.data.parsing import NumberedRow
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
-from uniapl.data.rows import Dataset, is_plain_text, tokenize_rows, unused_columns
+from uniapl.data.rows import Dataset, is_plain_text, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
@@ -60,24 +60,24 @@ def load_inputs(
         UsageError: Any error that would otherwise stop the run later.
     """
     given, config = given or Given(), resolved.config
-    check_recipe(config, has_rows=given.eval_dataset is not None)
+    check_recipe(config, [stage.config for stage in stages], has_rows=given.eval_dataset is not None)
     model_source = ModelSource.resolve(config.model)
     tokenizer = load_tokenizer(model_source)
     model_config = load_model_config(model_source)
     check_vocabulary_size(getattr(model_config.get_text_config(), "vocab_size", len(tokenizer)), tokenizer)
-    own = given.train_dataset
-    rows = read_rows(config.data) if own is None else number_rows(own, config.data)
+    rows = _rows(given, config)
     stop_ids = load_stop_ids(model_source, model_config, tokenizer)
     window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     limits = {"stop_ids": stop_ids, "context_length": window}
     tooling = Tooling.of(config, tokenizer, stop_ids)
-    tooling.check(config)
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
-        dataset = _tokenized(rows, config, tooling, max_completion_length=max(longest, default=0), **limits)
+        limit = {"max_completion_length": max(longest, default=0)}
+        dataset = _tokenized(rows, config, tooling, once, **limit, **limits)
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     state = _trainer_state(config)
-    rewarder = build_rewarder(config.rewards, given.functions, state, once=once)
+    tools, functions = tooling.toolset, [*given.functions, *tooling.toolset.rewards]
+    rewarder = build_rewarder(config.rewards, functions, state, once=once, start=tools.instances)
     notes = [*dataset.notes, *_data_notes(rows, config, stop_ids, tokenizer)]
     notes += _notes_on_strings(resolved, tokenizer, dataset.examples)
     if longest:
@@ -95,32 +95,37 @@ def load_inputs(
     notes += unknown + _notes_on_stages(configs, dataset, rewarder)
     if longest:
         rewarder.try_out(dataset.examples)
-    suites: tuple[Suite, ...] = ()
-    if with_suites:
-        scoring: dict[str, Any] = {"functions": given.functions, "state": state, "once": once, **limits}
-        suites = _load_suites(config, tokenizer, given, **scoring)
-        notes += _notes_on_suites(resolved, tokenizer, suites)
+    scoring: dict[str, Any] = {"state": state, "once": once, **limits}
+    suites = _load_suites(config, tokenizer, given, **scoring) if with_suites else ()
+    notes += _notes_on_suites(resolved, tokenizer, suites)
     return RunInputs(
         source=model_source,
         tokenizer=tokenizer,
         dataset=dataset,
         rewarder=rewarder,
         stop_ids=stop_ids,
-        tools=tooling.tools,
+        tools=tools.tools,
+        environment=tools.environment,
         data_sha256=_sha256([row for _, row in rows]),
         notes=tuple(notes),
         suites=suites,
     )
 
 
-def _tokenized(rows: Sequence[NumberedRow], config: Config, tooling: Tooling, **limits: Any) -> Dataset:
+def _rows(given: Given, config: Config) -> list[NumberedRow]:
+    own = given.train_dataset
+    return read_rows(config.data) if own is None else number_rows(own, config.data)
+
+
+def _tokenized(
+    rows: Sequence[NumberedRow], config: Config, tooling: Tooling, once: Once, **limits: Any
+) -> Dataset:
     """The rows, with the tools in chat prompts.
 
     Raises:
         UsageError: A row is invalid, or it is plain text, which cannot show tools.
     """
-    schemas = [dict(tool.schema) for tool in tooling.tools]
-    dataset = tokenize_rows(rows, tooling.tokenizer, config.data, tools=schemas, **limits)
+    dataset = tooling.toolset.tokenize(rows, tooling.tokenizer, config.data, once=once, **limits)
     text = [e.row for e in dataset.examples if tooling.tools and is_plain_text(e.prompt, config.data)]
     if text:
         raise UsageError(
@@ -142,6 +147,7 @@ def _load_suites(
     config: Config, tokenizer: PreTrainedTokenizerBase, given: Given, **scoring: Any
 ) -> tuple[Suite, ...]:
     """The suites of the recipe, and those given to :func:`uniapl.train`."""
+    scoring["functions"] = given.functions
     suites = load_suites(config, tokenizer, **scoring)
     if own := given.suites(config):
         suites += load_suites(config, tokenizer, rows=own, **scoring)

@@ -222,7 +222,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
             _longest_prompt(inputs),
             rollout.max_completion_length,
             fused=rollout.decoding == "fused" and supports_fused(model),
-            turns=bool(rollout.tools),
+            turns=bool(rollout.tools or rollout.environment),
         )
     settings = config.discriminator
     if objective.lambda_adv > 0 and settings.kind not in ("remote", *STATE_KINDS):
