@@ -17,6 +17,13 @@ KEYS = """
     batching.demonstrations_per_step rollout.num_generations rollout.max_completion_length rollout.sampler
     optim.learning_rate objective.mu_peak objective.lambda_adv objective.beta discriminator.kind
 """.split()
+DEMO_OPTIONS = """
+--task sentences    {sentences}
+--task tools        {tools}
+--reward NAME       {rewards};
+                    only the first is right (--task sentences)
+--write DIRECTORY   write the task and its recipe as files, for `uniapl compare`, and do not train
+"""
 RECIPE_ONLY = ("stages",)
 
 
@@ -38,12 +45,14 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
     """
     flags = [a for a in arguments if a not in (*HELP_FLAGS, "--quiet", "--json")]
     recipe: dict[str, Any] = {}
-    names: Sequence[str] = ()
+    options = ""
     if verb == "demo":
-        from uniapl.demo.recipe import RECIPE as recipe
-        from uniapl.demo.recipe import REWARDS
+        from uniapl.demo.options import TASKS, demo_options
+        from uniapl.demo.recipe import RECIPE, REWARDS, TOOLS_RECIPE
 
-        names = [*REWARDS]
+        chosen, flags = demo_options(flags)
+        recipe = TOOLS_RECIPE if chosen.task == "tools" else RECIPE
+        options = DEMO_OPTIONS.format(rewards=", ".join(REWARDS), **TASKS)
     elif flags and not flags[0].startswith("-"):
         recipe = load_recipe(flags.pop(0))
     if "--help-all" in arguments:
@@ -51,7 +60,6 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         print(f"--rewards.functions NAME ...: {_field('rewards.functions').description}")
         flags.append("--help")
     values = flatten(resolve(recipe, flags).config)
-    rewards = f"\nRewards: {', '.join(names)}; only the first is right.\n" if names else ""
     keys = "\n".join(
         f"  {_shorten(f'{key}: {_text(values[key])}', KEY_WIDTH):<{KEY_WIDTH}} {_summary(key)}"
         for key in KEYS
@@ -61,7 +69,7 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
 usage: uniapl {verb} {VERBS[verb].usage}
 
 {VERBS[verb].summary}
-{rewards}
+{options}
 The most important keys of a recipe, with their values. Each is also a flag: --max-steps 60
 {keys}
 

@@ -19,6 +19,8 @@ from uniapl.models.policy import Policy
 from uniapl.models.token_states import TokenReader
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.tools.functions import find_tools
+from uniapl.tools.sampler import with_tools
 from uniapl.types import Tokens
 
 VALIDATION = "validation"
@@ -29,9 +31,13 @@ completions."""
 MAX_TOKENS = 8192
 """Tokens per batch of the likelihoods."""
 
+TOOL_USE = ("calls", "failed", "malformed", "unanswered")
+"""Counts of a completion's tool calls."""
+
 Sample = dict[str, dict[str, Any]]
 """Suite -> `headline`, `scores` (score -> a sum and a count per prompt), and one value per completion in
-`texts`, `tokens`, `truncated` and `base_logprobs` (nats per token); `expert` has the same of the expert's
+`texts`, `tokens`, `truncated` and `base_logprobs` (nats per token); with tools, `tools` has the counts
+:data:`TOOL_USE` of each completion. `expert` has the same of the expert's
 completions, `logprobs` under the sampled model, and the `index` of the prompt of each. Points of a curve have
 no likelihoods."""
 
@@ -73,12 +79,20 @@ class Suites:
     def sample(self, model: PreTrainedModel, seed: int) -> tuple[Sample, dict[str, SuiteResult]]:
         """The completions of a model with their scores, and the results of the suites."""
         settings = SamplingSettings.of_evaluation(self.config, self.stop_ids, self.tokenizer)
-        sampler = LocalSampler(
+        local = LocalSampler(
             model=model,
             settings=replace(settings, temperature=sampling_temperature(self.config)),
             pad_id=pad_id_of(self.tokenizer),
             max_batch_size=self.config.rollout.max_batch_size,
             decoding=self.config.rollout.decoding,
+        )
+        sampler = with_tools(
+            local,
+            find_tools(self.config.rollout.tools),
+            self.config,
+            self.tokenizer,
+            self.stop_ids,
+            max_completion_length=settings.max_completion_length,
         )
         num_samples = self.config.evaluation.num_samples
         found: Sample = {}
@@ -95,6 +109,9 @@ class Suites:
                 "tokens": [rollout.num_sampled for rollout in result.rollouts],
                 "truncated": [rollout.finish_reason == "length" for rollout in result.rollouts],
             }
+            uses = [rollout.tool_use for rollout in result.rollouts]
+            if self.config.rollout.tools:
+                found[suite.name]["tools"] = {name: [getattr(use, name) for use in uses] for name in TOOL_USE}
         return found, results
 
     def add_likelihoods(

@@ -12,6 +12,7 @@ from uniapl.data.tokenization import encode_continuation
 from uniapl.evaluation import scores
 from uniapl.evaluation.suites import BATCH_SIZE, INSTRUCTION_SCORES, Scores, Suite
 from uniapl.rollout import Sampler, SampleRequest
+from uniapl.tools.metrics import tool_metrics
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
@@ -51,6 +52,7 @@ class SuiteResult:
         """The numbers for a training run's metrics."""
         means = {name: value["mean"] for name, value in self.summary["scores"].items()}
         means |= {key: self.summary[key] for key in ("mean_length", "truncated", "unscored")}
+        means |= self.summary["tools"]
         return {name: float(value) for name, value in means.items() if value is not None}
 
 
@@ -95,6 +97,7 @@ def evaluate_suite(
         "mean_length": sum(r.num_sampled for r in rollouts) / len(rollouts),
         "mean_words": sum(len(text.split()) for text in texts) / len(rollouts),
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "tools": tool_metrics(rollouts),
         "unscored": sum(not values[suite.headline] for values in flat) / len(rollouts),
         "per_prompt": {name: values.tolist() for name, values in sums.items()},
         "prompts_digest": [_digest(example) for example in suite.examples],
@@ -169,7 +172,9 @@ def _scored(
     rollouts = [rollout for index in sorted(sampled) for rollout in sampled[index]]
     texts = [str(tokenizer.decode(list(r.completion_ids), skip_special_tokens=True)) for r in rollouts]
     scored, failure = suite.score(
-        [suite.examples[index] for index in indices], texts, [rollout.completion_ids for rollout in rollouts]
+        [suite.examples[index] for index in indices],
+        [list(rollout.messages) or text for rollout, text in zip(rollouts, texts, strict=True)],
+        [rollout.completion_ids for rollout in rollouts],
     )
     gathered = part.gather([*zip(indices, rollouts, texts, scored, strict=True)])
     # A stable sort: all completions of a prompt come from one process.

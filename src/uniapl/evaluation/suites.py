@@ -14,6 +14,7 @@ from uniapl.data.rows import tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.rewards import Rewarder
 from uniapl.rewards.base import Once, build_rewarder, here
+from uniapl.rewards.calls import Completion
 from uniapl.rewards.instructions import check_instructions, instructions_of_rows, text_after
 from uniapl.tools.functions import find_tools
 from uniapl.types import Example
@@ -25,7 +26,7 @@ INSTRUCTION_SCORES = ("prompt_strict", "inst_strict", "prompt_loose", "inst_loos
 Scores = Mapping[str, Sequence[float]]
 """Score -> its values for one completion: one, or one per instruction; none if the score is unknown."""
 Ids = Sequence[Sequence[int]]
-Score = Callable[[Sequence[Example], Sequence[str], Ids], tuple[list[Scores], str | None]]
+Score = Callable[[Sequence[Example], Sequence[Completion], Ids], tuple[list[Scores], str | None]]
 """(examples, completions, their token ids) -> the scores of each completion, and the first failure."""
 BATCH_SIZE = 64
 """Completions in one call of a reward function, which has a time limit; also prompts sampled at a time."""
@@ -194,7 +195,7 @@ def _scoring(
 
 
 def _no_scores(
-    examples: Sequence[Example], texts: Sequence[str], ids: Ids
+    examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
 ) -> tuple[list[Scores], str | None]:
     return [{"reward": []} for _ in texts], None
 
@@ -207,7 +208,9 @@ def _with_metrics(scoring: _Scoring, metrics: Rewarder, examples: Sequence[Examp
     metrics.try_out(examples)
     first = metrics.rewards[0]
 
-    def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
+    def score(
+        examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
+    ) -> tuple[list[Scores], str | None]:
         found, failure = scoring.score(examples, texts, ids)
         for start in range(0, len(texts), BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
@@ -234,13 +237,17 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None, o
         )
     given = once(lambda: instructions_of_rows(examples))
 
-    def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
+    def score(
+        examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
+    ) -> tuple[list[Scores], str | None]:
         found: list[Scores] = []
         failure: str | None = None
         for example, text in zip(examples, texts, strict=True):
             values: dict[str, list[float]] = {name: [] for name in INSTRUCTION_SCORES}
             try:
-                answer = text_after(text, answer_after)
+                # Of a trajectory, the last turn is the answer.
+                last = text if isinstance(text, str) else str(text[-1]["content"])
+                answer = text_after(last, answer_after)
                 strict, loose = (
                     check_instructions(given[example.row], answer, loose=loose) for loose in (False, True)
                 )
@@ -257,7 +264,9 @@ def _instruction_scores(examples: Sequence[Example], answer_after: str | None, o
 def _reward_scores(rewarder: Rewarder) -> Score:
     """The reward, and the value of each function if there are several."""
 
-    def score(examples: Sequence[Example], texts: Sequence[str], ids: Ids) -> tuple[list[Scores], str | None]:
+    def score(
+        examples: Sequence[Example], texts: Sequence[Completion], ids: Ids
+    ) -> tuple[list[Scores], str | None]:
         found: list[Scores] = []
         failure: str | None = None
         for start in range(0, len(texts), BATCH_SIZE):

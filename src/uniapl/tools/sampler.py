@@ -1,8 +1,15 @@
 """A sampler whose rollouts call tools."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
+from uniapl.config import Config
+from uniapl.data.rendering import ChatTemplate
 from uniapl.rollout import Sampler, SampleRequest
+from uniapl.tools.calls import CallParser
+from uniapl.tools.functions import Tool
 from uniapl.tools.trajectories import Toolbox, sample_trajectories
 from uniapl.types import Rollout
 
@@ -25,3 +32,39 @@ class ToolSampler:
     def check(self) -> None:
         """See :class:`Sampler`."""
         self.sampler.check()
+
+
+def with_tools(
+    sampler: Sampler,
+    tools: Sequence[Tool],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
+    *,
+    max_completion_length: int,
+) -> Sampler:
+    """The sampler, whose rollouts call the tools; without tools, the sampler itself.
+
+    Args:
+        max_completion_length: Tokens of all turns and results together.
+
+    Raises:
+        UsageError: The calls that the chat template writes cannot be read.
+    """
+    if not tools:
+        return sampler
+    form = ChatTemplate(
+        tokenizer=tokenizer,
+        arguments=config.data.chat_template_kwargs,
+        tools=[dict(tool.schema) for tool in tools],
+    )
+    toolbox = Toolbox(
+        tools={tool.name: tool for tool in tools},
+        parser=CallParser.of(form, stop_ids),
+        form=form,
+        stop_ids=stop_ids,
+        max_iterations=config.rollout.max_tool_calling_iterations or max_completion_length,
+        timeout=config.rollout.tool_timeout,
+        max_characters=config.rollout.max_tool_result_length,
+    )
+    return ToolSampler(sampler=sampler, toolbox=toolbox, max_completion_length=max_completion_length)

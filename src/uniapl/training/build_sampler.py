@@ -6,16 +6,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from uniapl.config import Config
-from uniapl.data.rendering import ChatTemplate
 from uniapl.errors import UsageError
 from uniapl.rollout import Sampler
 from uniapl.rollout.engines import Colocated, Server
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
-from uniapl.tools.calls import CallParser
-from uniapl.tools.sampler import ToolSampler
-from uniapl.tools.trajectories import Toolbox
+from uniapl.tools.sampler import with_tools as tools_for
 from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.distributed.rank_zero_sampler import RankZeroSampler
@@ -47,24 +44,14 @@ def with_tools(sampler: Sampler, config: Config, inputs: RunInputs, max_completi
     Raises:
         UsageError: The calls that the chat template writes cannot be read.
     """
-    rollout = config.rollout
-    if not inputs.tools:
-        return sampler
-    form = ChatTemplate(
-        tokenizer=inputs.tokenizer,
-        arguments=config.data.chat_template_kwargs,
-        tools=[dict(tool.schema) for tool in inputs.tools],
+    return tools_for(
+        sampler,
+        inputs.tools,
+        config,
+        inputs.tokenizer,
+        inputs.stop_ids,
+        max_completion_length=max_completion_length,
     )
-    toolbox = Toolbox(
-        tools={tool.name: tool for tool in inputs.tools},
-        parser=CallParser.of(form, inputs.stop_ids),
-        form=form,
-        stop_ids=inputs.stop_ids,
-        max_iterations=rollout.max_tool_calling_iterations or max_completion_length,
-        timeout=rollout.tool_timeout,
-        max_characters=rollout.max_tool_result_length,
-    )
-    return ToolSampler(sampler=sampler, toolbox=toolbox, max_completion_length=max_completion_length)
 
 
 def check_processes(config: Config, processes: int) -> None:
