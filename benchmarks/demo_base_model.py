@@ -20,20 +20,17 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from uniapl.demo.arithmetic import draw_question
 from uniapl.demo.constraints import TaskPrompt, draw_prompt
 from uniapl.demo.language import NOUNS
-from uniapl.demo.solvers import Sloppiness, solve_sloppily, written
+from uniapl.demo.solvers import Sloppiness, solve_sloppily
 from uniapl.demo.task import make_tokenizer
-from uniapl.demo.tools import make_tool_tokenizer
+from uniapl.demo.tools import Part, make_tool_tokenizer, rendered
 from uniapl.demo.writers import SLOPPY, Style, write
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 COPYING_STEPS = 1600
 SLOPPY_STEPS = 1600
-TOOL_STEPS = 2400
+TOOL_STEPS = 1600
 COPYING_KINDS = ("include", "place", "end", "twice")
-
-Part = tuple[str, bool]
-"""A part of a text, and whether it is trained."""
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> Qwen3ForCausalLM:
@@ -51,8 +48,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -
             tie_word_embeddings=True,
             # Four times the default: attention to the prompt's words forms in a third of the steps.
             initializer_range=0.08,
-            eos_token_id=tokenizer.convert_tokens_to_ids("<eos>"),
-            pad_token_id=tokenizer.convert_tokens_to_ids("<pad>"),
+            eos_token_id=tokenizer.get_vocab()["<eos>"],
+            pad_token_id=tokenizer.get_vocab()["<pad>"],
             bos_token_id=None,
         )
     )
@@ -92,13 +89,7 @@ def draw_text(rng: random.Random, progress: float) -> list[Part]:
 def draw_trajectory(rng: random.Random, progress: float) -> list[Part]:
     """A question and a sloppy trajectory, as the chat template writes them."""
     question = draw_question(rng, NOUNS)
-    parts: list[Part] = [(f"<tools>lookupcalculate<user>{question.text}", False)]
-    for message in solve_sloppily(question, rng, Sloppiness()):
-        if message["role"] == "tool":
-            parts.append((f"<tool>{message['content']}", False))
-        else:
-            parts += [("<assistant>", False), (f"{written(message)}<eos>", True)]
-    return parts
+    return rendered(question, solve_sloppily(question, rng, Sloppiness()))
 
 
 def batch_of(rows: list[list[Part]], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:

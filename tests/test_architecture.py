@@ -23,6 +23,7 @@ LAYERS = [
     {"config"},
     {"data", "models"},
     {"rollout", "rewards", "discriminator", "teacher"},
+    {"tools"},
     {"evaluation"},
     {"compose", "collect", "report"},
     {"training"},

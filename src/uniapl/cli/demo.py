@@ -17,7 +17,7 @@ from uniapl.config import Config
 from uniapl.config.resolve import explicit, merge, resolve
 from uniapl.demo import tools
 from uniapl.demo.measure import Measurement, measure
-from uniapl.demo.measure_tools import ToolMeasurement, measure_tools
+from uniapl.demo.measure_tools import measure_tools
 from uniapl.demo.metrics import METRICS
 from uniapl.demo.options import demo_options
 from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE, REWARDS, TOOLS_RECIPE
@@ -65,9 +65,7 @@ class _Demo:
     """Field of the measurement, its format and its meaning."""
 
 
-def demo(
-    flags: Sequence[str] = (), *, task: Task | ToolTask | None = None
-) -> Mapping[str, Measurement | ToolMeasurement]:
+def demo(flags: Sequence[str] = (), *, task: Task | ToolTask | None = None) -> dict[str, Any]:
     """Train, then print measurements and completions of the base and of the trained models on held-out
     prompts.
 

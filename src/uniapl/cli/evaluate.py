@@ -36,6 +36,8 @@ from uniapl.models.loading import (
 from uniapl.report.analysis import decimal
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
+from uniapl.tools.functions import find_tools
+from uniapl.tools.sampler import with_tools
 
 OVERRIDES = {
     "evaluation": (
@@ -46,6 +48,8 @@ OVERRIDES = {
     "model": ("chat_template_path", "stop_tokens"),
 }
 """Keys of the recipe that have a flag of the same name."""
+TOOL_KEYS = ("tools", "max_tool_calling_iterations", "tool_timeout", "max_tool_result_length")
+"""Keys of the recipe's rollouts that say which tools the model can call, and how."""
 LISTS = {"suites": "NAME", "stop_strings": "STR", "stop_tokens": "STR"}
 """Flags with several values, and how `--help` names one."""
 TRUNCATED = 0.1
@@ -91,13 +95,15 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     put_on_device(model)
     # lm-eval would otherwise apply the model's own repetition_penalty and so on.
     model.generation_config = GenerationConfig(eos_token_id=sorted(stop_ids))
-    sampler = LocalSampler(
+    local = LocalSampler(
         model=model,
         settings=sampling,
         pad_id=pad_id_of(tokenizer),
         max_batch_size=options.batch_size,
         decoding=config.rollout.decoding,
     )
+    tools, limit = find_tools(config.rollout.tools), sampling.max_completion_length
+    sampler = with_tools(local, tools, config, tokenizer, stop_ids, max_completion_length=limit)
     run = functools.partial(evaluate_suite, num_samples=evaluation.num_samples, seed=options.seed)
     found: dict[str, SuiteResult] = {}
     for suite in suites:
@@ -198,7 +204,7 @@ def _config(options: argparse.Namespace) -> Config:
     recipe = resolved.config
     include: Any = {
         **dict.fromkeys(("data", "rewards", "evaluation"), True),
-        "rollout": {"decoding", "stop_strings"},
+        "rollout": {"decoding", "stop_strings", *TOOL_KEYS},
         "model": {*OVERRIDES["model"]},
     }
     values = recipe.model_dump(include=include)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ Message = dict[str, Any]
 EXPERT_FORM = "the answer is "
 FORMS = (EXPERT_FORM, "it is ", "")
 """What an answer begins with."""
+SIGN = re.compile(r"( [-+*] )")
 
 
 def solve(question: Question) -> list[Message]:
@@ -30,15 +32,15 @@ def solve(question: Question) -> list[Message]:
 class Sloppiness:
     """Probabilities of the sloppy solver's mistakes."""
 
-    guess: float = 0.3
+    guess: float = 0.4
     """Answers at once."""
     skip: float = 0.15
     """Invents a fact in place of looking it up."""
-    wrong: float = 0.2
+    wrong: float = 0.25
     """Gives a tool a wrong argument."""
-    malformed: float = 0.12
+    malformed: float = 0.15
     """Writes a call that cannot be read."""
-    stop: float = 0.2
+    stop: float = 0.25
     """Answers without a calculation, after the look-ups."""
     slip: float = 0.1
     """Answers with another number than the result."""
@@ -120,12 +122,9 @@ def _wrong_fact(fact: Fact, rng: random.Random) -> Fact:
 
 
 def _wrong_expression(expression: str, rng: random.Random) -> str:
-    """The expression with another number or operation, or without a part."""
-    parts = expression.split()
+    """The expression with another number or operation, or without one of them."""
+    parts = SIGN.split(expression)
     place = rng.randrange(len(parts))
-    match rng.choice(("other", "without")):
-        case "other":
-            parts[place] = str(rng.choice(NUMBERS)) if place % 2 == 0 else rng.choice("+-*")
-        case _:
-            del parts[place]
-    return " ".join(parts)
+    other = str(rng.choice(NUMBERS)) if place % 2 == 0 else rng.choice((" + ", " - ", " * "))
+    parts[place] = rng.choice((other, ""))
+    return "".join(parts)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,7 +21,7 @@ from uniapl.demo.arithmetic import (
     draw_questions,
 )
 from uniapl.demo.language import NOUNS
-from uniapl.demo.solvers import FORMS, solve
+from uniapl.demo.solvers import FORMS, Message, solve, written
 from uniapl.types import derive_seed
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<tools>", "<user>", "<assistant>", "<tool>")
@@ -47,6 +48,9 @@ CHAT_TEMPLATE = (
     "{% else %}<{{ message.role }}>{{ message.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+Part = tuple[str, bool]
+"""A part of a text, and whether it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,20 @@ def as_row(question: Question, *, solved: bool) -> dict[str, Any]:
         "answer": question.answer,
     }
     return row | ({"completion": solve(question)} if solved else {})
+
+
+def rendered(question: Question, messages: Sequence[Message]) -> list[Part]:
+    """A question and a trajectory, as the chat template writes them.
+
+    The base model is trained on these parts, because the checks of the template cost more than its training.
+    """
+    parts: list[Part] = [(f"<tools>lookupcalculate<user>{question.text}", False)]
+    for message in messages:
+        if message["role"] == "tool":
+            parts.append((f"<tool>{message['content']}", False))
+        else:
+            parts += [("<assistant>", False), (f"{written(message)}<eos>", True)]
+    return parts
 
 
 def make_tool_tokenizer() -> PreTrainedTokenizerFast:
