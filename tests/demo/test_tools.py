@@ -153,7 +153,6 @@ def test_the_sloppy_solver_makes_each_mistake_and_gives_no_fact_away(tokenizer: 
     parser = CallParser.of(form, {tokenizer.eos_token_id})
     rng = random.Random(0)
     ends = {"call": 0, "answer": 0, "solved": 0}
-    results = set()
     for _ in range(1500):
         question = draw_question(rng, NOUNS)
         messages = solve_sloppily(question, rng, Sloppiness())
@@ -170,14 +169,13 @@ def test_the_sloppy_solver_makes_each_mistake_and_gives_no_fact_away(tokenizer: 
                 ids = tokenizer(f"{written(message)}<eos>").input_ids
                 assert tokenizer.unk_token_id not in ids
                 assert parser.read(ids) == (calls, False)
-        if question.facts[:1] == (("king", "age"),) and messages[0].get("tool_calls"):
-            results |= {m["content"] for m in messages if m["role"] == "tool" and m["name"] == "lookup"}
     assert 100 < ends["call"] < 300
     assert 100 < ends["solved"] < 300
-    assert len(results) > 3, "the fact differs from trajectory to trajectory"
     perfect = Sloppiness(guess=0, skip=0, wrong=0, malformed=0, stop=0, slip=0)
     plain = Question(terms=(37, 24), operations=("times",))
     assert number_in(solve_sloppily(plain, rng, perfect)) == 888
+    found = {solve_sloppily(QUESTION, rng, perfect)[1]["content"] for _ in range(100)}
+    assert len(found) > 20, "the same fact differs from trajectory to trajectory"
 
 
 def test_splits_share_no_question_and_held_out_people_are_unknown() -> None:

@@ -108,7 +108,7 @@ def demo(flags: Sequence[str] = (), *, task: Task | ToolTask | None = None) -> d
     for index, prompt in enumerate(chosen.prompts[:5]):
         console.print(f"\n{prompt}", markup=False)
         for name, (_, texts) in measured.items():
-            console.print(f"  {name + ':':<8} {texts[index]}", markup=False)
+            console.print(f"  {name + ':':<8} {texts[index]}", markup=False, soft_wrap=True)
     console.print(f"\nmodel, metrics and all sampled texts: {ours.config.output_dir}", markup=False)
     return {name: measurement for name, (measurement, _) in measured.items()}
 
