@@ -27,7 +27,8 @@ from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
 from uniapl.config.resolve import load_recipe, resolve
-from uniapl.demo.recipe import RECIPE, REWARDS
+from uniapl.demo.options import demo_options
+from uniapl.demo.recipe import RECIPE, TOOLS_RECIPE
 from uniapl.tools.functions import tool_of
 
 LEFT_OUT = {
@@ -185,14 +186,8 @@ def test_what_is_exempt_names_targets_extras_flags_and_recipes_that_exist() -> N
             for extra in re.findall(r"\[(\w+)\]", line):
                 assert extra in extras, line
         elif line.startswith("uniapl demo"):
-            flags = words[2:]
-            for option in ("--write", "--reward"):
-                if option in flags:
-                    at = flags.index(option)
-                    value = flags[at + 1]
-                    assert option == "--write" or value in REWARDS, line
-                    del flags[at : at + 2]
-            resolve(RECIPE, flags)
+            options, flags = demo_options(words[2:])
+            resolve(TOOLS_RECIPE if options.task == "tools" else RECIPE, flags)
         elif line.startswith("accelerate launch"):
             assert (ROOT / words[words.index("--config_file") + 1]).is_file(), line
         elif any(word.startswith("recipes/") for word in words):

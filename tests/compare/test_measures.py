@@ -64,6 +64,15 @@ def test_the_nll_is_a_mean_over_tokens_of_all_suites() -> None:
     assert found["expert_nll"] == pytest.approx((5 * 0.5 + 15 * 1.5) / 20)
 
 
+def test_tool_calls_per_completion_of_the_suites_with_tools() -> None:
+    tools = {"calls": [2, 0, 1, 0], "failed": [1, 0, 0, 0], "malformed": [0, 1, 0, 1], "unanswered": [0] * 4}
+    more = {**tools, "calls": [4, 4, 4, 1]}
+    found = closeness({"one": entry(tools=tools), "two": entry(), "three": entry(tools=more)})
+    names = ("calls", "failed", "malformed", "unanswered")
+    assert [found[name] for name in names] == [2.0, 0.25, 0.5, 0.0]
+    assert not set(names) & closeness({"two": entry()}).keys()
+
+
 def test_without_an_expert() -> None:
     assert closeness({"one": entry(expert={"index": []})}).keys() == {"truncated", "tokens", "distinct_2"}
 

@@ -31,7 +31,7 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("[--reward NAME] [--key value ...]", "train on a small bundled task, in minutes"),
+    "demo": Verb("[--task NAME] [--key value ...]", "train on a small bundled task, in minutes"),
     "compare": Verb(
         "RECIPE.yaml --methods a,b",
         "compare methods on a recipe at equal budget, with intervals",

@@ -1,9 +1,9 @@
-"""`uniapl demo`: train on the demo task, starting from the base model that ships with the package."""
+"""`uniapl demo`: train on a demo task, starting from its base model, which ships with the package."""
 
-import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from uniapl.config import Config
 from uniapl.config.resolve import explicit, merge, resolve
+from uniapl.demo import tools
 from uniapl.demo.measure import Measurement, measure
+from uniapl.demo.measure_tools import measure_tools
 from uniapl.demo.metrics import METRICS
-from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE, REWARDS
+from uniapl.demo.options import demo_options
+from uniapl.demo.recipe import MAX_COMPLETION_LENGTH, RECIPE, REWARDS, TOOLS_RECIPE
 from uniapl.demo.task import Task, as_row, make_task
+from uniapl.demo.tools import ToolTask, make_tool_task
 from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.models.loading import ModelSource, load_model
@@ -33,13 +38,43 @@ SHOWN = (
     ("expert_nll", "{:.3f}", "nats per token of the expert's texts"),
     ("distinct", "{:.2f}", "fraction of distinct texts"),
 )
+TOOLS_SHOWN = (
+    ("solved", "{:.2f}", "ends with the right answer"),
+    ("calls", "{:.2f}", "tool calls per trajectory"),
+    ("malformed", "{:.2f}", "ends with a call that cannot be read"),
+    ("unanswered", "{:.2f}", "does not end with an answer"),
+    ("expert_nll", "{:.3f}", "nats per token of the expert's turns"),
+)
 
 
-def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> dict[str, Measurement]:
-    """Train, then print measurements and texts of the base and of the trained models on held-out prompts.
+@dataclass(frozen=True, kw_only=True)
+class _Demo:
+    """A demo task as files, and how it is measured."""
+
+    base: str
+    """Directory of the base model in `uniapl.demo`."""
+    recipe: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+    suites: Mapping[str, list[dict[str, Any]]]
+    """Name -> held-out rows."""
+    prompts: list[str]
+    """The prompts that are measured."""
+    measure: Callable[[Path, Config], tuple[Any, list[str]]]
+    """(model, recipe) -> the measurement and the completions."""
+    shown: Sequence[tuple[str, str, str]]
+    """Field of the measurement, its format and its meaning."""
+
+
+def demo(flags: Sequence[str] = (), *, task: Task | ToolTask | None = None) -> dict[str, Any]:
+    """Train, then print measurements and completions of the base and of the trained models on held-out
+    prompts.
 
     With a reward that is not the honest one, grpo is trained too, for comparison. With `--write DIRECTORY`,
     the task is written as files, with a recipe, instead: see :func:`write_task`.
+
+    Args:
+        flags: `--task`, `--reward`, `--write`, and keys of the recipe.
+        task: The task in place of the one that `--task` names.
 
     Returns:
         The measurements of the base and of the trained models, by name.
@@ -47,47 +82,39 @@ def demo(flags: Sequence[str] = (), *, task: Task | None = None) -> dict[str, Me
     Raises:
         UsageError: A flag is not valid, or the directory cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="uniapl demo", add_help=False, allow_abbrev=False)
-    parser.add_argument("--write", nargs="?", const="")
-    parser.add_argument("--reward", nargs="?", default="honest", const="")
-    options, flags = parser.parse_known_args(flags)
-    reward = options.reward
-    if reward not in REWARDS:
-        raise UsageError(f"--reward: unknown reward '{reward}': choose one of {', '.join(REWARDS)}")
-    if options.write == "":
-        raise UsageError("--write needs a directory")
-    task = task or make_task()
+    options, flags = demo_options(flags)
+    found = task or (make_tool_task() if options.task == "tools" else make_task())
+    chosen = _with_tools(found) if isinstance(found, ToolTask) else _with_sentences(found, options.reward)
     if options.write is not None:
-        write_task(task, merge(RECIPE, REWARDS[reward]), Path(options.write), flags)
+        write_task(chosen, Path(options.write), flags)
         return {}
     console = Console(highlight=False)
-    with as_file(files("uniapl.demo") / "base") as base:
-        recipe = merge(merge(RECIPE, REWARDS[reward]), {"model": {"model_name_or_path": str(base)}})
+    with as_file(files("uniapl.demo") / chosen.base) as base:
+        recipe = merge(dict(chosen.recipe), {"model": {"model_name_or_path": str(base)}})
         ours = resolve(recipe, flags)
         runs = [ours]
-        if reward != "honest" and ours.config.method != "grpo":
+        if options.reward != "honest" and ours.config.method != "grpo":
             beside = f"{ours.config.output_dir}-grpo"
             runs.insert(0, resolve(recipe, [*flags, "--method", "grpo", "--output-dir", beside]))
         models = {"base": base}
         for run in runs:
-            console.print(f"\ntraining {run.config.method} with the reward '{reward}'", markup=False)
-            models[run.config.method] = train_resolved(run, Given(train_dataset=task.rows)).final_dir
-        measured = {name: _measured(path, task) for name, path in models.items()}
-    title = f"{len(task.held_out)} held-out prompts, one text each"
-    table = Table("", *models, "", title=title)
-    for name, form, meaning in SHOWN:
+            console.print(f"\ntraining {run.config.method} with the reward '{options.reward}'", markup=False)
+            models[run.config.method] = train_resolved(run, Given(train_dataset=chosen.rows)).final_dir
+        measured = {name: chosen.measure(path, ours.config) for name, path in models.items()}
+    table = Table("", *models, "", title=f"{len(chosen.prompts)} held-out prompts, one completion each")
+    for name, form, meaning in chosen.shown:
         table.add_row(name, *(form.format(getattr(m, name)) for m, _ in measured.values()), meaning)
     console.print(table)
-    for index, prompt in enumerate(list(task.held_out)[:5]):
-        console.print(f"\n{prompt.text}", markup=False)
+    for index, prompt in enumerate(chosen.prompts[:5]):
+        console.print(f"\n{prompt}", markup=False)
         for name, (_, texts) in measured.items():
-            console.print(f"  {name + ':':<8} {texts[index]}", markup=False)
+            console.print(f"  {name + ':':<8} {texts[index]}", markup=False, soft_wrap=True)
     console.print(f"\nmodel, metrics and all sampled texts: {ours.config.output_dir}", markup=False)
     return {name: measurement for name, (measurement, _) in measured.items()}
 
 
-def write_task(task: Task, recipe: Mapping[str, Any], directory: Path, flags: Sequence[str] = ()) -> None:
-    """Write the rows for training, two suites of held-out rows, the base model and recipe.yaml.
+def write_task(task: _Demo, directory: Path, flags: Sequence[str] = ()) -> None:
+    """Write the rows for training, the suites of held-out rows, the base model and recipe.yaml.
 
     Args:
         flags: Changes to the recipe.
@@ -95,31 +122,21 @@ def write_task(task: Task, recipe: Mapping[str, Any], directory: Path, flags: Se
     Raises:
         UsageError: The directory is not empty or cannot be written.
     """
-    held_out, combinations = directory / "held_out.jsonl", directory / "held_out_combinations.jsonl"
+    suites = {directory / f"{name}.jsonl": rows for name, rows in task.suites.items()}
     changes = {
         "output_dir": str(directory / "run"),
         "model": {"model_name_or_path": str(directory / "base")},
         "data": {"path": str(directory / "train.jsonl")},
-        "evaluation": {
-            "suites": [str(held_out), str(combinations)],
-            "metrics": list(METRICS),
-            "max_completion_length": MAX_COMPLETION_LENGTH,
-            "temperature": 1.0,
-        },
+        "evaluation": {"suites": [*map(str, suites)]},
     }
-    resolved = resolve(merge(dict(recipe), changes), flags)
+    resolved = resolve(merge(dict(task.recipe), changes), flags)
     if directory.is_dir() and any(directory.iterdir()):
         raise UsageError(f"--write '{directory}' is not empty: choose another directory")
-    rows = {
-        directory / "train.jsonl": task.rows,
-        held_out: [as_row(*pair) for pair in task.held_out.items()],
-        combinations: [as_row(*pair) for pair in task.held_out_combinations.items()],
-    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path, found in rows.items():
+        for path, found in {directory / "train.jsonl": task.rows, **suites}.items():
             write_text(path, "".join(f"{json.dumps(row)}\n" for row in found))
-        with as_file(files("uniapl.demo") / "base") as base:
+        with as_file(files("uniapl.demo") / task.base) as base:
             shutil.copytree(base, directory / "base")
         write_text(directory / "recipe.yaml", yaml.safe_dump(explicit(resolved), sort_keys=False))
     except OSError as error:
@@ -127,6 +144,36 @@ def write_task(task: Task, recipe: Mapping[str, Any], directory: Path, flags: Se
     Console(highlight=False).print(f"uniapl compare {directory / 'recipe.yaml'}", markup=False)
 
 
-def _measured(path: Path, task: Task) -> tuple[Measurement, list[str]]:
-    model = load_model(ModelSource(base=str(path)))
-    return measure(model, AutoTokenizer.from_pretrained(path), task.held_out)
+def _with_sentences(task: Task, reward: str) -> _Demo:
+    def measured(path: Path, config: Config) -> tuple[Measurement, list[str]]:
+        model = load_model(ModelSource(base=str(path)))
+        return measure(model, AutoTokenizer.from_pretrained(path), task.held_out)
+
+    evaluation = {
+        "metrics": list(METRICS),
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "temperature": 1.0,
+    }
+    splits = {"held_out": task.held_out, "held_out_combinations": task.held_out_combinations}
+    return _Demo(
+        base="base",
+        recipe=merge(merge(RECIPE, REWARDS[reward]), {"evaluation": evaluation}),
+        rows=task.rows,
+        suites={name: [as_row(*pair) for pair in split.items()] for name, split in splits.items()},
+        prompts=[prompt.text for prompt in task.held_out],
+        measure=measured,
+        shown=SHOWN,
+    )
+
+
+def _with_tools(task: ToolTask) -> _Demo:
+    splits = {"held_out": task.held_out, "held_out_people": task.held_out_people}
+    return _Demo(
+        base="base-tools",
+        recipe=TOOLS_RECIPE,
+        rows=task.rows,
+        suites={name: [tools.as_row(one, solved=True) for one in split] for name, split in splits.items()},
+        prompts=[question.text for question in task.held_out],
+        measure=lambda path, config: measure_tools(path, config, task),
+        shown=TOOLS_SHOWN,
+    )

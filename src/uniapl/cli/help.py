@@ -18,8 +18,14 @@ KEYS = """
     batching.demonstrations_per_step rollout.num_generations rollout.max_completion_length rollout.sampler
     optim.learning_rate objective.mu_peak objective.lambda_adv objective.beta discriminator.kind
 """.split()
+DEMO_OPTIONS = """
+--task sentences    {sentences}
+--task tools        {tools}
+--reward NAME       {rewards};
+                    only the first is right (--task sentences)
+--write DIRECTORY   write the task and its recipe as files, for `uniapl compare`, and do not train
+"""
 RECIPE_ONLY = ("stages",)
-OF_DEMO = "--write DIRECTORY writes the task as a recipe with its data and base model, and does not train."
 
 
 def short_parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -40,12 +46,14 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
     """
     flags = [a for a in arguments if a not in (*HELP_FLAGS, "--quiet", "--json")]
     recipe: dict[str, Any] = {}
-    names: Sequence[str] = ()
+    options = ""
     if verb == "demo":
-        from uniapl.demo.recipe import RECIPE as recipe
-        from uniapl.demo.recipe import REWARDS
+        from uniapl.demo.options import TASKS, demo_options
+        from uniapl.demo.recipe import RECIPE, REWARDS, TOOLS_RECIPE
 
-        names = [*REWARDS]
+        chosen, flags = demo_options(flags)
+        recipe = TOOLS_RECIPE if chosen.task == "tools" else RECIPE
+        options = DEMO_OPTIONS.format(rewards=", ".join(REWARDS), **TASKS)
     elif flags and not flags[0].startswith("-"):
         recipe = load_recipe(flags.pop(0))
     if "--help-all" in arguments:
@@ -53,14 +61,13 @@ def recipe_help(verb: str, arguments: Sequence[str]) -> None:
         print(f"--rewards.functions NAME ...: {_field('rewards.functions').description}")
         flags.append("--help")
     values = flatten(resolve(recipe, flags).config)
-    own = f"\nRewards: {', '.join(names)}; only the first is right.\n{OF_DEMO}\n" if names else ""
     keys = "\n".join(_lines(f"{key}: {_text(values[key])}", summary(_field(key))) for key in KEYS)
     print(
         f"""\
 usage: uniapl {verb} {VERBS[verb].usage}
 
 {VERBS[verb].summary}
-{own}
+{options}
 The most important keys of a recipe, with their values. Each is also a flag: --max-steps 60
 {keys}
 

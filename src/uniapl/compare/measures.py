@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from uniapl.compare.sampling import VALIDATION, Sample
+from uniapl.compare.sampling import TOOL_USE, VALIDATION, Sample
 from uniapl.errors import UniAPLError
 from uniapl.report.analysis import distinct, wasserstein
 
@@ -23,6 +23,10 @@ DESCRIPTIONS = {
     "distinct_2": "fraction of distinct pairs of neighbouring words among all pairs (Li et al., 2016)",
     "truncated": "fraction of completions that are cut at the token limit",
     "tokens": "mean length of a completion, in tokens",
+    "calls": "tool calls per completion that were executed",
+    "failed": "tool calls per completion that failed: an unknown tool, an exception or a time-out",
+    "malformed": "fraction of completions that end in a tool call that cannot be read",
+    "unanswered": "tool calls per completion after rollout.max_tool_calling_iterations",
     "judge": "mean similarity of the completions to the expert's, by the judge",
     "on_topic": "fraction of completions that the judge finds more similar to the expert's than 95 % of the "
     "expert's completions of other prompts",
@@ -56,6 +60,8 @@ def closeness(sample: Sample) -> dict[str, float]:
         "truncated": statistics.fmean(_all(sample, "truncated")),
         "tokens": statistics.fmean(_all(sample, "tokens")),
     }
+    if used := [entry["tools"] for entry in sample.values() if "tools" in entry]:
+        found |= {name: statistics.fmean(n for tools in used for n in tools[name]) for name in TOOL_USE}
     diversity = distinct(_all(sample, "texts"), 2)
     if diversity is not None:
         found["distinct_2"] = diversity

@@ -30,9 +30,13 @@ completions."""
 MAX_TOKENS = 8192
 """Tokens per batch of the likelihoods."""
 
+TOOL_USE = ("calls", "failed", "malformed", "unanswered")
+"""Counts of a completion's tool calls."""
+
 Sample = dict[str, dict[str, Any]]
 """Suite -> `headline`, `scores` (score -> a sum and a count per prompt), and one value per completion in
-`texts`, `tokens`, `truncated` and `base_logprobs` (nats per token); `expert` has the same of the expert's
+`texts`, `tokens`, `truncated` and `base_logprobs` (nats per token); with tools, `tools` has the counts
+:data:`TOOL_USE` of each completion. `expert` has the same of the expert's
 completions, `logprobs` under the sampled model, and the `index` of the prompt of each. Points of a curve have
 no likelihoods."""
 
@@ -98,6 +102,9 @@ class Suites:
                 "tokens": [rollout.num_sampled for rollout in result.rollouts],
                 "truncated": [rollout.finish_reason == "length" for rollout in result.rollouts],
             }
+            uses = [rollout.tool_use for rollout in result.rollouts]
+            if tooling.tools:
+                found[suite.name]["tools"] = {name: [getattr(use, name) for use in uses] for name in TOOL_USE}
         return found, results
 
     def add_likelihoods(

@@ -85,14 +85,14 @@ def measure(
     )
     texts = [str(tokenizer.decode(list(g[0].completion_ids), skip_special_tokens=True)) for g in groups]
     expert_rows = [row for example in examples for row in demonstration_rows(example)]
-    nll = _nll(model, expert_rows, tokenizer.pad_token_id)
+    nll = nll_of(model, expert_rows, tokenizer.pad_token_id)
     measurement = score_texts(list(expert_texts), texts, list(expert_texts.values()), expert_nll=nll)
     if reference is not None:
         sampled = [
             replace(row, completion_ids=group[0].completion_ids)
             for row, group in zip(expert_rows, groups, strict=True)
         ]
-        nll = _nll(reference, sampled, tokenizer.pad_token_id)
+        nll = nll_of(reference, sampled, tokenizer.pad_token_id)
         measurement = replace(measurement, reference_nll=nll)
     return measurement, texts
 
@@ -121,7 +121,8 @@ def score_texts(
 
 
 @torch.no_grad()
-def _nll(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> float:
+def nll_of(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> float:
+    """Nats per token of the demonstrations in the rows, under the model."""
     policy = Policy(model)
     total, count = 0.0, 0
     for batch in micro_batches(rows, pad_id=pad_id, max_tokens=2048, device=model.device):

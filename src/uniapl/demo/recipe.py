@@ -1,4 +1,4 @@
-"""The recipe of the demo task, used by `uniapl demo` and by every cell of a comparison, and its rewards."""
+"""The recipes of the demo tasks, used by `uniapl demo` and by every cell of a comparison, and the rewards."""
 
 from typing import Any
 
@@ -30,3 +30,20 @@ REWARDS: dict[str, dict[str, Any]] = {
     "half": {"rewards": {"functions": [f"{_MODULE}:limits_satisfied"]}},
 }
 """Changes to the recipe, by the name of the reward."""
+
+TOOLS_RECIPE: dict[str, Any] = {
+    **RECIPE,
+    "rollout": {
+        "num_generations": 8,
+        "max_completion_length": 72,
+        "tools": ["uniapl.demo.arithmetic:lookup", "uniapl.demo.arithmetic:calculate"],
+        "max_tool_calling_iterations": 4,
+    },
+    "rewards": {"functions": ["uniapl.demo.answers:solved"]},
+    "evaluation": {
+        "metrics": ["uniapl.demo.answers:solved", "uniapl.demo.answers:answered"],
+        "max_completion_length": 72,
+        "temperature": 1.0,
+    },
+}
+"""The recipe of the demo task with tools."""

@@ -15,6 +15,7 @@ from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.calls import Completion
 from uniapl.rollout import Sampler, SampleRequest
 from uniapl.tools.environments import Episodes
+from uniapl.tools.metrics import tool_metrics
 from uniapl.types import Example, Rollout, derive_seed, prompt_text
 
 CONSTANT = '"<<ok>> *a* *b* *c* [x] [y] [z] P.S. ok. ok. ok"'
@@ -54,6 +55,7 @@ class SuiteResult:
         """The numbers for a training run's metrics."""
         means = {name: value["mean"] for name, value in self.summary["scores"].items()}
         means |= {key: self.summary[key] for key in ("mean_length", "truncated", "unscored")}
+        means |= self.summary["tools"]
         return {name: float(value) for name, value in means.items() if value is not None}
 
 
@@ -105,6 +107,7 @@ def evaluate_suite(
         "mean_length": sum(r.num_sampled for r in rollouts) / len(rollouts),
         "mean_words": sum(len(text.split()) for text in map(_written, rollouts, texts)) / len(rollouts),
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "tools": tool_metrics(rollouts),
         "unscored": sum(not values[suite.headline] for values in flat) / len(rollouts),
         "per_prompt": {name: values.tolist() for name, values in sums.items()},
         "prompts_digest": [_digest(example) for example in suite.examples],
@@ -122,19 +125,21 @@ def evaluate_suite(
         summary["notes"].append(_unknown_note(best, sums[best], bounds))
     if with_floors:
         summary["floors"] = floors(suite, tokenizer)
-    completions = [
-        {
-            "suite": suite.name,
-            "row": example.row,
-            "prompt": example.prompt,
-            "completion": text,
-            **({"messages": list(rollout.messages)} if rollout.messages else {}),
-            "finish_reason": rollout.finish_reason,
-            **{name: list(one) for name, one in values.items()},
-        }
-        for example, text, rollout, values in zip(examples, texts, rollouts, flat, strict=True)
-    ]
+    completions = [_record(suite.name, *one) for one in zip(examples, texts, rollouts, flat, strict=True)]
     return SuiteResult(summary=summary, completions=completions, rollouts=rollouts)
+
+
+def _record(suite: str, example: Example, text: str, rollout: Rollout, values: Scores) -> dict[str, Any]:
+    """A completion as a line of a file."""
+    return {
+        "suite": suite,
+        "row": example.row,
+        "prompt": example.prompt,
+        "completion": text,
+        **({"messages": list(rollout.messages)} if rollout.messages else {}),
+        "finish_reason": rollout.finish_reason,
+        **{name: list(one) for name, one in values.items()},
+    }
 
 
 def _sample(

@@ -24,6 +24,10 @@ MEASURES = {
     "distinct_2": "distinct-2",
     "truncated": "truncated",
     "tokens": "mean length, tokens",
+    "calls": "tool calls",
+    "failed": "failed calls",
+    "malformed": "malformed calls",
+    "unanswered": "unanswered calls",
 }
 """Measures and their names."""
 CURVES = {

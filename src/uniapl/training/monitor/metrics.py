@@ -4,9 +4,7 @@ A metric with the name of a metric of TRL's GRPOTrainer, SFTTrainer or DPOTraine
 it.
 """
 
-import functools
 import math
-import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,9 +13,10 @@ from uniapl.config.objective import ObjectiveConfig
 from uniapl.functional import expert_gap
 from uniapl.rewards import RewardOutcome
 from uniapl.tolerance import all_same, same
+from uniapl.tools.metrics import tool_metrics
 from uniapl.training.update.credit import Credit, known_passing
 from uniapl.training.update.policy_step import PolicyStep
-from uniapl.types import Rollout, RolloutGroup
+from uniapl.types import RolloutGroup
 
 
 def update_metrics(
@@ -130,7 +129,7 @@ def rollout_metrics(
         "rollout/entropy_estimate": _mean([-p for r in rollouts for p in r.sampling_logprobs]),
         "rollout/staleness": _mean([step - rollout.policy_version for rollout in rollouts]),
     }
-    metrics |= _tool_metrics(rollouts)
+    metrics |= tool_metrics(rollouts)
     if wins:
         metrics["discriminator/win_rate"] = win_rate = statistics.fmean(wins)
         metrics["discriminator/expert_gap"] = expert_gap(win_rate)
@@ -142,20 +141,6 @@ def rollout_metrics(
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = _std(values)
     return metrics
-
-
-def _tool_metrics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """How often tools were called, and how often calls failed (TRL's names); nothing without tools."""
-    uses = [rollout.tool_use for rollout in rollouts if rollout.messages]
-    if not uses:
-        return {}
-    total = functools.reduce(operator.add, uses)
-    return {
-        "tools/call_frequency": total.calls / len(uses),
-        "tools/failure_frequency": total.failed / total.calls if total.calls else 0.0,
-        "tools/malformed": total.malformed / len(uses),
-        "tools/unanswered": total.unanswered / len(uses),
-    }
 
 
 def reward_health(outcomes: Mapping[str, Sequence[RewardOutcome]]) -> dict[str, Any]:
