@@ -153,7 +153,7 @@ def flood() -> str:
 
 def test_what_goes_wrong_is_read_by_the_policy() -> None:
     assert error_of(called(fail, {})) == "'no such key'"
-    assert error_of(called(leave, {})) == "3"
+    assert error_of(called(leave, {})) == "SystemExit(3)"
     assert error_of(called(interrupt, {})) == error_of(called(interrupt_later, {})) == "KeyboardInterrupt()"
     assert error_of(called(exhaust, {})) == "MemoryError()"
     assert error_of(called(add, {"a": "x"})).startswith("can only concatenate")

@@ -121,7 +121,7 @@ def awaited(
         except Exception:
             raise
         except BaseException as error:  # not Ctrl-C, which interrupts the main thread only
-            raise RuntimeError(str(error) or repr(error)) from error
+            raise RuntimeError(repr(error)) from error
 
     return call_with_deadline(work, timeout)
 
