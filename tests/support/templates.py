@@ -25,6 +25,13 @@ FAMILIES = {
     "smolvlm": "<end_of_utterance>",
 }
 """Template -> the token that ends an answer."""
+READ = {
+    **{name: FAMILIES[name] for name in ("qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "llama3_2")},
+    **{name: FAMILIES[name] for name in ("glm4moe", "nemotron_3_nano")},
+    **dict.fromkeys(("qwen3_instruct_2507", "qwen3_6", "qwen3_8", "nemotron_3_super"), "<|im_end|>"),
+    "gemma4_v5": "<turn|>",
+}
+"""The same for templates whose tool calls can be read."""
 
 
 def template(name: str) -> str:
@@ -52,4 +59,4 @@ def byte_tokenizer(
 
 
 def family(name: str) -> PreTrainedTokenizerFast:
-    return byte_tokenizer(template(name), FAMILIES[name])
+    return byte_tokenizer(template(name), (FAMILIES | READ)[name])

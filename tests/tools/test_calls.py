@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 
-from support.templates import FAMILIES, byte_tokenizer, family, template
+from support.templates import FAMILIES, READ, byte_tokenizer, family, template
 from uniapl.data.rendering import ChatTemplate
 from uniapl.errors import UsageError
 from uniapl.tools.calls import CallParser
 
-READ = ("qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "llama3_2", "glm4moe", "nemotron_3_nano")
 SCHEMA = {
     "type": "function",
     "function": {
@@ -58,7 +57,7 @@ def test_calls_are_read_as_they_are_written(name: str, query: str) -> None:
     call = {"name": "find", "arguments": {"query": query, "count": 3, "exact": True}}
     text = written(subject, call)
     assert functions(subject, text.rstrip()) == [call]
-    assert functions(subject, text.rstrip().removesuffix(FAMILIES[name])) == [call], "truncated after it"
+    assert functions(subject, text.rstrip().removesuffix(READ[name])) == [call], "truncated after it"
 
 
 @pytest.mark.parametrize("name", [name for name in READ if not name.startswith("llama")])

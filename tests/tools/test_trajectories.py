@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from support.templates import family
+from support.templates import READ, family
 from uniapl.config import DataConfig
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.rows import tokenize_row
@@ -20,7 +20,6 @@ from uniapl.tools.trajectories import Toolbox, sample_trajectories
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.types import Rollout, TokenIds, ToolUse, derive_seed
 
-READ = ("qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "llama3_2", "glm4moe", "nemotron_3_nano")
 CALLS: list[tuple[int, int]] = []
 
 
