@@ -13,6 +13,7 @@ from support.templates import READ, family
 from uniapl.config import DataConfig
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.rows import tokenize_row
+from uniapl.data.tokenization import encode_results
 from uniapl.rollout import SampleRequest
 from uniapl.tools.calls import CallParser
 from uniapl.tools.functions import tool_of
@@ -217,6 +218,21 @@ def test_failing_and_malformed_calls() -> None:
     assert rollout.tool_use == ToolUse(calls=1, failures=(0,), malformed=1)
     assert "there is no tool 'sub'" in rollout.messages[1]["content"]
     assert rollout.completion_ids[-len(odd) :] == odd, "a malformed call ends the rollout"
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("tool", ["user", "e", "{eos}", "no tool\n", ""])
+def test_the_policy_may_write_any_name(name: str, tool: str) -> None:
+    """The name occurs in what the template writes, or is nothing: the results are those of any other call."""
+    tokenizer: Any = family(name)
+    tools = toolbox(tokenizer)
+    called = tool.format(eos=tokenizer.eos_token)
+    answers = [{"role": "tool", "name": "x", "content": "5"}]
+    between = [
+        encode_results(tools.form.results([{"function": {"name": one}}], answers), tokenizer, tools.stop_ids)
+        for one in (called, "other")
+    ]
+    assert between[0] == between[1]
 
 
 def test_failed_calls_are_counted_over_all_turns() -> None:

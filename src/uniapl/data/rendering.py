@@ -231,9 +231,10 @@ class ChatTemplate:
         """The beginning of `answered` up to the end token of the assistant's turn; "" if that is unknown."""
         other = self.render([*begin, {"role": "user", "content": MARK}])
         common = os.path.commonprefix([answered, other])  # noqa: RUF071 (characters are meant)
-        name, end = function_of(begin[-1]["tool_calls"][-1])["name"], str(self.tokenizer.eos_token)
-        stop = common.rfind(end)
-        return common[: stop + len(end)] if stop > common.rfind(name) >= 0 else ""
+        before, end = self.render(begin[:1], prompt=False), str(self.tokenizer.eos_token)
+        # Not by the name of the call: the policy chooses it, and it may be a part of any other text.
+        stop = common.rfind(end) if common.startswith(before) else -1
+        return common[: stop + len(end)] if stop >= len(before) else ""
 
     def _with_thought(self, messages: Sequence[Message], turn: Message, prompt: str, whole: str) -> str:
         """The completion with the thought that the template left out, or with an empty one.
