@@ -1,5 +1,6 @@
 """Tool calls are read in the form in which the chat template writes them."""
 
+import json
 from typing import Any
 
 import pytest
@@ -86,6 +87,10 @@ def test_answers_call_nothing(name: str) -> None:
         '<tool_call>"find"</tool_call>',
         '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
         '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": "find", "arguments": {"query": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "find\\udfff", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "find", "arguments": {"\\ud800": [1]}}</tool_call>',
+        '<tool_call>{"name": "find", "arguments": {"query": ' + "[" * 900 + "]" * 900 + "}}</tool_call>",
         "<tool_call>" * 2000,
         "<tool_call>" + "[" * 3000,
     ],
@@ -94,6 +99,14 @@ def test_malformed_calls_are_recognised(text: str) -> None:
     subject = parser("qwen3")
     found = subject.read(ids_of(subject, text))
     assert (found.calls, found.malformed) == ([], True)
+
+
+def test_calls_may_nest_and_have_escapes() -> None:
+    subject = parser("qwen3")
+    nested = json.dumps([[[{"a": ["\U0001f600"]}]]])
+    assert "\\ud83d\\ude00" in nested
+    text = f'<tool_call>{{"name": "find", "arguments": {{"query": {nested}}}}}</tool_call>'
+    assert functions(subject, text) == [{"name": "find", "arguments": {"query": json.loads(nested)}}]
 
 
 def test_an_unknown_format_needs_the_tokenizer_s_response_template() -> None:

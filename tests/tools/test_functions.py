@@ -181,6 +181,21 @@ def test_long_results_are_cut() -> None:
     assert len(long.content) < 70
 
 
+def test_results_can_be_encoded() -> None:
+    """`os.listdir` has such a text for a file name that is not UTF-8; no tokenizer takes it."""
+
+    def listed() -> str:
+        """List."""
+        return "a\udcff \U0001f600"
+
+    def missing() -> str:
+        """Fail."""
+        raise FileNotFoundError("a\udcff")
+
+    assert called(listed, {}).content == "a\\udcff \U0001f600"
+    assert called(missing, {}).content == '{"error": "a\\udcff"}'
+
+
 def test_tools_are_found_in_files_and_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path(__file__).read_text().split("def called")[0]
     (tmp_path / "mine.py").write_text(source)

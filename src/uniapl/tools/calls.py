@@ -14,10 +14,13 @@ from uniapl.data.conversations import Message, function_of
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import without_end
 from uniapl.errors import UsageError
+from uniapl.tools.functions import without_surrogates
 from uniapl.types import TokenIds
 
 ANCHOR = "\x02"
 """Stands for the prompt, in which nothing is searched."""
+MAX_DEPTH = 64
+"""Levels of lists and mappings in a call. Python cannot copy or write very deep values. Our choice."""
 PROBE = {"number": 5, "text": "five"}
 
 
@@ -73,8 +76,10 @@ class CallParser:
         except (ValueError, TypeError, KeyError, RecursionError):
             return Calls([], malformed=True)
         calls = found.get("tool_calls") or []
-        named = [isinstance(function_of(call).get("name"), str) for call in calls]
-        return Calls(calls, malformed=False) if all(named) else Calls([], malformed=True)
+        usable = [
+            isinstance(function_of(call).get("name"), str) and _is_storable(call, MAX_DEPTH) for call in calls
+        ]
+        return Calls(calls, malformed=False) if all(usable) else Calls([], malformed=True)
 
     @property
     def _anchored(self) -> dict[str, Any]:
@@ -97,6 +102,19 @@ class CallParser:
             text = text.split(str(self.tokenizer.decode([token])))[0]
         found = probing._read(text.rpartition("</think>")[2]).calls
         return [function_of(one) for one in found] == [call["function"]]
+
+
+def _is_storable(value: Any, depth: int) -> bool:
+    """Whether the value has at most `depth` levels, and all of its text can be encoded.
+
+    JSON's escapes can write halves of surrogate pairs, which no tokenizer and no file takes.
+    """
+    if isinstance(value, str):
+        return value == without_surrogates(value)
+    if not isinstance(value, Mapping | list):
+        return True
+    items = [*value, *value.values()] if isinstance(value, Mapping) else value
+    return depth > 0 and all(_is_storable(item, depth - 1) for item in items)
 
 
 @cache

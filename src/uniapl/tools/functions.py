@@ -140,7 +140,16 @@ def _failure(message: str, max_characters: int) -> ToolResult:
     return ToolResult(_cut(_text({"error": message}), max_characters), failed=True)
 
 
+def without_surrogates(text: str) -> str:
+    """The text with escapes for halves of surrogate pairs, which cannot be encoded.
+
+    Python has them in file names that are not UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _cut(text: str, limit: int) -> str:
+    text = without_surrogates(text)
     if len(text) <= limit:
         return text
     return f"{text[:limit]}... ({len(text) - limit} more characters)"
