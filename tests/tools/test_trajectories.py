@@ -259,6 +259,25 @@ def test_rollouts_of_the_next_step_survive_a_save() -> None:
     assert again.ready == ready
 
 
+@pytest.mark.parametrize("name", READ)
+def test_the_end_token_follows_a_turn_that_a_stop_string_ended(name: str) -> None:
+    """The policy stopped before the end token that the template writes; it is a part of what is given."""
+    tokenizer: Any = family(name)
+    tools = toolbox(tokenizer)
+    text = tools.form.completion([USER], call(1, 2)).rstrip().removesuffix(tokenizer.eos_token).rstrip("\n")
+    stopped, eos = ids_of(tokenizer, text), tokenizer.eos_token_id
+    assert stopped[-1] != eos
+    done = (*ids_of(tokenizer, "3"), eos)
+    ended, _ = sampled([(*stopped, eos), done], PROMPT, tools)
+    rollout, _ = sampled([stopped, done], PROMPT, tools)
+    assert rollout.completion_ids[: len(stopped)] == stopped
+    if name == "glm4moe":  # `<|observation|>` ends the turn and begins the results
+        assert ended.completion_ids == (*stopped, eos, *rollout.completion_ids[len(stopped) :])
+    else:
+        assert rollout.completion_ids == ended.completion_ids
+        assert rollout.given == ((len(stopped), ended.given[0][1]),)
+
+
 def test_two_calls_in_one_turn_have_their_results_in_order() -> None:
     text = '<tool_call>{"name": "add", "arguments": {"a": %d, "b": 0}}</tool_call>'
     both = ids_of(TOKENIZER, text % 4 + text % 5 + "<|im_end|>")

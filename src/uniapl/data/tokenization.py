@@ -77,11 +77,15 @@ def encode_completion(
 
 
 def encode_results(
-    results: Results, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+    results: Results, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], *, ended: bool = True
 ) -> TokenIds:
     """Token ids between a turn that calls tools and the next one: what follows the stop token of the turn.
 
     They begin with that stop token if the template writes it as a part of the results, as GLM's does.
+
+    Args:
+        ended: Whether the turn has its stop token. A turn that a stop string ended has none: the token ids
+            begin with it.
 
     Raises:
         UsageError: The results merge with the turn into other tokens.
@@ -92,7 +96,9 @@ def encode_results(
     # The turn's own stop token; without one, the sampler's turn has an end token that the template lacks.
     last = next((n for n in range(len(closed) - 1, -1, -1) if closed[n] in stop_ids), None)
     trailing = tokenizer.decode(list(closed[last + 1 :])) if last is not None else "?"
-    return answered[last + 1 :] if last is not None and not str(trailing).strip() else answered[len(closed) :]
+    if last is None or str(trailing).strip():
+        return answered[len(closed) :]
+    return answered[last + ended :]
 
 
 def without_end(ids: TokenIds, stop_ids: Collection[int]) -> TokenIds:

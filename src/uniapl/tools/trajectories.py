@@ -61,7 +61,9 @@ class Toolbox:
             )
             failures += [index] if result.failed else []
             results.append({"role": "tool", "name": name, "content": result.content})
-        ids = encode_results(self.form.results(found.calls, results), self.form.tokenizer, self.stop_ids)
+        rendered = self.form.results(found.calls, results)
+        ended = turn[-1] in self.stop_ids
+        ids = encode_results(rendered, self.form.tokenizer, self.stop_ids, ended=ended)
         # Some templates write the stop token of the turn as a part of the results.
         ids = ids[1:] if ids[0] == turn[-1] else ids
         message["tool_calls"] = found.calls
