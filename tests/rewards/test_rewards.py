@@ -272,7 +272,7 @@ def test_reward_model_scores_as_in_trl(tmp_path: Path, batch_size: int) -> None:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     model.save_pretrained(tmp_path)
-    template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
+    template = "{% for m in messages %}<turn>{{ m.content }}{{ m.tool_calls }}{% endfor %}"
     tokenizer = make_tokenizer(chat_template=template)
     tokenizer.save_pretrained(tmp_path)
     user = [{"role": "user", "content": "hi"}]
@@ -290,6 +290,9 @@ def test_reward_model_scores_as_in_trl(tmp_path: Path, batch_size: int) -> None:
     check(score(prompts, completions), "say aaaa", "babcabcabc", "<turn>hi<turn>yo")
     begun = [*user, {"role": "assistant", "content": "well "}]
     check(score([begun], completions[2:]), "<turn>hi<turn>well yo")
+    turn = {"role": "assistant", "content": "call f", "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [turn, {"role": "tool", "name": "f", "content": "5"}, {"role": "assistant", "content": "yo"}]
+    check(score([user], [turns]), "<turn>hi<turn>call f<turn>5<turn>yo")
     check(
         score(prompts[:2], completions[:2], prompt_format="chat"),
         "<turn>say a<turn>aaa",

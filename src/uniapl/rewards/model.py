@@ -45,6 +45,8 @@ def reward_model(
                 return prompt + completion
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
+        # The content of a turn has the calls as they were written; the template would repeat them.
+        completion = [{k: v for k, v in turn.items() if k != "tool_calls"} for turn in completion]
         if prompt[-1]["role"] == "assistant":
             # The completion continues this message.
             *prompt, begun = prompt
