@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.runs import lines
 from uniapl import cli
 from uniapl.cli import chat as chat_command
 from uniapl.cli import evaluate as evaluate_command
+from uniapl.cli.run_settings import RunSettings
 from uniapl.compare import sampling
 from uniapl.compare.sampling import Suites
 from uniapl.config.resolve import resolve
@@ -121,6 +123,20 @@ def test_evaluate_calls_tools(
         total = str(int(one["prompt"][0]["content"][0]) + 2)
         assert numbers in ([], [total])
         assert one["reward"] == [float(answer == total)]
+
+
+@pytest.mark.parametrize("key", ["tools", "environment"])
+def test_results_have_the_tools_with_which_they_were_sampled(key: str) -> None:
+    """`--against` reports a difference in any setting of the results."""
+    named = {"tools": ["mine.py:add"], "environment": "mine.py:Game"}[key]
+    rollout = {key: named, "max_tool_calling_iterations": 3}
+    settings = evaluate_command._settings(resolve({"rollout": rollout}).config)
+    assert (settings[key], settings["max_tool_calling_iterations"]) == (named, 3)
+    assert key not in evaluate_command._settings(resolve({}).config)
+    run = RunSettings(file=Path("config.yaml"), prompts={}, stop_strings=(), tools=rollout)
+    config = resolve({"rollout": rollout}).config
+    (note,) = evaluate_command._notes_on_run(config, Namespace(recipe=None), run)
+    assert f"{key} {named}" in note
 
 
 def test_compared_models_call_tools(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,9 +251,10 @@ def _notes_on_run(config: Config, options: argparse.Namespace, run: RunSettings 
         return []
     used = config.data.model_dump(include={*OVERRIDES["data"]})
     if not options.recipe:
-        ours = used | {"stop_strings": _settings(config)["stop_strings"]}
+        tools = config.rollout.model_dump(mode="json", include={"tools", "environment"})
+        ours = used | {"stop_strings": _settings(config)["stop_strings"]} | tools
         shown = ", ".join(f"{key} {value}" for key, value in ours.items() if value)
-        return [f"prompts and stop strings as in {run.file}, unless a flag sets them: {shown}"]
+        return [f"prompts, stop strings and tools as in {run.file}, unless a flag sets them: {shown}"]
     # Prompts of messages have the chat format; the recipe sets that of string prompts.
     chat_rows = {"prompt_format": "text"} if run.prompts.get("prompt_format") == "chat" else {}
     return [
@@ -269,7 +270,7 @@ def _settings(config: Config) -> dict[str, Any]:
     found["temperature"] = config.evaluation.sampling_temperature
     if found["stop_strings"] is None:
         found["stop_strings"] = config.rollout.model_dump(mode="json")["stop_strings"]
-    if config.rollout.tools:
+    if config.rollout.tools or config.rollout.environment:
         found |= config.rollout.model_dump(mode="json", include={*TOOLS})
     return found | config.model.model_dump(mode="json", include={*OVERRIDES["model"]})
 
