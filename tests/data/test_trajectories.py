@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import re
 from typing import Any
 
@@ -149,3 +150,24 @@ def test_wrong_trajectories(messages: list[dict[str, Any]], error: str | None) -
         return
     with pytest.raises(UsageError, match=error):
         one(row)
+
+
+def test_what_rollouts_ignore_of_a_row_is_noted() -> None:
+    """Prompts have the row's own tools and arguments; rollouts call the run's."""
+    tokenizer: Any = family("qwen3")
+    other = copy.deepcopy(TOOLS)
+    other[0]["function"]["name"] = "sub"
+
+    def notes(**columns: Any) -> list[str]:
+        noted: dict[str, list[int]] = {}
+        tokenize_row(1, {"messages": [USER, ANSWER], **columns}, tokenizer, DataConfig(), (), noted, TOOLS)
+        return [*noted]
+
+    usual = notes()
+    assert notes(tools=TOOLS) == notes(tools=json.dumps(TOOLS)) == usual
+    (note,) = {*notes(tools=other)} - {*usual}
+    assert "the prompt shows the functions of the column 'tools' (sub), but rollouts can call" in note
+    (note,) = {*notes(tools=[])} - {*usual}
+    assert "'tools' (none)" in note
+    (note,) = {*notes(chat_template_kwargs={"enable_thinking": False})} - {*usual}
+    assert "'chat_template_kwargs' does not apply to results of tools in rollouts" in note
