@@ -71,6 +71,14 @@ def test_check_reports_tools(start: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "if every completion has the maximum length" in report["memory"][0]["text"]
 
 
+BLIND = (
+    "{{ tools }}{% for m in messages %}"
+    "{% if m['role'] != 'tool' %}{{ m['content'] }}{% for c in m['tool_calls'] or [] %}<tool_call>"
+    "{{ c['function'] | tojson }}</tool_call>{% endfor %}<|im_end|>{% endif %}{% endfor %}"
+)
+"""Writes calls, and no results."""
+
+
 def test_check_refuses_what_cannot_work(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(start / "recipe.yaml")
     assert "tool 'nowhere:add': cannot import" in said(
@@ -81,7 +89,7 @@ def test_check_refuses_what_cannot_work(start: Path, capsys: pytest.CaptureFixtu
     assert "tool 'bare' cannot be described" in bare
     (start / "text.jsonl").write_text("".join(json.dumps({"prompt": "1", "total": n}) + "\n" for n in (1, 2)))
     text = said(["check", path, "--data.path", str(start / "text.jsonl")], capsys)
-    assert "row 1: rollout.tools needs prompts of chat messages, and 2 of 2 prompts are plain text" in text
+    assert "row 1: the prompt is plain text, but rollout.tools and rollout.environment need chat" in text
     chat = ["check", path, "--data.path", str(start / "text.jsonl"), "--data.prompt-format", "chat"]
     assert "needs demonstrations" in said(chat, capsys), (
         "the same rows as chats are refused for another reason"
@@ -91,6 +99,9 @@ def test_check_refuses_what_cannot_work(start: Path, capsys: pytest.CaptureFixtu
         "{{ tools }}{% for m in messages %}{{ m['content'] }}{{ m['tool_calls'] }}{% endfor %}": (
             "no known format reads the tool calls"
         ),
+        BLIND: "the chat template does not show the results of tools",
+        "{{ messages | map(attribute='role') | select('eq', 'tool') | list }}"
+        + BLIND: "renders a turn of the assistant differently when the result",
     }.items():
         other = start / "template.jinja"
         other.write_text(template)

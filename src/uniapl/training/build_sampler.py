@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.config import Config
+from uniapl.data.marks import MARK
 from uniapl.data.rendering import ChatTemplate
+from uniapl.data.tokenization import encode_results
 from uniapl.errors import UsageError
 from uniapl.rollout import Sampler
 from uniapl.rollout.engines import Colocated, Server
@@ -64,7 +66,7 @@ class Tooling:
 
         Raises:
             UsageError: See :func:`find_toolset`; or the chat template does not show the tools, or its calls
-                cannot be read.
+                cannot be read, or it does not show results.
         """
         found = Tooling(
             tokenizer=tokenizer, stop_ids=frozenset(stop_ids), toolset=find_toolset(config.rollout)
@@ -87,6 +89,15 @@ class Tooling:
                 "use a model whose template has tools, or set model.chat_template_path"
             )
         CallParser.of(form, self.stop_ids)
+        name = self.tools[0].name
+        answers = [{"role": "tool", "name": name, "content": MARK}]
+        results = form.results([{"function": {"name": name}}], answers)
+        if MARK not in results.answered:
+            raise UsageError(
+                "rollout.tools, rollout.environment: the chat template does not show the results of tools; "
+                "use a model whose template does, or set model.chat_template_path"
+            )
+        encode_results(results, self.tokenizer, self.stop_ids)
 
 
 def _form(config: Config, inputs: RunInputs | Tooling) -> ChatTemplate:

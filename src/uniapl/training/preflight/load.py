@@ -11,7 +11,7 @@ from uniapl.config import Config, EvaluationConfig, RolloutConfig
 from uniapl.config.resolve import Resolved
 from uniapl.data.parsing import NumberedRow
 from uniapl.data.reading import Rows, named_source, number_rows, read_rows
-from uniapl.data.rows import Dataset, is_plain_text, unused_columns
+from uniapl.data.rows import Dataset, unused_columns
 from uniapl.data.tokenization import ordinary_tokens
 from uniapl.errors import UsageError
 from uniapl.evaluation import Suite, load_suites
@@ -73,7 +73,7 @@ def load_inputs(
     longest = [s.config.rollout.max_completion_length for s in stages if s.config.objective.uses_rollouts]
     with named_source(rows):
         limit = {"max_completion_length": max(longest, default=0)}
-        dataset = _tokenized(rows, config, tooling, once, **limit, **limits)
+        dataset = tooling.toolset.tokenize(rows, tokenizer, config.data, once=once, **limit, **limits)
         unknown = check_tokens(tokenizer, dataset, stop_ids)
     state = _trainer_state(config)
     tools, functions = tooling.toolset, [*given.functions, *tooling.toolset.rewards]
@@ -115,25 +115,6 @@ def load_inputs(
 def _rows(given: Given, config: Config) -> list[NumberedRow]:
     own = given.train_dataset
     return read_rows(config.data) if own is None else number_rows(own, config.data)
-
-
-def _tokenized(
-    rows: Sequence[NumberedRow], config: Config, tooling: Tooling, once: Once, **limits: Any
-) -> Dataset:
-    """The rows, with the tools in chat prompts.
-
-    Raises:
-        UsageError: A row is invalid, or it is plain text, which cannot show tools.
-    """
-    dataset = tooling.toolset.tokenize(rows, tooling.tokenizer, config.data, once=once, **limits)
-    text = [e.row for e in dataset.examples if tooling.tools and is_plain_text(e.prompt, config.data)]
-    if text:
-        raise UsageError(
-            f"row {text[0]}: rollout.tools needs prompts of chat messages, and {len(text)} of "
-            f"{len(dataset.examples)} prompts are plain text: set data.prompt_format to chat, or remove "
-            "rollout.tools"
-        )
-    return dataset
 
 
 def _notes_on_stages(stages: Sequence[Config], dataset: Dataset, rewarder: Rewarder) -> list[str]:
