@@ -4,6 +4,7 @@ import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from uniapl import cli
 from uniapl.cli import chat as chat_command
 from uniapl.cli import evaluate as evaluate_command
 from uniapl.cli.run_settings import RunSettings
-from uniapl.compare import sampling
+from uniapl.compare import prepare, sampling
 from uniapl.compare.sampling import Suites
 from uniapl.config.resolve import resolve
 from uniapl.models.loading import load_model
@@ -158,6 +159,27 @@ def test_compared_models_call_tools(start: Path, monkeypatch: pytest.MonkeyPatch
     rollouts = results["suite"].rollouts
     assert {len(rollout.messages) for rollout in rollouts} == {1, 3}
     assert all(rollout.tool_use.calls == (len(rollout.messages) == 3) for rollout in rollouts)
+
+
+@pytest.mark.parametrize("key", ["tools", "environment"])
+def test_a_comparison_depends_on_the_files_of_tools(tmp_path: Path, key: str) -> None:
+    """A cell that was trained with another version of a tool is not reused."""
+    file = tmp_path / "mine.py"
+    name = f"{file}:{'add' if key == 'tools' else 'Game'}"
+    value: dict[str, Any] = {"tools": [name], "environment": name}
+    plan: Any = SimpleNamespace(resolved=resolve({"rollout": {key: value[key]}}), budget=1)
+    source = SimpleNamespace(base=str(tmp_path / "model"), adapter=None)
+    inputs: Any = SimpleNamespace(
+        data_sha256="", suites=(), tokenizer=SimpleNamespace(chat_template=""), source=source
+    )
+
+    def digest(text: str) -> str:
+        file.write_text(f"def add():\n    return {text}\n\n\nclass Game:\n    value = {text}\n")
+        return prepare._fingerprint(plan, inputs)[f"file of '{name}'"]
+
+    first = digest("1")
+    assert digest("2") != first
+    assert digest("1") == first
 
 
 def test_chat_says_that_it_calls_no_tools(

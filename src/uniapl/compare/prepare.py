@@ -145,6 +145,7 @@ def _fingerprint(plan: Plan, inputs: RunInputs) -> dict[str, str]:
     settings = {key: value for key, value in given.items() if key not in OF_THE_RUN}
     config = plan.resolved.config
     names = [*(function.name for function in config.rewards.functions), *config.evaluation.metrics]
+    names += [*config.rollout.tools, *([config.rollout.environment] if config.rollout.environment else [])]
     found = {f"recipe key {key}": json.dumps(value) for key, value in flatten(settings).items()}
     found |= {"budget": str(plan.budget), "training rows": inputs.data_sha256}
     found |= {f"suite '{suite.name}'": _digest_suite(suite) for suite in inputs.suites}
@@ -161,7 +162,7 @@ def _digest_suite(suite: Suite) -> str:
 
 
 def _digest_source(name: str) -> str | None:
-    """The digest of the file of a reward function or metric of the user."""
+    """The digest of the file of a reward function, metric, tool or environment of the user."""
     path = inspect.getsourcefile(inspect.unwrap(find_function(name)))
     if path is None or Path(path).is_relative_to(Path(uniapl.__file__).parent):
         return None
