@@ -608,6 +608,10 @@ def test_settings_that_environments_exclude() -> None:
     check_processes(config, 2)
     with pytest.raises(UsageError, match=r"rollout.environment with rollout.sampler vllm is for one process"):
         check_processes(on_server, 2)
+    # A stage without rollouts evaluates with the local sampler.
+    check_processes(
+        on_server.model_copy(update={"objective": resolve({"method": "sft"}).config.objective}), 2
+    )
     other = config.model_copy(update={"rollout": RolloutConfig()})
     check_tools(config, [config, config])
     with pytest.raises(UsageError, match=r"stage 2 cannot change rollout.environment"):

@@ -135,13 +135,14 @@ def with_tools(
 def check_processes(config: Config, processes: int) -> None:
     """Raise a UsageError if a stage samples in a way that is for one process, and there are several."""
     rollout = config.rollout
-    colocated = rollout.sampler == "vllm" and rollout.vllm_mode == "colocate"
-    if config.objective.uses_rollouts and colocated and processes > 1:
+    if processes == 1 or rollout.sampler != "vllm" or not config.objective.uses_rollouts:
+        return
+    if rollout.vllm_mode == "colocate":
         raise UsageError(
             "rollout.vllm_mode 'colocate' is for one process: with several, start `vllm serve` on a separate "
             "GPU and set rollout.vllm_mode server"
         )
-    if rollout.sampler == "vllm" and rollout.environment is not None and processes > 1:
+    if rollout.environment is not None:
         raise UsageError(
             "rollout.environment with rollout.sampler vllm is for one process: with several, one calls the "
             "tools of all, and environments cannot be sent to it; use one process, or sampler local"
