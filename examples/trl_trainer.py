@@ -31,7 +31,7 @@ from uniapl.models.token_states import TokenReader
 from uniapl.rollout import SampleRequest
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
-from uniapl.types import derive_seed
+from uniapl.types import Tokens, derive_seed
 
 
 class MixedTrainer(GRPOTrainer):
@@ -85,7 +85,7 @@ class MixedTrainer(GRPOTrainer):
         )
         means: list[Tensor] = []
         for row, found in zip(
-            rows, reader.read([(r.prompt_ids, r.completion_ids) for r in rows]), strict=True
+            rows, reader.read([Tokens(r.prompt_ids, r.completion_ids) for r in rows]), strict=True
         ):
             kept = found.logprobs[: -1 if row.completion_ids[-1] == end.eos_token_id else None]
             # An empty completion is never the expert's.

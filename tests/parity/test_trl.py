@@ -48,7 +48,7 @@ from uniapl.training.monitor.metrics import rollout_metrics, update_metrics
 from uniapl.training.update.batch import MixedBatch
 from uniapl.training.update.credit import assign_credit, rollout_rows
 from uniapl.training.update.policy_step import LossSettings, policy_step
-from uniapl.types import Example, MicroBatch, Rollout, RolloutGroup
+from uniapl.types import Example, MicroBatch, Rollout, RolloutGroup, Tokens
 
 # TRL still uses these names itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
@@ -617,7 +617,7 @@ def test_metrics_with_trls_names_have_trls_values(
         device=torch.device("cpu"),
     )
     rows = rollout_rows(groups, credits, temperature=0.7)
-    states = reader.read([(row.prompt_ids, row.completion_ids) for row in rows])
+    states = reader.read([Tokens(row.prompt_ids, row.completion_ids) for row in rows])
     rows = [replace(r, ref_logprobs=tuple(s.logprobs.tolist())) for r, s in zip(rows, states, strict=True)]
     batch = MixedBatch(
         rows=rows,

@@ -232,7 +232,7 @@ def test_the_reference_reads_only_what_is_used(
     original = TokenReader.read
 
     def watched(self: TokenReader, sequences: Any) -> list[TokenStates]:
-        read.extend(str(make_tokenizer().decode(list(completion))) for _, completion in sequences)
+        read.extend(str(make_tokenizer().decode(list(completion))) for _, completion, _ in sequences)
         return original(self, sequences)
 
     monkeypatch.setattr(TokenReader, "read", watched)
