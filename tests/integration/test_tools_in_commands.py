@@ -204,4 +204,4 @@ def test_chat_says_that_it_calls_no_tools(
     monkeypatch.setattr(chat_command, "_lines", lambda: iter(()))
     assert cli.run(["chat", str(final)]) == 0
     note = " ".join(capsys.readouterr().err.split())
-    assert f"chat neither shows nor calls the tools of {tmp_path / 'run' / 'config.yaml'}: " in note
+    assert f"chat neither shows nor calls the tools of {tmp_path / 'run' / 'config.yaml'}; " in note
