@@ -25,7 +25,7 @@ BODIES = {
 }
 RESULTS = {
     "hang": {"error": "'hang' did not answer within 0.2 s"},
-    "leave": {"error": "left"},
+    "leave": {"error": "SystemExit('left')"},
     "interrupt": {"error": "KeyboardInterrupt()"},
     "exhaust": {"error": "MemoryError()"},
     "flood": "x" * 60 + "... (999940 more characters)",
