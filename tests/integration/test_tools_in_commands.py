@@ -137,6 +137,18 @@ def test_evaluate_calls_tools(
         assert one["reward"] == [float(answer == total)]
 
 
+def test_completions_with_numbers_that_are_not_finite_are_strict_json(tmp_path: Path) -> None:
+    """The policy may write NaN as an argument, which Python's parser reads and others refuse."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found: Any = {"suite": SimpleNamespace(completions=[{"messages": [{"a": float("nan"), "b": "é"}]}])}
+    evaluate_command._write(tmp_path, {}, found)
+    text = (tmp_path / "completions.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=refuse) == {"messages": [{"a": None, "b": "é"}]}
+
+
 @pytest.mark.parametrize("key", ["tools", "environment"])
 def test_results_have_the_tools_with_which_they_were_sampled(key: str) -> None:
     """`--against` reports a difference in any setting of the results."""

@@ -23,7 +23,7 @@ from uniapl.errors import UniAPLError, UsageError
 from uniapl.evaluation.harness import find_tasks, run_lm_eval
 from uniapl.evaluation.run import SuiteResult, evaluate_suite, paired
 from uniapl.evaluation.suites import load_suites, parse_suite
-from uniapl.files import write_text
+from uniapl.files import json_line, write_text
 from uniapl.models.generation import unused_generation_settings
 from uniapl.models.loading import (
     ModelSource,
@@ -318,7 +318,7 @@ def _make_directory(directory: Path, *, overwrite: bool) -> None:
 
 
 def _write(directory: Path, results: dict[str, Any], found: dict[str, SuiteResult]) -> None:
-    lines = [json.dumps(one) for result in found.values() for one in result.completions]
+    lines = [json_line(one) for result in found.values() for one in result.completions]
     try:
         write_text(directory / "completions.jsonl", "".join(f"{line}\n" for line in lines))
         write_text(directory / "results.json", json.dumps(results, indent=1))
