@@ -68,11 +68,11 @@ def _installed(name: str) -> bool:
 
 def _of_prompts(request: SampleRequest, params: dict[str, Any]) -> list[dict[str, Any]]:
     """The sampling parameters of each prompt: its seed, and its own limit if it has one."""
-    lengths = request.completion_lengths or [params["max_tokens"]] * len(request.seeds)
-    return [
-        {**params, "seed": seed % SEEDS, "max_tokens": length}
-        for seed, length in zip(request.seeds, lengths, strict=True)
-    ]
+    seeds = [{"seed": seed % SEEDS} for seed in request.seeds]
+    if request.completion_lengths is None:
+        return [params | seed for seed in seeds]
+    limits = [{"max_tokens": length} for length in request.completion_lengths]
+    return [params | seed | limit for seed, limit in zip(seeds, limits, strict=True)]
 
 
 @dataclass(kw_only=True)
