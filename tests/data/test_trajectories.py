@@ -10,7 +10,7 @@ import pytest
 
 from support.templates import FAMILIES, family
 from uniapl.config import DataConfig
-from uniapl.data.rows import tokenize_row
+from uniapl.data.rows import tokenize_row, tokenize_rows
 from uniapl.errors import UsageError
 from uniapl.types import Example
 
@@ -171,3 +171,30 @@ def test_what_rollouts_ignore_of_a_row_is_noted() -> None:
     assert "'tools' (none)" in note
     (note,) = {*notes(chat_template_kwargs={"enable_thinking": False})} - {*usual}
     assert "'chat_template_kwargs' does not apply to results of tools in rollouts" in note
+
+
+QUESTION = [{"role": "user", "content": "sum?"}]
+SUM_CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [SUM_CALL]}
+ANSWERED = {"role": "assistant", "content": "1"}
+
+
+def test_a_call_without_a_result_is_refused() -> None:
+    messages = [*QUESTION, CALLED, ANSWERED]
+    with pytest.raises(UsageError, match=r"message 2 calls tools, and no result follows it: add a message"):
+        one({"messages": messages})
+
+
+def test_demonstrations_that_call_unknown_tools_are_noted() -> None:
+    schema = {"type": "function", "function": {"name": "other", "description": "", "parameters": {}}}
+    messages = [*QUESTION, CALLED, {"role": "tool", "content": "1"}, ANSWERED]
+    known = {**schema, "function": {**schema["function"], "name": "sum"}}
+    found = [
+        tokenize_rows([(1, {"messages": messages})], family("qwen2_5"), DataConfig(), tools=tools).notes
+        for tools in ([schema], [known])
+    ]
+    assert "demonstrations call sum, which the policy cannot: rollout.tools and" in str(found[0])
+    assert "demonstrations call" not in str(found[1])
+    for odd in (5, [5], [{"tool_calls": 5}], [{"role": "user", "tool_calls": [5]}]):
+        with pytest.raises(UsageError):
+            tokenize_rows([(1, {"messages": odd})], family("qwen2_5"), DataConfig(), tools=[schema])

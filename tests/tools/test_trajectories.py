@@ -1,6 +1,7 @@
 """Rollouts with tools: their ids, what the policy wrote of them, and how they end."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -279,6 +280,25 @@ def test_the_end_token_follows_a_turn_that_a_stop_string_ended(name: str) -> Non
     else:
         assert rollout.completion_ids == ended.completion_ids
         assert rollout.given == ((len(stopped), ended.given[0][1]),)
+
+
+def test_after_a_call_that_hangs_the_others_of_the_turn_are_not_called() -> None:
+    def wait() -> None:
+        """Wait."""
+        threading.Event().wait(60)
+
+    text = '<tool_call>{"name": "%s", "arguments": %s}</tool_call>'
+    turn = ids_of(TOKENIZER, text % ("wait", "{}") + (text % ("add", '{"a": 1, "b": 2}')) * 2 + "<|im_end|>")
+    box = toolbox(TOKENIZER, tools={"add": tool_of(add), "wait": tool_of(wait)}, timeout=0.1)
+    CALLS.clear()
+    rollout, _ = sampled([turn, CALLING, DONE], PROMPT, box)
+    assert CALLS == [(1, 2)], "only in the next turn"
+    assert rollout.tool_use == ToolUse(calls=4, failures=(0, 1, 2))
+    results = [m["content"] for m in rollout.messages if m["role"] == "tool"]
+    assert "did not answer within 0.1 s" in results[0]
+    assert "'add' was not called" in results[1]
+    assert results[1] == results[2]
+    assert results[3] == "3"
 
 
 def test_two_calls_in_one_turn_have_their_results_in_order() -> None:

@@ -1,7 +1,7 @@
 """Read the columns of a row as a conversation, and decide which of its assistant turns are trained."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -132,6 +132,11 @@ def _with_turns(
             continue
         if index == 0:
             raise UsageError("message 1 is an assistant message without a prompt; give it 'weight': 0")
+        if messages[index - 1]["role"] == "assistant" and messages[index - 1].get("tool_calls"):
+            raise UsageError(
+                f"message {index} calls tools, and no result follows it: add a message with the role 'tool' "
+                "for each call, or remove the calls"
+            )
         if messages[index - 1]["role"] == "assistant" and not (begun and index == len(prompt)):
             raise UsageError(
                 f"messages {index} and {index + 1} are both the assistant's; join them into one, or use "
@@ -280,3 +285,31 @@ def template_inputs(row: Mapping[str, Any]) -> tuple[list[Message] | None, dict[
     if arguments is not None and not isinstance(arguments, dict):
         raise UsageError(f"'chat_template_kwargs' must map names to values, got {arguments!r:.80}")
     return tools, arguments or {}
+
+
+def with_schemas(row: Mapping[str, Any], tools: Sequence[Message], notes: set[str]) -> dict[str, Any]:
+    """The row with the schemas of the run's tools unless it has its own; notes say what rollouts ignore."""
+    own, arguments = template_inputs(row)
+    shown, known = ({str(function_of(tool)["name"]) for tool in part} for part in (own or (), tools))
+    if "tools" in row and shown != known:
+        notes.add(
+            f"the prompt shows the functions of the column 'tools' ({', '.join(sorted(shown)) or 'none'}), "
+            "but rollouts can call those of rollout.tools and rollout.environment"
+        )
+    called = {
+        str(function_of(call).get("name"))
+        for message in (*_mappings(row.get("messages")), *_mappings(row.get("completion")))
+        for call in _mappings(message.get("tool_calls"))
+    }
+    if missing := called - known:
+        notes.add(
+            f"demonstrations call {', '.join(sorted(missing))}, which the policy cannot: rollout.tools and "
+            f"rollout.environment have {', '.join(sorted(known))}"
+        )
+    if arguments:
+        notes.add("the column 'chat_template_kwargs' does not apply to results of tools in rollouts")
+    return {"tools": [*tools], **row}
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []

@@ -12,9 +12,9 @@ from uniapl.data.conversations import (
     Completion,
     Conversation,
     Message,
-    function_of,
     read_conversation,
     template_inputs,
+    with_schemas,
 )
 from uniapl.data.formats import standard_columns
 from uniapl.data.rendering import ChatTemplate, Rendered, render_conversation
@@ -165,7 +165,7 @@ def _example(
             "the prompt is plain text, but rollout.tools and rollout.environment need chat messages; set "
             "data.prompt_format: chat"
         )
-    row = _with_schemas(row, tools, notes) if tools else row
+    row = with_schemas(row, tools, notes) if tools else row
     conversation = read_conversation(row, train_on=config.train_on)
     if episode is not None and episode.observation:
         conversation = _with_observation(conversation, episode.observation)
@@ -204,20 +204,6 @@ def _example(
         },
         episode=episode,
     )
-
-
-def _with_schemas(row: Mapping[str, Any], tools: Sequence[Message], notes: set[str]) -> dict[str, Any]:
-    """The row with the schemas of the run's tools unless it has its own; notes say what rollouts ignore."""
-    own, arguments = template_inputs(row)
-    shown, known = ({str(function_of(tool)["name"]) for tool in part} for part in (own or (), tools))
-    if "tools" in row and shown != known:
-        notes.add(
-            f"the prompt shows the functions of the column 'tools' ({', '.join(sorted(shown)) or 'none'}), "
-            "but rollouts can call those of rollout.tools and rollout.environment"
-        )
-    if arguments:
-        notes.add("the column 'chat_template_kwargs' does not apply to results of tools in rollouts")
-    return {"tools": [*tools], **row}
 
 
 def _columns(row: Any, config: DataConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -340,7 +340,7 @@ def _listed(numbers: Sequence[int]) -> str:
 def _form_hint(example: Example, message: str) -> str:
     """How to read completions of this row, for a function written for the other form."""
     if not isinstance(example.prompt, str):
-        return "; completions of chat prompts are lists with one message: use c[0]['content']"
+        return "; completions of chat prompts are lists of messages: use c[-1]['content'] for the last one"
     if "string indices must be integers" in message or "'str' object has no attribute" in message:
         return (
             "; completions of text prompts are strings: use c instead of c[0]['content'], or set "

@@ -33,6 +33,8 @@ class ToolResult(NamedTuple):
     content: str
     failed: bool
     """There is no such tool, the call raised an exception, or it did not return in time."""
+    late: bool = False
+    """It did not return in time."""
 
 
 def find_tools(names: Sequence[str]) -> list[Tool]:
@@ -90,7 +92,8 @@ def call_tool(
         inspect.signature(tool.function).bind(**arguments)
         return ToolResult(_cut(awaited(tool.function, arguments, timeout, read=_text), max_characters), False)
     except (DeadlineError, RewardTimeoutError):
-        return _failure(f"'{name}' did not answer within {timeout:g} s", max_characters)
+        late = _failure(f"'{name}' did not answer within {timeout:g} s", max_characters)
+        return late._replace(late=True)
     except Exception as error:
         return _failure(str(error) or repr(error), max_characters)
 
@@ -134,6 +137,11 @@ def _text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         return str(value)
+
+
+def not_called(name: str, max_characters: int) -> ToolResult:
+    """The result of a call after one of the same turn that did not return in time."""
+    return _failure(f"'{name}' was not called: an earlier call did not answer in time", max_characters)
 
 
 def _failure(message: str, max_characters: int) -> ToolResult:

@@ -14,7 +14,7 @@ from uniapl.rollout import Methods, Sampler, SampleRequest
 from uniapl.rollout.caches import RowCaches
 from uniapl.threads import map_in_threads
 from uniapl.tools.calls import CallParser
-from uniapl.tools.functions import Tool, call_tool
+from uniapl.tools.functions import Tool, call_tool, not_called
 from uniapl.types import Given, Rollout, TokenIds, ToolUse, derive_seed
 
 THREADS = 32
@@ -37,7 +37,7 @@ class Toolbox:
     """Of a result."""
 
     def answer(self, turn: TokenIds, *, calls: bool = True, methods: Methods | None = None) -> "Answer":
-        """Call the tools that a turn calls, one after the other.
+        """Call the tools that a turn calls in order, up to the first that does not return in time.
 
         Args:
             calls: Whether tools may still be called.
@@ -54,11 +54,15 @@ class Toolbox:
             return Answer(ids=(), messages=(message,), use=use)
         results: list[Message] = []
         failures: list[int] = []
+        late = False
         for index, call in enumerate(found.calls):
             name, arguments = function_of(call)["name"], function_of(call).get("arguments", {})
-            result = call_tool(
-                tools, name, arguments, timeout=self.timeout, max_characters=self.max_characters
-            )
+            limits = {"timeout": self.timeout, "max_characters": self.max_characters}
+            if late:
+                result = not_called(name, self.max_characters)
+            else:
+                result = call_tool(tools, name, arguments, **limits)
+            late = late or result.late
             failures += [index] if result.failed else []
             results.append({"role": "tool", "name": name, "content": result.content})
         rendered = self.form.results(found.calls, results)
