@@ -97,7 +97,7 @@ def test_a_failing_reward_s_place_is_named(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     rewards = {"functions": f"{tmp_path / 'mine_too.py'}:f"}
     values = recipe(path, tmp_path / "run", method="grpo", rewards=rewards)
-    with pytest.raises(uniapl.UsageError, match=r"strip' \(mine_too.py, line 2\); .*c\[0\]\['content'\]"):
+    with pytest.raises(uniapl.UsageError, match=r"strip' \(mine_too.py, line 2\); .*c\[-1\]\['content'\]"):
         train(values, train_dataset=chat, reward_functions=[])
 
 
