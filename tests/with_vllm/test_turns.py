@@ -38,7 +38,7 @@ class Toolbox:
 
     max_iterations = 2
 
-    def answer(self, turn: TokenIds, *, calls: bool = True) -> Answer:
+    def answer(self, turn: TokenIds, *, calls: bool = True, methods: Any = None) -> Answer:
         return Answer(ids=RESULT if calls else (), messages=(self.message(turn),), use=ToolUse())
 
     def message(self, turn: TokenIds) -> dict[str, Any]:
