@@ -108,20 +108,11 @@ class Environment:
 
     def _begun(self, columns: Mapping[str, Any]) -> tuple[Any, str | None]:
         """A fresh instance, and what its `reset` returned; raises FailedStart."""
-        step = "making an instance"
-        try:
-            instance = call_with_deadline(self.make, self.timeout)
-            step = "`reset`"
+        instance = _made(self.name, self.make, self.timeout)
+        with _failing(self.name, "`reset`", self.timeout):
             # Copied, so that a `reset` that modifies its arguments does not modify the data.
             arguments = copy.deepcopy(_accepted(instance.reset, columns))
             text = awaited(instance.reset, arguments, self.timeout, read=lambda value: value)
-        except (DeadlineError, RewardTimeoutError) as error:
-            late = f"{step} did not return within {self.timeout:g} s (rollout.tool_timeout)"
-            raise FailedStart(f"environment '{self.name}': {late}") from error
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise FailedStart(f"environment '{self.name}': {step} failed: {error!r:.300}") from error
         if text is not None and not isinstance(text, str):
             kind = type(text).__name__
             raise FailedStart(
@@ -236,14 +227,9 @@ def find_environment(name: str, *, timeout: float) -> Environment:
             "`__init__` needs no argument"
         )
     try:
-        instance = call_with_deadline(make, timeout)
-    except DeadlineError as error:
-        late = f"making an instance did not return within {timeout:g} s (rollout.tool_timeout)"
-        raise UsageError(f"{label}: {late}") from error
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise UsageError(f"{label}: making an instance failed: {error!r:.300}") from error
+        instance = _made(name, make, timeout)
+    except FailedStart as error:
+        raise UsageError(str(error)) from error
     # The class's, as in TRL: reading the attributes of an instance would evaluate its properties.
     members = [member for member, _ in inspect.getmembers(type(instance), predicate=inspect.isfunction)]
     if "reset" not in members:
@@ -272,6 +258,25 @@ def find_environment(name: str, *, timeout: float) -> Environment:
         reward=_reward_of(instance) if "get_reward" in members else None,
         timeout=timeout,
     )
+
+
+def _made(name: str, make: Callable[[], Any], timeout: float) -> Any:
+    with _failing(name, "making an instance", timeout):
+        return call_with_deadline(make, timeout)
+
+
+@contextlib.contextmanager
+def _failing(name: str, step: str, timeout: float) -> Iterator[None]:
+    """Raises FailedStart with the environment's name and the step for every error but Ctrl-C."""
+    try:
+        yield
+    except (DeadlineError, RewardTimeoutError) as error:
+        late = f"{step} did not return within {timeout:g} s (rollout.tool_timeout)"
+        raise FailedStart(f"environment '{name}': {late}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise FailedStart(f"environment '{name}': {step} failed: {error!r:.300}") from error
 
 
 def _required(function: Callable[..., Any]) -> list[str]:

@@ -70,7 +70,7 @@ def tool_of(function: Callable[..., Any]) -> Tool:
 def call_tool(
     tools: Mapping[str, Tool], name: str, arguments: Any, *, timeout: float, max_characters: int
 ) -> ToolResult:
-    """Call a tool. Whatever goes wrong is its result, which the policy reads, as in TRL.
+    """Call a tool. An error is its result, which the policy reads, as in TRL.
 
     That includes exceptions that would end a program (SystemExit, KeyboardInterrupt, MemoryError). A call
     that hangs is left behind in its thread, which does not keep the process alive. A tool runs in the
