@@ -195,6 +195,8 @@ def test_demonstrations_that_call_unknown_tools_are_noted() -> None:
     ]
     assert "demonstrations call sum, which the policy cannot: rollout.tools and" in str(found[0])
     assert "demonstrations call" not in str(found[1])
+    with pytest.raises(UsageError, match=r"\(columns: x\)"):
+        tokenize_rows([(1, {"x": 1})], family("qwen2_5"), DataConfig(), tools=[schema])
     for odd in (5, [5], [{"tool_calls": 5}], [{"role": "user", "tool_calls": [5]}]):
         with pytest.raises(UsageError):
             tokenize_rows([(1, {"messages": odd})], family("qwen2_5"), DataConfig(), tools=[schema])

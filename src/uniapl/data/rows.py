@@ -165,8 +165,8 @@ def _example(
             "the prompt is plain text, but rollout.tools and rollout.environment need chat messages; set "
             "data.prompt_format: chat"
         )
-    row = with_schemas(row, tools, notes) if tools else row
     conversation = read_conversation(row, train_on=config.train_on)
+    row = with_schemas(row, tools, notes) if tools else row
     if episode is not None and episode.observation:
         conversation = _with_observation(conversation, episode.observation)
     rendered = _rendered(conversation, row, tokenizer, config)
