@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo recipe test test-cases test-real-data test-vllm torture gpu-check gpu-check-tiny lint docs benchmark clean
+.PHONY: demo recipe test test-cases test-real-data test-vllm test-wheel torture gpu-check gpu-check-tiny lint docs benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,19 @@ $(VLLM_VENV)/.installed: pyproject.toml
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 		$(VLLM_VENV)/bin/pytest --quiet tests/with_vllm
+
+# The wheel in an environment of its own, in a directory without the checkout: what a user has after `pip install`.
+WHEEL := $(CURDIR)/build/wheel
+test-wheel: $(VENV)/.developed
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/work
+	$(BIN)/python -m hatchling build -d $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip install --quiet --constraint constraints.txt $(WHEEL)/*.whl
+	cd $(WHEEL)/work && export PATH="$(WHEEL)/venv/bin:$$PATH" && uniapl --version && \
+		uniapl demo --max-steps 5 && uniapl chat runs/demo/final < /dev/null && \
+		uniapl recipes -o recipes && python recipes/ifeval_tiny.py --output build/ifeval_tiny && \
+		uniapl check recipes/ifeval_tiny.yaml && uniapl init instructions && \
+		uniapl check instructions/recipe.yaml --model.model-name-or-path build/ifeval_tiny/model
 
 # This is not part of `make test`, because it would triple its duration.
 torture: $(VENV)/.developed

@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
-    {"functional", "tolerance"},
+    {"functional", "tolerance", "starters"},
     {"types", "files", "http", "threads", "intervals"},
     {"config"},
     {"data", "models"},
@@ -193,12 +192,3 @@ def test_links_between_documents_hold() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
-
-
-def test_data_files_are_packaged() -> None:
-    """The wheel and the sdist have the files that are no Python modules."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = settings["tool"]["setuptools"]["package-data"]["uniapl"]
-    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    files = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    assert {str(path.relative_to(PACKAGE)) for path in files - packaged - {*FILES}} == set()

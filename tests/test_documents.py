@@ -85,6 +85,8 @@ SMALL = {
     "report": "",
     "chat": "--max-new-tokens 4",
     "export": "",
+    "init": "",
+    "recipes": "",
 }
 
 

@@ -32,6 +32,8 @@ class Verb:
 
 VERBS = {
     "demo": Verb("[--task NAME] [--key value ...]", "train on a small bundled task, in minutes"),
+    "init": Verb("CASE [-o DIRECTORY]", "write a first recipe with its reward and example rows"),
+    "recipes": Verb("[-o DIRECTORY]", "list or copy the recipes that come with the package"),
     "compare": Verb(
         "RECIPE.yaml --methods a,b",
         "compare methods on a recipe at equal budget, with intervals",
@@ -63,6 +65,7 @@ OTHER_VERBS = {
     **dict.fromkeys(("merge", "merge-lora", "save"), "export"),
     **dict.fromkeys(("infer", "inference", "generate"), "chat"),
     **dict.fromkeys(("distill", "sample"), "collect"),
+    **dict.fromkeys(("new", "create", "quickstart", "template"), "init"),
 }
 """Names of other programs for a verb."""
 HELP_FLAGS = ("-h", "--help", "--help-all")
