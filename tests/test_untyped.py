@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import make_tokenizer
 
+from support.tiny import make_tokenizer
 from uniapl.untyped import decode, encode, is_dict, is_list, is_mapping, is_sequence, items_of
 
 
