@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support.tiny import make_tokenizer
-from uniapl.untyped import decode, encode, is_dict, is_list, is_mapping, is_sequence, items_of
+from uniapl.untyped import decode, encode, is_dict, is_iterable, is_list, is_mapping, is_sequence, items_of
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,8 @@ def test_special_tokens_of_the_tokenizer_only_on_request() -> None:
     tokenizer = byte_tokenizer(None, bos=True)
     assert encode("", tokenizer, special_tokens=True) == (2,)
     assert encode("", tokenizer) == ()
+
+
+def test_a_generator_is_iterable_and_a_number_is_not() -> None:
+    assert is_iterable(number for number in ())
+    assert not is_iterable(1)

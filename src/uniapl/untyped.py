@@ -4,7 +4,7 @@ A type checker knows nothing about the items of `isinstance(value, dict)`, about
 about the items of `Tensor.tolist()`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 if TYPE_CHECKING:  # The configuration is read without torch.
@@ -25,6 +25,11 @@ def is_dict(value: object) -> TypeGuard[dict[str, Any]]:
 def is_list(value: object) -> TypeGuard[list[Any]]:
     """Whether a value is a list, such as a JSON array."""
     return isinstance(value, list)
+
+
+def is_iterable(value: object) -> TypeGuard[Iterable[Any]]:
+    """Whether a value can be iterated over."""
+    return isinstance(value, Iterable)
 
 
 def is_sequence(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
