@@ -241,6 +241,9 @@ class DiscriminatorConfig(Section):
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of LoRA adapters on the policy's weights (kind: bradley-terry); null trains a second copy of
     them."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Decoder layers of the copy, from the first (kind: bradley-terry); null copies all. Fewer layers take
+    less time and memory."""
     in_context_demonstration: bool = False
     """Put another prompt and its demonstration before the input, as an example (kind: bradley-terry)."""
     trust_remote_code: bool = False

@@ -1,5 +1,6 @@
 """Peak memory of a stage, computed from the model's shapes before any weight is loaded."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -13,6 +14,7 @@ from uniapl.data.batching import Row, batch_rows, chosen_rows
 from uniapl.functional.logprobs import CHUNK_LOGITS
 from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
+from uniapl.models.policy import keep_first_layers
 from uniapl.rollout.fused import supports_fused
 from uniapl.training.build_teacher import teacher_source
 from uniapl.training.checkpoint.disk import format_bytes
@@ -229,6 +231,9 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
         trunk, pairwise = model.base_model, settings.kind == "bradley-terry"
         if settings.model_name_or_path is not None:
             trunk = _model(AutoModel, ModelSource.resolve(_discriminator_model(config)))
+        elif settings.num_layers is not None:
+            trunk = copy.deepcopy(trunk)
+            keep_first_layers(trunk, settings.num_layers)
         learns = pairwise and settings.lora_r is None
         # With lora_r it is adapters on the policy itself; else a model, or a copy with the adapter merged.
         separate = learns or settings.model_name_or_path is not None
