@@ -124,7 +124,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a reader of the README has come to: rows, a reward, a recipe, a model by its name, two runs."""
     here = tmp_path_factory.mktemp("workshop")
     save_model(here / "Qwen" / "Qwen3-0.6B", chat_template=TEMPLATE)
-    for name in ("CHECKPOINT", "BACKBONE"):
+    for name in ("CHECKPOINT", "BACKBONE", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         shutil.copytree(here / "Qwen" / "Qwen3-0.6B", here / name)
     rows = block("README.md", '{"prompt"')
     for name in ("train.jsonl", "held_out.jsonl", "prompts.jsonl"):
