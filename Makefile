@@ -85,13 +85,11 @@ lint: $(VENV)/.developed docs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# --quiet is not used because it also hides the warnings that --strict acts on. The variable silences a notice from
-# the theme.
 docs: $(VENV)/.developed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
 
 benchmark: $(VENV)/.developed
 	$(BIN)/python benchmarks/logprob_memory.py
 
 clean:
-	rm -rf build runs
+	rm -rf .cache build runs
