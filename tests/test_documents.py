@@ -94,7 +94,7 @@ def kind(text: str) -> str:
     first = text.splitlines()[0]
     if first in SHOWN:
         return "shown"
-    if re.match(r"(uniapl|make|pip|python|git|torchrun|accelerate|cd|source|export) ", first):
+    if re.match(r"(uniapl|make|pip|python|git|torchrun|accelerate|vllm|cd|source|export) ", first):
         return "commands"
     if first.startswith('{"'):
         return "rows"
@@ -140,6 +140,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         assert cli.run(["train", "recipe.yaml", *SMALL["train"].split()]) == 0
+        assert cli.run(["demo", "--write", "runs/task"]) == 0
     for name in ("grpo", "demo", "demo-grpo"):
         shutil.copytree(here / "runs" / "primes", here / "runs" / name)
     return here
