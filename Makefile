@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo recipe test test-cases test-real-data test-vllm test-wheel torture gpu-check gpu-check-tiny lint docs benchmark clean
+.PHONY: demo recipe test test-cases test-real-data test-vllm test-wheel torture gpu-check gpu-check-tiny lint docs api benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +87,10 @@ lint: $(VENV)/.developed docs
 
 docs: $(VENV)/.developed
 	$(BIN)/zensical build --strict
+
+# The generated parts of docs/api.md and docs/configuration.md. A test fails if they are not up to date.
+api: $(VENV)/.developed
+	PYTHONPATH=tests $(BIN)/python -m support.api_page
 
 benchmark: $(VENV)/.developed
 	$(BIN)/python benchmarks/logprob_memory.py

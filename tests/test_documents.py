@@ -32,7 +32,8 @@ from uniapl.tools.functions import tool_of
 
 LEFT_OUT = {
     "docs/log.md": "dated records of what was run once, with the figures that came out",
-    "docs/api.md": "names for mkdocstrings, which the site's test resolves",
+    "docs/api.md": "signatures and examples of docstrings, written by `make api`",
+    "docs/configuration.md": "the same",
 }
 DOCUMENTS = [
     path
@@ -305,7 +306,7 @@ def test_the_search_works_from_disk(site: Path) -> None:
         page.goto((site / "decisions" / "index.html").as_uri())
         page.keyboard.press("/")
         page.keyboard.type("max_expert_gap")
-        page.wait_for_selector("a[href$='#uniapl.config.objective.ObjectiveConfig.max_expert_gap']")
+        page.wait_for_selector("a[href*='constraint.html']")
         browser.close()
     assert not [address for address in asked if not address.startswith(("file:", "about:", "data:", "blob:"))]
 
