@@ -48,11 +48,17 @@ LIMITS = (
 
 
 def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, str]:
-    """The message of each rule that fires, by the rule's name.
+    """The message of each rule that fires, by the rule's name; see :func:`evaluate_rules`."""
+    found = evaluate_rules(records, stage, stage_step=stage_step)
+    return {name: message for name, message in found.items() if message is not None}
+
+
+def evaluate_rules(records: Records, stage: Config, *, stage_step: int) -> dict[str, str | None]:
+    """The message of each rule, by the rule's name; None if the rule does not fire.
 
     Args:
         records: Metrics of the stage's steps, oldest first. The rules read the last `window` steps; some
-            compare them with the `window` steps before. With fewer than `window` steps no rule fires.
+            compare them with the `window` steps before. With fewer than `window` steps no rule is evaluated.
         stage: Configuration of the stage.
         stage_step: Finished steps of the stage.
     """
@@ -66,7 +72,7 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
     for name, metric, exceeds, key, message in LIMITS:
         mean, limit = _mean(last, metric), getattr(config, key)
         found[name] = message.format(mean, limit) if mean is not None and exceeds(mean, limit) else None
-    found |= {
+    return found | {
         "constant_rewards": _constant_rewards(last),
         "nothing_passes": _nothing_passes(last, stage),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
@@ -85,7 +91,6 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
         "tools_failing": _tools_failing(last, config.max_tool_failures),
         "no_supervised_tokens": _no_supervised_tokens(last),
     }
-    return {name: message for name, message in found.items() if message is not None}
 
 
 def is_number(value: int | float | None) -> TypeGuard[float]:
