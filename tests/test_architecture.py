@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers never import higher ones. errors has no dependencies and may be used anywhere.
 LAYERS = [
     {"functional", "tolerance", "starters"},
-    {"types", "files", "http", "threads", "intervals"},
+    {"types", "untyped", "files", "http", "threads", "intervals"},
     {"config"},
     {"data", "models"},
     {"rollout", "rewards", "discriminator", "teacher"},

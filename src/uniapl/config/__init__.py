@@ -14,6 +14,7 @@ from uniapl.config.objective import DiscriminatorConfig, ObjectiveConfig
 from uniapl.config.rollout import RolloutConfig
 from uniapl.config.section import Names, PathText, Section, Texts
 from uniapl.config.teacher import TeacherConfig
+from uniapl.untyped import is_dict, is_sequence
 
 
 class ModelConfig(Section):
@@ -106,8 +107,8 @@ class RewardsConfig(Section):
     @field_validator("functions", mode="before")
     @classmethod
     def _from_names(cls, value: Any) -> Any:
-        items = [value] if isinstance(value, (str, dict)) else value
-        if isinstance(items, (list, tuple)):
+        items = [value] if isinstance(value, str) or is_dict(value) else value
+        if is_sequence(items):
             return tuple({"name": item} if isinstance(item, str) else item for item in items)
         return value
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, JsonValue
 from uniapl.config import Config
 from uniapl.config.suggestions import unknown
 from uniapl.errors import UsageError
+from uniapl.untyped import is_dict, is_list
 
 Values = list[tuple[tuple[str, ...], Any]]
 """(path of the key, value as given), in the order of the flags."""
@@ -40,18 +41,18 @@ def apply_flags(values: dict[str, Any], parsed: Values) -> dict[str, Any]:
         target: Any = values
         for depth, part in enumerate(path, start=1):
             index: Any = part
-            if isinstance(target, list):
+            if is_list(target):
                 if not part.isdigit() or int(part) >= len(target):
                     key = ".".join(path[: depth - 1])
                     raise UsageError(f"{flag_of(path)}: {key} has {len(target)} entries, counted from 0")
                 index = int(part)
-            elif not isinstance(target, dict):
+            elif not is_dict(target):
                 raise UsageError(unknown(flag_of(path), "flag"))
             if depth == len(path):
                 target[index] = value
                 continue
-            inner = target.setdefault(part, {}) if isinstance(target, dict) else target[index]
-            target[index] = list(inner) if isinstance(inner, tuple) else inner
+            inner = target.setdefault(part, {}) if is_dict(target) else target[index]
+            target[index] = [*inner] if isinstance(inner, tuple) else inner
             target = target[index]
     return values
 
@@ -108,7 +109,7 @@ def _alternatives(annotation: Any) -> set[Any]:
     if origin is Annotated:
         return _alternatives(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return set().union(*map(_alternatives, get_args(annotation)))
+        return set[Any]().union(*map(_alternatives, get_args(annotation)))
     return {origin or annotation}
 
 
@@ -121,10 +122,10 @@ def _value(flag: str, annotation: Any, texts: list[str]) -> Any:
     if tuple in kinds and (len(texts) != 1 or str not in kinds):
         whole = _plain(texts[0]) if len(texts) == 1 and texts[0].startswith("[") else None
         # A reward function is a name or a mapping.
-        return whole if isinstance(whole, list) else [_plain(t) if t.startswith("{") else t for t in texts]
+        return whole if is_list(whole) else [_plain(t) if t.startswith("{") else t for t in texts]
     if dict in kinds:
         whole = _plain(" ".join(texts))
-        if isinstance(whole, dict):
+        if is_dict(whole):
             return whole
         if len(texts) % 2 == 0:
             return {
@@ -157,4 +158,5 @@ def _plain(text: str) -> Any:
         return text
     if value is None and text not in ("null", "~"):  # a comment, such as ####
         return text
-    return value if isinstance(value, (bool, int, float, list, dict, type(None))) else text
+    is_plain = is_list(value) or is_dict(value) or isinstance(value, (bool, int, float, type(None)))
+    return value if is_plain else text

@@ -8,10 +8,10 @@ import difflib
 import re
 import reprlib
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,6 +24,7 @@ from uniapl.config.section import flatten
 from uniapl.config.suggestions import suggestion, unknown
 from uniapl.errors import UsageError
 from uniapl.files import expand_home
+from uniapl.untyped import is_dict
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -77,15 +78,15 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_document(self, node: yaml.Node) -> Any:
         self.deep_construct = True  # Otherwise recursive aliases build recursive data.
-        return super().construct_document(node)
+        return cast("Any", super()).construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+        pairs: list[Any] = node.value if isinstance(node, yaml.MappingNode) else []
+        for key, _ in pairs:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark
-                )
+                problem = f"duplicate key '{key.value}'"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if not key.tag.endswith((":str", ":merge")):
                 problem = f"the key {key.value!r} is not text; put it in quotes"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
@@ -118,7 +119,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"the recipe '{path}' is not valid YAML: it is nested too deeply") from error
     except Exception as error:  # PyYAML lets errors of int() and date() through.
         raise UsageError(f"the recipe '{path}' contains a value that cannot be read: {error!r}") from error
-    if not isinstance(content, dict):
+    if not is_dict(content):
         raise UsageError(f"the recipe '{path}' must be a mapping of keys to values")
     return content
 
@@ -239,7 +240,7 @@ def explicit(resolved: Resolved) -> dict[str, Any]:
             if f"{prefix}{key}" in resolved.sources:
                 if resolved.sources[f"{prefix}{key}"] in ("recipe", "flag"):
                     found[key] = value
-            elif isinstance(value, dict) and (inner := kept(value, f"{prefix}{key}.")):
+            elif is_dict(value) and (inner := kept(value, f"{prefix}{key}.")):
                 found[key] = inner
         return found
 
@@ -281,12 +282,12 @@ def merge(weak: dict[str, Any], strong: dict[str, Any]) -> dict[str, Any]:
     """Both mappings, merged recursively; the second one wins."""
     merged = dict(weak)
     for key, value in strong.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        both = is_dict(value) and is_dict(merged.get(key))
         merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
-def _nested(recipe: dict[str, Any]) -> dict[str, Any]:
+def _nested(recipe: Mapping[Any, Any]) -> dict[str, Any]:
     """The recipe with dotted keys such as `discriminator.lora_r: 8` moved into their sections."""
     nested: dict[str, Any] = {}
     for key, value in recipe.items():
@@ -353,7 +354,7 @@ def _adversary_wait(config: Config, cold: str, reference: str) -> str:
         cold: The key and value of the cold start.
         reference: Those of the step at which the KL reference begins to exist.
     """
-    settings, keys = config.discriminator, []
+    settings, keys = config.discriminator, list[str]()
     without = 0 if config.batching.cold_start_prompts_per_step else config.cold_start_steps
     if settings.reads_reference and config.reference_step > without:
         keys.append(reference)
@@ -376,7 +377,7 @@ def _method(method: Any) -> str:
 
 
 @contextlib.contextmanager
-def _named(path: str | Path | None) -> Iterator[None]:
+def _named(path: str | Path | None) -> Generator[None]:
     """Put the recipe's file before each line of an error."""
     try:
         yield

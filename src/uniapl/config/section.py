@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
 from uniapl.files import expand_home
+from uniapl.untyped import is_dict
 
 
 class Section(BaseModel):
@@ -53,7 +54,7 @@ def flatten(values: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, A
     values = values.model_dump() if isinstance(values, BaseModel) else values
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
+        if is_dict(value) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -17,6 +17,7 @@ from uniapl.types import (
     Tokens,
     packed_tokens,
 )
+from uniapl.untyped import items_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,7 @@ def halves(batch: MicroBatch) -> list[MicroBatch]:
 
 def rows_of_halves(batch: MicroBatch) -> list[list[int]]:
     """The rows that each half of a micro-batch has; both have the chosen completions of their pairs."""
-    chosen = batch.chosen.tolist()
+    chosen = items_of(batch.chosen)
     own = [row for row in range(len(chosen)) if row not in chosen]
     middle = (len(own) + 1) // 2
     parts = (own[:middle], own[middle:])
@@ -280,7 +281,7 @@ def _of_rows(batch: MicroBatch, rows: list[int]) -> MicroBatch:
     values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
     tensors = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
     numbers = {row: number for number, row in enumerate(rows)}
-    chosen = [numbers.get(row, -1) for row in tensors["chosen"].tolist()]
+    chosen = [numbers.get(row, -1) for row in items_of(tensors["chosen"])]
     tensors["chosen"] = torch.tensor(chosen, device=batch.chosen.device)
     return replace(batch, **tensors, spans=tuple(batch.spans[row] for row in rows) if batch.spans else ())
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from uniapl.errors import UsageError
 from uniapl.types import Prompt
+from uniapl.untyped import is_dict, is_list, is_mapping, is_sequence
 
 Message = dict[str, Any]
 Completion = str | Message | None
@@ -199,9 +200,9 @@ def checked_messages(name: str, value: Any) -> list[Message]:
     Raises:
         UsageError: `value` holds no chat messages, or content that is not text; the error begins with `name`.
     """
-    messages = list(value) if isinstance(value, (list, tuple)) else []
+    messages = [*value] if is_sequence(value) else []
     valid = all(
-        isinstance(m, Mapping)
+        is_mapping(m)
         and isinstance(m.get("role"), str)
         and (m.get("content") is not None or m.get("tool_calls"))
         for m in messages
@@ -214,9 +215,7 @@ def checked_messages(name: str, value: Any) -> list[Message]:
     for number, message in enumerate(checked, start=1):
         message["content"] = _text(f"{name}, message {number}", message.get("content", ""))
         calls = message.get("tool_calls", [])
-        if not isinstance(calls, list) or not all(
-            isinstance(function_of(call).get("name"), str) for call in calls
-        ):
+        if not is_list(calls) or not all(isinstance(function_of(call).get("name"), str) for call in calls):
             raise UsageError(
                 f"{name}, message {number}: 'tool_calls' must be a list of {{'type': 'function', 'function': "
                 "{'name': ..., 'arguments': {...}}}"
@@ -227,13 +226,13 @@ def checked_messages(name: str, value: Any) -> list[Message]:
 def _text(name: str, content: Any) -> str:
     """Message content as text; the parts of a list are joined."""
     parts = [content] if isinstance(content, str) else content
-    if not isinstance(parts, (list, tuple)):
+    if not is_sequence(parts):
         raise UsageError(f"{name}: the content must be text or a list of text parts, got {content!r:.80}")
     texts: list[str] = []
     for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        text = part.get("text") if is_mapping(part) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
-            kind = part.get("type", part) if isinstance(part, Mapping) else part
+            kind = part.get("type", part) if is_mapping(part) else part
             if kind == "text":
                 raise UsageError(f"{name}: a part of type 'text' has no 'text': {part!r:.60}")
             raise UsageError(f"{name}: content of type {kind!r:.40} is not supported, only text; remove it")
@@ -243,15 +242,15 @@ def _text(name: str, content: Any) -> str:
 
 def _without_none(value: Any) -> Any:
     """A copy without keys whose value is None, with which Parquet fills what other rows have."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [_without_none(item) for item in value] if is_sequence(value) else value
 
 
 def function_of(tool: Any) -> Mapping[str, Any]:
     """The function of a tool or of a tool call: under 'function', or the mapping itself."""
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    return function if isinstance(function, Mapping) else {}
+    function = tool.get("function", tool) if is_mapping(tool) else None
+    return function if is_mapping(function) else {}
 
 
 def arguments_of(call: Message) -> Any:
@@ -279,10 +278,10 @@ def template_inputs(row: Mapping[str, Any]) -> tuple[list[Message] | None, dict[
             raise UsageError(f"'{name}' is text but not JSON ({error})") from error
     tools, arguments = (_without_none(value) for value in values.values())
     if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(function_of(tool).get("name"), str) for tool in tools)
+        is_list(tools) and all(isinstance(function_of(tool).get("name"), str) for tool in tools)
     ):
         raise UsageError(f"'tools' must be a list of JSON schemas of functions, got {tools!r:.80}")
-    if arguments is not None and not isinstance(arguments, dict):
+    if arguments is not None and not is_dict(arguments):
         raise UsageError(f"'chat_template_kwargs' must map names to values, got {arguments!r:.80}")
     return tools, arguments or {}
 
@@ -312,4 +311,4 @@ def with_schemas(row: Mapping[str, Any], tools: Sequence[Message], notes: set[st
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return [item for item in value if is_mapping(item)] if is_list(value) else []

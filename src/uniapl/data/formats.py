@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uniapl.errors import UsageError
+from uniapl.untyped import is_list, is_mapping
 
 CHAT_COLUMNS = (
     *("prompt", "completion", "chosen", "rejected", "messages", "conversations"),
@@ -47,7 +48,7 @@ def standard_columns(row: Mapping[str, Any], original: Mapping[str, Any]) -> dic
         return standard
     if "conversations" in row:
         messages = standard["conversations"]
-        if isinstance(messages, list) and row.get("system"):
+        if is_list(messages) and row.get("system"):
             messages = [{"role": "system", "content": row["system"]}, *messages]
         return standard | {"messages": messages}
     if "instruction" in row and ("input" in row or "output" in row):
@@ -69,13 +70,13 @@ def _from_alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _standard_messages(name: str, value: Any) -> Any:
     """Messages with `from` and `value` in a chat column as messages with `role` and `content`."""
-    if name not in CHAT_COLUMNS or not isinstance(value, list):
+    if name not in CHAT_COLUMNS or not is_list(value):
         return value
     return [_standard_message(name, message) for message in value]
 
 
 def _standard_message(name: str, message: Any) -> Any:
-    if not isinstance(message, Mapping) or not {"from", "value"} <= message.keys():
+    if not is_mapping(message) or not {"from", "value"} <= message.keys():
         return message
     role = ROLES.get(str(message["from"]))
     if role is None:

@@ -1,10 +1,11 @@
 """Marks in the texts of a conversation, by which a text that a chat template loses is found."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from uniapl.data.conversations import Message, function_of
+from uniapl.untyped import is_list, is_mapping
 
 MARK = "UniAPL{}mark"
 """Appended to every text of a conversation: a text whose mark is not rendered is lost."""
@@ -33,11 +34,11 @@ def leaves(value: Any) -> Iterator[str]:
     """The keys and texts in the arguments of a tool call."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif is_mapping(value):
         for key, item in value.items():
             yield str(key)
             yield from leaves(item)
-    elif isinstance(value, list):
+    elif is_list(value):
         for item in value:
             yield from leaves(item)
 

@@ -73,7 +73,7 @@ def parse_csv(text: str, delimiter: str) -> Iterator[NumberedRow]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         lines = (cells for cells in reader if cells)
-        names = _header(next(lines, []))
+        names = _header(next(lines, list[str]()))
         for number, cells in enumerate(lines, start=1):
             if len(cells) != len(names):
                 raise UsageError(

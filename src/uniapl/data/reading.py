@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from uniapl.config import DataConfig
 from uniapl.data.formats import CHAT_COLUMNS
 from uniapl.data.parsing import NumberedRow, parse_csv, parse_json, parse_json_lines
 from uniapl.errors import UsageError
+from uniapl.untyped import is_dict, is_list
 
 TEXT_TYPES = tuple(kind + packed for packed in ("", ".gz") for kind in (".jsonl", ".json", ".csv", ".tsv"))
 FILE_TYPES = (*TEXT_TYPES, ".parquet")
@@ -53,7 +54,7 @@ class Rows(list[NumberedRow]):
 
 
 @contextlib.contextmanager
-def named_source(rows: Iterable[NumberedRow]) -> Iterator[None]:
+def named_source(rows: Iterable[NumberedRow]) -> Generator[None]:
     """Prefix errors about rows with the file of the row; those about rows from Python remain unchanged."""
     try:
         yield
@@ -169,14 +170,13 @@ def _load_dataset(path: str, config: DataConfig) -> Rows:
     """The rows of a Hub dataset, or of a directory in the form of one or written by `save_to_disk`."""
     import datasets
 
-    load: Any = datasets.load_dataset
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             loaded: Any = datasets.load_from_disk(path)
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = loaded[config.split]
         else:
-            loaded = load(path, config.name, split=config.split, revision=config.revision)
+            loaded = datasets.load_dataset(path, config.name, split=config.split, revision=config.revision)
             if loaded.info.builder_name in ("csv", "json") and (files := _text_files(path, config)):
                 local: Any = datasets.DownloadManager().download(files)
                 pairs = zip(files, local, strict=True)
@@ -211,10 +211,12 @@ def _text_files(path: str, config: DataConfig) -> list[str]:
     import datasets
 
     options: Any = datasets.load_dataset_builder(path, config.name, revision=config.revision).config
-    files: Sequence[str] = (options.data_files or {}).get(config.split.partition("[")[0], ())
+    of_splits: Mapping[str, Sequence[str]] = options.data_files or {}
+    files = of_splits.get(config.split.partition("[")[0], ())
     keys = ("name", "version", "data_dir", "data_files", "description")
     default = type(options)(**{key: getattr(options, key) for key in keys})
-    readable = vars(options) == vars(default) and all(str(file).endswith(TEXT_TYPES) for file in files)
+    plain = options.__dict__ == default.__dict__
+    readable = plain and all(str(file).endswith(TEXT_TYPES) for file in files)
     return [str(file) for file in files] if readable else []
 
 
@@ -234,6 +236,6 @@ def _pruned(rows: Iterable[dict[str, Any]], config: DataConfig) -> Iterator[dict
 
 
 def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
+    if is_dict(value):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+    return [_without_none(item) for item in value] if is_list(value) else value

@@ -5,7 +5,7 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -88,7 +88,7 @@ class ChatTemplate:
     """Give content to the template as a list of parts, not as text."""
     json_arguments: bool = False
     """Give the arguments of tool calls as JSON text, not as a mapping."""
-    notes: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set[str])
 
     def render(self, messages: Sequence[Message], *, prompt: bool = True, marked: bool = False) -> str:
         """Text of the messages.
@@ -118,24 +118,25 @@ class ChatTemplate:
         }
         if marked:
             messages = [with_marks(index, message) for index, message in enumerate(messages)]
-        template: Any = self.tokenizer.apply_chat_template
         try:
-            return str(template([self._formed(message) for message in messages], **options))
+            formed = [self._formed(message) for message in messages]
+            return str(cast("Any", self.tokenizer).apply_chat_template(formed, **options))
         except Exception as error:  # templates raise types of their authors' choice
             raise UsageError(f"the chat template raised an error: {error}") from error
 
     @property
     def source(self) -> str:
         """The template's text."""
-        if self.tokenizer.chat_template is None and "chat_template" not in self.arguments:
+        tokenizer = cast("Any", self.tokenizer)
+        if tokenizer.chat_template is None and "chat_template" not in self.arguments:
             raise UsageError(
                 "a chat needs a chat template, but the tokenizer has none; use a chat model's tokenizer, or "
                 "strings as prompts with data.prompt_format: text (the default)"
             )
         if reserved := sorted(RESERVED & self.arguments.keys()):
             raise UsageError(f"chat_template_kwargs cannot set '{reserved[0]}'; remove it")
-        get: Any = self.tokenizer.get_chat_template
-        return str(get(self.arguments.get("chat_template"), list(self.tools) or None))
+        given = self.arguments.get("chat_template")
+        return str(tokenizer.get_chat_template(given, list(self.tools) or None))
 
     def check(self, messages: Sequence[Message], *, prompt: bool) -> None:
         """Check that every text is in the rendering, except thoughts, which templates remove from old turns.
@@ -212,8 +213,9 @@ class ChatTemplate:
         Raises:
             UsageError: The template changes the assistant's turn when results follow.
         """
-        names = [{"function": {"name": function_of(call)["name"], "arguments": {}}} for call in calls]
-        turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", **x} for x in names]}
+        named: list[Message] = [{"name": function_of(call)["name"], "arguments": {}} for call in calls]
+        called = [{"type": "function", "function": function} for function in named]
+        turn: Message = {"role": "assistant", "content": "", "tool_calls": called}
         begin = [{"role": "user", "content": "?"}, turn]
         closed, answered = self.render(begin, prompt=False), self.render([*begin, *results])
         if not answered.startswith(closed):

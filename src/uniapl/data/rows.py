@@ -21,6 +21,7 @@ from uniapl.data.rendering import ChatTemplate, Rendered, render_conversation
 from uniapl.data.tokenization import EndsEarlyError, encode_completion, encode_prompt, encode_results
 from uniapl.errors import UsageError
 from uniapl.types import EpisodeStart, Example, Given, Prompt, TokenIds, Tokens
+from uniapl.untyped import decode, encode, is_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Dataset:
     """The usable rows, and the rows that were left out."""
 
     examples: tuple[Example, ...]
-    left_out: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    left_out: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Reason -> row numbers."""
     notes: tuple[str, ...] = ()
     """What the user should know about the rows, each with their numbers."""
@@ -113,7 +114,7 @@ def _listed(numbers: list[int]) -> str:
 
 def unused_columns(rows: Iterable[tuple[int, Any]], config: DataConfig) -> list[str]:
     """Notes on names in `data.columns` that are a column of no row."""
-    known = {name for _, row in rows if isinstance(row, Mapping) for name in row}
+    known = {name for _, row in rows if is_mapping(row) for name in row}
     return [f"data.columns: no row has a column '{name}'" for name in config.columns if name not in known]
 
 
@@ -185,8 +186,8 @@ def _example(
     if isinstance(demonstration, dict):
         # A tool call is text too: as the completions of the policy are decoded.
         called = "tool_calls" in demonstration
-        decoded = tokenizer.decode(list(demonstration_ids or ()), skip_special_tokens=True) if called else ""
-        demonstration = str(decoded) or demonstration["content"]
+        decoded = decode(demonstration_ids or (), tokenizer, skip_special_tokens=True) if called else ""
+        demonstration = decoded or demonstration["content"]
     return Example(
         row=number,
         prompt=conversation.prompt,
@@ -208,7 +209,7 @@ def _example(
 
 def _columns(row: Any, config: DataConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row's values without None: under its own names, and under those of `data.columns`."""
-    if not isinstance(row, Mapping):
+    if not is_mapping(row):
         raise UsageError(f"expected a mapping of columns to values, got {row!r:.80}")
     original = {column: value for column, value in row.items() if value is not None}
     return original, _renamed(original, config.columns)
@@ -264,7 +265,7 @@ def _completion_ids(
     for index, (prompt, text) in zip(conversation.earlier, rendered.earlier, strict=True):
         turn = conversation.prompt[index]
         assert isinstance(turn, dict)
-        prompt_ids = tuple(tokenizer(prompt, add_special_tokens=False).input_ids)
+        prompt_ids = encode(prompt, tokenizer)
         earlier.append(Tokens(prompt_ids, encoded(text, turn, prompt)))
     return (
         None if demonstration is None else encoded(demonstration, conversation.completion, rendered.prompt),
@@ -373,7 +374,7 @@ def _is_empty(completion: Completion) -> bool:
 def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, is_text: bool, notes: set[str]) -> TokenIds:
     """Token ids of a prompt; a plain text gets the tokenizer's special tokens, unless it begins with them."""
     if not is_text:
-        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+        return encode(text, tokenizer)
     ids, first = encode_prompt(text, tokenizer), encode_prompt("", tokenizer)
     if first and ids[: 2 * len(first)] == first * 2:
         notes.add(

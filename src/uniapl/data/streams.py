@@ -8,6 +8,7 @@ import torch
 from uniapl.config import Config
 from uniapl.data.rows import Dataset
 from uniapl.types import Example, derive_seed
+from uniapl.untyped import items_of
 
 
 class Stream:
@@ -58,7 +59,7 @@ class Stream:
         epoch, offset = divmod(position, len(self._examples))
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, self._name, epoch))
-            self._order = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
+            self._order = (epoch, items_of(torch.randperm(len(self._examples), generator=generator)))
         return self._examples[self._order[1][offset]]
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from uniapl.data.rendering import Results
 from uniapl.errors import UsageError
 from uniapl.types import TokenIds
+from uniapl.untyped import decode, encode
 
 CONTEXTS = ("\n", ".", "a")
 """Texts to put before a completion in place of a prompt whose last token would merge with it."""
@@ -19,7 +20,7 @@ class EndsEarlyError(UsageError):
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     """Token ids of a plain text prompt, with the special tokens that the tokenizer adds at its start."""
-    ids = tuple(tokenizer(text).input_ids)
+    ids = encode(text, tokenizer, special_tokens=True)
     # Some tokenizers append EOS to every text, but a prompt that has ended cannot be continued.
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -31,14 +32,11 @@ def encode_continuation(text: str, tokenizer: PreTrainedTokenizerBase, prompt: s
     word mark that SentencePiece and Metaspace tokenizers put before a text, which reads as a space.
     """
 
-    def encode(text: str) -> TokenIds:
-        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
     for before in (prompt, *CONTEXTS):
-        start, whole = encode(before), encode(before + text)
+        start, whole = encode(before, tokenizer), encode(before + text, tokenizer)
         if before and whole[: len(start)] == start:
             return whole[len(start) :]
-    return encode(text)
+    return encode(text, tokenizer)
 
 
 def encode_completion(
@@ -70,7 +68,7 @@ def encode_completion(
     if end is None:
         return (*ids, eos_id)
     if _continues(text, ids[end + 1 :], answer, tokenizer):
-        token = str(tokenizer.decode(ids[end]))
+        token = decode([ids[end]], tokenizer)
         ordinary = ", which is not a special token" if ordinary_tokens([ids[end]], tokenizer) else ""
         raise EndsEarlyError(f"{name} continues after the end token '{token}'{ordinary}")
     return ids[: end + 1]
@@ -90,13 +88,13 @@ def encode_results(
     Raises:
         UsageError: The results merge with the turn into other tokens.
     """
-    closed, answered = (tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in results)
+    closed, answered = (encode(text, tokenizer) for text in results)
     if answered[: len(closed)] != closed:
         raise UsageError("the tokenizer joins a tool call and the tool's result into one token")
     # The turn's own stop token; without one, the sampler's turn has an end token that the template lacks.
     last = next((n for n in range(len(closed) - 1, -1, -1) if closed[n] in stop_ids), None)
-    trailing = tokenizer.decode(list(closed[last + 1 :])) if last is not None else "?"
-    if last is None or str(trailing).strip():
+    trailing = decode(closed[last + 1 :], tokenizer) if last is not None else "?"
+    if last is None or trailing.strip():
         return answered[len(closed) :]
     return answered[last + ended :]
 
@@ -123,7 +121,7 @@ def text_length(
 
 
 def _decoded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    return decode(ids, tokenizer, clean_up_tokenization_spaces=False)
 
 
 def ordinary_tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,6 +135,6 @@ def _continues(text: str, rest: TokenIds, answer: str | None, tokenizer: PreTrai
     answer = (answer or "").strip()
     if answer and answer in text:
         template_text = "".join(text.rpartition(answer)[2].split())
-        return not template_text.endswith("".join(str(tokenizer.decode(list(rest))).split()))
+        return not template_text.endswith("".join(decode(rest, tokenizer).split()))
     # The template has changed the answer: only its special tokens can be recognised.
-    return bool(str(tokenizer.decode(list(rest), skip_special_tokens=True)).strip())
+    return bool(decode(rest, tokenizer, skip_special_tokens=True).strip())

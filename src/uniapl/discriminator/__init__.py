@@ -8,6 +8,7 @@ from torch import Tensor
 
 from uniapl.data.batching import batch_sequences
 from uniapl.types import Example, Given, RolloutGroup, TokenIds
+from uniapl.untyped import items_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,6 @@ def batched_logits(
     batches = batch_sequences(sequences, max_tokens=max_tokens, packed=packed)
     logits = [0.0] * len(sequences)
     for indices in batches:
-        for index, logit in zip(indices, compute(indices).tolist(), strict=True):
+        for index, logit in zip(indices, items_of(compute(indices)), strict=True):
             logits[index] = logit
     return logits

@@ -5,7 +5,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from uniapl.models.lora import merge_in_place
 from uniapl.models.packing import Packing, packed_hidden
 from uniapl.models.policy import decoder_layers, keep_first_layers
 from uniapl.types import Example, RolloutGroup, Span, TokenIds, derive_seed
+from uniapl.untyped import items_of
 
 Tokens = tuple[TokenIds, TokenIds]
 """Prompt ids and completion ids of a sequence to score."""
@@ -143,7 +144,7 @@ class ScoreModel(nn.Module):
     def __init__(self, trunk: PreTrainedModel | LoraTrunk) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Linear(trunk.config.get_text_config().hidden_size, 1, bias=False)
+        self.head = nn.Linear(cast("Any", trunk.config).get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
 
@@ -299,7 +300,7 @@ class Replay:
     def draw(self, count: int, *, seed: int) -> list[Comparison]:
         """Return up to `count` different items in random order."""
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.items), generator=generator).tolist()
+        order = items_of(torch.randperm(len(self.items), generator=generator))
         return [self.items[index] for index in order[:count]]
 
     def state(self) -> list[dict[str, Any]]:

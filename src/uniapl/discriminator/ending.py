@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uniapl.data.tokenization import encode_continuation, text_length
 from uniapl.types import Example, Given, RolloutGroup, TokenIds
+from uniapl.untyped import decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class UniformEnding:
     def text(self, ids: TokenIds) -> str:
         """Text of a completion, without special tokens and without what closed it."""
         ids = self._open(ids)
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return decode(ids, self.tokenizer, skip_special_tokens=True)
 
     def group(self, group: RolloutGroup) -> RolloutGroup:
         """The group with its completions in the uniform form; log-probabilities no longer belong to them."""
@@ -87,4 +88,4 @@ class UniformEnding:
 
     def _decode(self, ids: Sequence[int]) -> str:
         # Special tokens stay: a policy that writes them differs from the expert.
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return decode(ids, self.tokenizer, clean_up_tokenization_spaces=False)

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ class LoraTrunk(nn.Module):
             return self._trunk[0](**inputs)
 
     @contextlib.contextmanager
-    def _adapted(self) -> Iterator[None]:
+    def _adapted(self) -> Generator[None]:
         """Attach the adapters and freeze the trunk's own weights."""
         trunk = self._trunk[0]
         trainable = [parameter for parameter in trunk.parameters() if parameter.requires_grad]

@@ -15,6 +15,7 @@ from uniapl.discriminator import Candidate
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.loading import from_pretrained, load_weights
 from uniapl.types import Prompt
+from uniapl.untyped import items_of
 
 SEPARATOR, END = "<|reward|>", "[UNUSED_TOKEN_130]"
 """The token between the two trajectories, and the last token, at which the score is read."""
@@ -45,14 +46,14 @@ class PolarFormat:
             UsageError: They cannot be loaded, or the tokenizer lacks POLAR's two tokens.
         """
         trusted = {"trust_remote_code": trust_remote_code}
-        tokenizer: Any = from_pretrained(AutoTokenizer.from_pretrained, "tokenizer", name, **trusted)
+        tokenizer: Any = from_pretrained(AutoTokenizer, "tokenizer", name, **trusted)
         for token in (SEPARATOR, END):
             ids = tokenizer.encode(token, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 raise UsageError(f"the tokenizer of '{name}' has no token '{token}': it is not a POLAR model")
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
             return PolarFormat(tokenizer=tokenizer)
-        config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
+        config = from_pretrained(AutoConfig, "discriminator", name, **trusted)
         return PolarFormat.within(tokenizer, config)
 
     @staticmethod
@@ -112,7 +113,7 @@ class Polar:
             UsageError: It cannot be loaded, or does not have exactly one output.
         """
         trusted = {"trust_remote_code": trust_remote_code}
-        config = from_pretrained(AutoConfig.from_pretrained, "discriminator", name, **trusted)
+        config = from_pretrained(AutoConfig, "discriminator", name, **trusted)
         # Without a class of its own, AutoModel would load a trunk without a head.
         own = "AutoModel" in (getattr(config, "auto_map", None) or {})
         classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") or not own
@@ -127,9 +128,8 @@ class Polar:
     @torch.no_grad()
     def score(self, candidates: Sequence[Candidate]) -> list[float]:
         """Return the logit of each candidate; the reference is the demonstration of its prompt."""
-        return self.logits(
-            [self.format.text(c.example.prompt, reference_of(c), c.text) for c in candidates]
-        ).tolist()
+        texts = [self.format.text(c.example.prompt, reference_of(c), c.text) for c in candidates]
+        return items_of(self.logits(texts))
 
     def logits(self, texts: Sequence[str]) -> Tensor:
         """Return the logits [N] of texts in POLAR's format, with gradients if the weights require them."""

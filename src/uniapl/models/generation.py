@@ -3,13 +3,14 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from uniapl.config import EvaluationConfig, RolloutConfig
 from uniapl.data.rendering import ChatTemplate, render_conversation
 from uniapl.errors import UsageError
+from uniapl.untyped import is_sequence
 
 OTHER_KEYS = {
     *("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"),
@@ -34,7 +35,7 @@ def read_generation_config(name: str, revision: str | None = None) -> Generation
         UsageError: It is invalid.
     """
     try:
-        return GenerationConfig.from_pretrained(name, revision=revision or "main")
+        return cast("Any", GenerationConfig).from_pretrained(name, revision=revision or "main")
     except Exception as error:  # transformers raises many types for an invalid file
         # A model may come without a generation configuration, but an invalid one may hide end tokens.
         if not isinstance(error, OSError) or os.path.exists(Path(name) / "generation_config.json"):
@@ -88,7 +89,7 @@ def _listed(value: Any) -> Any:
     """Texts as a list: stop_strings may be one text."""
     if isinstance(value, str):
         return [value]
-    return list(value) if isinstance(value, tuple) else value
+    return [*value] if is_sequence(value) else value
 
 
 def token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -127,7 +128,7 @@ def set_chat_template(
     elif path.endswith(TEMPLATE_FILES):
         raise UsageError(f"model.chat_template_path '{path}': file not found")
     else:
-        template = load(path).chat_template
+        template = cast("Any", load(path)).chat_template
     if not template:
         raise UsageError(f"model.chat_template_path '{path}' has no chat template")
     tokenizer.chat_template = template

@@ -3,10 +3,10 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -18,8 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, peft_utils
 
 from uniapl.config import ModelConfig
 from uniapl.data.tokenization import ordinary_tokens
@@ -35,6 +34,7 @@ from uniapl.models.lora import (
     require_peft,
 )
 from uniapl.models.tensors import refuse_other_tensors
+from uniapl.untyped import decode, is_list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +93,11 @@ class ModelSource:
         return replace(self, base=str(directory), adapter=None, revision=None)
 
 
-def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments: Any) -> Any:
-    """Call `load`, a `from_pretrained` of transformers, and report each of its errors as a UsageError.
+def from_pretrained(load: Any, what: str, name: str, **arguments: Any) -> Any:
+    """Call the `from_pretrained` of a class of transformers, and report each of its errors as a UsageError.
 
     Args:
-        load: The function to call with `name` and `arguments`.
+        load: The class, or a function that takes the same arguments.
         what: The name of the object in the error message.
         name: A directory or a Hub id.
     """
@@ -108,7 +108,7 @@ def from_pretrained(load: Callable[..., Any], what: str, name: str, **arguments:
     if os.path.isfile(name):
         raise UsageError(f"cannot load the {what} '{name}': it is a file; name a model's directory or Hub id")
     try:
-        return load(name, **arguments)
+        return getattr(load, "from_pretrained", load)(name, **arguments)
     except Exception as error:  # transformers and the Hub client raise many types
         if os.path.isdir(final := Path(name) / "final"):
             raise UsageError(
@@ -143,7 +143,7 @@ def load_weights(
     if headers_only:
         arguments["device_map"] = "meta"
     model, info = from_pretrained(
-        family.from_pretrained,
+        family,
         what,
         name,
         dtype=torch.float32,
@@ -163,7 +163,8 @@ def refuse_adapter(what: str, name: str, revision: str | None = None) -> None:
     Raises:
         UsageError: The directory or the Hub repository holds an adapter.
     """
-    if from_pretrained(find_adapter_config_file, what, name, revision=revision) is None:
+    find = cast("Any", peft_utils).find_adapter_config_file
+    if from_pretrained(find, what, name, revision=revision) is None:
         return
     remedy = f"merge it with `uniapl export {name} -o DIRECTORY` and use that directory"
     if not is_adapter(name):
@@ -284,7 +285,7 @@ def check_policy(source: ModelSource, config: ModelConfig) -> bool:
 
 
 def _known(ids: Any) -> list[int]:
-    return [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+    return [token for token in (ids if is_list(ids) else [ids]) if isinstance(token, int)]
 
 
 def load_stop_ids(
@@ -299,12 +300,12 @@ def load_stop_ids(
             `eos_token_id`.
     """
     names = [(source.base, source.revision), *([(str(source.adapter), None)] if source.adapter else [])]
-    found = [read_generation_config(*name) for name in names]
+    found: list[Any] = [read_generation_config(*name) for name in names]
     configured = [token for one in found if one is not None for token in _known(one.eos_token_id)]
     given = token_ids(source.stop_tokens, tokenizer)
     of_model = _known(getattr(model_config.get_text_config(), "eos_token_id", None))
     if ordinary := ordinary_tokens(of_model, tokenizer):
-        tokens = ", ".join(f"{token} ({tokenizer.decode(token)!r})" for token in ordinary)
+        tokens = ", ".join(f"{token} ({decode([token], tokenizer)!r})" for token in ordinary)
         raise UsageError(
             f"the configuration of the model '{source.base}' has the end token {tokens}, which is ordinary "
             "text, so every completion would end there; set eos_token_id in its config.json, which otherwise "
@@ -321,7 +322,7 @@ def save_stop_ids(stop_ids: Iterable[int], model: PreTrainedModel, directory: Pa
     """
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
     config.eos_token_id = sorted(stop_ids)
-    config.save_pretrained(directory)
+    cast("Any", config).save_pretrained(directory)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -358,4 +359,4 @@ def _load_base(source: ModelSource, *, headers_only: bool = False) -> PreTrained
 
 def _load(family: Any, what: str, source: ModelSource) -> Any:
     arguments = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    return from_pretrained(family.from_pretrained, what, source.base, **arguments)
+    return from_pretrained(family, what, source.base, **arguments)

@@ -7,9 +7,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from uniapl.config import ModelConfig
 from uniapl.errors import UsageError
 from uniapl.types import derive_seed
+from uniapl.untyped import is_dict
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -75,7 +76,7 @@ def add_adapter(
 
     assert config.lora_r is not None
     targets = config.lora_target_modules
-    modules = [f".{name}" for name, _ in model.named_modules() if name]
+    modules = [f".{name}" for name, _ in _modules(model) if name]
     missing = [end for end in targets if not any(name.endswith(f".{end}") for name in modules)]
     # PEFT ignores a missing name if another name exists.
     if missing and targets != ("all-linear",):
@@ -93,10 +94,11 @@ def add_adapter(
         task_type="CAUSAL_LM",
         revision=revision,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "adapter"))
+    random = cast("Any", torch.random)
+    with random.fork_rng(devices=[]):
+        random.manual_seed(derive_seed(seed, "adapter"))
         try:
-            model.add_adapter(settings)
+            cast("Any", model).add_adapter(settings)
         except ValueError as error:
             raise UsageError(f"model.lora_target_modules: {', '.join(targets)}: {error!s:.300}") from error
     if adapted := _adapted_tied(model):
@@ -109,7 +111,7 @@ def save_weights(model: PreTrainedModel, directory: Path) -> None:
     """Save the trained weights: an adapter in PEFT's format, or a complete model."""
     settings: Any = getattr(model, "peft_config", None)
     if settings is None:
-        model.save_pretrained(directory)
+        cast("Any", model).save_pretrained(directory)
         return
     tensors = {key: model.get_parameter(name).detach() for key, name in _parameter_names(model).items()}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / WEIGHTS)
@@ -127,7 +129,7 @@ def read_adapter(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
     adapters: Any = model.peft_config
     ours = adapters["default"].to_dict()
     # Older versions of PEFT did not write every setting; a missing one has its default value.
-    theirs = LoraConfig().to_dict() | _settings(path)
+    theirs: dict[str, Any] = {**LoraConfig().to_dict(), **_settings(path)}
     names, tensors = _parameter_names(model), _tensors(path)
     shapes = {key: model.get_parameter(name).shape for key, name in names.items()}
     different = [f"{k} {theirs[k]} instead of {ours[k]}" for k in COMPARED_SETTINGS if theirs[k] != ours[k]]
@@ -173,7 +175,7 @@ def attach_adapter(model: PreTrainedModel, path: Path) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             # Missing tensors are an error below, and `check` loads into a model without data.
             warnings.filterwarnings("ignore", "Found missing adapter keys|.* to a meta parameter")
-            adapted: Any = PeftModel.from_pretrained(model, str(path))
+            adapted = cast("Any", PeftModel).from_pretrained(model, str(path))
             # Loaded once more, because from_pretrained does not return the names that do not match.
             found = adapted.load_adapter(str(path), "default")
         if tied := _adapted_tied(adapted.get_base_model()):
@@ -215,7 +217,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def without_adapter(module: nn.Module) -> Iterator[None]:
+def without_adapter(module: nn.Module) -> Generator[None]:
     """Disable all adapters inside a module for the duration of the context."""
     layers = _adapted_layers(module).values()
     for layer in layers:
@@ -231,14 +233,18 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside a module by name; adapters do not change the names."""
     return {
         name.removesuffix(".base_layer"): layer
-        for name, layer in module.named_modules()
+        for name, layer in _modules(module)
         if isinstance(layer, nn.Linear) and ".lora_" not in name
     }
 
 
+def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(cast("Any", module).named_modules())
+
+
 def _adapted_layers(module: nn.Module) -> dict[str, Any]:
     """PEFT's layers, recognised by a method so that peft need not be installed."""
-    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "get_base_layer")}
+    return {name: layer for name, layer in _modules(module) if hasattr(layer, "get_base_layer")}
 
 
 def _adapted_tied(model: PreTrainedModel) -> str | None:
@@ -257,7 +263,7 @@ def _parameter_names(model: PreTrainedModel) -> dict[str, str]:
 
 def _settings(path: Path) -> dict[str, Any]:
     content = _read("settings", path / SETTINGS, lambda file: json.loads(file.read_text(encoding="utf-8")))
-    if not isinstance(content, dict):
+    if not is_dict(content):
         raise UsageError(f"cannot read the adapter's settings '{path / SETTINGS}': expected a JSON object")
     return content
 

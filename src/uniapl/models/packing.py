@@ -12,13 +12,12 @@ itself, and a completion to its prompt and itself. Source: our choice; the idea 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.integrations import sdpa_attention
 
 from uniapl.types import Span
 
@@ -167,7 +166,8 @@ def attend(
     """
     if packing is None:
         options["sliding_window"] = sliding_window
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        sdpa = cast("Any", sdpa_attention).sdpa_attention_forward
+        return sdpa(module, query, key, value, attention_mask, **options)
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise ValueError("packed attention supports neither soft caps nor attention sinks")
     # [N, H, D]: one gather per block fetches all heads of a token.
@@ -193,9 +193,9 @@ def attend(
     return torch.cat(outputs).index_select(0, packing.outputs).unsqueeze(0), None
 
 
-AttentionInterface.register(NAME, attend)
+cast("Any", AttentionInterface).register(NAME, attend)
 # Without a packing, the masks are those of sdpa.
-AttentionMaskInterface.register(NAME, sdpa_mask)
+cast("Any", AttentionMaskInterface).register(NAME, cast("Any", masking_utils).sdpa_mask)
 
 
 def can_pack(trunk: nn.Module) -> bool:

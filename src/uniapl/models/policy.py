@@ -2,9 +2,9 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from uniapl.errors import UsageError
 from uniapl.functional import logprobs_from_logits, selected_logprobs, top_logprobs
 from uniapl.models.packing import Packing, can_pack, packed_hidden
 from uniapl.types import MicroBatch, Span
+from uniapl.untyped import is_sequence
 
 
 def inputs_of(batch: MicroBatch, mask: Tensor) -> tuple[Any, ...]:
@@ -22,12 +23,12 @@ def inputs_of(batch: MicroBatch, mask: Tensor) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def layer_outputs(trunk: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
+def layer_outputs(trunk: nn.Module, layers: Sequence[int]) -> Generator[list[Tensor]]:
     """Yield a list that receives the outputs of decoder layers, numbered from 1, in the forward pass."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if is_sequence(output) else output)
 
     handles = [decoder_layers(trunk)[layer - 1].register_forward_hook(keep) for layer in sorted(layers)]
     try:
@@ -152,7 +153,10 @@ class Policy(nn.Module):
             results += (_spread(logprobs[:, 1:], mask),)
         if not extras.layers:
             return results
-        own = (lambda x: x[0][packing.slots[:, 1:][selected]]) if packing else (lambda x: x[:, 1:][selected])
+
+        def own(states: Tensor) -> Tensor:
+            return states[0][packing.slots[:, 1:][selected]] if packing else states[:, 1:][selected]
+
         return *results, torch.cat([own(output).float() for output in outputs], dim=-1)
 
     @torch.no_grad()
@@ -193,7 +197,7 @@ class Policy(nn.Module):
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the language-model head."""
-        head: Any = self.model.get_output_embeddings()
+        head = cast("Any", self.model).get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Any]:
@@ -203,9 +207,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> bool:
         """Whether the logits are the linear head applied to the last hidden states."""
-        head, trunk = self.model.get_output_embeddings(), self.model.base_model
+        model = cast("Any", self.model)
+        head, trunk = model.get_output_embeddings(), model.base_model
         # A soft cap hardly changes the small logits of a new model, but those of a trained one.
-        capped = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         if not isinstance(head, nn.Linear) or trunk is self.model or capped:
             return False
         positions = torch.arange(4, device=self.model.device).unsqueeze(0)

@@ -16,16 +16,12 @@ the loss, and are counted in ``rewards/<name>/error_rate`` or ``timeout_rate``. 
 which would be a score.
 """
 
-from uniapl.rewards import (  # noqa: F401 - they register their functions
-    answers,
-    builtin,
-    code,
-    formats,
-    instructions,
-    model,
-)
+from uniapl.rewards import answers, builtin, code, formats, instructions, model
 from uniapl.rewards.base import Rewarder, RewardFunction, RowCheck
 from uniapl.rewards.finding import register
 from uniapl.rewards.scoring import RewardOutcome, extra_columns
+
+REGISTERED = (answers, builtin, code, formats, instructions, model)
+"""Modules that register their functions when they are imported."""
 
 __all__ = ["RewardFunction", "RewardOutcome", "Rewarder", "RowCheck", "extra_columns", "register"]

@@ -57,7 +57,7 @@ class RowCheck:
         RowCheck(unusable={17: "none of its functions agrees with its cases"}, notes=["sandbox: landlock"])
     """
 
-    unusable: Mapping[int, str] = field(default_factory=dict)
+    unusable: Mapping[int, str] = field(default_factory=dict[int, str])
     """Row number -> why the function does not apply to that row."""
     notes: Sequence[str] = ()
     """Messages for the user."""
@@ -76,7 +76,7 @@ class NamedReward:
     function: functools.partial[Any]
     weight: float
     required_columns: tuple[str, ...]
-    unusable: Mapping[int, str] = field(default_factory=dict)
+    unusable: Mapping[int, str] = field(default_factory=dict[int, str])
     """See :class:`RowCheck`."""
 
     def applies_to(self, example: Example) -> bool:

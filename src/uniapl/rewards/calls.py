@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from uniapl.rewards import event_loop
 from uniapl.rewards.event_loop import RewardTimeoutError, loop_thread
 from uniapl.threads import DeadlineError, call_with_deadline
 from uniapl.types import Example
+from uniapl.untyped import is_iterable
 
 Completion = str | list[dict[str, Any]]
 """The text of a completion, or the messages of a trajectory."""
@@ -129,11 +130,10 @@ def error_location(error: Exception) -> str:
 
 def _checked(result: Any, count: int) -> list[Value]:
     """The result as floats, Nones and exceptions; raises WrongFormError."""
+    kind = type(result).__name__
     # A set has no order.
-    if isinstance(result, (str, bytes, dict, set, frozenset)) or not isinstance(result, Iterable):
-        raise WrongFormError(
-            f"must return a list with one value per completion, returned {type(result).__name__}"
-        )
+    if isinstance(result, (str, bytes, dict, set, frozenset)) or not is_iterable(result):
+        raise WrongFormError(f"must return a list with one value per completion, returned {kind}")
     # A generator may be infinite.
     values = list(itertools.islice(result, count + 1))
     if len(values) != count:

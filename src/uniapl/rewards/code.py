@@ -19,6 +19,7 @@ from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.finding import register
 from uniapl.rewards.sandbox import Job, Sandbox, SandboxError, SandboxTimeoutError, Verdict
 from uniapl.types import Example
+from uniapl.untyped import is_mapping, is_sequence
 
 ATTEMPTS = 3
 """Times that a case may exceed its time limit, so that load on the machine does not drop a function."""
@@ -147,8 +148,8 @@ def _problem(
 def _sources(value: Any) -> list[str]:
     """The sources in `eval_func`: one, a list, or AutoIF's list of [source, score]; or JSON of these."""
     parsed = _parsed(value)
-    parsed = parsed if isinstance(parsed, list | tuple) else [parsed]
-    items = [item[0] if isinstance(item, list | tuple) and item else item for item in parsed]
+    entries = parsed if is_sequence(parsed) else [parsed]
+    items = [entry[0] if is_sequence(entry) and entry else entry for entry in entries]
     sources = [item for item in items if isinstance(item, str)]
     if sources and len(sources) == len(items):
         return list(dict.fromkeys(sources))
@@ -157,12 +158,11 @@ def _sources(value: Any) -> list[str]:
 
 def _cases(value: Any) -> list[tuple[str, bool]]:
     """The cases, if any: [text, bool] pairs, or mappings with `input` and `output`, or the text of these."""
-    parsed = _parsed(value) if value is not None else []
+    parsed = _parsed(() if value is None else value)
     found: list[tuple[str, bool]] = []
-    for item in parsed if isinstance(parsed, Sequence) and not isinstance(parsed, str) else [None]:
-        if isinstance(item, Mapping):
-            item = (item.get("input"), item.get("output"))
-        text, expected = item if isinstance(item, Sequence) and len(item) == 2 else (None, None)
+    for item in parsed if is_sequence(parsed) else [None]:
+        pair = (item.get("input"), item.get("output")) if is_mapping(item) else item
+        text, expected = pair if is_sequence(pair) and len(pair) == 2 else (None, None)
         if isinstance(expected, str):
             expected = {"true": True, "false": False}.get(expected.strip().lower())
         if not isinstance(text, str) or not isinstance(expected, bool):

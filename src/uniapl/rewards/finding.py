@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from uniapl.errors import UsageError
@@ -58,7 +59,7 @@ def find_function(
     return function
 
 
-def _defined(module: Any, attribute: str, thing: str) -> str:
+def _defined(module: ModuleType, attribute: str, thing: str) -> str:
     """The end of an error: the functions or classes that a module itself defines."""
     is_one = inspect.isclass if thing == "class" else inspect.isfunction
     own = [

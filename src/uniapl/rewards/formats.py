@@ -13,6 +13,7 @@ from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.finding import register
 from uniapl.rewards.instructions import text_after
 from uniapl.types import Example
+from uniapl.untyped import is_dict, is_list
 
 THINK_FORMAT = re.compile(r"^<think>(?!.*<think>)(.*?)</think>.*$", re.DOTALL | re.MULTILINE)
 """TRL's pattern."""
@@ -37,7 +38,7 @@ def json_schema(
         answer_after: Only the text after this mark is scored, e.g. "</think>"; a completion without the mark
             counts as empty.
     """
-    schemas = schema if isinstance(schema, list) else [schema] * len(completions)
+    schemas = schema if is_list(schema) else [schema] * len(completions)
     scores: list[float | Exception] = []
     for completion, wanted in zip(completions, schemas, strict=True):
         validator = _validator(_as_json(wanted))
@@ -93,7 +94,7 @@ def _validator(text: str) -> Any:
         schema: Any = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"json_schema: the schema is not JSON ({error}): {text:.80}") from error
-    if not isinstance(schema, bool | dict):
+    if not (isinstance(schema, bool) or is_dict(schema)):
         raise UsageError(f"json_schema: a schema must be a mapping, not {text:.80}")
     kind: Any = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:

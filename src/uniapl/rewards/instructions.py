@@ -5,7 +5,7 @@ for each (None if an argument has no value). Completions are scored as by IFEval
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from uniapl.errors import UsageError
@@ -14,6 +14,7 @@ from uniapl.rewards.builtin import completion_text
 from uniapl.rewards.checkers import Instruction, load_checkers, parameters
 from uniapl.rewards.finding import register
 from uniapl.types import Example, Prompt, prompt_text
+from uniapl.untyped import is_mapping, is_sequence
 
 Criterion = Literal["strict", "loose", "share"]
 LISTS = {"keywords", "forbidden_words"}
@@ -86,9 +87,9 @@ def instructions(prompt: Prompt, ids: Any, arguments: Any) -> list[Instruction]:
         UsageError: An instruction is unknown, or arguments are missing, superfluous or of a wrong type.
     """
     ids, arguments = _parsed(ids), _parsed(arguments)
-    if not isinstance(ids, list | tuple) or not ids or not all(isinstance(id_, str) for id_ in ids):
+    if not is_sequence(ids) or not ids or not all(isinstance(id_, str) for id_ in ids):
         raise UsageError(f"'instruction_id_list' must be a list of names, not {ids!r:.80}")
-    if not isinstance(arguments, list | tuple) or len(arguments) != len(ids):
+    if not is_sequence(arguments) or len(arguments) != len(ids):
         raise UsageError(
             f"'kwargs' must hold one mapping for each of {len(ids)} instructions: {arguments!r:.80}"
         )
@@ -98,7 +99,7 @@ def instructions(prompt: Prompt, ids: Any, arguments: Any) -> list[Instruction]:
 
 
 def _instruction(prompt: Prompt, id_: str, given: Any) -> Instruction:
-    if not isinstance(given, Mapping):
+    if not is_mapping(given):
         raise UsageError(f"'kwargs' of '{id_}' must be a mapping, not {given!r:.80}")
     needed = parameters(id_)
     # 0 and "" are values; only None means that there is none.

@@ -75,7 +75,7 @@ def _load(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer: Any = from_pretrained(AutoTokenizer.from_pretrained, "reward model's tokenizer", name)
+    tokenizer: Any = from_pretrained(AutoTokenizer, "reward model's tokenizer", name)
     model: Any = load_weights(AutoModelForSequenceClassification, "reward model", name)
     if model.config.num_labels != 1:
         raise UsageError(f"'{name}' has {model.config.num_labels} outputs; a reward model must have one")

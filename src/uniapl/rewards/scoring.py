@@ -36,9 +36,9 @@ class RewardOutcome:
     message: str | None = None
     """The first failure."""
     seconds: float = 0.0
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
     """Column -> what the function logged for each sample by `log_extra`; None if it logged nothing."""
-    metrics: dict[str, list[float]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """Metric -> the values that the function logged by `log_metric`."""
 
     def followed_by(self, other: "RewardOutcome") -> "RewardOutcome":
@@ -64,8 +64,8 @@ class RewardOutcome:
 class CallLog:
     """What a function logs in one call, by TRL's `log_extra` and `log_metric`."""
 
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
+    metrics: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
         """Add values, one per completion, to a column of completions.jsonl."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from uniapl.http import RequestError, check_url, request_json
 from uniapl.rollout import SampledTokens, SampleRequest
 from uniapl.rollout.settings import warps
 from uniapl.threads import DeadlineError, call_with_deadline, map_in_threads
+from uniapl.untyped import is_dict
 
 Result = TypeVar("Result")
 
@@ -104,7 +105,9 @@ class Colocated:
             vllm.SamplingParams(**one, detokenize="stop" in params) for one in _of_prompts(request, params)
         ]
         rows = [{"prompt_token_ids": list(prompt)} for prompt in request.prompts]
-        outputs = self._call(lambda: self.llm.generate(rows, per_prompt, use_tqdm=False)) if rows else []
+        outputs = list[Any]()
+        if rows:
+            outputs = self._call(lambda: self.llm.generate(rows, per_prompt, use_tqdm=False))
         return [
             [
                 (list(o.token_ids), [at[i].logprob for i, at in zip(o.token_ids, o.logprobs, strict=True)])
@@ -116,7 +119,7 @@ class Colocated:
     def _start(self, directory: Path) -> Any:
         vllm = importlib.import_module("vllm")
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
+            cast("Any", self.tokenizer).save_pretrained(directory)
         try:
             return vllm.LLM(
                 model=str(directory),
@@ -152,7 +155,7 @@ class Server:
         kwargs = {"weights_path": str(directory)}
         self._post(RELOAD, {"method": "reload_weights", "kwargs": kwargs, "timeout": self.timeout})
         response = self._post("/reset_prefix_cache")
-        if not isinstance(response, dict) or response.get("success") is not True:
+        if not is_dict(response) or response.get("success") is not True:
             raise EngineLostError(f"{self.url} did not drop its prefix cache ({response})")
 
     def generate(self, request: SampleRequest, params: dict[str, Any]) -> list[list[SampledTokens]]:

@@ -202,7 +202,7 @@ def _join(linears: Sequence[nn.Linear], dtype: torch.dtype, *, order: Tensor | N
     """One projection with the outputs of several, in the given order."""
     # A single weight, such as the large output head, is not copied twice.
     weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    biases: list[Tensor] = [x for linear in linears if (x := getattr(linear, "bias", None)) is not None]
     bias = torch.cat(biases) if biases else None
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
@@ -370,4 +370,4 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *,
     attended = F.scaled_dot_product_attention(
         query.flatten(2, 3), keys, values, attn_mask=mask, scale=scaling
     )
-    return attended.unflatten(2, query.shape[2:4]).transpose(1, 2).reshape(rows, -1)
+    return attended.view(n, key_heads, *query.shape[2:4], head_dim).transpose(1, 2).reshape(rows, -1)

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from uniapl.rollout.fused import FusedDecoder, Weights, same_logits, supports_fu
 from uniapl.rollout.plain import PlainDecoder
 from uniapl.rollout.settings import SamplingSettings, warps
 from uniapl.types import Rollout, TokenIds
+from uniapl.untyped import items_of
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 """Tokens between two checks for finished rows; on an accelerator every check is a synchronisation."""
@@ -99,7 +100,7 @@ class LocalSampler:
             return same_logits(self.model)
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _evaluating(self) -> Generator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
@@ -111,7 +112,11 @@ class LocalSampler:
     def _decoder(self, max_completion_length: int) -> Callable[..., Decoder]:
         """Return a function that makes the decoder of some prompts with G rows each."""
         if not self.fused:
-            return lambda prompts, count, **_: PlainDecoder(self.model, self.pad_id, prompts, count)
+
+            def plain(prompts: Sequence[TokenIds], count: int, **_: Any) -> PlainDecoder:
+                return PlainDecoder(self.model, self.pad_id, prompts, count)
+
+            return plain
         return functools.partial(
             FusedDecoder, Weights(self.model), max_completion_length=max_completion_length
         )
@@ -153,7 +158,7 @@ class LocalSampler:
                 break
             history = None if history is None else torch.cat([history, tokens.unsqueeze(-1)], dim=1)
             if (position + 1) % check_every == 0 and finished.any():
-                for place in finished.nonzero().flatten().tolist()[: most_kept - len(kept)]:
+                for place in items_of(finished.nonzero().flatten())[: most_kept - len(kept)]:
                     if (cache := decoder.row_cache(place)) is not None:
                         kept[int(rows[place])] = cache
                 keep = unfinished_rows(finished)
@@ -163,10 +168,11 @@ class LocalSampler:
                 rows, tokens, uniforms, finished = (x[keep] for x in (rows, tokens, uniforms, finished))
                 windows, history = (None if x is None else x[keep] for x in (windows, history))
             logits = decoder.step(tokens)
-        columns = (torch.cat(column).tolist() for column in zip(*sampled, strict=True))
+        columns = (items_of(torch.cat(column)) for column in zip(*sampled, strict=True))
         for row, token, logprob in zip(*columns, strict=True):
-            completions[row][0].append(token)
-            completions[row][1].append(logprob)
+            ids, values = completions[int(row)]
+            ids.append(token)
+            values.append(logprob)
         return completions, kept
 
     def _history(self, prompts: Sequence[TokenIds], num_generations: int) -> Tensor | None:
@@ -238,7 +244,7 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     if size <= BLOCK:
         return _pick(probs.double(), uniforms)[0]
     count = size // BLOCK
-    blocks = probs[:, : count * BLOCK].unflatten(-1, (count, BLOCK)).sum(-1)
+    blocks = probs[:, : count * BLOCK].view(-1, count, BLOCK).sum(-1)
     rest = probs[:, count * BLOCK :].sum(-1, keepdim=True)
     block, within = _pick(torch.cat([blocks, rest], dim=-1).double(), uniforms)
     columns = BLOCK * block.unsqueeze(-1) + torch.arange(BLOCK, device=probs.device)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class AutocastCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens to a layer; return all of its keys and values."""
         key_states, value_states = key_states.to(self.dtype), value_states.to(self.dtype)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return cast("Any", super()).update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class PlainDecoder:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from uniapl.config import Config, EvaluationConfig, RolloutConfig
 from uniapl.errors import UsageError
 from uniapl.rollout import SampledTokens
 from uniapl.types import Rollout
+from uniapl.untyped import decode, encode, items_of
 
 
 class StopStrings:
@@ -43,14 +44,14 @@ class StopStrings:
         """
         self.strings = tuple(strings)
         for text in self.strings:
-            ids = tokenizer(text, add_special_tokens=False).input_ids
+            ids = encode(text, tokenizer)
             # Some tokenizers remove white space around a text, which completions may have.
-            if text.strip() not in str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)):
+            if text.strip() not in decode(ids, tokenizer, clean_up_tokenization_spaces=False):
                 raise UsageError(
                     f"stop_strings: the tokenizer cannot write {text!r}, so no completion would end there"
                 )
         try:
-            self._criterion = StopStringCriteria(tokenizer, list(strings))
+            self._criterion = cast("Any", StopStringCriteria)(tokenizer, list(strings))
         except ValueError as error:
             # transformers writes "abcdef" before each token to see its text.
             raise UsageError(
@@ -68,15 +69,15 @@ class StopStrings:
 
     def complete(self, windows: Tensor) -> Tensor:
         """[rows], True if the last token of a window [rows, width] completes one of the texts."""
-        return self._criterion(windows, None)  # type: ignore[arg-type]
+        return self._criterion(windows, None)
 
     def end(self, ids: Sequence[int]) -> int | None:
         """Number of tokens up to and including the first that completes a text; None if no token does."""
         before = [self._nothing] * (self.width - 1)
         # The criterion's tables stay on the device of the sampler.
-        table: Any = self._criterion.embedding_vec
-        tokens = torch.tensor([*before, *ids], device=table.device)
-        complete = self.complete(tokens.unfold(0, self.width, 1)).tolist()
+        device = self._criterion.embedding_vec.device
+        tokens = torch.tensor([*before, *ids], device=device)
+        complete = items_of(self.complete(tokens.unfold(0, self.width, 1)))
         return complete.index(True) + 1 if True in complete else None
 
 
@@ -149,7 +150,7 @@ class SamplingSettings:
     @functools.cached_property
     def processors(self) -> LogitsProcessorList:
         """What changes the logits before a token is drawn, or at temperature 0 the largest is taken."""
-        found = LogitsProcessorList()
+        found: list[Any] = []
         if self.repetition_penalty != 1:
             found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self.temperature not in (0, 1):
@@ -160,7 +161,7 @@ class SamplingSettings:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             found.append(TopPLogitsWarper(self.top_p))
-        return found
+        return LogitsProcessorList(found)
 
     def rollouts(self, completions: Iterable[SampledTokens], policy_version: int) -> tuple[Rollout, ...]:
         """The rollouts of one prompt, cut after what ends them.

@@ -6,11 +6,11 @@ then shows that it did: a short completion of vLLM's, whose log-probabilities th
 
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from uniapl.rollout.engines import Colocated, EngineLostError, Server
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.threads import in_background
 from uniapl.types import Rollout, TokenIds
+from uniapl.untyped import items_of
 
 Result = TypeVar("Result")
 
@@ -164,7 +165,7 @@ class VLLMSampler:
         with self.autocast():
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         try:
-            model.save_pretrained(self.directory, state_dict=_state(model, dtype))
+            cast("Any", model).save_pretrained(self.directory, state_dict=_state(model, dtype))
             self.engine.load(self.directory.resolve())
         except (OSError, SafetensorError) as error:
             raise UniAPLError(
@@ -205,7 +206,7 @@ class VLLMSampler:
             logits = self.model(input_ids=ids, use_cache=False).logits
         logits = logits[0, len(prompt) - 1 : -1].float()
         temperature = torch.full((len(logits),), self.settings.temperature, device=ids.device)
-        return logprobs_from_logits(logits, ids[0, len(prompt) :], temperature)[0].tolist()
+        return items_of(logprobs_from_logits(logits, ids[0, len(prompt) :], temperature)[0])
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tenso
 
 
 @contextmanager
-def _resume_hint() -> Iterator[None]:
+def _resume_hint() -> Generator[None]:
     try:
         yield
     except UniAPLError as error:

@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 import time
+from typing import Any
 
 # Modules that verifiers often import: loaded here once, each forked child has them in memory.
 for module in "collections datetime functools itertools math re statistics string unicodedata".split():
@@ -69,7 +70,7 @@ def restrict_calls(program: bytes) -> bool:
     return libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filter_), 0, 0) == 0
 
 
-def run_child(job: dict, results: int, settings: dict, program: bytes | None) -> None:
+def run_child(job: dict[str, Any], results: int, settings: dict[str, Any], program: bytes | None) -> None:
     """Run the function of a job in this process, which exits afterwards, and write its result."""
     os.setsid()
     output = os.memfd_create("output")
@@ -89,7 +90,7 @@ def run_child(job: dict, results: int, settings: dict, program: bytes | None) ->
     if program is not None and not restrict_calls(program):
         os._exit(1)
     try:
-        names: dict = {"__name__": "verifier"}
+        names: dict[str, Any] = {"__name__": "verifier"}
         exec(compile(job["source"], "<verifier>", "exec"), names)
         if "evaluate" not in names:
             raise NameError("the source defines no function 'evaluate'")
@@ -101,7 +102,7 @@ def run_child(job: dict, results: int, settings: dict, program: bytes | None) ->
     os.write(3, json.dumps(result).encode())
 
 
-def run_job(job: dict, settings: dict, program: bytes | None) -> dict:
+def run_job(job: dict[str, Any], settings: dict[str, Any], program: bytes | None) -> dict[str, Any]:
     """The result of a job, or why there is none. No process that it started is left when this returns."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -137,7 +138,7 @@ def run_job(job: dict, settings: dict, program: bytes | None) -> dict:
     with contextlib.suppress(ValueError):
         result = json.loads(written)
         if isinstance(result, dict) and {"value", "error"} & result.keys():
-            return result
+            return result  # pyright: ignore[reportUnknownVariableType] - uniapl.untyped is outside of the jail
     return {"error": "ended without a result"}
 
 
