@@ -205,7 +205,7 @@ MISMATCHED_OF_HEAD = 3
 KEYS_OF_KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("reference-likelihood",): ("likelihood_scale",),
     ("head",): ("layers", "log_probability_features"),
-    ("bradley-terry",): ("lora_r", "in_context_demonstration", "label_smoothing"),
+    ("bradley-terry",): ("lora_r", "num_layers", "in_context_demonstration", "label_smoothing"),
     ("head", "bradley-terry"): (
         *("learning_rate", "weight_decay", "max_grad_norm", "loss", "mismatched_demonstrations"),
         *("warmup_steps", "updates_per_step", "replay_fraction", "replay_size", "held_out_fraction"),
