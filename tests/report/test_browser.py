@@ -20,6 +20,7 @@ from support.report_runs import (
     write_run,
 )
 from uniapl.report import write_report
+from uniapl.report.analysis import smoothed
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
@@ -213,6 +214,9 @@ def test_charts_react_to_pointer_keys_and_controls(small: Path, open_page: Open)
     assert page.inner_text("#smoothing-value") == "25 %"
     assert line.get_attribute("d") != before
     assert chart.locator("path.raw").get_attribute("d") == before
+    values = [3.0, 6.0, None, 13.0]
+    smooth = page.evaluate("([values, fraction]) => smoothed(values, fraction)", [values, 2 / 3])
+    assert smooth == pytest.approx(smoothed(values, 2 / 3)), "as in Python, whose values are by hand"
     norm = page.locator(".chart", has=page.get_by_role("heading", name="Gradient norm", exact=True))
     before = norm.locator("path.raw").get_attribute("d")
     norm.get_by_role("button", name="log").click()

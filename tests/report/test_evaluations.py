@@ -18,6 +18,7 @@ SUITE = {
     "eval/held_out/reward": 0.5,
     "eval/held_out/mean_length": 20.5,
     "eval/held_out/unscored": 0.0,
+    "eval/ifeval/reward": 0.0,
     "eval/ifeval/prompt_strict": 0.125,
     "eval/ifeval/truncated": 0.5,
 }
@@ -42,6 +43,7 @@ def test_the_base_model_and_the_last_step(tmp_path: Path) -> None:
         ("held_out/good", ["0.250", "0.750", "+0.500"]),
         ("held_out/reward", ["0.500", "0.500", "+0.000"]),
         ("held_out/mean_length", ["20.500", "18.000", "-2.500"]),
+        ("ifeval/reward", ["0.000", "0.000", "+0.000"]),
         ("ifeval/prompt_strict", ["0.125", "0.125", "+0.000"]),
         ("ifeval/truncated", ["0.500", "0.500", "+0.000"]),
     ]
@@ -63,6 +65,8 @@ def test_a_score_that_fell_is_a_warning(tmp_path: Path) -> None:
         True,
     )
     assert learning(run)["kind"] == "warn", "the reward rose"
+    two = {0: {"eval/a": 0.5, "eval/b": 0.5}, 10: {"eval/a": 0.4, "eval/b": 0.6}}
+    assert learning(run_of(tmp_path / "one", two))["kind"] == "warn"
     assert (
         learning(run_of(tmp_path / "rose", {0: {"eval/mine": 0.5}, 10: {"eval/mine": 0.6}}))["kind"] == "good"
     )

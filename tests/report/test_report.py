@@ -410,6 +410,14 @@ def test_a_reward_of_1_up_to_rounding_counts_as_1(tmp_path: Path) -> None:
     assert found["Completions with reward 1"] == "75.0% → 75.0%"
 
 
+def test_steps_without_completions_are_not_compared(tmp_path: Path) -> None:
+    """After two steps of cold start, the first five steps with completions are 3 to 7, the last 8 to 12."""
+    rows = [prompt_row(step, [answer(reward=float(step > 5))]) for step in range(3, 13)]
+    path = write_run(tmp_path / "run", metric_rows(12), rows)
+    found = {tile["label"]: tile["value"] for tile in summary.tiles(read_run(path))}
+    assert found["Completions with reward 1"] == "40.0% → 100.0%"
+
+
 def test_durations() -> None:
     said = [summary.duration(seconds) for seconds in (1.26, 59.94, 61.0, 3725.0)]
     assert said == ["1.3 s", "59.9 s", "1 min 1 s", "1 h 2 min"]

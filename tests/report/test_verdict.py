@@ -14,6 +14,7 @@ from uniapl.report.charts import curves
 from uniapl.report.health_rules import RULES, unevaluated
 from uniapl.report.page import render
 from uniapl.report.reading import RunData, read_run
+from uniapl.report.summary import results
 from uniapl.report.verdict import health_of, learning, verdict, without_gradient
 from uniapl.training.monitor import health
 
@@ -37,6 +38,7 @@ def test_a_reward_that_rises(tmp_path: Path) -> None:
             "+0.500, 95 % interval +0.269 to +0.731)."
         ],
     }
+    assert results(run) == [{"label": "Reward", "value": "0.300 → 0.800"}]
 
 
 def test_what_falls_and_what_is_noise(tmp_path: Path) -> None:
@@ -167,6 +169,7 @@ def test_rules_that_had_too_few_steps(tmp_path: Path) -> None:
     assert missing(0, 10) == ([], False)
     assert missing(4, 4) == (["constant_rewards", "length_explosion"], False)
     assert missing(4, 5) == (["length_explosion"], False)
+    assert missing(5, 5) == (["length_explosion"], False), "the first of two windows has no value"
     assert missing(4, 6) == ([], False), "the first of two windows has a value"
     item = health_of(run_of(tmp_path, [sampled] * 9, method="grpo", health={"window": 5}))
     assert item["texts"] == [
