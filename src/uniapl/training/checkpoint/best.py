@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from uniapl.files import write_text
+from uniapl.report.reading import BEST
 from uniapl.training.checkpoint.directory import (
-    BEST,
     MANIFEST,
     STATE,
     best_step,

@@ -22,12 +22,11 @@ from torch.optim import Optimizer
 
 from uniapl.errors import UsageError
 from uniapl.files import TEMPORARY_PREFIX, sync, sync_tree
+from uniapl.report.reading import BEST
 from uniapl.training.distributed.fsdp import like
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-BEST = "best.json"
-"""File of a run that names its best checkpoint."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

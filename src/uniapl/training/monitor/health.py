@@ -18,8 +18,6 @@ alone produces such a rise in one comparison out of thirty, before the other con
 DIVERGING = 3.0
 """The same for the two movements of a divergence, which every step compares. Our choice: at 2, a run of the
 demo had both by chance, in one step out of a hundred."""
-NO_GRADIENT = 1e-6
-"""A gradient's norm up to this value is rounding. Our choice."""
 SMALL_KL = 0.1
 """Nats per token; no smaller KL counts as a jump. Our choice."""
 CALLS = "tools/call_frequency"
@@ -96,26 +94,6 @@ def evaluate_rules(records: Records, stage: Config, *, stage_step: int) -> dict[
 def is_number(value: int | float | None) -> TypeGuard[float]:
     """Whether the value is known and finite."""
     return value is not None and math.isfinite(value)
-
-
-def without_gradient(records: Records) -> str | None:
-    """Why a run did not change its model; None if any of its steps had a gradient.
-
-    Args:
-        records: All steps of the run.
-    """
-    trained = [r for r in records if not is_number(r.get("grad_norm")) or r["grad_norm"] > NO_GRADIENT]
-    if trained or not records:
-        return None
-    ties, rewards = _values(records, "frac_reward_zero_std"), _values(records, "reward")
-    found = "no step had a gradient, so the model has not learned anything"
-    if ties and min(ties) == 1:
-        return (
-            f"{found}: all completions of a prompt had the same reward in every step (mean "
-            f"{statistics.fmean(rewards):.3f}). Look at the rewards in completions.jsonl, and use easier or "
-            "harder prompts, a graded reward, or demonstrations"
-        )
-    return f"{found}: see tokens/, weight/ and groups/mixed in metrics.jsonl for what each step trained on"
 
 
 def _constant_rewards(last: Records) -> str | None:
