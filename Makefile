@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo recipe test test-cases test-real-data test-vllm test-wheel torture gpu-check gpu-check-tiny lint docs api benchmark clean
+.PHONY: demo recipe test coverage test-cases test-real-data test-vllm test-wheel torture gpu-check gpu-check-tiny lint docs api benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,14 @@ recipe: $(VENV)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal
+
+# The fraction of the lines of src/uniapl that all tests run, which must be at least 90 %; it lists files with lines
+# that no test runs.
+coverage: $(VENV)/.developed
+	rm -rf build/coverage* && mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --quiet --numprocesses 2 --dist worksteal
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # Only the inputs that failed before, which were collected from public reports: the tests marked case(number).
 test-cases: $(VENV)/.developed
