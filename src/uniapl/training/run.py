@@ -198,7 +198,7 @@ class Run:
         record["step_time"] = view.step_seconds - view.times.get("evaluate", 0.0)
         self.logs["metrics"].write([record])
         self.logs["completions"].write(completions)
-        track(self.accelerator, record)
+        track(self.accelerator, record, view.say)
         view.step_done(self.step, record, line=self.step % config.logging_steps == 0 or stage.schedule.ended)
         if completions and config.log_completions_steps and self.step % config.log_completions_steps == 0:
             view.completions(completions)
