@@ -72,6 +72,8 @@ EXEMPT = {
     "uniapl evaluate runs/primes/final --lm-eval-tasks": "benchmarks of the Hub",
     "accelerate launch": "several processes; tests/integration/test_sharded_runs.py has two",
     "torchrun": "several processes; tests/integration/test_train.py has two",
+    "uniapl evaluate runs/primes/final --sampler vllm": "a server; tests/cli/test_evaluate_served.py has one",
+    "uniapl export runs/primes --push-to-hub": "the Hub; tests/cli/test_export_to_hub.py has a stand-in",
     "uniapl check recipes/qwen3": "Qwen's shape; tests/test_recipes.py checks all of them",
     "uniapl train recipes/qwen3": "a GPU",
 }

@@ -153,7 +153,7 @@ def train_resolved(resolved: Resolved, given: Given | None = None, *, show: Show
             end_state_recorded(run),
             disk_errors_explained(directory, started=True),
             memory_errors_explained(view),
-            tracked(accelerator, resolved),
+            tracked(accelerator, resolved, view.say),
             view,
             run.signal.handled(view.say),
         ):

@@ -138,6 +138,12 @@ def defects(path: Path) -> list[str]:
     return found
 
 
+def listed_files(path: Path) -> list[str]:
+    """The names of the files in a directory's manifest; [] if there is none that can be read."""
+    manifest = _read_manifest(path)
+    return sorted(manifest) if isinstance(manifest, dict) else []
+
+
 def _read_manifest(path: Path) -> Any:
     """The contents of a directory's manifest, or the error of reading it."""
     try:
