@@ -156,9 +156,11 @@ class ScoreModel(nn.Module):
                 f"{type(model).__name__} has no trunk without its head: set discriminator.model_name_or_path "
                 "to another model"
             )
-        left_out = [] if num_layers is None else decoder_layers(model.base_model)[num_layers:]
         # deepcopy takes what its memo already has, so that layers which are removed are never copied.
-        trunk: Any = copy.deepcopy(model.base_model, {id(layer): layer for layer in left_out})
+        memo: dict[int, Any] = {}
+        if num_layers is not None:
+            memo = {id(layer): layer for layer in list(decoder_layers(model.base_model))[num_layers:]}
+        trunk: Any = copy.deepcopy(model.base_model, memo)
         if num_layers is not None:
             keep_first_layers(trunk, num_layers)
         merge_in_place(trunk)
