@@ -217,7 +217,7 @@ def canary_difference(
     request = SampleRequest(prompts=prompts, seeds=range(len(prompts)), num_generations=1)
     differences: list[float] = []
     for prompt, ((ids, reported),) in zip(prompts, _completions(engine, request, settings), strict=True):
-        if max(ids) >= model.config.get_text_config().vocab_size:
+        if max(ids) >= cast("Any", model.config).get_text_config().vocab_size:
             return math.inf
         with torch.inference_mode(), autocast():
             expected = _logprobs(model, prompt, ids, settings.temperature)
