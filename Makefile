@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo recipe test coverage test-cases test-real-data test-vllm test-wheel torture gpu-check gpu-check-tiny lint docs benchmark clean
+.PHONY: demo recipe test coverage test-cases test-real-data test-vllm test-wheel torture gpu-check gpu-check-tiny lint docs api benchmark clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -93,13 +93,15 @@ lint: $(VENV)/.developed docs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# --quiet is not used because it also hides the warnings that --strict acts on. The variable silences a notice from
-# the theme.
 docs: $(VENV)/.developed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
+
+# The generated parts of docs/api.md and docs/configuration.md. A test fails if they are not up to date.
+api: $(VENV)/.developed
+	PYTHONPATH=tests $(BIN)/python -m support.api_page
 
 benchmark: $(VENV)/.developed
 	$(BIN)/python benchmarks/logprob_memory.py
 
 clean:
-	rm -rf build runs
+	rm -rf .cache build runs

@@ -405,3 +405,17 @@ def test_the_first_warning_of_each_rule() -> None:
 )
 def test_flops_of_a_rollout_token(recipe: dict[str, Any], flops: int) -> None:
     assert flops_per_token(resolve(recipe).config) == flops
+
+
+def test_trackers_reach_every_run_and_change_none(model_dir: Path, tmp_path: Path) -> None:
+    """Cells keep their names and what they depend on, so that a comparison can be tracked later."""
+    path = write(tmp_path, model_dir)
+    values = yaml.safe_load(path.read_text())
+    variants = parse_methods("grpo")
+    plain = prepare(resolve(values), variants, search=False)
+    tracking = {"report_to": ["tensorboard"], "run_name": "mine", "run_group": "series"}
+    tracked = prepare(resolve(values | tracking), variants, search=False)
+    shared = {"report_to": ["tensorboard"], "run_group": "series"}
+    assert tracked.base == plain.base | shared
+    assert tracked.fingerprint == plain.fingerprint
+    assert tracked.plan.cell(variants[0], 0) == plain.plan.cell(variants[0], 0)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from support.compared import MADE_UP, MAIN, outcome, results_of, runs
+from support.compared import MADE_UP, outcome, results_of, runs, summary
 from uniapl.cli.compare import _show
-from uniapl.compare import results, verdict
+from uniapl.compare import verdict
 from uniapl.compare.plan import parse_methods
 from uniapl.errors import UniAPLError
 from uniapl.report.comparison import _curves, render_comparison
@@ -59,7 +59,7 @@ def test_a_cheaper_method_that_cannot_be_distinguished_is_named() -> None:
         for seed, s in enumerate([0.6, 0.63, 0.61])
     ]
     variants = parse_methods("sft,grpo,uniapl,chord-mu")
-    same = results.summarize(found, variants, main=MAIN)
+    same = summary(found, variants)
     assert same["recommended"]["method"] == "uniapl"
     # 0.010 to 0.012 nats further is measurable, so that it is not an equal.
     assert not any("is cheaper" in sentence for sentence in same["verdict"])
@@ -67,7 +67,7 @@ def test_a_cheaper_method_that_cannot_be_distinguished_is_named() -> None:
         outcome("chord-mu", seed, s, 1.31 + d, flops=5e14)
         for seed, (s, d) in enumerate([(0.6, 0.05), (0.63, 0.0), (0.61, -0.05)])
     ]
-    same = results.summarize(found, variants, main=MAIN)
+    same = summary(found, variants)
     assert any(
         sentence.startswith(
             "chord-mu cannot be distinguished from it in score and in closeness, and is cheaper"
@@ -106,9 +106,9 @@ def test_steps_without_rollouts_have_no_entropy() -> None:
     (run,) = found["grpo -> sft"]
     last = {**run["curve"][0], "step": 10, "rollout_tokens": 80.0, "metrics": {}}
     found["grpo -> sft"] = [{**run, "curve": [*run["curve"], last]}]
-    summary = results.summarize(found, parse_methods("grpo -> sft"), main=MAIN)
-    assert summary["curves"]["grpo -> sft"]["entropy"] == [None, 1.0, None]
-    (chart,) = [chart for chart in _curves(summary["curves"]) if chart["title"].startswith("Entropy")]
+    found = summary(found, parse_methods("grpo -> sft"))
+    assert found["curves"]["grpo -> sft"]["entropy"] == [None, 1.0, None]
+    (chart,) = [chart for chart in _curves(found["curves"]) if chart["title"].startswith("Entropy")]
     assert chart["lines"] == [{"label": "grpo -> sft", "x": [50.0], "y": [1.0]}]
 
 
@@ -117,8 +117,8 @@ def test_cells_of_earlier_versions_have_no_warnings() -> None:
     old = {
         label: [{k: v for k, v in run.items() if k != "warnings"} for run in o] for label, o in found.items()
     }
-    summary = results.summarize(old, parse_methods("sft,grpo,uniapl"), main=MAIN)
-    assert all(method["warnings"] == {} for method in summary["methods"].values())
+    shown = summary(old, parse_methods("sft,grpo,uniapl"))
+    assert all(method["warnings"] == {} for method in shown["methods"].values())
 
 
 def test_fronts_by_hand() -> None:
@@ -133,7 +133,7 @@ def test_fronts_by_hand() -> None:
         label: [outcome(label, s, x, nll) for s, x in enumerate(xs)] for label, (xs, nll) in values.items()
     }
     variants = parse_methods("grpo[objective.beta=0|0.5],uniapl[objective.beta=0|0.5]")
-    fronts = results.summarize(found, variants, main=MAIN)["fronts"]
+    fronts = summary(found, variants)["fronts"]
     assert list(fronts) == ["grpo, objective.beta", "uniapl, objective.beta"]
     theirs, ours = fronts.values()
     assert [point["value"] for point in ours["points"]] == [0, 0.5]
@@ -147,7 +147,7 @@ def test_fronts_by_hand() -> None:
 def test_a_measure_that_a_seed_lacks_is_left_out() -> None:
     found = runs(**MADE_UP)
     found["sft"][1]["final"]["held_out"]["texts"] = ["one", "word"]
-    methods = results.summarize(found, parse_methods("sft,grpo,uniapl"), main=MAIN)["methods"]
+    methods = summary(found, parse_methods("sft,grpo,uniapl"))["methods"]
     assert "distinct_2" not in methods["sft"]["measures"]
     assert methods["grpo"]["measures"]["distinct_2"]["mean"] == 1.0
     text = {**results_of(**MADE_UP), "methods": methods}
@@ -158,7 +158,7 @@ def test_an_unscored_suite_is_an_error() -> None:
     found = runs(base=([0.2, 0.2], 1.5), sft=([0.4, 0.4], 1.2))
     found["sft"][1]["final"]["held_out"]["scores"] = {"reward": [[0, 0], [0, 0]]}
     with pytest.raises(UniAPLError, match="suite 'held_out': no completion could be scored by 'reward'"):
-        results.summarize(found, parse_methods("sft"), main=MAIN)
+        summary(found, parse_methods("sft"))
 
 
 def test_the_short_table() -> None:
@@ -190,7 +190,7 @@ def test_the_page_has_every_part() -> None:
         label: [outcome(label, s, x, nll) for s, x in enumerate(xs)] for label, (xs, nll) in values.items()
     }
     variants = parse_methods("sft,grpo,uniapl,grpo[objective.beta=0|0.5]")
-    with_fronts = {**found, **results.summarize(swept, variants, main=MAIN)}
+    with_fronts = {**found, **summary(swept, variants)}
     assert "score at equal closeness" in render_comparison(with_fronts, title="one")
 
 
@@ -201,3 +201,15 @@ def test_a_label_with_settings_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -
     console = Console(record=True, width=200)
     _show({"seeds": [0, 1], "verdict": [], "search": {}}, Path("here"), console)
     assert console.export_text().count(label) == 2
+
+
+def test_results_have_the_numbers_of_each_run_and_no_text() -> None:
+    """Later statistics need each seed; the texts of data and models stay in the cells."""
+    found = results_of(**MADE_UP)
+    ours = found["runs"]["uniapl"]
+    assert [run["seed"] for run in ours] == [0, 1, 2]
+    assert [run["values"]["score"] for run in ours] == pytest.approx([0.61, 0.62, 0.6])
+    assert [run["curve"][0]["values"]["score"] for run in ours] == pytest.approx([0.405, 0.41, 0.4])
+    assert ours[1]["curve"][0]["entropy"] == 1.1
+    assert ours[0]["scores"]["held_out"]["reward"]["prompt_error"] == pytest.approx(0.1)
+    assert "a b" not in json.dumps(found["runs"])

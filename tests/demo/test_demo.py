@@ -1,5 +1,6 @@
 """The demo task: verifiers, parser, writers, splits and measurements."""
 
+import json
 import random
 from importlib.resources import files
 from pathlib import Path
@@ -282,6 +283,11 @@ def test_the_demo_runs_from_the_shipped_model(tmp_path: Path, capsys: pytest.Cap
     output = capsys.readouterr().out
     assert next(iter(task.held_out)).text in output.replace("\n", " ")
     assert "satisfies every constraint" in output
+    found = json.loads((tmp_path / "run" / "measurements.json").read_text())
+    good = {"base": f"{before.good:.2f}", "uniapl": f"{after.good:.2f}"}
+    assert dict(zip(found["models"], found["rows"][0]["values"], strict=True)) == good
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "16 held-out prompts, one completion each" in page
 
 
 def test_metrics_of_the_demo_by_hand() -> None:

@@ -21,6 +21,8 @@ from uniapl.discriminator.bradley_terry import (
     no_context,
 )
 from uniapl.errors import UsageError
+from uniapl.models.packing import can_pack
+from uniapl.models.policy import decoder_layers
 from uniapl.training.update.discriminator_step import discriminator_step
 from uniapl.types import Example, Rollout, RolloutGroup
 
@@ -46,6 +48,35 @@ def test_a_logit_is_the_head_on_the_last_token_s_hidden_state(family: str) -> No
             hidden = subject.module.trunk(torch.tensor([prompt + completion])).last_hidden_state
             expected = float(subject.module.head(hidden[0, -1]))
         assert logit == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_copy_of_the_first_layers_reads_their_states(family: str, packed: bool) -> None:
+    """The last norm and the head on the state behind layer 1 of 2; the policy keeps both layers."""
+    model = make_model(family)
+    module = ScoreModel.copy_of(model, num_layers=1)
+    with torch.no_grad():
+        module.head.weight.normal_()
+    packed = packed and can_pack(module.trunk)
+    subject = BradleyTerryDiscriminator(module=module, pad_id=0, max_tokens=10_000, packed=packed)
+    children = dict(model.base_model.named_children())
+    norm = children.get("norm") or children["ln_f"]
+    for (prompt, completion), logit in zip(sequences(), subject.logits(sequences()), strict=True):
+        with torch.no_grad():
+            states = model.base_model(torch.tensor([prompt + completion]), output_hidden_states=True)
+            # hidden_states starts with the embeddings.
+            expected = float(module.head(norm(states.hidden_states[1])[0, -1]))
+        assert logit == pytest.approx(expected, abs=1e-4)
+    one, two = (sum(p.numel() for p in trunk.parameters()) for trunk in (module.trunk, model.base_model))
+    layer = sum(p.numel() for p in decoder_layers(model.base_model)[1].parameters())
+    assert (one, two) == (two - layer, one + layer)
+    assert model.config.num_hidden_layers == 2
+
+
+def test_more_layers_than_the_model_has_are_refused() -> None:
+    with pytest.raises(UsageError, match="num_layers 3: the model has 2 decoder layers"):
+        ScoreModel.copy_of(make_model(), num_layers=3)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 12, 30])

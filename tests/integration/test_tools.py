@@ -389,7 +389,7 @@ def test_two_processes_have_their_own_instances(values: dict[str, Any], tmp_path
 
 def test_evaluate_calls_tools(game: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`uniapl evaluate` with the recipe of a run samples and scores as the run does."""
-    monkeypatch.setattr("uniapl.cli.evaluate.LocalSampler", Player)
+    monkeypatch.setattr(build_sampler, "LocalSampler", Player)
     recipe_ = tmp_path / "recipe.yaml"
     recipe_.write_text(json.dumps(game))
     output = tmp_path / "evaluated"

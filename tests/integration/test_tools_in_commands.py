@@ -14,6 +14,8 @@ from integration.test_tools import rows
 from integration.test_tools_on_processes import save_start
 from integration.test_tools_on_processes import values as tool_recipe
 from rollout.test_vllm_tools import WHOLE, Cut
+from support import fake_vllm
+from support.fake_vllm import FakeServer, serving
 from support.runs import lines
 from uniapl import cli
 from uniapl.cli import chat as chat_command
@@ -23,6 +25,8 @@ from uniapl.compare import prepare, sampling
 from uniapl.compare.sampling import Suites
 from uniapl.config.resolve import resolve
 from uniapl.models.loading import load_model
+from uniapl.rollout import engines
+from uniapl.training import build_sampler
 
 REWARD = """
 def right(completions, total):
@@ -119,12 +123,21 @@ def test_stages_have_the_same_tools(start: Path, capsys: pytest.CaptureFixture[s
         assert "stage 2 cannot change 'rollout.tools', because" in said(["check", path], capsys)
 
 
+@pytest.mark.parametrize("sampler", ["local", "vllm"])
 def test_evaluate_calls_tools(
-    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sampler: str, start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate_command, "LocalSampler", Cut)
-    words = ["evaluate", str(start / "model"), "--recipe", str(start / "recipe.yaml")]
-    said([*words, "--num-samples", "4", "--output-dir", str(start / "evaluation")], capsys, 0)
+    """With the local sampler, and with a server that has the model."""
+    for module in (build_sampler, fake_vllm):
+        monkeypatch.setattr(module, "LocalSampler", Cut)
+    monkeypatch.setattr(engines, "SEEDS", 2**63)
+    words = ["evaluate", str(start / "model"), "--recipe", str(start / "recipe.yaml"), "--overwrite"]
+    words += ["--num-samples", "4", "--output-dir", str(start / "evaluation"), "--sampler", sampler]
+    with serving(FakeServer(start / "model")) as server:
+        if sampler == "vllm":
+            words += ["--vllm-mode", "server", "--vllm-server-base-url", server.url]
+        said(words, capsys, 0)
+        assert bool(server.asked) == (sampler == "vllm")
     results = json.loads((start / "evaluation" / "results.json").read_text())
     assert results["settings"]["tools"] == [f"{start / 'mine.py'}:add"]
     found = lines(start / "evaluation" / "completions.jsonl")

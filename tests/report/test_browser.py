@@ -20,6 +20,7 @@ from support.report_runs import (
     write_run,
 )
 from uniapl.report import write_report
+from uniapl.report.analysis import smoothed
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
@@ -105,9 +106,9 @@ def numbers(texts: list[str]) -> list[int]:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_completions_are_filtered_sorted_and_paged(small: Path, open_page: Open, width: int) -> None:
     page = open_page(small, width)
-    assert numbers(shown(page)) == list(range(20))
+    assert numbers(shown(page)) == list(range(21)), "whole groups of three, at least 20 completions"
     page.click("#next")
-    assert numbers(shown(page)) == list(range(20, 30))
+    assert numbers(shown(page)) == list(range(21, 30))
     assert page.inner_text("#page-number") == "page 2 of 2"
     page.fill("[name=text]", "BIRD")
     assert numbers(shown(page)) == [6, 7, 8, 15, 16, 17, 24, 25, 26]
@@ -134,25 +135,46 @@ def test_an_entry_shows_all_values(small: Path, open_page: Open) -> None:
     page.fill("[name=text]", "fish")
     first = page.locator(".entry").first
     assert first.locator(".prompt").inner_text() == "Name a <b>fish</b>."
-    assert first.locator(".expert .text").inner_text() == "It is."
-    header = first.locator("header").inner_text()
-    facts = (
-        "step 1",
-        "reward 0",
-        "advantage 0",
-        "win rate 0",
-        "tokens 100",
-        "finish reason stop",
-        "✕ right 0",
-    )
-    for part in facts:
-        assert part in header
-    assert "✓ right 1" in page.locator(".entry header").nth(1).inner_text()
+    assert first.locator(".expert .text").all_inner_texts() == ["It is."], "once for all completions"
+    assert first.locator("> header").inner_text().split("\n")[:2] == ["step 1", "3 completions"]
+    headers = first.locator(".policy header").all_inner_texts()
+    for part in ("✕ reward 0", "advantage 0", "win rate 0", "tokens 100", "finish reason stop"):
+        assert part in headers[0]
+    assert "right" not in headers[0], "its value is the reward"
+    assert "reward 0.100" in headers[1]
+    assert "✓ right 1" in headers[1]
     first.get_by_role("button").click()
     page.fill("[name=text]", "")
-    assert numbers(shown(page)) == [0, 1, 2]
-    page.click("#siblings-off")
-    assert len(shown(page)) == 20
+    steps = [0, 1, 2, 9, 10, 11, 18, 19, 20, 27, 28, 29]
+    assert numbers(shown(page)) == steps, "steps 1, 4, 7 and 10"
+    assert page.locator(".entry button").count() == 0
+    page.click("#all-prompts")
+    assert len(shown(page)) == 21
+
+
+def test_completions_are_grouped_by_prompt(tmp_path: Path, open_page: Open) -> None:
+    """Rewards 5, 1, 9 for one prompt, 3 and 7 for another: the first value of a group gives its place."""
+    rewards = {"one": (5.0, 1.0, 9.0), "other": (3.0, 7.0)}
+    rows = [
+        prompt_row(1, [answer(f"is {value:.0f}", reward=value) for value in values], prompt=prompt)
+        for prompt, values in rewards.items()
+    ]
+    path = write_run(tmp_path / "run", metric_rows(1), rows)
+    write_report([path], tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html", 390)
+    assert page.locator(".entry").count() == 2
+    assert page.locator(".entry button").count() == 0, "no prompt occurs in another step"
+    page.select_option("[name=sort]", "reward")
+    assert numbers(shown(page)) == [1, 5, 9, 3, 7]
+    page.fill("[name=reward-from]", "2")
+    assert numbers(shown(page)) == [3, 7, 5, 9]
+    assert page.locator(".entry > header").all_inner_texts() == [
+        "step 1\n2 completions",
+        "step 1\n2 of 3 completions",
+    ]
+    page.select_option("[name=order]", "down")
+    assert numbers(shown(page)) == [9, 5, 7, 3]
+    assert page.locator(".prompt").all_inner_texts() == ["one", "other"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -187,13 +209,18 @@ def test_charts_react_to_pointer_keys_and_controls(small: Path, open_page: Open)
     assert "step 10" in chart.locator(".legend").inner_text()
     line = chart.locator("path.line:not(.raw)")
     before = line.get_attribute("d")
-    page.locator("#smoothing").fill("0")
+    assert chart.locator("path.raw").count() == 0, "5 % of ten values are less than one"
+    page.locator("#smoothing").fill("0.25")
+    assert page.inner_text("#smoothing-value") == "25 %"
     assert line.get_attribute("d") != before
-    assert chart.locator("path.raw").count() == 0
+    assert chart.locator("path.raw").get_attribute("d") == before
+    values = [3.0, 6.0, None, 13.0]
+    smooth = page.evaluate("([values, fraction]) => smoothed(values, fraction)", [values, 2 / 3])
+    assert smooth == pytest.approx(smoothed(values, 2 / 3)), "as in Python, whose values are by hand"
     norm = page.locator(".chart", has=page.get_by_role("heading", name="Gradient norm", exact=True))
-    before = norm.locator("path.line").get_attribute("d")
+    before = norm.locator("path.raw").get_attribute("d")
     norm.get_by_role("button", name="log").click()
-    assert norm.locator("path.line").get_attribute("d") != before
+    assert norm.locator("path.raw").get_attribute("d") != before
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -248,13 +275,12 @@ def test_what_is_trained_is_marked_by_words_and_by_a_line(
     wrote, read = "✎ Policy wrote: trained", "⊘ Policy read: not trained"
     expert = ["✎ Expert wrote: trained where mu > 0", "⊘ Expert read: not trained"]
     assert labels == [
-        [wrote, read, wrote, *expert, expert[0]],
-        [wrote, *expert, expert[0]],
+        [*expert, expert[0], wrote, read, wrote, wrote],
         [],
         ["✎ Policy wrote: not trained, replaced"],
     ]
     texts = page.locator(".entry").first.locator(".policy .wrote .text").all_inner_texts()
-    assert texts == ["<think>hm</think>", "call", "done<|im_end|>"]
+    assert texts == ["<think>hm</think>", "call", "done<|im_end|>", "late"]
     style = "(e) => [getComputedStyle(e).borderLeftStyle, getComputedStyle(e).borderLeftColor]"
     for theme in ("light", "dark"):
         page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
@@ -267,7 +293,7 @@ def test_what_is_trained_is_marked_by_words_and_by_a_line(
 
 def test_calls_have_their_outcomes_and_entries_their_counts(with_tools: Path, open_page: Open) -> None:
     page = open_page(with_tools, 1280)
-    first, late, plain, _ = page.locator(".entry").all()
+    first, late, plain, _ = page.locator(".policy").all()
     assert first.locator(".calls li").all_inner_texts() == [
         'call add {"a": 1} ✓ answered',
         'call sub {"a": 1} ✕ failed',
@@ -281,7 +307,7 @@ def test_calls_have_their_outcomes_and_entries_their_counts(with_tools: Path, op
     assert re.search(r"tool calls\s2\s+✕ failed 1\s+✕ malformed 1", headers[0])
     assert re.search(r"tool calls\s0\s+✕ unanswered 1", headers[1])
     assert "tool" not in headers[2]
-    assert plain.locator(".policy .text").all_inner_texts() == ["plain"]
+    assert plain.locator(".text").all_inner_texts() == ["plain"]
 
 
 def test_long_results_are_opened_by_keys(with_tools: Path, open_page: Open) -> None:
@@ -336,7 +362,7 @@ def test_a_large_run_opens(tmp_path: Path, open_page: Open, record_property: Cal
     page = open_page(path / "report.html", 1280)
     record_property("seconds", time.monotonic() - began)
     assert page.inner_text("#count") == "20,000 of 20,000 completions"
-    assert page.locator(".entry").count() == 20
+    assert (page.locator(".entry").count(), page.locator(".policy").count()) == (4, 20)
     page.select_option("[name=sort]", "reward")
     page.select_option("[name=order]", "down")
     page.fill("[name=step-from]", "500")

@@ -104,7 +104,8 @@ def test_quantile_by_hand() -> None:
 def test_smoothing_by_hand() -> None:
     """Weights 1; 1/3, 2/3; then 1/7, 2/7, 4/7."""
     expected = [3.0, 5.0, None, (3 + 12 + 52) / 7]
-    assert analysis.smoothed([3.0, 6.0, None, 13.0], 0.5) == pytest.approx(expected)
+    assert analysis.smoothed([3.0, 6.0, None, 13.0], 2 / 3) == pytest.approx(expected), "two of three values"
+    assert analysis.smoothed([1.0, 5.0], 0.5) == [1.0, 5.0], "a window of one value"
     assert analysis.smoothed([1.0, 5.0], 0.0) == [1.0, 5.0]
 
 
@@ -132,8 +133,19 @@ def test_numbers_are_not_rounded_to_integers() -> None:
 
 def test_step_ranges_and_ends_by_hand() -> None:
     assert analysis.step_ranges([9, 3, 4, 5, 11, 12]) == "3 to 5, 9, 11 to 12"
-    assert analysis.ends(list(range(25))) == ([0, 1], [23, 24])
+    assert analysis.ends(list(range(25))) == ([0, 1, 2, 3, 4], [20, 21, 22, 23, 24])
+    assert [len(analysis.ends(list(range(n)))[0]) for n in (9, 10, 69, 79, 80)] == [4, 5, 6, 7, 8]
+    assert analysis.ends([7, 8, 9]) == ([7], [9])
     assert analysis.ends([7]) == ([7], [7])
+
+
+def test_the_interval_of_a_change_by_hand() -> None:
+    """[1, 3] and [4, 8]: variances 2 and 8, so the error is sqrt(10 / 2); t is 4.30265 with two degrees."""
+    found = analysis.change([1.0, 3.0, 4.0, 8.0])
+    half = 4.30265 * math.sqrt(5)
+    expected = {"mean": 4.0, "low": 4 - half, "high": 4 + half}
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert analysis.change([1.0, 3.0, 4.0]) == {"mean": 3.0, "low": None, "high": None}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +160,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_writes_the_page_of_a_run(real_run: Path) -> None:
     page = (real_run / "report.html").read_text()
-    assert "finished, step 4 of 4" in page
+    assert "Finished, step 4 of 4." in page
     titles = chart_titles(page)
     for title in ("Reward", "Win rate", "Weights", "KL to the reference", "Entropy", "Learning rate"):
         assert title in titles
@@ -189,7 +201,7 @@ def test_the_page_needs_no_network_and_runs_only_its_own_script(real_run: Path) 
 def test_an_sft_run_has_no_completions_and_no_discriminator(tmp_path: Path) -> None:
     train(recipe(save_model(tmp_path / "model"), tmp_path / "run", method="sft"))
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Demonstration NLL" in page
+    assert "The nll of the demonstrations" in page
     assert 'id="completions"' not in page
     titles = chart_titles(page)
     assert "Demonstration NLL, nats per token" in titles
@@ -211,7 +223,7 @@ def test_stopped_and_interrupted_runs_have_an_end_state_and_a_page(tmp_path: Pat
     assert end_state["state"] == "stopped"
     assert "it broke" in end_state["message"]
     page = (tmp_path / "stopped" / "report.html").read_text()
-    assert "stopped by a health rule, step 2 of 4" in page
+    assert "Stopped by a health rule, step 2 of 4." in page
     assert "it broke" in page
 
     def interrupting(completions: list[str], letter: list[str]) -> list[float]:
@@ -222,7 +234,7 @@ def test_stopped_and_interrupted_runs_have_an_end_state_and_a_page(tmp_path: Pat
     values = recipe(model, tmp_path / "cut") | {"rewards": {"timeout": None}}
     with pytest.raises(Interrupted):
         train(values, reward_functions=[interrupting])
-    assert "interrupted, step 1 of 4" in (tmp_path / "cut" / "report.html").read_text()
+    assert "Interrupted, step 1 of 4." in (tmp_path / "cut" / "report.html").read_text()
     # A resumed run has no end state until it ends.
     interrupting.__name__ = has_letter.__name__
     train(values | {"resume": "auto"}, reward_functions=[has_letter])
@@ -310,7 +322,7 @@ def test_incomplete_last_line_and_null_values(tmp_path: Path) -> None:
     assert chart(page, "Reward")["lines"][0]["x"] == [2]
     assert "Demonstration NLL, nats per token" not in chart_titles(page)
     assert unpacked(page, "completions-data")["reward"] == [None]
-    assert "no end recorded" in page
+    assert "No end recorded" in page
 
 
 def test_unusable_directories_and_options_are_refused(tmp_path: Path) -> None:
@@ -377,11 +389,14 @@ def test_tiles_by_hand(tmp_path: Path) -> None:
         for step in range(1, 11)
     ]
     path = write_run(tmp_path / "run", metrics, rows)
-    found = {tile["label"]: (tile["value"], tile["detail"]) for tile in summary.tiles(read_run(path))}
-    assert found["Reward"][0] == "0.100 → 1.000"
-    assert found["Completions with reward 1"][0] == "0.0% → 50.0%"
-    assert found["Demonstration NLL"][0] == "1.900 → 1.000"
-    assert found["Completion length"] == ("4.0", "tokens, last tenth; demonstrations 6.0")
+    run = read_run(path)
+    assert summary.results(run) == [
+        {"label": "Reward", "value": "0.300 → 0.800"},
+        {"label": "Demonstration NLL", "value": "1.700 → 1.200"},
+    ]
+    found = {tile["label"]: (tile["value"], tile["detail"]) for tile in summary.tiles(run)}
+    assert found["Completions with reward 1"][0] == "0.0% → 10.0%"
+    assert found["Completion length"] == ("4.0", "tokens, last steps; demonstrations 6.0")
     assert found["Tokens"][0] == "10,000"
     assert found["Time"] == ("5 min 0 s", "rollout 67%, update 33%")
     assert "Win rate" not in found
@@ -395,25 +410,37 @@ def test_a_reward_of_1_up_to_rounding_counts_as_1(tmp_path: Path) -> None:
     assert found["Completions with reward 1"] == "75.0% → 75.0%"
 
 
+def test_steps_without_completions_are_not_compared(tmp_path: Path) -> None:
+    """After two steps of cold start, the first five steps with completions are 3 to 7, the last 8 to 12."""
+    rows = [prompt_row(step, [answer(reward=float(step > 5))]) for step in range(3, 13)]
+    path = write_run(tmp_path / "run", metric_rows(12), rows)
+    found = {tile["label"]: tile["value"] for tile in summary.tiles(read_run(path))}
+    assert found["Completions with reward 1"] == "40.0% → 100.0%"
+
+
 def test_durations() -> None:
     said = [summary.duration(seconds) for seconds in (1.26, 59.94, 61.0, 3725.0)]
     assert said == ["1.3 s", "59.9 s", "1 min 1 s", "1 h 2 min"]
 
 
 def test_lengths_are_compared_on_prompts_with_demonstrations(tmp_path: Path) -> None:
-    """Ten steps: the first completions have 2 tokens, the last 4, demonstrations 5; others are left out."""
+    """The first five steps have 2 tokens, the last five 4, demonstrations 5; others are left out."""
     rows: list[dict[str, Any]] = []
     for step in range(1, 11):
-        tokens = 4 if step == 10 else 2
+        tokens = 4 if step > 5 else 2
         rows.append(prompt_row(step, [answer(tokens=tokens)] * 2, demonstration_tokens=5))
         alone = {"row": 2, "demonstration": None, "demonstration_tokens": None}
         rows.append(prompt_row(step, [answer(tokens=99)], **alone))
     found = distributions(read_run(write_run(tmp_path / "run", metric_rows(10), rows)))
     counts = {sample["label"]: (sample["count"], sample["mean"]) for sample in found["lengths"]["samples"]}
-    assert counts == {"policy, first tenth": (2, 2.0), "policy, last tenth": (2, 4.0), "expert": (1, 5.0)}
+    assert counts == {
+        "policy, first 5 steps": (10, 2.0),
+        "policy, last 5 steps": (10, 4.0),
+        "expert": (1, 5.0),
+    }
     distances = {row["label"]: row["wasserstein"] for row in found["lengths"]["distances"]}
-    assert distances["policy, first tenth and expert"] == 3.0
-    assert distances["policy, last tenth and expert"] == 1.0
+    assert distances["policy, first 5 steps and expert"] == 3.0
+    assert distances["policy, last 5 steps and expert"] == 1.0
     diversity = next(c for c in found["charts"] if c["title"].startswith("Diversity"))
     lines = {line["label"]: line["y"] for line in diversity["lines"]}
     # Each step has two equal completions of one prompt, and one of the other.

@@ -1,9 +1,11 @@
 """Made-up outcomes of cells, whose numbers are known."""
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uniapl.compare import results
-from uniapl.compare.plan import parse_methods
+from uniapl.compare.plan import Variant, parse_methods
 
 MAIN = ("held_out", "reward")
 
@@ -62,6 +64,13 @@ def runs(**values: tuple[list[float], float]) -> dict[str, list[dict[str, Any]]]
     }
 
 
+def summary(found: Mapping[str, Sequence[Any]], variants: Sequence[Variant]) -> dict[str, Any]:
+    """The summary of outcomes."""
+    measured = {label: [results.measure(one, MAIN) for one in own] for label, own in found.items()}
+    # As a later program reads them from results.json.
+    return results.summarize(json.loads(json.dumps(measured)), variants, main=MAIN)
+
+
 def results_of(**values: tuple[list[float], float]) -> dict[str, Any]:
     """The contents of results.json."""
     found = runs(**values)
@@ -73,7 +82,7 @@ def results_of(**values: tuple[list[float], float]) -> dict[str, Any]:
         "temperature": 1.0,
         "judge": None,
         "search": {"sft": {"a<b": 2.0}},
-        **results.summarize(found, variants, main=MAIN),
+        **summary(found, variants),
     }
 
 

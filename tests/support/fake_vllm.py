@@ -150,6 +150,8 @@ class FakeServer(FakeVLLM):
             handler.connection.close()
         elif handler.path == "/health":
             send(handler, None)
+        elif handler.path == "/v1/models":
+            send(handler, {"data": [{"id": "served", "root": str(self.directory)}]})
         elif handler.path == "/v1/completions" and self.asked.count("/v1/completions") in self.dies_at:
             self.load(str(self.directory))
             self._left = self.gone_for

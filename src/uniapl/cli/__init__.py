@@ -48,7 +48,11 @@ VERBS = {
     ),
     "report": Verb("RUN ... [-o FILE]", "write an HTML report of one or several runs"),
     "chat": Verb("MODEL", "chat with a model, line by line"),
-    "export": Verb("RUN -o DIRECTORY", "write a run's model, with an adapter merged into its base"),
+    "export": Verb(
+        "RUN -o DIRECTORY ...",
+        "write a run's model, with an adapter merged, or upload it to the Hub",
+        "interrupted; the run is unchanged",
+    ),
     "compose": Verb("PROMPTS -o TRAIN.jsonl", "combine prompts with checkable instructions"),
     "collect": Verb(
         "PROMPTS -o TRAIN.jsonl",
@@ -62,7 +66,7 @@ OTHER_VERBS = {
     **dict.fromkeys(("sft", "grpo", "rlhf", "dpo", "run", "fit", "finetune"), "train"),
     **dict.fromkeys(("eval", "test", "lm-eval"), "evaluate"),
     **dict.fromkeys(("validate", "lint", "preprocess", "dry-run"), "check"),
-    **dict.fromkeys(("merge", "merge-lora", "save"), "export"),
+    **dict.fromkeys(("merge", "merge-lora", "save", "push", "upload"), "export"),
     **dict.fromkeys(("infer", "inference", "generate"), "chat"),
     **dict.fromkeys(("distill", "sample"), "collect"),
     **dict.fromkeys(("new", "create", "quickstart", "template"), "init"),

@@ -74,9 +74,12 @@ def compare(arguments: Sequence[str]) -> dict[str, Any]:
         runner.run(
             [cell for seed in range(options.seeds) for own in cells.values() for cell in own[seed : seed + 1]]
         )
-        runs = {label: [runner.read(cell) for cell in own] for label, own in cells.items()}
+        runs = {
+            label: [results.measure(runner.read(cell), prepared.main, judge) for cell in own]
+            for label, own in cells.items()
+        }
         summary = _summary(prepared, options, found)
-        summary |= results.summarize(runs, variants, main=prepared.main, judge=judge)
+        summary |= results.summarize(runs, variants, main=prepared.main)
         if prepared.main_is_trained:
             summary["verdict"].append(verdict.OF_TRAINED_SCORE)
         write_text(directory / "results.json", json.dumps(summary, indent=1))

@@ -26,6 +26,8 @@ from uniapl.demo.tools import ToolTask, make_tool_task
 from uniapl.errors import UsageError
 from uniapl.files import write_text
 from uniapl.models.loading import ModelSource, load_model
+from uniapl.report import write_report
+from uniapl.report.reading import MEASUREMENTS
 from uniapl.training.api import train_resolved
 from uniapl.training.given import Given
 
@@ -83,8 +85,8 @@ def demo(flags: Sequence[str] = (), *, task: Task | ToolTask | None = None) -> d
         UsageError: A flag is not valid, or the directory cannot be written.
     """
     options, flags = demo_options(flags)
-    found = task or (make_tool_task() if options.task == "tools" else make_task())
-    chosen = _with_tools(found) if isinstance(found, ToolTask) else _with_sentences(found, options.reward)
+    given = task or (make_tool_task() if options.task == "tools" else make_task())
+    chosen = _with_tools(given) if isinstance(given, ToolTask) else _with_sentences(given, options.reward)
     if options.write is not None:
         write_task(chosen, Path(options.write), flags)
         return {}
@@ -101,16 +103,41 @@ def demo(flags: Sequence[str] = (), *, task: Task | ToolTask | None = None) -> d
             console.print(f"\ntraining {run.config.method} with the reward '{options.reward}'", markup=False)
             models[run.config.method] = train_resolved(run, Given(train_dataset=chosen.rows)).final_dir
         measured = {name: chosen.measure(path, ours.config) for name, path in models.items()}
-    table = Table("", *models, "", title=f"{len(chosen.prompts)} held-out prompts, one completion each")
-    for name, form, meaning in chosen.shown:
-        table.add_row(name, *(form.format(getattr(m, name)) for m, _ in measured.values()), meaning)
+    found = _shown(chosen, {name: measurement for name, (measurement, _) in measured.items()})
+    table = Table("", *models, "", title=found["title"])
+    for row in found["rows"]:
+        table.add_row(row["name"], *row["values"], row["meaning"])
     console.print(table)
+    _add_to_reports(found, [Path(run.config.output_dir) for run in runs])
     for index, prompt in enumerate(chosen.prompts[:5]):
         console.print(f"\n{prompt}", markup=False)
         for name, (_, texts) in measured.items():
             console.print(f"  {name + ':':<8} {texts[index]}", markup=False, soft_wrap=True)
     console.print(f"\nmodel, metrics and all sampled texts: {ours.config.output_dir}", markup=False)
     return {name: measurement for name, (measurement, _) in measured.items()}
+
+
+def _shown(task: _Demo, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The measurements of the models as measurements.json has them."""
+    return {
+        "title": f"{len(task.prompts)} held-out prompts, one completion each",
+        "models": [*measured],
+        "rows": [
+            {
+                "name": name,
+                "meaning": meaning,
+                "values": [form.format(getattr(m, name)) for m in measured.values()],
+            }
+            for name, form, meaning in task.shown
+        ],
+    }
+
+
+def _add_to_reports(found: Mapping[str, Any], directories: Sequence[Path]) -> None:
+    """Write the measurements into the runs, and their reports again."""
+    for directory in directories:
+        write_text(directory / MEASUREMENTS, json.dumps(found, indent=1))
+        write_report([directory], directory / "report.html")
 
 
 def write_task(task: _Demo, directory: Path, flags: Sequence[str] = ()) -> None:

@@ -31,13 +31,11 @@ from uniapl.models.loading import (
     load_model,
     load_stop_ids,
     load_tokenizer,
-    pad_id_of,
     put_on_device,
 )
 from uniapl.report.analysis import decimal
-from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
-from uniapl.training.build_sampler import Tooling, with_tools
+from uniapl.training.build_sampler import SERVED, Tooling, evaluation_sampler
 
 OVERRIDES = {
     "evaluation": (
@@ -46,6 +44,7 @@ OVERRIDES = {
     ),
     "data": ("prompt_format", "system_prompt", "chat_template_kwargs"),
     "model": ("chat_template_path", "stop_tokens"),
+    "rollout": tuple(SERVED),
 }
 """Keys of the recipe that have a flag of the same name."""
 LISTS = {"suites": "NAME", "stop_strings": "STR", "stop_tokens": "STR"}
@@ -87,22 +86,22 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     model = load_model(source)
     check_vocabulary(model, tokenizer)
     stop_ids = load_stop_ids(source, model.config, tokenizer)
-    sampling = SamplingSettings.of_evaluation(config, stop_ids, tokenizer)
+    settings = SamplingSettings.of_evaluation(config, stop_ids, tokenizer)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tooling = Tooling.of(config, tokenizer, stop_ids)
     suites = load_suites(config, tokenizer, stop_ids=stop_ids, context_length=window)
+    rollout, prompts = config.rollout, [example.prompt_ids for suite in suites for example in suite.examples]
+    if rollout.sampler == "vllm":
+        url, timeout = rollout.vllm_server_base_url, rollout.vllm_timeout
+        console.print(f"using the vLLM server {url}; waiting for it for up to {timeout:g} s", markup=False)
+    sampler, notes_on_sampler = evaluation_sampler(
+        config, model, tooling, settings, prompts, max_batch_size=options.batch_size
+    )
     _make_directory(options.output_dir, overwrite=options.overwrite)
-    put_on_device(model)
+    if rollout.sampler == "local" or tasks is not None:
+        put_on_device(model)
     # lm-eval would otherwise apply the model's own repetition_penalty and so on.
     model.generation_config = GenerationConfig(eos_token_id=sorted(stop_ids))
-    sampler = LocalSampler(
-        model=model,
-        settings=sampling,
-        pad_id=pad_id_of(tokenizer),
-        max_batch_size=options.batch_size,
-        decoding=config.rollout.decoding,
-    )
-    sampler = with_tools(sampler, config, tooling, evaluation.max_completion_length)
     run = functools.partial(evaluate_suite, num_samples=evaluation.num_samples, seed=options.seed)
     found: dict[str, SuiteResult] = {}
     for suite in suites:
@@ -118,6 +117,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "seed": options.seed,
         "suites": {name: result.summary for name, result in found.items()},
         "notes": [
+            *notes_on_sampler,
             *_notes_on_run(config, options, origin),
             *unused_generation_settings(source.base, source.revision, [evaluation]),
         ],
@@ -147,8 +147,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = short_parser(
         "evaluate",
         "Score a model on IFEval, IFBench and your own files, with 95% confidence intervals over prompts "
-        "(Wilson's for scores from 0 to 1, else Student's t), next to the scores of an empty completion, the "
-        "prompt itself and a constant text.",
+        "(Wilson's or Student's t), next to the scores of an empty completion, the prompt and a fixed text.",
     )
     add = parser.add_argument
     add("model", help="directory or Hub id")
@@ -160,7 +159,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
                 if key == "prompt_format"
                 else fields[key].default
             )
-            text = f"{summary(fields[key])}{f' (default: {default})' if default else ''}"
+            text = SERVED.get(key) or f"{summary(fields[key])}{f' (default: {default})' if default else ''}"
             add(
                 f"--{key.replace('_', '-')}",
                 dest=f"{section}.{key}",
@@ -173,7 +172,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--rewards", dest="rewards.functions", nargs="+", metavar="NAME", help=help_)
     code: Any = {"dest": "rewards.allow_code_verifiers", "action": "store_const", "const": True}
     add("--allow-code-verifiers", help="run verifier functions from the data in a sandbox", **code)
-    add("--recipe", help="recipe that provides data, rewards and evaluation; flags override it")
+    add("--recipe", help="recipe of data, rewards and evaluation; flags override it")
     add(
         "--lm-eval-tasks",
         default="",
@@ -181,7 +180,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="other benchmarks to run with lm-eval: gsm8k,hellaswag",
     )
     add("--lm-eval-include-path", metavar="PATH", help="directory with further lm-eval tasks")
-    help_ = "earlier output directory: report the score differences with 95%% confidence intervals"
+    help_ = "earlier output directory: report the differences with 95%% intervals"
     add("--against", type=Path, help=help_)
     add("--batch-size", type=int, default=64, help="completions sampled at a time (default: 64)")
     add(
@@ -220,6 +219,7 @@ def _config(options: argparse.Namespace, run: RunSettings | None) -> Config:
     values = recipe.model_dump(include=include)
     last = stages_of(resolved)[-1].config
     values["rollout"] |= last.rollout.model_dump(include={"stop_strings", *TOOLS})
+    values["rollout"]["vllm_mode"] = "server"
     if run is not None and not options.recipe:
         as_text = getattr(options, "data.prompt_format") == "text"
         values["data"] |= run.prompts | ({"system_prompt": None} if as_text else {})
@@ -267,6 +267,7 @@ def _notes_on_run(config: Config, options: argparse.Namespace, run: RunSettings 
 def _settings(config: Config) -> dict[str, Any]:
     """How the completions are sampled, with the defaults that depend on other keys filled in."""
     found = config.evaluation.model_dump(mode="json") | config.data.model_dump(include={*OVERRIDES["data"]})
+    found["sampler"] = config.rollout.sampler
     found["temperature"] = config.evaluation.sampling_temperature
     if found["stop_strings"] is None:
         found["stop_strings"] = config.rollout.model_dump(mode="json")["stop_strings"]

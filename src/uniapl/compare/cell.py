@@ -47,7 +47,7 @@ class Job:
     cut: Mapping[str, Sequence[int]]
     """Suite -> numbers of the training rows that form it."""
     base: Mapping[str, Any]
-    """The recipe of the model before training."""
+    """The recipe of the model before training, with the trackers of all runs."""
     eval_steps: int
     """Steps between the points of the curve; 0 has no curve."""
     work: str
@@ -114,6 +114,7 @@ def _train(job: Job, config: Config, suites: Suites, work: Path) -> tuple[Path, 
         "save_steps": 10**9,
         "eval_steps": 0,
         "log_completions_steps": 0,
+        **tracking(job),
     }
     cut = [numbers for name, numbers in job.cut.items() if job.cell.search or name != VALIDATION]
     out = {number for numbers in cut for number in numbers}
@@ -121,6 +122,19 @@ def _train(job: Job, config: Config, suites: Suites, work: Path) -> tuple[Path, 
     recipe = resolve(merge(dict(job.cell.recipe), changes))
     result = train_resolved(recipe, Given(train_dataset=rows, evaluate=evaluate))
     return result.final_dir, points
+
+
+def tracking(job: Job) -> dict[str, Any]:
+    """The keys of the recipe that track the run, in the group of its comparison.
+
+    TensorBoard's files would be in the directory of the run, which is deleted.
+    """
+    trackers = resolve(dict(job.base)).config.report_to
+    return {
+        "report_to": [name for name in trackers if name != "tensorboard"],
+        "run_name": job.cell.name,
+        "run_group": job.base.get("run_group") or Path(job.result).absolute().parents[1].name,
+    }
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ RATES = (1 / 3, 1.0, 3.0)
 OF_THE_RUN = (
     *("output_dir", "overwrite", "resume", "seed", "save_steps", "save_total_limit", "report_to", "stages"),
     *("method", "eval_steps", "eval_on_start", "log_completions_steps", "logging_steps", *LENGTH),
+    *("run_name", "run_group"),
 )
 """Keys of the recipe that a cell sets itself or does not need."""
 OF_ONE_METHOD = re.compile(

@@ -51,11 +51,10 @@ class Prepared:
 
     @property
     def base(self) -> dict[str, Any]:
-        """The recipe of the model before training."""
+        """The recipe of the model before training, with the trackers of all runs."""
         given = explicit(self.plan.resolved)
-        return {
-            key: given[key] for key in ("model", "data", "rollout", "rewards", "evaluation") if key in given
-        }
+        keys = ("model", "data", "rollout", "rewards", "evaluation", "report_to", "run_group")
+        return {key: given[key] for key in keys if key in given}
 
 
 def prepare(resolved: Resolved, variants: Sequence[Variant], *, search: bool) -> Prepared:

@@ -6,8 +6,10 @@ again without the model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from uniapl.config import Config
@@ -20,6 +22,7 @@ from uniapl.models.token_states import TokenReader
 from uniapl.rollout.local import LocalSampler
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.training.build_sampler import Tooling, with_tools
+from uniapl.training.distributed.accelerator import uses_bf16
 from uniapl.types import Tokens
 
 VALIDATION = "validation"
@@ -84,6 +87,10 @@ class Suites:
             pad_id=pad_id_of(self.tokenizer),
             max_batch_size=self.config.rollout.max_batch_size,
             decoding=self.config.rollout.decoding,
+            # As training samples. Likelihoods, whose small differences count, are computed in fp32.
+            autocast=partial(
+                torch.autocast, model.device.type, torch.bfloat16, enabled=uses_bf16(self.config)
+            ),
         )
         tooling = Tooling.of(self.config, self.tokenizer, self.stop_ids)
         sampler = with_tools(sampler, self.config, tooling, settings.max_completion_length)

@@ -214,6 +214,11 @@ class Config(Section):
     """Steps between printing two sampled completions next to their demonstration; 0 prints none."""
     report_to: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
     """Trackers that receive the metrics in addition to metrics.jsonl."""
+    run_name: str | None = None
+    """Name of the run in wandb, trackio and mlflow; null uses the last part of output_dir."""
+    run_group: str | None = None
+    """Group of the run in wandb and trackio, and its tag `group` in mlflow, such as the name of a series of
+    seeds; null sets none."""
     log_gradients_steps: int = Field(default=0, ge=0)
     """Steps between measurements of each loss component's own gradient, each of which costs a forward and a
     backward pass per component; 0 never measures."""

@@ -205,7 +205,7 @@ MISMATCHED_OF_HEAD = 3
 KEYS_OF_KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("reference-likelihood",): ("likelihood_scale",),
     ("head",): ("layers", "log_probability_features"),
-    ("bradley-terry",): ("lora_r", "in_context_demonstration", "label_smoothing"),
+    ("bradley-terry",): ("lora_r", "num_layers", "in_context_demonstration", "label_smoothing"),
     ("head", "bradley-terry"): (
         *("learning_rate", "weight_decay", "max_grad_norm", "loss", "mismatched_demonstrations"),
         *("warmup_steps", "updates_per_step", "replay_fraction", "replay_size", "held_out_fraction"),
@@ -241,6 +241,9 @@ class DiscriminatorConfig(Section):
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of LoRA adapters on the policy's weights (kind: bradley-terry); null trains a second copy of
     them."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Decoder layers of the copy, from the first (kind: bradley-terry); null copies all. Fewer layers take
+    less time and memory."""
     in_context_demonstration: bool = False
     """Put another prompt and its demonstration before the input, as an example (kind: bradley-terry)."""
     trust_remote_code: bool = False

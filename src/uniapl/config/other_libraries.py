@@ -13,7 +13,8 @@ def _by_name(groups: dict[str, str]) -> dict[str, str]:
 OTHER_NAMES = _by_name(
     {
         "method": "rl rlhf_type trainer_type",
-        "output_dir (its last part is the run's name)": "run_name experiment_name",
+        "run_name": "experiment_name wandb_name wandb_run_name",
+        "run_group": "wandb_group group_name",
         "output_dir": "save_path logging_dir default_local_dir",
         "overwrite": "overwrite_output_dir",
         "resume": "resume_from_checkpoint auto_resume_from_checkpoints load_checkpoint",
@@ -146,10 +147,11 @@ OTHER_NAMES = _by_name(
 
 NO_EQUIVALENT = _by_name(
     {
-        "the result is uploaded with `hf upload REPO OUTPUT_DIR/final`": (
-            "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
-            "hub_revision log_completions_hub_repo push_to_hub_model_id"
+        "after training, `uniapl export OUTPUT_DIR --push-to-hub USER/NAME` uploads the result": (
+            "push_to_hub hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision "
+            "push_to_hub_model_id"
         ),
+        "`hf auth login` or the environment variable HF_TOKEN sets the token": "hub_token",
         "weights are not quantized; model.lora_r or FSDP2 saves memory": (
             "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
             "bnb_4bit_compute_dtype quant_bits quant_method quantization_bit"
@@ -238,13 +240,13 @@ NO_EQUIVALENT = _by_name(
         ),
         "every step is in metrics.jsonl, and every completion in completions.jsonl": (
             "log_multimodal log_unique_prompts log_on_each_node logging_nan_inf_filter "
-            "include_num_input_tokens_seen include_tokens_per_second"
+            "include_num_input_tokens_seen include_tokens_per_second log_completions_hub_repo"
         ),
         "--quiet hides the output, and the logger 'uniapl' has it in Python": (
             "log_level log_level_replica disable_tqdm debug skip_memory_metrics verbose"
         ),
         "the tracker's own environment variables set it": (
-            "trackio_bucket_id trackio_static_space_id wandb_entity wandb_name wandb_run_id wandb_watch "
+            "trackio_bucket_id trackio_static_space_id wandb_entity wandb_run_id wandb_watch "
             "wandb_log_model swanlab_project"
         ),
         "evaluation.suites are evaluated every eval_steps and at the end": (

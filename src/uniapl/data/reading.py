@@ -94,6 +94,11 @@ def read_rows(config: DataConfig) -> Rows:
     return Rows((file, _read_file(file, file, config)) for file in files)
 
 
+def is_hub_dataset(path: str) -> bool:
+    """Whether an entry of `data.path` is the id of a Hub dataset, not a file, a pattern or a directory."""
+    return not (os.path.exists(path) or glob.has_magic(path) or _is_path(path))
+
+
 def number_rows(rows: Iterable[Mapping[str, Any]], config: DataConfig) -> list[NumberedRow]:
     """Number rows that are given in Python, from 1."""
     datasets: Any = sys.modules.get("datasets")  # A dataset cannot exist before its library is imported.
@@ -122,11 +127,15 @@ def _files_of(path: str) -> list[str]:
     for file in files:
         if not file.endswith(FILE_TYPES):
             raise UsageError(f"data.path: '{file}' must end in {', '.join(FILE_TYPES)}")
-    # A Hub id has at most one slash. Asking the Hub for a path would take minutes of retries.
-    is_path = path.endswith(FILE_TYPES) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
-    if not files and is_path:
+    # Asking the Hub for a path would take minutes of retries.
+    if not files and _is_path(path):
         raise UsageError(f"data.path: file not found: '{path}'")
     return files
+
+
+def _is_path(path: str) -> bool:
+    # A Hub id has at most one slash.
+    return path.endswith(FILE_TYPES) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
 
 
 def _read_file(path: str, name: str, config: DataConfig) -> Iterator[NumberedRow]:

@@ -18,6 +18,7 @@ from uniapl.errors import UsageError
 from uniapl.functional import bradley_terry_loss, logistic_losses
 from uniapl.models.lora import merge_in_place
 from uniapl.models.packing import Packing, packed_hidden
+from uniapl.models.policy import decoder_layers, keep_first_layers
 from uniapl.types import Example, RolloutGroup, Span, TokenIds, derive_seed
 from uniapl.untyped import items_of
 
@@ -148,14 +149,20 @@ class ScoreModel(nn.Module):
         self.takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
 
     @staticmethod
-    def copy_of(model: PreTrainedModel) -> "ScoreModel":
-        """Copy the trunk of a language model, with its adapter merged."""
+    def copy_of(model: PreTrainedModel, num_layers: int | None = None) -> "ScoreModel":
+        """Copy the trunk of a language model, or its first layers, with its adapter merged."""
         if model.base_model is model:
             raise UsageError(
                 f"{type(model).__name__} has no trunk without its head: set discriminator.model_name_or_path "
                 "to another model"
             )
-        trunk: Any = copy.deepcopy(model.base_model)
+        # deepcopy takes what its memo already has, so that layers which are removed are never copied.
+        memo: dict[int, Any] = {}
+        if num_layers is not None:
+            memo = {id(layer): layer for layer in list(decoder_layers(model.base_model))[num_layers:]}
+        trunk: Any = copy.deepcopy(model.base_model, memo)
+        if num_layers is not None:
+            keep_first_layers(trunk, num_layers)
         merge_in_place(trunk)
         return ScoreModel(trunk).to(model.device)
 

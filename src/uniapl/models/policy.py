@@ -55,6 +55,23 @@ def decoder_layers(trunk: nn.Module) -> nn.ModuleList:
     )
 
 
+def keep_first_layers(trunk: nn.Module, count: int) -> None:
+    """Remove the decoder layers of a trunk after the first `count`; the last norm stays.
+
+    Raises:
+        UsageError: It has fewer layers.
+    """
+    layers = decoder_layers(trunk)
+    if count > len(layers):
+        raise UsageError(f"discriminator.num_layers {count}: the model has {len(layers)} decoder layers")
+    del layers[count:]
+    model: Any = trunk
+    config = model.config.get_text_config()
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Extras:
     """What a forward pass of the policy computes in addition."""

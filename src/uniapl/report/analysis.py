@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from uniapl.intervals import student_quantile
+
 Item = TypeVar("Item")
 Numbers = Sequence[float | int]
 
@@ -59,8 +61,14 @@ def histogram(values: Numbers, edges: Sequence[float]) -> list[float]:
     return (np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)).tolist()
 
 
-def smoothed(values: Sequence[float | int | None], weight: float) -> list[float | None]:
-    """Exponential moving average with Adam's bias correction; None stays None."""
+def smoothed(values: Sequence[float | int | None], fraction: float) -> list[float | None]:
+    """Exponential moving average with Adam's bias correction; None stays None.
+
+    Args:
+        fraction: The window, 1 / (1 - weight), as a fraction of the number of values; at least one value.
+    """
+    window = max(1.0, fraction * sum(value is not None for value in values))
+    weight = 1 - 1 / window
     total = mass = 0.0
     result: list[float | None] = []
     for value in values:
@@ -91,9 +99,24 @@ def distinct_fraction(items: Sequence[Hashable]) -> float:
 
 
 def ends(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
-    """The first and the last tenth, at least one item each."""
-    count = max(1, len(items) // 10)
+    """The first and the last tenth, at least five items each; the halves of fewer than ten items."""
+    count = max(1, len(items) // 10, min(5, len(items) // 2))
     return items[:count], items[-count:]
+
+
+def change(values: Numbers) -> dict[str, float | None]:
+    """The mean of the last values minus the mean of the first ones, with Student's 95 % interval.
+
+    Returns:
+        "mean", "low" and "high"; no interval if `ends` has one value each.
+    """
+    first, last = ends(values)
+    mean = statistics.fmean(last) - statistics.fmean(first)
+    if len(first) == 1:
+        return {"mean": mean, "low": None, "high": None}
+    variance = (statistics.variance(first) + statistics.variance(last)) / len(first)
+    half = student_quantile(2 * len(first) - 2) * math.sqrt(variance)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def step_ranges(steps: Iterable[int]) -> str:

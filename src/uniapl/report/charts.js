@@ -30,8 +30,12 @@ function formatNumber(value) {
   return value.toFixed(size >= 100 ? 1 : size >= 1 ? 2 : size >= 0.01 ? 3 : 4);
 }
 
+/** The window of the moving average in values, from a fraction of their number; 1 does not smooth. */
+const smoothingWindow = (values, fraction) => Math.max(1, fraction * values.filter((value) => value != null).length);
+
 /** Exponential moving average with bias correction, as analysis.smoothed; null stays null. */
-function smoothed(values, weight) {
+function smoothed(values, fraction) {
+  const weight = 1 - 1 / smoothingWindow(values, fraction);
   let total = 0;
   let mass = 0;
   return values.map((value) => {
@@ -70,7 +74,7 @@ const MARKERS = ["M-4 0A4 4 0 1 0 4 0A4 4 0 1 0 -4 0", "M-4 -4H4V4H-4Z", "M0 -5L
 const marker = (index) => MARKERS[index % MARKERS.length];
 const color = (index) => index % 8;
 
-/** The figure of a chart; `redraw` draws it with a smoothing weight at its current width. */
+/** The figure of a chart; `redraw` draws it with a window for smoothing at its current width. */
 function makeChart(chart, stages) {
   const figure = html("figure", { class: "chart" });
   const legend = html("ul", { class: "legend" });
@@ -139,7 +143,7 @@ class Drawing {
     const known = extent.filter((value) => value != null && (!state.log || value > 0));
     let [low, high] = bounds(known);
     if (state.log) return [low / 1.1, high * 1.1];
-    if (low === high) [low, high] = [low - (Math.abs(low) || 1) * 0.5, high + (Math.abs(high) || 1) * 0.5];
+    if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, high + Math.abs(high) / 2] : [0, 1];
     const room = (high - low) * 0.06;
     return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
   }
@@ -207,7 +211,7 @@ class Drawing {
       if (entry.low) parts.push(svg("path", { class: `band f${color(i)}`, d: this.band(entry) }));
     });
     this.entries.forEach((entry, i) => {
-      if (this.state.smoothing > 0) {
+      if (smoothingWindow(entry.y, this.state.smoothing) > 1) {
         parts.push(svg("path", { class: `line raw c${color(i)}`, d: this.path(entry.x, entry.y) }));
       }
     });

@@ -40,6 +40,8 @@ class Plan:
     spread: str | None = None
     """The metric drawn as a band, plus and minus, around the only line."""
     kind: str = "lines"
+    zeros: bool = False
+    """Whether to draw lines that are always 0; elsewhere they belong to a component that is switched off."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,23 @@ def themes(runs: Sequence[RunData]) -> dict[str, list[Plan]]:
     plans = {theme: [Plan(**plan) for plan in found] for theme, found in yaml.safe_load(text).items()}
     evaluations = {key: None for run in runs for key in run.keys("eval/")}
     rewards = {key: None for run in runs for key in run.keys("rewards/")}
-    functions = {key: _function(key) for key in rewards if key.endswith("/mean")}
+    functions = {key: function_name(key) for key in rewards if key.endswith("/mean")}
     failures = {
-        key: f"{_function(key)}, {key.rsplit('/', 1)[1].removesuffix('_rate')}"
+        key: f"{function_name(key)}, {key.rsplit('/', 1)[1].removesuffix('_rate')}"
         for key in (*rewards, *evaluations)
         if key.endswith(RATES) and any(value for run in runs for value in run.series(key))
     }
     if len(functions) > 1:
-        plans["Reward"].insert(1, Plan("Reward functions", functions))
+        plans["Reward"].insert(1, Plan("Reward functions", functions, zeros=True))
     plans["Reward"].append(Plan("Completions without a reward", failures))
     phases = {key: phase for run in runs for key, phase in step_phases(run).items()}
     plans["Cost"].append(Plan("Seconds per step, by phase", phases, kind="stack"))
-    scores = [Plan(key.removeprefix("eval/"), {key: "score"}) for key in evaluations]
+    scores = [Plan(key.removeprefix("eval/"), {key: "score"}, zeros=True) for key in evaluations]
     return {"Reward": plans.pop("Reward"), "Evaluation": scores, **plans}
 
 
-def _function(key: str) -> str:
-    """ "length" for rewards/path/to/task.py:length/mean."""
+def function_name(key: str) -> str:
+    """The name of a reward function by its metric: "length" for rewards/path/to/task.py:length/mean."""
     return key.rsplit("/", 1)[0].rsplit(":", 1)[-1].rsplit("/", 1)[-1]
 
 
@@ -96,7 +98,7 @@ def curves(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def cost_curves(runs: Sequence[RunData]) -> list[Chart]:
-    """Reward over trained tokens and over time."""
+    """Reward over trained tokens and over time, in which runs differ; for one run, steps show the same."""
     charts: list[Chart] = []
     for key, label in {"num_tokens": "tokens, prompts included", "seconds": "seconds"}.items():
         lines = [line(group, "reward", group.label, x=key) for group in grouped(runs)]
@@ -190,8 +192,8 @@ def _of_one(plan: Plan, group: Group) -> Iterator[Chart]:
         line(group, key, label, spread=plan.spread if seeds == 1 else None)
         for key, label in plan.series.items()
     ]
-    # The metrics of a component that is switched off are zero everywhere.
-    known = [found for found in lines if found is not None and (len(plan.series) == 1 or any(found["y"]))]
+    kept = plan.zeros or len(plan.series) == 1
+    known = [found for found in lines if found is not None and (kept or any(found["y"]))]
     if plan.kind == "stack":
         known = _aligned(known)
     note = plan.note if seeds == 1 or not plan.spread else ""
@@ -215,7 +217,7 @@ def _of_several(plan: Plan, groups: Sequence[Group]) -> Iterator[Chart]:
         plan = Plan("Seconds per step", {"step_time": "all phases"})
     for key, label in plan.series.items():
         known = [found for group in groups if (found := line(group, key, group.label)) is not None]
-        if any(value for found in known for value in found["y"]):
+        if known and (plan.zeros or any(value for found in known for value in found["y"])):
             title = plan.title if len(plan.series) == 1 else f"{plan.title}: {label}"
             note = BANDS if any("low" in found for found in known) else ""
             yield line_chart(title, known, log=plan.log, smooth=plan.smooth, note=note)

@@ -31,7 +31,9 @@ def distributions(run: RunData) -> dict[str, Any]:
     if not steps:
         return {"charts": [], "lengths": None}
     first, last = ([record for records in part for record in records] for part in ends(steps))
-    parts = {"policy, first tenth": first, "policy, last tenth": last}
+    count = len(ends(steps)[0])
+    size = f"{count} steps" if count > 1 else "step"
+    parts = {f"policy, first {size}": first, f"policy, last {size}": last}
     lengths, note = _lengths(parts)
     charts = [histogram_chart("Completion lengths", "tokens", lengths, note)]
     win_rates = {name: _values(part, "win_rate") for name, part in parts.items()}

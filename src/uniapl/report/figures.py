@@ -18,7 +18,8 @@ from uniapl.report.reading import RunData
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMOOTHING = 0.6
+SMOOTHING = 0.05
+"""Window of the moving average, as a fraction of a line; that of page.html."""
 # The colors of page.css on a light background.
 COLORS = ("#0a62ab", "#c24e00", "#00805c", "#a3478a", "#8a6500", "#2b8cc4", "#4a4f55", "#7a3fb0")
 STYLES = ("-", "--", ":", "-.", (0, (8, 3)))
@@ -37,7 +38,8 @@ def write_figures(runs: Sequence[RunData], directory: Path) -> list[Path]:
     charts = [chart for theme in curves(runs) for chart in theme["charts"]]
     if len(runs) == 1:
         charts += [*distributions(runs[0])["charts"], *model_charts(runs[0].models)]
-    charts += cost_curves(runs)
+    else:
+        charts += cost_curves(runs)
     directory.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for chart in charts:

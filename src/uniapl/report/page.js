@@ -45,9 +45,9 @@ function startCharts({ themes, analyses, stages }) {
   analyses.forEach((chart) => add(byId("analysis-charts"), chart));
   const slider = byId("smoothing");
   const redraw = () => {
-    const weight = Number(slider?.value ?? 0);
-    if (slider) byId("smoothing-value").textContent = weight.toFixed(2);
-    charts.forEach((chart) => chart.redraw(weight));
+    const fraction = Number(slider?.value ?? 0);
+    if (slider) byId("smoothing-value").textContent = `${Math.round(100 * fraction)} %`;
+    charts.forEach((chart) => chart.redraw(fraction));
   };
   slider?.addEventListener("input", redraw);
   let width = innerWidth;

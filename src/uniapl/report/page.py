@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from uniapl.files import write_text
-from uniapl.report import charts, summary
+from uniapl.report import charts, evaluations, summary
 from uniapl.report.completions import BUDGET, pack, packed_completions
 from uniapl.report.distributions import distributions
 from uniapl.report.models import model_charts
 from uniapl.report.reading import RunData, read_run
+from uniapl.report.verdict import health_of, verdict
 
 SCRIPTS = ("charts.js", "trajectories.js", "browser.js", "page.js")
 
@@ -75,11 +76,14 @@ def _hash(text: str) -> str:
 
 def _one(run: RunData, budget: int) -> dict[str, Any]:
     found = distributions(run)
-    analyses = [*found["charts"], *model_charts(run.models), *charts.cost_curves([run])]
+    analyses = [*found["charts"], *model_charts(run.models)]
     packed, shown, total = packed_completions(run.completions, budget)
     return {
         "run": run,
         "summary": summary,
+        "verdict": verdict(run),
+        "warned": summary.health(run),
+        "tables": evaluations.tables(run),
         "lengths": found["lengths"],
         "shown": shown,
         "total": total,
@@ -90,10 +94,14 @@ def _one(run: RunData, budget: int) -> dict[str, Any]:
 
 def _several(runs: Sequence[RunData]) -> dict[str, Any]:
     names = charts.labels(runs)
-    tiles = [{tile["label"]: tile["value"] for tile in summary.tiles(run)} for run in runs]
+    tiles = [
+        {tile["label"]: tile["value"] for tile in (*summary.results(run), *summary.tiles(run))}
+        for run in runs
+    ]
     labels = list(dict.fromkeys(label for found in tiles for label in found))
     return {
         "summary": summary,
+        "health_of": health_of,
         "labels": labels,
         "runs": dict(zip(names, runs, strict=True)),
         "rows": [[found.get(label, "") for label in labels] for found in tiles],

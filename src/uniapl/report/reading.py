@@ -17,6 +17,10 @@ MAX_BYTES = 50_000_000
 """Bytes of completions.jsonl that are read: the file may exceed the memory, and a page shows less."""
 MODEL_ANALYSIS = "analysis.json"
 END_STATE = "ending.json"
+MEASUREMENTS = "measurements.json"
+"""What the demo measured: {"title", "models": [name], "rows": [{"name", "meaning", "values": [text]}]}."""
+BEST = "best.json"
+"""Names the checkpoint whose model is the result (load_best_model_at_end)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +39,19 @@ class RunData:
     stride: int = 1
     warnings: list[Record] = field(default_factory=list)
     """health.jsonl: {"step", "rule", "message"}, one whenever a rule starts to fire."""
-    end_state: Record | None = None
-    """{"state": "finished" | "stopped" | "interrupted", "message"}; None while it runs, and after a kill."""
-    models: Record | None = None
-    """analysis.json, written by `uniapl report --model-analysis`."""
+    files: dict[str, Record | None] = field(default_factory=dict[str, "Record | None"])
+    """Content of the files that only some runs have, by name."""
+
+    @property
+    def end_state(self) -> Record | None:
+        """{"state": "finished" | "stopped" | "interrupted", "message"}; None while it runs, and after a
+        kill."""
+        return self.files.get(END_STATE)
+
+    @property
+    def models(self) -> Record | None:
+        """analysis.json, written by `uniapl report --model-analysis`."""
+        return self.files.get(MODEL_ANALYSIS)
 
     @property
     def name(self) -> str:
@@ -71,8 +84,11 @@ class RunData:
 
 
 def step_phases(run: RunData) -> dict[str, str]:
-    """The metrics that hold the seconds of a phase of a step, with the phases; they add up to the step."""
-    return {key: key[5:] for key in run.keys("time/") if not key.startswith("time/rewards/")}
+    """The metrics with the seconds of each phase that took at least 1 % of the time, and their phases."""
+    keys = [key for key in run.keys("time/") if not key.startswith("time/rewards/")]
+    spent = {key: sum(value or 0.0 for value in run.series(key)) for key in keys}
+    total = sum(spent.values())
+    return {key: key.removeprefix("time/") for key, seconds in spent.items() if seconds >= 0.01 * total}
 
 
 def read_run(directory: Path, *, max_bytes: int = MAX_BYTES) -> RunData:
@@ -110,8 +126,15 @@ def read_run(directory: Path, *, max_bytes: int = MAX_BYTES) -> RunData:
         completions=completions,
         stride=stride,
         warnings=_records(directory / "health.jsonl"),
-        end_state=_read_json(directory / END_STATE),
-        models=_read_json(directory / MODEL_ANALYSIS),
+        files={
+            name: _read_json(directory / name, *keys)
+            for name, keys in {
+                END_STATE: (),
+                MODEL_ANALYSIS: (),
+                BEST: ("step",),
+                MEASUREMENTS: ("title", "models", "rows"),
+            }.items()
+        },
     )
 
 
@@ -147,13 +170,16 @@ def _records(path: Path, stride: int = 1) -> list[Record]:
     return records
 
 
-def _read_json(path: Path) -> Record | None:
+def _read_json(path: Path, *keys: str) -> Record | None:
+    """The object in a file, which must have the keys; None if there is no file."""
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it has no '{missing[0]}'")
     except ValueError as error:
         raise UsageError(f"cannot read '{path}': {error}; delete or repair it") from error
     return found

@@ -8,11 +8,10 @@ from uniapl.config import Config
 from uniapl.config.resolve import flatten
 from uniapl.report.adversary import AdversaryEffect
 from uniapl.report.analysis import decimal, ends, mean, number, step_ranges
+from uniapl.report.evaluations import ARROW, ends_of, main_scores
 from uniapl.report.reading import RunData, step_phases
 from uniapl.tolerance import at_least, same
 
-ARROW = " → "
-TENTHS = "first and last tenth of the steps"
 STATES = {
     "finished": ("good", "finished"),
     "stopped": ("bad", "stopped by a health rule"),
@@ -42,28 +41,33 @@ def state(run: RunData) -> dict[str, str]:
     }
 
 
+def results(run: RunData) -> list[dict[str, str]]:
+    """What the verdict puts into words, as {"label", "value"}; results without values are left out."""
+    values = {
+        "Reward": _change(run, "reward"),
+        **{key.removeprefix("eval/"): _evaluated(run, key) for key in main_scores(run)},
+        "Demonstration NLL": _change(run, "sft/nll"),
+        "Steps in which the adversary acted": AdversaryEffect.of(run.metrics).acted,
+    }
+    return [{"label": label, "value": value} for label, value in values.items() if value is not None]
+
+
 def tiles(run: RunData) -> list[dict[str, str]]:
-    """The main results as {"label", "value", "detail"}; results without values are left out."""
-    values = [("Reward", _change(run, "reward"), TENTHS), ("Completions with reward 1", _solved(run), TENTHS)]
-    for key in run.keys("eval/"):
-        if key.endswith(("/reward", "/prompt_strict")):
-            known = [value for value in run.series(key) if value is not None]
-            detail = "first and last evaluation, held-out prompts"
-            values.append(
-                (key.removeprefix("eval/"), f"{decimal(known[0])}{ARROW}{decimal(known[-1])}", detail)
-            )
-    values.append(("Demonstration NLL", _change(run, "sft/nll"), f"nats per token, {TENTHS}"))
-    detail = "0.5: not distinguishable from the demonstrations"
-    values.append(("Win rate", _change(run, "discriminator/win_rate"), detail))
-    effect = AdversaryEffect.of(run.metrics)
-    detail = "of those with rollouts" + (f"; {effect.changes}" if effect.changes else "")
-    values.append(("Steps in which the adversary acted", effect.acted, detail))
+    """The other results as {"label", "value", "detail"}; results without values are left out."""
+    values = [
+        ("Completions with reward 1", _solved(run), "first and last steps"),
+        (
+            "Win rate",
+            _change(run, "discriminator/win_rate"),
+            "0.5: not distinguishable from the demonstrations",
+        ),
+    ]
     policy, expert = (
-        mean(ends(run.series(key))[1]) for key in ("completions/mean_length", "expert/mean_length")
+        mean(ends(_known(run, key))[1]) for key in ("completions/mean_length", "expert/mean_length")
     )
     if policy is not None:
         compared = f"; demonstrations {expert:.1f}" if expert is not None else ""
-        values.append(("Completion length", f"{policy:.1f}", f"tokens, last tenth{compared}"))
+        values.append(("Completion length", f"{policy:.1f}", f"tokens, last steps{compared}"))
     if (tokens := run.series("num_tokens")[-1]) is not None:
         values.append(("Tokens", f"{tokens:,}", "prompts and completions"))
     values.append(("Time", duration(run.series("seconds")[-1] or 0.0), _phases(run)))
@@ -72,10 +76,19 @@ def tiles(run: RunData) -> list[dict[str, str]]:
     ]
 
 
+def _known(run: RunData, key: str) -> list[float | int]:
+    return [value for value in run.series(key) if value is not None]
+
+
 def _change(run: RunData, key: str) -> str | None:
-    """The means of the first and the last tenth of the steps."""
-    first, last = (mean(part) for part in ends(run.series(key)))
+    """The means of the first and the last steps that have the metric."""
+    first, last = (mean(part) for part in ends(_known(run, key)))
     return None if first is None or last is None else f"{decimal(first)}{ARROW}{decimal(last)}"
+
+
+def _evaluated(run: RunData, key: str) -> str:
+    (_, first), (_, last) = ends_of(run, key)
+    return f"{decimal(first)}{ARROW}{decimal(last)}"
 
 
 def _solved(run: RunData) -> str | None:
@@ -88,7 +101,8 @@ def _solved(run: RunData) -> str | None:
     ]
     if not all(at_least(reward, 0) and at_least(1, reward) for _, reward in rewards):
         return None
-    parts = [[same(reward, 1) for step, reward in rewards if step in set(part)] for part in ends(run.steps)]
+    steps = [set(part) for part in ends([*dict.fromkeys(step for step, _ in rewards)])]
+    parts = [[same(reward, 1) for step, reward in rewards if step in part] for part in steps]
     return ARROW.join(f"{decimal(100 * sum(part) / len(part), 1)}%" for part in parts) if all(parts) else None
 
 
@@ -97,7 +111,7 @@ def _phases(run: RunData) -> str:
     spent = {phase: sum(v or 0.0 for v in run.series(key)) for key, phase in step_phases(run).items()}
     total = sum(spent.values())
     largest = sorted(spent.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in largest if seconds >= 0.01 * total)
+    return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in largest)
 
 
 def duration(seconds: float) -> str:
@@ -111,15 +125,25 @@ def duration(seconds: float) -> str:
 def health(run: RunData) -> list[dict[str, str]]:
     """Each rule that warned and each kind of skipped update: {"rule", "steps", "message"}."""
     messages = {str(warning.get("rule")): str(warning.get("message")) for warning in run.warnings}
-    fired = {key.removeprefix("health/"): _steps_with(run, key) for key in run.keys("health/")}
     rules = [
-        {"rule": rule, "steps": step_ranges(fired.get(rule, [])), "message": messages.get(rule, "")}
-        for rule in dict.fromkeys([*fired, *messages])
+        {"rule": rule, "steps": step_ranges(steps), "message": messages.get(rule, "")}
+        for rule, steps in warned_steps(run).items()
     ]
-    for key, message in SKIPPED.items():
-        if steps := _steps_with(run, key):
-            rules.append({"rule": f"{key} ({len(steps)})", "steps": step_ranges(steps), "message": message})
-    return rules
+    return rules + [
+        {"rule": f"{key} ({len(steps)})", "steps": step_ranges(steps), "message": SKIPPED[key]}
+        for key, steps in skipped_steps(run).items()
+    ]
+
+
+def warned_steps(run: RunData) -> dict[str, list[int]]:
+    """The steps in which each rule that warned fired."""
+    fired = {key.removeprefix("health/"): _steps_with(run, key) for key in run.keys("health/")}
+    return {str(warning.get("rule")): [] for warning in run.warnings} | fired
+
+
+def skipped_steps(run: RunData) -> dict[str, list[int]]:
+    """The steps without an update, by the metric that marks them; metrics that mark none are left out."""
+    return {key: steps for key in SKIPPED if (steps := _steps_with(run, key))}
 
 
 def _steps_with(run: RunData, key: str) -> list[int]:

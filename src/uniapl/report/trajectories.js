@@ -9,10 +9,10 @@ const STATES = {
 };
 
 /** The turns of the policy or of a demonstration, those that are trained marked by a label, a color and a line. */
-function makeTurns(title, kind, turns, trained) {
+function makeTurns(title, turns, trained) {
   const label = `✎ ${title} wrote: ${trained}`;
   const items = turns.map((turn) => (turn.given == null ? makeWritten(label, turn) : makeGiven(title, turn)));
-  return html("div", { class: kind }, html("h4", {}, title), html("ol", { class: "turns" }, ...items));
+  return html("ol", { class: "turns" }, ...items);
 }
 
 function makeWritten(label, turn) {

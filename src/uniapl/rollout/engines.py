@@ -181,10 +181,18 @@ class Server:
                 if left <= 0:
                     raise UniAPLError(
                         f"the vLLM server {self.url} did not come up within rollout.vllm_timeout "
-                        f"{self.timeout:g} s: {error}. Start it with VLLM_SERVER_DEV_MODE=1 vllm serve, or "
-                        "correct rollout.vllm_server_base_url"
+                        f"{self.timeout:g} s: {error}. Start it with `vllm serve`, or correct "
+                        "rollout.vllm_server_base_url"
                     ) from None
             time.sleep(PAUSE)
+
+    def model(self) -> str | None:
+        """The directory or Hub id of the model that it was started with; None if it does not report one."""
+        try:
+            found = request_json(f"{self.url}/v1/models", timeout=self.timeout, method="GET")["data"][0]
+            return str(found.get("root") or found["id"])
+        except (RequestError, LookupError, TypeError, AttributeError):
+            return None
 
     def _post(self, path: str, body: Any = None) -> Any:
         try:

@@ -4,6 +4,7 @@ The weights are written to a directory in the format of transformers and vLLM lo
 then shows that it did: a short completion of vLLM's, whose log-probabilities the trainer computes too.
 """
 
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Generator, Sequence
@@ -109,54 +110,22 @@ class VLLMSampler:
 
     def _with_weights(self, version: int, work: Callable[[], Result]) -> Result:
         """Return the result of `work` with these weights in vLLM; start again whenever vLLM is lost."""
-        losses: list[str] = []
-        while len(losses) <= MAX_RESTARTS:
-            try:
-                if self.version != version:
-                    self._send_weights()
-                    self._check_canary(version)
-                    self.version = version
-                return work()
-            except EngineLostError as error:
-                self.version = None
-                losses.append(str(error))
-        raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
+
+        def attempt() -> Result:
+            if self.version != version:
+                self._send_weights()
+                self._check_canary(version)
+                self.version = version
+            return work()
+
+        def lost() -> None:
+            self.version = None
+
+        return until_done(attempt, lost)
 
     def _generate(self, request: SampleRequest, settings: SamplingSettings) -> list[tuple[Rollout, ...]]:
-        sampler = self.with_tools(_Turns(self._completions, settings), settings.max_completion_length)
-        return sampler.sample(request)
-
-    def _completions(self, request: SampleRequest, settings: SamplingSettings) -> list[list[SampledTokens]]:
-        max_tokens, strings = settings.max_completion_length, settings.stop_strings
-        # Every parameter that the model's generation_config.json could change is set.
-        params: dict[str, Any] = {
-            "n": request.num_generations,
-            "max_tokens": max_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-            "min_p": settings.min_p,
-            "repetition_penalty": settings.repetition_penalty,
-            "logprobs": 0,
-            "stop_token_ids": sorted(settings.stop_ids),
-            # Only the trainer's stop tokens end a completion.
-            "ignore_eos": True,
-        }
-        if strings is not None:
-            # vLLM may return tokens after the text; SamplingSettings.rollouts removes them.
-            params |= {"stop": list(strings.strings), "skip_special_tokens": False}
-        groups = self.engine.generate(request, params)
-        limits = request.completion_lengths or [max_tokens] * len(groups)
-        for group, max_tokens in zip(groups, limits, strict=True):
-            lengths = [(len(ids), len(logprobs)) for ids, logprobs in group]
-            if len(group) != request.num_generations or any(
-                a != b or not 0 < a <= max_tokens for a, b in lengths
-            ):
-                raise UniAPLError(
-                    f"vLLM returned malformed completions: expected {request.num_generations} of 1 to "
-                    f"{max_tokens} tokens with one log-probability each; their lengths are {lengths}"
-                )
-        return groups
+        turns = Turns(engine=self.engine, settings=settings)
+        return self.with_tools(turns, settings.max_completion_length).sample(request)
 
     def _send_weights(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -181,12 +150,7 @@ class VLLMSampler:
         Raises:
             UniAPLError: They differ: vLLM has other weights, or computes something else.
         """
-        length = min(CANARY_TOKENS, self.settings.max_completion_length)
-        settings = replace(self.settings, max_completion_length=length, stop_ids=(), stop_strings=None)
-        request = SampleRequest(prompts=[self.canary], seeds=[0], num_generations=1)
-        (((ids, reported),),) = self._completions(request, settings)
-        expected = self._logprobs(self.canary, ids)
-        difference = statistics.fmean(abs(a - b) for a, b in zip(expected, reported, strict=True))
+        difference = canary_difference(self.engine, [self.canary], self.model, self.settings, self.autocast)
         # `difference > tolerance` would accept NaN.
         if not difference <= self.tolerance:
             when = "before the first step" if version == BEFORE_TRAINING else f"after step {version}"
@@ -198,28 +162,18 @@ class VLLMSampler:
                 "the output head of a model with tied embeddings"
             )
 
-    @torch.inference_mode()
-    def _logprobs(self, prompt: TokenIds, completion: Sequence[int]) -> list[float]:
-        """The trainer's log-probabilities of a completion."""
-        ids = torch.tensor([[*prompt, *completion]], device=self.model.device)
-        with self.autocast():
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        logits = logits[0, len(prompt) - 1 : -1].float()
-        temperature = torch.full((len(logits),), self.settings.temperature, device=ids.device)
-        return items_of(logprobs_from_logits(logits, ids[0, len(prompt) :], temperature)[0])
 
-
-@dataclass(frozen=True)
-class _Turns:
+@dataclass(frozen=True, kw_only=True)
+class Turns:
     """Samples single turns with the weights that vLLM has."""
 
-    completions: Callable[[SampleRequest, SamplingSettings], list[list[SampledTokens]]]
+    engine: Colocated | Server
     settings: SamplingSettings
 
     def sample(self, request: SampleRequest) -> list[tuple[Rollout, ...]]:
         """See :class:`Sampler`."""
         settings = self.settings.limited(request.max_completion_length)
-        groups = self.completions(request, settings)
+        groups = _completions(self.engine, request, settings)
         lengths = request.completion_lengths or [settings.max_completion_length] * len(groups)
         return [
             settings.limited(length).rollouts(group, request.policy_version)
@@ -228,6 +182,94 @@ class _Turns:
 
     def check(self) -> None:
         """See :class:`Sampler`: the weights have been checked."""
+
+
+def until_done(work: Callable[[], Result], lost: Callable[[], None]) -> Result:
+    """Return the result of `work`; repeat it whenever vLLM is lost, after a call of `lost`.
+
+    Raises:
+        UniAPLError: vLLM was lost too often.
+    """
+    losses: list[str] = []
+    while len(losses) <= MAX_RESTARTS:
+        try:
+            return work()
+        except EngineLostError as error:
+            lost()
+            losses.append(str(error))
+    raise UniAPLError(f"vLLM was lost {len(losses)} times: {'; '.join(dict.fromkeys(losses))}")
+
+
+def canary_difference(
+    engine: Colocated | Server,
+    prompts: Sequence[TokenIds],
+    model: PreTrainedModel,
+    settings: SamplingSettings,
+    autocast: Callable[..., AbstractContextManager[Any]],
+) -> float:
+    """Mean absolute difference of vLLM's and a model's log-probabilities, in nats per token.
+
+    vLLM completes the prompts, and the model computes the log-probabilities of these completions. The
+    difference is infinite if they have tokens that the model lacks.
+    """
+    length = min(CANARY_TOKENS, settings.max_completion_length)
+    settings = replace(settings, max_completion_length=length, stop_ids=(), stop_strings=None)
+    request = SampleRequest(prompts=prompts, seeds=range(len(prompts)), num_generations=1)
+    differences: list[float] = []
+    for prompt, ((ids, reported),) in zip(prompts, _completions(engine, request, settings), strict=True):
+        if max(ids) >= cast("Any", model.config).get_text_config().vocab_size:
+            return math.inf
+        with torch.inference_mode(), autocast():
+            expected = _logprobs(model, prompt, ids, settings.temperature)
+        differences += [abs(a - b) for a, b in zip(expected, reported, strict=True)]
+    return statistics.fmean(differences)
+
+
+def _logprobs(
+    model: PreTrainedModel, prompt: TokenIds, completion: Sequence[int], temperature: float
+) -> list[float]:
+    """A model's log-probabilities of a completion."""
+    ids = torch.tensor([[*prompt, *completion]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    logits = logits[0, len(prompt) - 1 : -1].float()
+    temperatures = torch.full((len(logits),), temperature, device=ids.device)
+    return items_of(logprobs_from_logits(logits, ids[0, len(prompt) :], temperatures)[0])
+
+
+def _completions(
+    engine: Colocated | Server, request: SampleRequest, settings: SamplingSettings
+) -> list[list[SampledTokens]]:
+    """The completions of each prompt, as vLLM returns them."""
+    max_tokens, strings = settings.max_completion_length, settings.stop_strings
+    # Every parameter that the model's generation_config.json could change is set.
+    params: dict[str, Any] = {
+        "n": request.num_generations,
+        "max_tokens": max_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p,
+        "repetition_penalty": settings.repetition_penalty,
+        "logprobs": 0,
+        "stop_token_ids": sorted(settings.stop_ids),
+        # Only the trainer's stop tokens end a completion.
+        "ignore_eos": True,
+    }
+    if strings is not None:
+        # vLLM may return tokens after the text; SamplingSettings.rollouts removes them.
+        params |= {"stop": list(strings.strings), "skip_special_tokens": False}
+    groups = engine.generate(request, params)
+    limits = request.completion_lengths or [max_tokens] * len(groups)
+    for group, max_tokens in zip(groups, limits, strict=True):
+        lengths = [(len(ids), len(logprobs)) for ids, logprobs in group]
+        if len(group) != request.num_generations or any(
+            a != b or not 0 < a <= max_tokens for a, b in lengths
+        ):
+            raise UniAPLError(
+                f"vLLM returned malformed completions: expected {request.num_generations} of 1 to "
+                f"{max_tokens} tokens with one log-probability each; their lengths are {lengths}"
+            )
+    return groups
 
 
 def _state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:

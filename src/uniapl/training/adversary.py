@@ -328,7 +328,7 @@ def _build_trainer(
     if settings.lora_r is not None:
         module = ScoreModel(LoraTrunk(model, settings.lora_r, seed=config.seed)).to(accelerator.device)
     elif settings.model_name_or_path is None:
-        module = ScoreModel.copy_of(model)
+        module = ScoreModel.copy_of(model, settings.num_layers)
     else:
         trusted = settings.trust_remote_code
         trunk = load_weights(

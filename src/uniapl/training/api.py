@@ -14,6 +14,7 @@ from uniapl.config import Config, ModelConfig
 from uniapl.config.resolve import Resolved, load_recipe, merge, resolve, stages_of
 from uniapl.errors import UniAPLError, UsageError
 from uniapl.models.loading import ModelSource, check_vocabulary, load_model, load_policy
+from uniapl.report.verdict import without_gradient
 from uniapl.training.build_sampler import check_processes
 from uniapl.training.checkpoint import disk
 from uniapl.training.distributed import fsdp
@@ -25,7 +26,6 @@ from uniapl.training.inputs import RunInputs
 from uniapl.training.loop import run_stage
 from uniapl.training.machine_errors import disk_errors_explained, memory_errors_explained
 from uniapl.training.monitor.console import RunView
-from uniapl.training.monitor.health import without_gradient
 from uniapl.training.monitor.log_view import Show, make_view, progress_bars_hidden
 from uniapl.training.monitor.trackers import tracked
 from uniapl.training.preflight.checks import check_evaluation
@@ -153,7 +153,7 @@ def train_resolved(resolved: Resolved, given: Given | None = None, *, show: Show
             end_state_recorded(run),
             disk_errors_explained(directory, started=True),
             memory_errors_explained(view),
-            tracked(accelerator, resolved),
+            tracked(accelerator, resolved, view.say),
             view,
             run.signal.handled(view.say),
         ):

@@ -1,20 +1,23 @@
 """The sampler of a stage: the local sampler in every process, or vLLM."""
 
-from collections.abc import Collection
+import argparse
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from uniapl.config import Config
+from uniapl.config import Config, RolloutConfig
 from uniapl.data.marks import MARK
 from uniapl.data.rendering import ChatTemplate
 from uniapl.data.tokenization import encode_results
 from uniapl.errors import UsageError
+from uniapl.models.loading import pad_id_of
 from uniapl.rollout import Sampler
-from uniapl.rollout.engines import Colocated, Server
+from uniapl.rollout.engines import Colocated, Server, check_vllm
 from uniapl.rollout.local import LocalSampler
+from uniapl.rollout.served import ServedModel
 from uniapl.rollout.settings import SamplingSettings
 from uniapl.rollout.vllm import VLLMSampler
 from uniapl.tools.calls import CallParser
@@ -26,6 +29,19 @@ from uniapl.training.checkpoint.run_directory import WEIGHTS_IN_TRANSIT
 from uniapl.training.distributed.one_step_off import OneStepOffSampler
 from uniapl.training.distributed.rank_zero_sampler import RankZeroSampler
 from uniapl.training.inputs import RunInputs
+from uniapl.types import TokenIds
+
+CANARY_PROMPTS = 8
+"""Prompts on which evaluation compares a server with the model; bf16 alone changes the log-probabilities of a
+few tokens by almost the default tolerance. Our choice."""
+SERVED = {
+    "sampler": "local, or vllm for a running server with the model (default: local)",
+    "vllm_server_base_url": "URL of `vllm serve` (default: http://localhost:8000)",
+    "vllm_timeout": "seconds for a call, and for the server to start (default: 600)",
+    "vllm_mode": argparse.SUPPRESS,
+    "vllm_max_logp_difference": argparse.SUPPRESS,
+}
+"""Keys of `rollout` that select the sampler of `uniapl evaluate`, and their lines in its `--help`."""
 
 
 def build_sampler(
@@ -45,6 +61,71 @@ def build_sampler(
         return with_tools(sampler, config, inputs, rollout.max_completion_length)
     kind = OneStepOffSampler if rollout.max_off_policy_steps else RankZeroSampler
     return kind(sampler=_vllm_sampler(config, model, inputs, accelerator), accelerator=accelerator)
+
+
+def evaluation_sampler(
+    config: Config,
+    model: PreTrainedModel,
+    tooling: "Tooling",
+    settings: SamplingSettings,
+    prompts: Sequence[TokenIds],
+    *,
+    max_batch_size: int,
+) -> tuple[Sampler, list[str]]:
+    """The sampler of `uniapl evaluate`, and notes on it: the local one, or a server that has the model.
+
+    Args:
+        prompts: Some prompts, on which a server is compared with the model.
+
+    Raises:
+        UsageError: The server is not available or has another model, or a setting is not valid.
+    """
+    rollout, notes = config.rollout, list[str]()
+    if rollout.sampler == "vllm":
+        sampler = _served_model(rollout, model, settings, prompts)
+        notes.append(
+            f"completions come from the vLLM server {sampler.engine.url}, started with "
+            f"'{sampler.engine.model()}'; its log-probabilities differ from the model's by "
+            f"{sampler.difference:.2g} nats per token on average"
+        )
+    else:
+        given = rollout.model_dump(include={*SERVED}, exclude={"vllm_mode"}, exclude_defaults=True)
+        if given:
+            raise UsageError(f"--{min(given).replace('_', '-')} has no effect without --sampler vllm")
+        sampler = LocalSampler(
+            model=model,
+            settings=settings,
+            pad_id=pad_id_of(tooling.tokenizer),
+            max_batch_size=max_batch_size,
+            decoding=rollout.decoding,
+        )
+    return with_tools(sampler, config, tooling, settings.max_completion_length), notes
+
+
+def _served_model(
+    rollout: RolloutConfig,
+    model: PreTrainedModel,
+    settings: SamplingSettings,
+    prompts: Sequence[TokenIds],
+) -> ServedModel:
+    """A running server that was compared with the model."""
+    if rollout.vllm_mode != "server":
+        raise UsageError(
+            f"--vllm-mode {rollout.vllm_mode}: evaluation uses a running server; start `vllm serve` with the "
+            "model, and remove the flag"
+        )
+    if not prompts:
+        raise UsageError("--sampler vllm samples the completions of suites: give --suites, or remove it")
+    check_vllm(rollout)
+    sampler = ServedModel(
+        engine=Server(url=rollout.vllm_server_base_url.rstrip("/"), timeout=rollout.vllm_timeout),
+        settings=settings,
+        model=model,
+        canary=prompts[:CANARY_PROMPTS],
+        tolerance=rollout.vllm_max_logp_difference,
+    )
+    sampler.check()
+    return sampler
 
 
 @dataclass(frozen=True, kw_only=True)

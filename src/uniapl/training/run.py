@@ -24,10 +24,9 @@ from uniapl.report.adversary import AdversaryEffect
 from uniapl.report.reading import END_STATE
 from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.checkpoint import disk
-from uniapl.training.checkpoint.best import check_best, copy_model, name_best, record_of
-from uniapl.training.checkpoint.model_card import model_card
+from uniapl.training.checkpoint.best import check_best, copy_model, name_best
+from uniapl.training.checkpoint.model_card import CARD, model_card
 from uniapl.training.checkpoint.run_directory import prepare_run_directory, recorded_config
-from uniapl.training.checkpoint.state import read_state
 from uniapl.training.distributed.ranks import on_rank_zero
 from uniapl.training.evaluation import Evaluation
 from uniapl.training.inputs import RunInputs, stream_examples
@@ -199,7 +198,7 @@ class Run:
         record["step_time"] = view.step_seconds - view.times.get("evaluate", 0.0)
         self.logs["metrics"].write([record])
         self.logs["completions"].write(completions)
-        track(self.accelerator, record)
+        track(self.accelerator, record, view.say)
         view.step_done(self.step, record, line=self.step % config.logging_steps == 0 or stage.schedule.ended)
         if completions and config.log_completions_steps and self.step % config.log_completions_steps == 0:
             view.completions(completions)
@@ -363,32 +362,13 @@ def save_result(run: Run, stage: Stage, path: Path) -> None:
         save_model(run, stage, path)
         return
     run.view.say(f"the result is the best checkpoint: step {step}, {rule.metric} {stopping.best_value:.4g}")
-
-    def write() -> None:
-        last = record_of(run.logs["metrics"].tail(run.step - step + 1), step)
-        best = checkpoint_directory.checkpoint_path(run.directory, step)
-        effect = AdversaryEffect(**read_state(best).get("adversary_effect", {}))
-        card = model_card(run.config, run.inputs.source, run.methods, step, last, effect)
-
-        def fill(directory: Path) -> None:
-            copy_model(best, directory)
-            (directory / "README.md").write_text(card, encoding="utf-8")
-
-        checkpoint_directory.write_directory(path, fill)
-
-    on_rank_zero(run.accelerator, write)
+    fill = functools.partial(copy_model, checkpoint_directory.checkpoint_path(run.directory, step))
+    on_rank_zero(run.accelerator, functools.partial(checkpoint_directory.write_directory, path, fill))
 
 
 def save_model(run: Run, stage: Stage, path: Path) -> None:
     """Save the policy and its tokenizer in transformers' format, with a model card."""
-    methods = run.methods[: stage.index + 1]
-    last, effect = run.health.last_record, run.progress.adversary
-    card = model_card(run.config, run.inputs.source, methods, run.step, last, effect)
-
-    def fill(directory: Path) -> None:
-        _save_policy(run, stage, directory)
-        (directory / "README.md").write_text(card, encoding="utf-8")
-
+    fill = functools.partial(_save_policy, run, stage)
     with stage.gathered_policy():
         on_rank_zero(run.accelerator, functools.partial(checkpoint_directory.write_directory, path, fill))
 
@@ -398,3 +378,13 @@ def _save_policy(run: Run, stage: Stage, directory: Path) -> None:
     if run.config.model.stop_tokens:
         save_stop_ids(run.inputs.stop_ids, stage.model, directory)
     run.inputs.tokenizer.save_pretrained(directory)
+    card = model_card(
+        run.config,
+        run.inputs.source,
+        run.methods[: stage.index + 1],
+        run.step,
+        run.health.last_record,
+        run.progress.adversary,
+        {suite.name: len(suite.examples) for suite in run.inputs.suites},
+    )
+    (directory / CARD).write_text(card, encoding="utf-8")

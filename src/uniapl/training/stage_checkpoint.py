@@ -133,8 +133,9 @@ def _keep_cold_start(stage: Stage, state: dict[str, Any]) -> None:
 def discriminator_kind(config: Config) -> str:
     """The settings of a discriminator that a checkpoint and a recipe must have in common."""
     settings = config.discriminator
-    rank = f", lora_r {settings.lora_r}" if settings.lora_r is not None else ""
-    return settings.kind + rank + (", in_context_demonstration" if settings.in_context_demonstration else "")
+    sizes = {"lora_r": settings.lora_r, "num_layers": settings.num_layers}
+    named = [settings.kind, *(f"{key} {value}" for key, value in sizes.items() if value is not None)]
+    return ", ".join(named + ["in_context_demonstration"] * settings.in_context_demonstration)
 
 
 def _trained_bytes(module: nn.Module) -> int:

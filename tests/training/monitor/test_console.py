@@ -1,4 +1,4 @@
-"""Output of a run on a terminal, in files and as JSON; model card, trackers and chat."""
+"""Output of a run on a terminal, in files and as JSON; trackers and chat."""
 
 import io
 import json
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 import uniapl
 from support.documents import ROOT
@@ -18,9 +17,6 @@ from support.tiny import save_model
 from uniapl import cli
 from uniapl.config import Config
 from uniapl.config.resolve import resolve
-from uniapl.models.loading import ModelSource
-from uniapl.report.adversary import AdversaryEffect
-from uniapl.training.checkpoint.model_card import model_card
 from uniapl.training.monitor.console import LINE, RunView, hidden_columns
 
 CHAT = (
@@ -225,30 +221,6 @@ def test_a_tracker_that_is_not_installed(
     with pytest.raises(uniapl.UsageError, match="'wandb' is not installed: pip install wandb"):
         train(recipe(model_dir, tmp_path / "run", report_to=["wandb"]))
     assert Config(report_to="none").report_to == ()  # pyright: ignore[reportArgumentType]
-
-
-def test_model_card(model_dir: Path, tmp_path: Path) -> None:
-    result = train(recipe(model_dir, tmp_path / "run"))
-    card = (result.final_dir / "README.md").read_text()
-    assert "\n- the adversary acted in 3 of 4 steps with rollouts\n\n| last step" in card
-    assert card.startswith("---\nlibrary_name: transformers\ntags:\n- uniapl\n---\n")
-    assert str(tmp_path) not in card
-    assert "base_model" not in card, "the Hub does not know a local path"
-    reward = lines(tmp_path / "run" / "metrics.jsonl")[-1]["reward"]
-    assert f"| reward | {reward:.4g} |" in card
-    assert "uniapl, 4 steps, seed 0." in card
-    assert AutoModelForCausalLM.from_pretrained(result.final_dir)
-    hub = Config.model_validate({"model": {"model_name_or_path": "Qwen/Qwen3-0.6B"}})
-    source = ModelSource(base="Qwen/Qwen3-0.6B")
-    pipeline = model_card(hub, source, ["sft", "grpo"], 3, {}, AdversaryEffect())
-    assert "base_model: Qwen/Qwen3-0.6B\n" in pipeline
-    assert "sft -> grpo, 3 steps" in pipeline
-    assert "adversary" not in pipeline
-    multiplied = AdversaryEffect(
-        steps=5, rollout_steps=4, active_steps=2, changed_steps=2, reward_change=0.5, advantage_change=0.25
-    )
-    said = "- the adversary acted in 2 of 4 steps with rollouts; it changed rewards by 0.25 and advantages"
-    assert f"{said} by 0.12 on average\n" in model_card(hub, source, ["uniapl"], 5, {}, multiplied)
 
 
 @pytest.mark.parametrize("template", [CHAT, None])

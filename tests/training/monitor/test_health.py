@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from support.runs import lines, recipe, run_until, timeless, train
 from uniapl.config import Config
-from uniapl.training.monitor.health import warnings, without_gradient
+from uniapl.training.monitor.health import warnings
 
 VALUES: dict[str, Any] = {
     "health": {"window": 5},
@@ -346,12 +346,3 @@ def test_a_run_without_a_gradient_ends_with_the_reason(
     assert tied.index("completions.jsonl") < tied.index("2 steps done")
     stages = [{"method": "grpo", "max_steps": 1}, {"method": "sft", "max_steps": 1}]
     assert "the same reward in every step" not in said("later", stages=stages)
-
-
-def test_steps_without_rewards_and_without_a_gradient() -> None:
-    assert without_gradient([]) is None
-    reason = without_gradient([{"grad_norm": 0.0}, {"grad_norm": 1e-9}])
-    assert reason is not None
-    assert "see tokens/" in reason
-    for applied in ({"grad_norm": 1e-3}, {"grad_norm": None}, {"grad_norm": float("nan")}):
-        assert without_gradient([{"grad_norm": 0.0}, applied]) is None

@@ -78,8 +78,12 @@ def test_models_with_windows_are_estimated(family: str, tmp_path: Path) -> None:
             {"num_hidden_layers": 8, "hidden_size": 320},
             {"model.lora_r": 8, "discriminator.lora_r": 8, "discriminator.kind": "bradley-terry"},
         ),
+        (
+            {"hidden_size": 384, "num_hidden_layers": 8},
+            {"discriminator.kind": "bradley-terry", "discriminator.num_layers": 2},
+        ),
     ],
-    ids=["discriminator and reference", "a large vocabulary", "adapters"],
+    ids=["discriminator and reference", "a large vocabulary", "adapters", "a copy of two layers"],
 )
 def test_the_estimate_is_near_what_a_run_takes(
     model: dict[str, Any], changes: dict[str, Any], tmp_path: Path

@@ -1,19 +1,19 @@
 """The best checkpoint of a run: the file that names it, and its model as the result."""
 
+import fnmatch
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from uniapl.files import write_text
+from uniapl.report.reading import BEST
 from uniapl.training.checkpoint.directory import (
-    BEST,
     MANIFEST,
     STATE,
     best_step,
     checkpoint_path,
     defects,
+    listed_files,
 )
 from uniapl.training.monitor.early_stopping import Stopping
 
@@ -58,6 +58,9 @@ def copy_model(checkpoint: Path, directory: Path) -> None:
     )
 
 
-def record_of(records: list[dict[str, Any]], step: int) -> Mapping[str, Any]:
-    """The metrics of a step."""
-    return next((record for record in records if record["step"] == step), {})
+def model_files(directory: Path) -> list[str]:
+    """The names of the files in a directory's manifest that are part of the model; [] without a manifest."""
+    names = listed_files(directory)
+    return [
+        name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in ONLY_FOR_RESUMING)
+    ]

@@ -22,12 +22,11 @@ from torch.optim import Optimizer
 
 from uniapl.errors import UsageError
 from uniapl.files import TEMPORARY_PREFIX, sync, sync_tree
+from uniapl.report.reading import BEST
 from uniapl.training.distributed.fsdp import like
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-BEST = "best.json"
-"""File of a run that names its best checkpoint."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -137,6 +136,12 @@ def defects(path: Path) -> list[str]:
         if defect is not None:
             found.append(f"{name:.80}: {defect}")
     return found
+
+
+def listed_files(path: Path) -> list[str]:
+    """The names of the files in a directory's manifest; [] if there is none that can be read."""
+    manifest = _read_manifest(path)
+    return sorted(manifest) if isinstance(manifest, dict) else []
 
 
 def _read_manifest(path: Path) -> Any:

@@ -16,14 +16,14 @@ from uniapl.config.resolve import STAGE_KEYS, Resolved, flatten, load_recipe, va
 from uniapl.data.rows import is_plain_text
 from uniapl.errors import UsageError
 from uniapl.files import write_text
-from uniapl.report.reading import END_STATE, MODEL_ANALYSIS
+from uniapl.report.reading import BEST, END_STATE, MEASUREMENTS, MODEL_ANALYSIS
 from uniapl.training.checkpoint import directory as checkpoint_directory
 from uniapl.training.inputs import RunInputs
 
-END_FILES = (END_STATE, MODEL_ANALYSIS, "report.html")
+END_FILES = (END_STATE, MODEL_ANALYSIS, MEASUREMENTS, "report.html")
 """Files that only a run that has ended has."""
 LOGS = ("metrics.jsonl", "completions.jsonl", "health.jsonl")
-RUN_FILES = ("config.yaml", "manifest.json", checkpoint_directory.BEST, *LOGS, *END_FILES)
+RUN_FILES = ("config.yaml", "manifest.json", BEST, *LOGS, *END_FILES)
 WEIGHTS_IN_TRANSIT = "weights-for-vllm"
 """Directory that exists only while vLLM loads weights from it."""
 

@@ -20,15 +20,19 @@ from uniapl.training.distributed import fsdp
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
+def uses_bf16(config: Config) -> bool:
+    """Whether models run under bf16 autocast: `optim.bf16`, or whether the GPU can if that is null."""
+    if config.optim.bf16 is not None:
+        return config.optim.bf16
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """Return the run's accelerator, with its device, precision and ranks, and seed the global generators.
 
     Raises:
         UsageError: The launcher requests a kind of training that is not supported.
     """
-    bf16 = config.optim.bf16
-    if bf16 is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     device = torch.accelerator.current_accelerator()
     # accelerate would keep the precision of an earlier run in this process.
     AcceleratorState._reset_state()
@@ -37,7 +41,7 @@ def make_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         # The sampler needs fp64, which Apple's GPUs do not support.
         cpu=device is None or device.type == "mps",
-        mixed_precision="bf16" if bf16 else "no",
+        mixed_precision="bf16" if uses_bf16(config) else "no",
         log_with=list(config.report_to) or None,
         # Absolute, because a reward function may change the working directory.
         project_dir=str(Path(config.output_dir).absolute()),

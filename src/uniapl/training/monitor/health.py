@@ -18,8 +18,6 @@ alone produces such a rise in one comparison out of thirty, before the other con
 DIVERGING = 3.0
 """The same for the two movements of a divergence, which every step compares. Our choice: at 2, a run of the
 demo had both by chance, in one step out of a hundred."""
-NO_GRADIENT = 1e-6
-"""A gradient's norm up to this value is rounding. Our choice."""
 SMALL_KL = 0.1
 """Nats per token; no smaller KL counts as a jump. Our choice."""
 CALLS = "tools/call_frequency"
@@ -48,11 +46,17 @@ LIMITS = (
 
 
 def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, str]:
-    """The message of each rule that fires, by the rule's name.
+    """The message of each rule that fires, by the rule's name; see :func:`evaluate_rules`."""
+    found = evaluate_rules(records, stage, stage_step=stage_step)
+    return {name: message for name, message in found.items() if message is not None}
+
+
+def evaluate_rules(records: Records, stage: Config, *, stage_step: int) -> dict[str, str | None]:
+    """The message of each rule, by the rule's name; None if the rule does not fire.
 
     Args:
         records: Metrics of the stage's steps, oldest first. The rules read the last `window` steps; some
-            compare them with the `window` steps before. With fewer than `window` steps no rule fires.
+            compare them with the `window` steps before. With fewer than `window` steps no rule is evaluated.
         stage: Configuration of the stage.
         stage_step: Finished steps of the stage.
     """
@@ -66,7 +70,7 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
     for name, metric, exceeds, key, message in LIMITS:
         mean, limit = _mean(last, metric), getattr(config, key)
         found[name] = message.format(mean, limit) if mean is not None and exceeds(mean, limit) else None
-    found |= {
+    return found | {
         "constant_rewards": _constant_rewards(last),
         "nothing_passes": _nothing_passes(last, stage),
         "kl_jump": _kl_jump(before, last, config.max_kl_growth),
@@ -85,32 +89,11 @@ def warnings(records: Records, stage: Config, *, stage_step: int) -> dict[str, s
         "tools_failing": _tools_failing(last, config.max_tool_failures),
         "no_supervised_tokens": _no_supervised_tokens(last),
     }
-    return {name: message for name, message in found.items() if message is not None}
 
 
 def is_number(value: int | float | None) -> TypeGuard[float]:
     """Whether the value is known and finite."""
     return value is not None and math.isfinite(value)
-
-
-def without_gradient(records: Records) -> str | None:
-    """Why a run did not change its model; None if any of its steps had a gradient.
-
-    Args:
-        records: All steps of the run.
-    """
-    trained = [r for r in records if not is_number(r.get("grad_norm")) or r["grad_norm"] > NO_GRADIENT]
-    if trained or not records:
-        return None
-    ties, rewards = _values(records, "frac_reward_zero_std"), _values(records, "reward")
-    found = "no step had a gradient, so the model has not learned anything"
-    if ties and min(ties) == 1:
-        return (
-            f"{found}: all completions of a prompt had the same reward in every step (mean "
-            f"{statistics.fmean(rewards):.3f}). Look at the rewards in completions.jsonl, and use easier or "
-            "harder prompts, a graded reward, or demonstrations"
-        )
-    return f"{found}: see tokens/, weight/ and groups/mixed in metrics.jsonl for what each step trained on"
 
 
 def _constant_rewards(last: Records) -> str | None:

@@ -313,6 +313,11 @@ def _check_discriminator(config: Config, prompts: Sequence[Example]) -> None:
             "discriminator.lora_r trains adapters on the policy: set discriminator.kind to bradley-terry and "
             "remove discriminator.model_name_or_path"
         )
+    if settings.num_layers is not None and (model or settings.lora_r or not pairwise):
+        raise UsageError(
+            "discriminator.num_layers shortens a copy of the policy: set discriminator.kind to bradley-terry "
+            "and remove discriminator.model_name_or_path and discriminator.lora_r"
+        )
     if settings.lora_r is not None and settings.freeze_after_steps is not None and not config.model.lora_r:
         raise UsageError(
             "discriminator.freeze_after_steps cannot freeze adapters (discriminator.lora_r) while all "

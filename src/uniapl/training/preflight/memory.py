@@ -1,5 +1,6 @@
 """Peak memory of a stage, computed from the model's shapes before any weight is loaded."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -13,6 +14,7 @@ from uniapl.data.batching import Row, batch_rows, chosen_rows
 from uniapl.functional.logprobs import CHUNK_LOGITS
 from uniapl.models.loading import ModelSource, load_model_config
 from uniapl.models.lora import add_adapter
+from uniapl.models.policy import keep_first_layers
 from uniapl.rollout.fused import supports_fused
 from uniapl.training.build_teacher import teacher_source
 from uniapl.training.checkpoint.disk import format_bytes
@@ -226,9 +228,7 @@ def estimate_memory(config: Config, inputs: RunInputs, device: torch.device) -> 
         )
     settings = config.discriminator
     if objective.lambda_adv > 0 and settings.kind not in ("remote", *STATE_KINDS):
-        trunk, pairwise = model.base_model, settings.kind == "bradley-terry"
-        if settings.model_name_or_path is not None:
-            trunk = _model(AutoModel, ModelSource.resolve(_discriminator_model(config)))
+        trunk, pairwise = _discriminator_trunk(config, model), settings.kind == "bradley-terry"
         learns = pairwise and settings.lora_r is None
         # With lora_r it is adapters on the policy itself; else a model, or a copy with the adapter merged.
         separate = learns or settings.model_name_or_path is not None
@@ -253,11 +253,19 @@ def _states(config: Config, inputs: RunInputs, policy: Footprint) -> int:
     return per_token * rollouts + min(CACHE_BYTES, per_token * (1 + settings.num_mismatched) * sum(shown))
 
 
-def _discriminator_model(config: Config) -> ModelConfig:
+def _discriminator_trunk(config: Config, policy: Any) -> Any:
+    """The discriminator's model without its head; the policy's own if it is a copy of all of its layers."""
     settings = config.discriminator
-    return ModelConfig(
-        model_name_or_path=settings.model_name_or_path, trust_remote_code=settings.trust_remote_code
-    )
+    if settings.model_name_or_path is not None:
+        where = ModelConfig(
+            model_name_or_path=settings.model_name_or_path, trust_remote_code=settings.trust_remote_code
+        )
+        return _model(AutoModel, ModelSource.resolve(where))
+    if settings.num_layers is None:
+        return policy.base_model
+    trunk = copy.deepcopy(policy.base_model)
+    keep_first_layers(trunk, settings.num_layers)
+    return trunk
 
 
 def _model(load: Any, source: ModelSource) -> Any:
